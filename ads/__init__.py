@@ -1,0 +1,1 @@
+"""Antidistillation Sampling: what two stages must agree on, and the decoding engine."""

@@ -1,0 +1,321 @@
+"""Configuration: dataclass defaults <- YAML file <- key=value on the command line, the same grammar for every script."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ads import store
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+SPLITS = ("train", "holdout", "test")
+# Keys of these kinds may differ between a finished stage and a new request for it: speed alone, or a place whose
+# contents are compared by fingerprint instead.
+SPEED = {"compare": False}
+PLACE = {"compare": False}
+
+
+@dataclass(frozen=True)
+class GenConfig:
+    """gentraces.py: sample a model on the problems of one split, force answers, grade (stages 1, 3, 5, 6)."""
+
+    exp_dir: str = field(default="runs/default", metadata=PLACE)
+    trace_name: str = "traces"
+    trace_colname: str = "trace"
+    teacher: str = field(default="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", metadata=PLACE)
+    tokenizer: str | None = field(default=None, metadata=PLACE)
+    is_teacher: bool = True
+    dtype: str = "auto"
+    attn_implementation: str = "auto"
+    tau: float = 0.0
+    lam: float = 0.0
+    eps: float = 1e-3
+    top_k: int = 50
+    top_p: float = 0.95
+    proxy_student: str | None = field(default=None, metadata=PLACE)
+    grad_path: str | None = field(default=None, metadata=PLACE)
+    proxy_dtype: str = "float32"
+    data_split: str = "gsm8k_holdout"
+    data_dir: str | None = field(default=None, metadata=PLACE)
+    max_samples: int | None = None
+    max_length: int = 1024
+    max_prompt_length: int = 512
+    answer_force: bool = True
+    few_shot: int = 0
+    few_shot_traces: str | None = field(default=None, metadata=PLACE)
+    batch_size: int = field(default=64, metadata=SPEED)
+    seed: int = 42
+
+    @property
+    def traces_path(self):
+        return Path(self.exp_dir) / "traces" / self.trace_name
+
+    @property
+    def parquet_path(self):
+        return self.traces_path.with_name(self.trace_name + ".parquet")
+
+    @property
+    def sidecar_path(self):
+        return self.traces_path.with_name(self.trace_name + ".yaml")
+
+    @property
+    def parts_dir(self):
+        return Path(self.exp_dir) / "parts" / self.trace_name
+
+    def check(self):
+        check_name("trace_name", self.trace_name)
+        check_name("trace_colname", self.trace_colname)
+        check_split("data_split", self.data_split)
+        check_at_least("tau", self.tau, 0)
+        check_at_least("top_k", self.top_k, 0)
+        check_at_least("few_shot", self.few_shot, 0)
+        check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("max_prompt_length", self.max_prompt_length, 1)
+        check_optional_at_least("max_samples", self.max_samples, 1)
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("proxy_dtype", self.proxy_dtype, DTYPES)
+        check_one_of("attn_implementation", self.attn_implementation, ATTENTION[:3])
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (1 switches it off)")
+        if self.max_length <= self.max_prompt_length:
+            raise ValueError(
+                f"max_length={self.max_length}: counts prompt and response, so it must exceed "
+                f"max_prompt_length={self.max_prompt_length}"
+            )
+        if self.few_shot and not self.few_shot_traces:
+            raise ValueError(f"few_shot={self.few_shot}: set few_shot_traces to the traces to show")
+        if self.lam:
+            self.check_antidistillation()
+
+    def check_antidistillation(self):
+        if not self.is_teacher:
+            raise ValueError(f"lam={self.lam}: only a teacher is sampled with antidistillation; set lam=0")
+        if not self.grad_path:
+            raise ValueError(f"lam={self.lam}: needs grad_path, the file that save_grad.py writes")
+        if not self.proxy_student:
+            raise ValueError(f"lam={self.lam}: needs proxy_student, the model whose gradient grad_path holds")
+        if self.eps <= 0:
+            raise ValueError(f"eps={self.eps}: the central difference needs a step above 0, such as 1e-3")
+
+
+@dataclass(frozen=True)
+class GradConfig:
+    """save_grad.py: the proxy's mean gradient over holdout traces (stage 2)."""
+
+    exp_dir: str = field(default="runs/default", metadata=PLACE)
+    proxy_student: str = field(default="Qwen/Qwen2.5-3B", metadata=PLACE)
+    tokenizer: str | None = field(default=None, metadata=PLACE)
+    holdout_traces: str | None = field(default=None, metadata=PLACE)
+    max_samples: int | None = None
+    max_length: int = 4096
+    dtype: str = "float32"
+    attn_implementation: str = "auto"
+    gradient_checkpointing: bool = field(default=False, metadata=SPEED)
+    batch_size: int = field(default=4, metadata=SPEED)
+    seed: int = 42
+
+    @property
+    def grad_path(self):
+        return Path(self.exp_dir) / "student_grads.safetensors"
+
+    @property
+    def sidecar_path(self):
+        return Path(self.exp_dir) / "student_grads.yaml"
+
+    def check(self):
+        check_given("holdout_traces", self.holdout_traces, "the stage 1 traces, EXP_DIR/traces/NAME.parquet")
+        check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("max_length", self.max_length, 2)
+        check_optional_at_least("max_samples", self.max_samples, 1)
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("attn_implementation", self.attn_implementation, ATTENTION)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """distill.py: fine-tune a student on traces (stage 4)."""
+
+    exp_dir: str = field(default="runs/default", metadata=PLACE)
+    model_name: str = "student"
+    train_traces: str | None = field(default=None, metadata=PLACE)
+    holdout_traces: str | None = field(default=None, metadata=PLACE)
+    trace_colname: str = "trace"
+    max_length: int = 4096
+    do_eval: bool = True
+    eval_epochs: float = 0.5
+    save_epochs: float = field(default=0.5, metadata=SPEED)
+    student: str = field(default="meta-llama/Llama-3.2-3B", metadata=PLACE)
+    tokenizer: str | None = field(default=None, metadata=PLACE)
+    checkpoint: str | None = field(default=None, metadata=PLACE)
+    dtype: str = "auto"
+    attn_implementation: str = "auto"
+    lora: bool = True
+    lora_r: int = 128
+    lora_alpha: int = 128
+    lora_dropout: float = 0.0
+    lr: float = 5e-4
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    warmup: float = 0.03
+    lr_scheduler_type: str = "cosine"
+    batch_size: int = 16
+    per_device_batch_size: int = field(default=2, metadata=SPEED)
+    gradient_checkpointing: bool = field(default=False, metadata=SPEED)
+    num_epochs: float = 3.0
+    keep_checkpoints: bool = field(default=False, metadata=SPEED)
+    report_to: str = field(default="none", metadata=SPEED)
+    seed: int = 42
+
+    @property
+    def model_path(self):
+        return Path(self.exp_dir) / "models" / self.model_name
+
+    @property
+    def sidecar_path(self):
+        return self.model_path.with_name(self.model_name + ".yaml")
+
+    def check(self):
+        check_name("model_name", self.model_name)
+        check_given("train_traces", self.train_traces, "the stage 3 traces, EXP_DIR/traces/NAME.parquet")
+        if self.do_eval:
+            check_given("holdout_traces", self.holdout_traces, "the stage 1 traces (or do_eval=false)")
+        for key in ("num_epochs", "eval_epochs", "save_epochs", "lr", "max_grad_norm"):
+            check_above(key, getattr(self, key), 0)
+        for key in ("batch_size", "per_device_batch_size", "lora_r", "lora_alpha"):
+            check_at_least(key, getattr(self, key), 1)
+        check_at_least("weight_decay", self.weight_decay, 0)
+        check_at_least("max_length", self.max_length, 2)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: must be at least 0 and below 1")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"warmup={self.warmup}: the share of steps to warm up in, at least 0 and below 1"
+            )
+        check_one_of("dtype", self.dtype, DTYPES)
+        check_one_of("attn_implementation", self.attn_implementation, ATTENTION)
+
+
+def check_given(key, value, meaning):
+    if not value:
+        raise ValueError(f"{key} is not set: give {meaning}")
+
+
+def check_name(key, value):
+    """A name becomes a file name, so it may not leave its folder."""
+    if not value or value.startswith((".", "-")) or any(c in value for c in "/\\\0\n"):
+        raise ValueError(f"{key}={value!r}: must be a plain file name (no '/', no leading '.' or '-')")
+
+
+def check_split(key, value):
+    dataset, _, split = value.rpartition("_")
+    if not dataset or split not in SPLITS:
+        raise ValueError(f"{key}={value!r}: must be DATASET_SPLIT with SPLIT one of {', '.join(SPLITS)}")
+
+
+def check_at_least(key, value, least):
+    if not value >= least:
+        raise ValueError(f"{key}={value}: must be at least {least}")
+
+
+def check_optional_at_least(key, value, least):
+    if value is not None:
+        check_at_least(key, value, least)
+
+
+def check_above(key, value, bound):
+    if not value > bound:
+        raise ValueError(f"{key}={value}: must be above {bound}")
+
+
+def check_one_of(key, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
+
+
+def load_config(cls, default_yaml, arguments):
+    """Build a checked, frozen config from a YAML file and `key=value` arguments.
+
+    The first argument may name another YAML file. Raises ValueError or FileNotFoundError in one line that names
+    the key, the file and what is allowed.
+    """
+    arguments = list(arguments)
+    yaml_path = Path(default_yaml)
+    if arguments and arguments[0].endswith((".yaml", ".yml")) and "=" not in arguments[0]:
+        yaml_path = Path(arguments.pop(0))
+    values = {key: cast(cls, key, value, yaml_path.name) for key, value in store.read_yaml(yaml_path).items()}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not equals:
+            raise ValueError(f"argument {argument!r}: write key=value")
+        values[key] = cast(cls, key, text, "the command line", from_text=True)
+    config = cls(**values)
+    config.check()
+    return config
+
+
+def cast(cls, key, value, source, from_text=False):
+    """`value` as the type of field `key`; command-line text is parsed, YAML values may be text (PyYAML reads 5e-4 so)."""
+    hints = typing.get_type_hints(cls)
+    if key not in hints:
+        raise ValueError(f"unknown key {key!r} in {source}; known keys: {', '.join(sorted(hints))}")
+    wanted, optional = unwrap_optional(hints[key])
+    if optional and (value is None or (from_text and value in ("", "null", "None"))):
+        return None
+    try:
+        return PARSERS[wanted](value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{key}={value!r} in {source}: must be {DESCRIPTIONS[wanted]}") from None
+
+
+def unwrap_optional(hint):
+    """(type, whether None is allowed) of a field's annotation."""
+    if isinstance(hint, types.UnionType):
+        return hint.__args__[0], True
+    return hint, False
+
+
+def parse_bool(value):
+    words = {"true": True, "false": False, True: True, False: False}
+    key = value.lower() if isinstance(value, str) else value
+    if not isinstance(key, str | bool) or key not in words:
+        raise ValueError(value)
+    return words[key]
+
+
+def parse_int(value):
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+        raise ValueError(value)
+    return int(value)
+
+
+def parse_float(value):
+    if isinstance(value, bool) or float(value) != float(value) or abs(float(value)) == float("inf"):
+        raise ValueError(value)
+    return float(value)
+
+
+def parse_str(value):
+    if not isinstance(value, str):
+        raise ValueError(value)
+    return value
+
+
+PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: parse_str}
+DESCRIPTIONS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text (quote it in YAML)",
+}
+
+
+def to_dict(config):
+    """The config's values, as the sidecar keeps them."""
+    return dataclasses.asdict(config)
+
+
+def ignored_keys(config):
+    """Keys in which a finished stage and a new request for it may differ."""
+    return {f.name for f in dataclasses.fields(config) if f.metadata.get("compare") is False}

@@ -1,0 +1,242 @@
+"""Files that survive a kill: atomic writes, parts of an unfinished stage, sidecars, registries, locks, fingerprints.
+
+A stage is done when its sidecar exists; the sidecar is written, by atomic rename, after everything else.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE_BYTES = (
+    4096  # read at each of NUM_SAMPLES places of a weights file: a retrained model differs at every one
+)
+NUM_SAMPLES = 256
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yield a temporary sibling folder to fill; on success it replaces the folder `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def write_text(path, text):
+    """Write `text` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_jsonl(path, record):
+    """Append one JSON line to a registry that several processes may be writing to."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_jsonl(path):
+    """The records of a JSON-lines file."""
+    with Path(path).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_yaml(path):
+    """The mapping in a YAML file; ValueError when the file holds something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path} should hold `key: value` lines, but holds a {type(content).__name__}")
+    return content or {}
+
+
+# Sidecars
+
+
+def write_sidecar(path, config, inputs, stats, seconds, **more):
+    """Write what a finished stage was made with and measured. Call it last: its presence means finished."""
+    record = {
+        "config": config,
+        "inputs": inputs,
+        "stats": stats,
+        **more,
+        "versions": versions(),
+        "commit": git_commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "seconds": round(seconds, 1),
+    }
+    write_text(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110))
+    return record
+
+
+def is_finished(path, config, inputs, ignore=()):
+    """Whether the sidecar `path` exists; ValueError naming the difference if it was made with another config or
+    other inputs. `ignore` names config keys that do not change the result (such as batch_size)."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    record = read_yaml(path)
+    differences = differing_keys(record.get("config", {}), config, ignore)
+    differences += differing_keys(record.get("inputs", {}), inputs)
+    if differences:
+        raise ValueError(
+            f"{path} was made with other settings: {'; '.join(differences)}. "
+            "Choose another name or exp_dir, restore the settings, or delete that file to redo the stage"
+        )
+    return True
+
+
+def differing_keys(before, now, ignore=()):
+    """One 'key: before -> now' string per key in which two mappings differ."""
+    keys = [key for key in {**before, **now} if key not in ignore]
+    return [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+
+
+def versions():
+    """Version of every library that can change a result."""
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "math-verify", "numpy")
+    found = {name: metadata.version(name) for name in names if importable(name)}
+    return {"python": platform.python_version(), **found}
+
+
+def importable(name):
+    """Whether a distribution is installed."""
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def git_commit():
+    """The project's commit, with '+' when the working tree differs from it; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        result = subprocess.run(command, capture_output=True, text=True)
+        return result.stdout.strip() or None
+    return None
+
+
+# Parts: finished batches of a stage that is still running
+
+
+def write_part(parts_dir, rank, rows):
+    """Store finished rows (dicts with an 'id') as one JSON-lines file that no later call touches."""
+    name = f"{time.time_ns():020d}-{rank}.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_text(Path(parts_dir) / name, text)
+
+
+def read_parts(parts_dir):
+    """{id: row} of every row stored so far."""
+    paths = sorted(Path(parts_dir).glob("[0-9]*.jsonl"))
+    return {row["id"]: row for path in paths for row in read_jsonl(path)}
+
+
+def open_parts(parts_dir, config, inputs, ignore=()):
+    """Prepare a parts folder; ValueError if it holds parts made with other settings or inputs."""
+    settings = Path(parts_dir) / "settings.yaml"
+    if not is_finished(settings, config, inputs, ignore):
+        write_text(settings, yaml.safe_dump({"config": config, "inputs": inputs}, sort_keys=False))
+
+
+@contextlib.contextmanager
+def stage_lock(exp_dir, name):
+    """Hold the lock of one stage; RuntimeError naming the holder when another process on any host holds it."""
+    path = Path(exp_dir) / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RuntimeError(
+                f"{name} in {exp_dir} is being made by {file.read().strip() or '?'}"
+            ) from error
+        file.truncate(0)
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )
+        file.flush()
+        yield
+
+
+# Fingerprints
+
+
+def fingerprint_json(value):
+    """16 hex digits that identify a JSON-able value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def fingerprint_file(path):
+    """16 hex digits of a file: its size and NUM_SAMPLES evenly spaced blocks (all of a small file)."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= SAMPLE_BYTES * NUM_SAMPLES:
+            digest.update(file.read())
+        else:
+            for i in range(NUM_SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * i // (NUM_SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_model(name):
+    """What identifies a model: the contents of a local folder, or the hub name itself.
+
+    Covers weights, configuration and tokenizer files; raises FileNotFoundError for a folder without config.json.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"hub:{name}"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    files = sorted(
+        path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model")
+    )
+    return fingerprint_json({path.name: fingerprint_file(path) for path in files})
