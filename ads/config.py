@@ -110,7 +110,6 @@ class GradConfig:
     holdout_traces: str | None = field(default=None, metadata=PLACE)
     max_samples: int | None = None
     max_length: int = 4096
-    dtype: str = "float32"
     attn_implementation: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata=SPEED)
     batch_size: int = field(default=4, metadata=SPEED)
@@ -129,8 +128,7 @@ class GradConfig:
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("max_length", self.max_length, 2)
         check_optional_at_least("max_samples", self.max_samples, 1)
-        check_one_of("dtype", self.dtype, DTYPES)
-        check_one_of("attn_implementation", self.attn_implementation, ATTENTION)
+        check_one_of("attn_implementation", self.attn_implementation, ATTENTION[:3])
 
 
 @dataclass(frozen=True)

@@ -226,17 +226,33 @@ def fingerprint_file(path):
     return digest.hexdigest()[:16]
 
 
-def fingerprint_model(name):
-    """What identifies a model: the contents of a local folder, or the hub name itself.
+def fingerprint_existing(path, remedy):
+    """fingerprint_file of an input; FileNotFoundError that says how to make it."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: {remedy}")
+    return fingerprint_file(path)
 
-    Covers weights, configuration and tokenizer files; raises FileNotFoundError for a folder without config.json.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"hub:{name}"
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-    files = sorted(
-        path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model")
+
+def fingerprint_model(name):
+    """What identifies a model: weights, configuration and tokenizer of a local folder, or the hub name itself."""
+    return fingerprint_folder(name, "config.json", ("*.json", "*.safetensors", "*.jinja", "*.model"))
+
+
+def fingerprint_tokenizer(name):
+    """What identifies a tokenizer: its files in a local folder, or the hub name itself."""
+    return fingerprint_folder(
+        name, "tokenizer_config.json", ("tokenizer*", "chat_template*", "vocab*", "merges*")
     )
-    return fingerprint_json({path.name: fingerprint_file(path) for path in files})
+
+
+def fingerprint_folder(name, required, patterns):
+    """Contents of the files that match; FileNotFoundError for a folder without `required` or an unlikely name."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / required).is_file():
+            raise FileNotFoundError(f"{folder} is not complete: it has no {required}")
+        files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+        return fingerprint_json({path.name: fingerprint_file(path) for path in files})
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise FileNotFoundError(f"{name} is neither a folder nor the name of a model on the hub (OWNER/NAME)")
+    return f"hub:{name}"

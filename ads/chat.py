@@ -1,0 +1,174 @@
+"""Every place where tokens must agree: tokenizer, prompt, response boundary, student text, labels, answer forcing.
+
+Token ids are carried end to end; text is for people, for grading and for the student's other tokenizer.
+"""
+
+from dataclasses import dataclass
+
+SYSTEM_PROMPT = "You are a helpful assistant. Reason step by step and put your final answer within \\boxed{}."
+FORCE_TEXT = "\n\n**Final Answer**\n\\[\\boxed{"
+NUM_FORCED_TOKENS = 32
+# The Llama-3 template prints today's date unless it is given one: prompts may not depend on the day.
+DATE_STRING = "26 Jul 2024"
+IGNORED_LABEL = -100
+
+
+def load_tokenizer(name, need_chat_template=True):
+    """The tokenizer `name` (folder or hub name); ValueError when it has no chat template or no end-of-text token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"tokenizer {name!r} could not be loaded: {reason}") from error
+    if need_chat_template and not tokenizer.chat_template:
+        raise ValueError(
+            f"tokenizer {name!r} has no chat template: set tokenizer to one of the family that has"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {name!r} has no eos token: set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def load_tokenizer_for(model_name, tokenizer_name=None):
+    """The tokenizer to use with a model: its own, or `tokenizer_name`, which must then have the same vocabulary.
+
+    (A base model's own tokenizer often has no chat template, so that of its instruct sibling is named instead.)
+    """
+    tokenizer = load_tokenizer(tokenizer_name or model_name)
+    if tokenizer_name and tokenizer_name != model_name:
+        own = find_tokenizer(model_name)
+        _, ordinary = compare_tokens(tokenizer, own) if own else ([], [])
+        if ordinary:
+            raise ValueError(
+                f"tokenizer {tokenizer_name!r} does not belong to model {model_name!r}: {describe_mismatch(ordinary)}"
+            )
+    return tokenizer
+
+
+def find_tokenizer(model_name):
+    """The tokenizer stored with a model, or None where there is none."""
+    try:
+        return load_tokenizer(model_name, need_chat_template=False)
+    except ValueError:
+        return None
+
+
+def encode(tokenizer, text):
+    """Token ids of `text`, nothing added."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def render_prompt(tokenizer, problem, examples=()):
+    """The prompt as text, up to where the model's response begins.
+
+    `examples` are (problem, worked solution) pairs. They are shown inside the user's turn, since chat templates
+    rewrite assistant turns (R1's drops everything up to </think>).
+    """
+    shown = "".join(f"Problem: {p}\n\nSolution: {s}\n\n\n" for p, s in examples)
+    user = f"{shown}Problem: {problem}\n\nSolution:" if examples else problem
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, date_string=DATE_STRING
+    )
+
+
+def prompt_ids(tokenizer, problem, examples=()):
+    """The prompt as token ids: the one function that training and evaluation both use."""
+    return encode(tokenizer, render_prompt(tokenizer, problem, examples))
+
+
+def eos_ids(tokenizer, model):
+    """Every token id that ends a response: the tokenizer's and those of the model's generation config."""
+    found = [tokenizer.eos_token_id, model.config.eos_token_id]
+    if model.generation_config is not None:
+        found.append(model.generation_config.eos_token_id)
+    lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
+    return {i for ids in lists for i in ids}
+
+
+def response_text(tokenizer, ids, eos):
+    """The response as text, without the eos that ended it; special tokens sampled on the way stay visible."""
+    if ids and ids[-1] in eos:
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def forced_ids(tokenizer, ids, response_ids, eos):
+    """Prompt + response + the text that makes a model state its answer, as token ids.
+
+    A think block that the prompt or the response opened and nobody closed is closed first.
+    """
+    if response_ids and response_ids[-1] in eos:
+        response_ids = response_ids[:-1]
+    prompt = tokenizer.decode(ids, skip_special_tokens=False).rstrip()
+    response = tokenizer.decode(response_ids, skip_special_tokens=False)
+    text = ("<think>" if prompt.endswith("<think>") else "") + response
+    is_thinking = text.rfind("<think>") > text.rfind("</think>")
+    return ids + response_ids + encode(tokenizer, ("\n</think>" if is_thinking else "") + FORCE_TEXT)
+
+
+def student_example(tokenizer, problem, trace, finished, max_length):
+    """(input_ids, labels) of one training sequence: the evaluation prompt, the trace, and eos if the trace finished.
+
+    Labels mask the prompt by its length. Special-token text inside a trace stays text. What exceeds max_length is cut.
+    """
+    prompt = prompt_ids(tokenizer, problem)
+    response = tokenizer.encode(trace, add_special_tokens=False, split_special_tokens=True)
+    if finished:
+        response = response + [tokenizer.eos_token_id]
+    labels = [IGNORED_LABEL] * len(prompt) + response
+    return (prompt + response)[:max_length], labels[:max_length]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Which ids the teacher may emit, and which of them mean the same token to the proxy."""
+
+    teacher_ids: list[int]
+    shared_ids: list[int]
+    differing: list[tuple[int, str, str | None]]  # (id, teacher's token, proxy's token or None)
+
+
+def match_vocabularies(teacher_tokenizer, proxy_tokenizer):
+    """Compare id -> token of teacher and proxy over the teacher's ids.
+
+    Added tokens may differ: they are listed and left out of shared_ids, so Delta is 0 for them. Raises ValueError
+    when an ordinary token differs: the two have different tokenizers.
+    """
+    differing, ordinary = compare_tokens(teacher_tokenizer, proxy_tokenizer)
+    if ordinary:
+        raise ValueError(
+            f"teacher and proxy use different vocabularies ({describe_mismatch(ordinary)}): "
+            "choose a proxy_student of the teacher's tokenizer family"
+        )
+    ids = sorted(teacher_tokenizer.get_vocab().values())
+    without_delta = {i for i, _, _ in differing}
+    return Vocabulary(ids, [i for i in ids if i not in without_delta], differing)
+
+
+def compare_tokens(ours, theirs):
+    """[(id, our token, their token or None)] where two tokenizers differ over our ids: all, and ordinary tokens."""
+    our_tokens = {i: token for token, i in ours.get_vocab().items()}
+    their_tokens = {i: token for token, i in theirs.get_vocab().items()}
+    added = set(ours.added_tokens_decoder) | set(theirs.added_tokens_decoder)
+    differing = [
+        (i, t, their_tokens.get(i)) for i, t in sorted(our_tokens.items()) if their_tokens.get(i) != t
+    ]
+    return differing, [row for row in differing if row[0] not in added]
+
+
+def describe_mismatch(ordinary):
+    i, ours, theirs = ordinary[0]
+    return f"{len(ordinary)} ordinary tokens differ, the first is id {i}: {ours!r} against {theirs!r}"
+
+
+def check_rows(tokenizer, num_rows, model_name):
+    """ValueError when a model has no embedding row for some id of the tokenizer."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= num_rows:
+        raise ValueError(
+            f"the tokenizer has token id {largest}, but {model_name} only {num_rows} embedding rows: "
+            "the tokenizer does not belong to this model"
+        )

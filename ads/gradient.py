@@ -1,0 +1,134 @@
+"""The proxy gradient: g = gradient of the mean negative log-likelihood of clean holdout traces (METHOD: g, l).
+
+    l(theta) = mean over sequences of (mean over response tokens of -log p(token)), prompt masked, nats, float32
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ads import store
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A holdout trace as token ids; the first num_prompt_tokens are not trained on."""
+
+    ids: list[int]
+    num_prompt_tokens: int
+
+
+def sequence_losses(model, sequences):
+    """Mean negative log-likelihood (nats/token, float32, (B,)) of each sequence's response tokens."""
+    device = model.get_input_embeddings().weight.device
+    width = max(len(s.ids) for s in sequences)
+    ids_BT = torch.tensor([s.ids + [0] * (width - len(s.ids)) for s in sequences], device=device)
+    lengths_B1 = torch.tensor([[len(s.ids)] for s in sequences], device=device)
+    prompts_B1 = torch.tensor([[s.num_prompt_tokens] for s in sequences], device=device)
+    columns_T = torch.arange(width, device=device)
+    logits_BTV = model(
+        input_ids=ids_BT, attention_mask=(columns_T < lengths_B1).long(), use_cache=False
+    ).logits
+    nll_BT = torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].float().transpose(1, 2), ids_BT[:, 1:], reduction="none"
+    )
+    is_response_BT = (columns_T >= prompts_B1) & (columns_T < lengths_B1)
+    is_response_BT = is_response_BT[:, 1:]
+    return (nll_BT * is_response_BT).sum(-1) / is_response_BT.sum(-1)
+
+
+def add_gradient_(model, sequences, num_total, batch_size, progress=iter):
+    """Add this process's share of the mean gradient to the parameters' .grad; returns its share of the mean loss.
+
+    num_total is the number of sequences over all processes; batches hold sequences of like length.
+    """
+    ordered = sorted(sequences, key=lambda s: len(s.ids))
+    loss = 0.0
+    for start in progress(range(0, len(ordered), batch_size)):
+        share = sequence_losses(model, ordered[start : start + batch_size]).sum() / num_total
+        share.backward()
+        loss += share.item()
+    return loss
+
+
+def all_reduce_(model, loss):
+    """Sum the gradients and the loss over all processes, once; returns the mean loss."""
+    total = torch.tensor([loss], dtype=torch.float64, device=model.get_input_embeddings().weight.device)
+    torch.distributed.all_reduce(total)
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        torch.distributed.all_reduce(parameter.grad)
+    return total.item()
+
+
+def norms(model):
+    """{parameter name: Euclidean norm of its gradient}; ValueError if any is not finite or all are zero."""
+    found = {
+        name: 0.0 if p.grad is None else p.grad.norm(dtype=torch.float64).item()
+        for name, p in model.named_parameters()
+    }
+    bad = [name for name, norm in found.items() if not math.isfinite(norm)]
+    if bad:
+        raise ValueError(
+            f"the gradient of {bad[0]} (and {len(bad) - 1} more) is not finite: check the proxy's weights"
+        )
+    if not any(found.values()):
+        raise ValueError("the gradient is zero: no response token of the holdout traces reached the loss")
+    return found
+
+
+def total_norm(norms_by_name):
+    return math.sqrt(sum(norm**2 for norm in norms_by_name.values()))
+
+
+def save(path, model, metadata):
+    """Write every parameter's gradient (float32) and `metadata` (strings) to a safetensors file, atomically."""
+    tensors = {
+        name: (torch.zeros_like(p) if p.grad is None else p.grad).float().cpu().contiguous()
+        for name, p in model.named_parameters()
+    }
+    with store.atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def open_checked(path, proxy_fingerprint):
+    """Open a gradient file (safe_open: get_tensor reads one parameter's gradient).
+
+    Raises FileNotFoundError when it is missing, ValueError when it is cut short, was not written by save_grad.py,
+    or is the gradient of a model with other contents.
+    """
+    remedy = "make it with save_grad.py"
+    if not path.is_file():
+        raise FileNotFoundError(f"gradient {path} does not exist: {remedy}")
+    try:
+        file = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"gradient {path} is damaged ({error}): delete it and {remedy}") from error
+    metadata = file.metadata() or {}
+    if "proxy_fingerprint" not in metadata:
+        raise ValueError(f"{path} holds no proxy gradient: {remedy}")
+    if metadata["proxy_fingerprint"] != proxy_fingerprint:
+        raise ValueError(
+            f"gradient {path} belongs to another proxy ({metadata['proxy_student']}, contents "
+            f"{metadata['proxy_fingerprint']}, now {proxy_fingerprint}): set proxy_student to it, or {remedy}"
+        )
+    return file
+
+
+def check_matches(file, path, model):
+    """ValueError unless the gradient file has exactly the model's parameters, in their shapes."""
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    wrong = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"gradient {path} does not fit the proxy: {name} is {stored.get(name)} in the file, {shapes.get(name)} "
+            f"in the model ({len(wrong)} parameters differ)"
+        )

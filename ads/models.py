@@ -1,0 +1,197 @@
+"""Loading causal language models, and driving them token by token with a KV cache that has a write position per row.
+
+A slot is one row of the batch. Active slots are always 0..n-1, so that reading them is a view, not a copy:
+
+    keys of one layer        position 0 ......................... S-1
+    slot 0 (active)          [ prompt | response | next> |   free   ]
+    slot 1 (active)          [ prompt | resp | next> |              ]
+    slot 2 (released)        [                                      ]
+
+Shapes: B rows given, N active slots, T tokens given, S positions allocated, L positions read, H heads, D head width,
+V logit rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, Cache
+
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
+
+
+def load_model(name, dtype, device, attn_implementation="auto"):
+    """The causal language model `name` (folder or hub name) in eval mode; ValueError when it cannot be loaded.
+
+    dtype "auto" is bfloat16 on CUDA and float32 elsewhere; attention "auto" is the library's choice for the model.
+    """
+    attention = None if attn_implementation == "auto" else attn_implementation
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=resolve_dtype(dtype, device), attn_implementation=attention
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model {name!r} could not be loaded: {reason}") from error
+    return model.to(device).eval()
+
+
+def resolve_dtype(dtype, device):
+    """The torch dtype of a config's dtype key."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    return getattr(torch, dtype)
+
+
+@dataclass
+class Placement:
+    """Where the tokens of one forward pass go: token (row, column) is written to (slot, position)."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    read: (
+        tuple[int, int] | None
+    )  # (N, L) to attend to after writing; None: attend to the tokens given (prefill)
+
+
+class SlotCache(Cache):
+    """Keys and values (B, H, S, D) per layer, allocated once at the first prefill, written in place."""
+
+    def __init__(self, num_slots, num_positions):
+        super().__init__(layers=[])
+        self.num_slots, self.num_positions = num_slots, num_positions
+        self.keys, self.values = {}, {}
+        self.placement = None
+
+    def update(self, keys_BHTD, values_BHTD, layer_idx, *args, **kwargs):
+        """Store the given tokens and return what attention should see (called by each attention layer)."""
+        if layer_idx not in self.keys:
+            self.keys[layer_idx] = self.allocate(keys_BHTD)
+            self.values[layer_idx] = self.allocate(values_BHTD)
+        place = self.placement
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[place.slots, :, place.positions] = keys_BHTD[place.rows, :, place.columns]
+        values[place.slots, :, place.positions] = values_BHTD[place.rows, :, place.columns]
+        if place.read is None:
+            return keys_BHTD, values_BHTD
+        n, length = place.read
+        return keys[:n, :, :length], values[:n, :, :length]
+
+    def allocate(self, like_BHTD):
+        _, num_heads, _, head_width = like_BHTD.shape
+        return like_BHTD.new_zeros(self.num_slots, num_heads, self.num_positions, head_width)
+
+    def move(self, source, target, length):
+        for tensors in (self.keys, self.values):
+            for tensor in tensors.values():
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def get_seq_length(self, layer_idx=0):
+        return 0 if self.placement is None or self.placement.read is None else self.placement.read[1] - 1
+
+
+class CachedModel:
+    """A causal language model together with its slots. Returns next-token logits, never those of other positions."""
+
+    def __init__(self, model):
+        self.model = model
+        self.windows = attention_windows(model.config)
+        self.cache = None
+        self.device = model.get_input_embeddings().weight.device
+        self.dtype = model.get_input_embeddings().weight.dtype
+
+    def allocate(self, num_slots, num_positions):
+        """Replace the cache by an empty one."""
+        self.cache = SlotCache(num_slots, num_positions)
+
+    def move(self, source, target, length):
+        """Copy the first `length` positions of one slot over another."""
+        self.cache.move(source, target, length)
+
+    @torch.inference_mode()
+    def prefill(self, prompts, first_slot):
+        """Fill slots first_slot, first_slot+1, ... with prompts (lists of ids); logits (B, V) after the last token.
+
+        Rows are padded on the left, so that the last column is every row's last token and only its logits are made.
+        """
+        width = max(map(len, prompts))
+        padding_B = torch.tensor([width - len(ids) for ids in prompts])
+        ids_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts])
+        positions_BT = torch.arange(width) - padding_B[:, None]
+        rows, columns = (positions_BT >= 0).nonzero(as_tuple=True)
+        place = Placement(rows, columns, rows + first_slot, positions_BT[rows, columns], read=None)
+        key_positions_BT = positions_BT.masked_fill(
+            positions_BT < 0, width
+        )  # later than any query: never seen
+        return self.forward(ids_BT, positions_BT.clamp(min=0), key_positions_BT, place)
+
+    @torch.inference_mode()
+    def step(self, tokens_N, lengths_N, longest):
+        """Append one token to each active slot and return the logits (N, V) that follow it.
+
+        lengths_N: tokens already in each slot; longest: their maximum (an int, so that nothing waits for the device).
+        """
+        num_active = len(tokens_N)
+        slots_N = torch.arange(num_active, device=self.device)
+        place = Placement(
+            slots_N, torch.zeros_like(slots_N), slots_N, lengths_N, read=(num_active, longest + 1)
+        )
+        key_positions_BL = torch.arange(longest + 1, device=self.device).expand(num_active, -1)
+        return self.forward(tokens_N[:, None], lengths_N[:, None], key_positions_BL, place)
+
+    def forward(self, ids_BT, positions_BT, key_positions_BL, place):
+        self.cache.placement = Placement(
+            place.rows.to(self.device),
+            place.columns.to(self.device),
+            place.slots.to(self.device),
+            place.positions.to(self.device),
+            place.read,
+        )
+        ids_BT, positions_BT = ids_BT.to(self.device), positions_BT.to(self.device)
+        key_positions_BL = key_positions_BL.to(self.device)
+        masks = {
+            kind: additive_mask(positions_BT, key_positions_BL, window, self.dtype)
+            for kind, window in self.windows.items()
+        }
+        # Models with one kind of layer take one mask, models that mix them take a mapping.
+        mask = next(iter(masks.values())) if len(masks) == 1 else masks
+        output = self.model(
+            input_ids=ids_BT,
+            position_ids=positions_BT,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+
+def additive_mask(positions_BT, key_positions_BL, window, dtype):
+    """(B, 1, T, L) mask to add to attention scores: a query sees keys at most its own position, within `window`."""
+    distance_BTL = positions_BT[:, :, None] - key_positions_BL[:, None, :]
+    seen_BTL = distance_BTL >= 0
+    if window is not None:
+        seen_BTL = seen_BTL & (distance_BTL < window)
+    mask_BTL = torch.zeros(seen_BTL.shape, dtype=dtype, device=seen_BTL.device)
+    return mask_BTL.masked_fill(~seen_BTL, torch.finfo(dtype).min)[:, None]
+
+
+def attention_windows(config):
+    """{kind of layer: attention window in tokens, or None} of a model's text layers.
+
+    Raises ValueError for layers whose state is not keys and values of past tokens (linear attention, chunks, ...).
+    """
+    config = config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return {"sliding_attention" if window else "full_attention": window}
+    unknown = sorted(set(kinds) - set(ATTENTION_KINDS))
+    if unknown:
+        raise ValueError(
+            f"model type {config.model_type!r} has {', '.join(unknown)} layers; "
+            f"decoding supports {' and '.join(ATTENTION_KINDS)}"
+        )
+    return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}

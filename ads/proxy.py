@@ -1,0 +1,100 @@
+"""Delta: how much one training step of the proxy on each token would raise its holdout loss.
+
+    Delta(x) = [log p(x; theta + eps g) - log p(x; theta - eps g)] / (2 eps)          paper eq. 10
+
+Shapes: V vocabulary (the teacher's token ids), B rows.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ads import sampling
+from ads.models import CachedModel
+
+LEAST_COSINE = 0.9  # below this the rounded perturbation no longer points along the gradient
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """How well 16-bit (or 32-bit) weights hold theta +- eps g: the stored difference against 2 eps g."""
+
+    share_changed: float  # share of the weights with a nonzero gradient that differ between the two models
+    cosine: float  # between the stored and the wanted difference
+    relative_norm: float  # stored over wanted norm
+
+
+class CentralDifference:
+    """Two perturbed proxies in lockstep with the teacher's slots."""
+
+    def __init__(self, plus, minus, eps, shared_V):
+        """plus, minus: the models perturb_ made; shared_V: bool mask of the ids that mean the same to both models."""
+        self.plus, self.minus = CachedModel(plus), CachedModel(minus)
+        self.eps, self.shared_V = eps, shared_V
+
+    def allocate(self, num_slots, num_positions):
+        self.plus.allocate(num_slots, num_positions)
+        self.minus.allocate(num_slots, num_positions)
+
+    def prefill(self, prompts, first_slot):
+        """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
+        return self.delta(*(m.prefill(prompts, first_slot) for m in (self.plus, self.minus)))
+
+    def step(self, tokens_N, lengths_N, longest):
+        """Delta (N, V) for the token that follows; see CachedModel.step."""
+        return self.delta(*(m.step(tokens_N, lengths_N, longest) for m in (self.plus, self.minus)))
+
+    def move(self, source, target, length):
+        self.plus.move(source, target, length)
+        self.minus.move(source, target, length)
+
+    def delta(self, plus_BR, minus_BR):
+        """Central difference of the log-probabilities over the shared ids (nats per unit of g); 0 elsewhere."""
+        log_plus_BV = sampling.log_probs(plus_BR, self.shared_V)
+        log_minus_BV = sampling.log_probs(minus_BR, self.shared_V)
+        delta_BV = (log_plus_BV - log_minus_BV) / (2 * self.eps)
+        return torch.where(self.shared_V, delta_BV, 0.0)
+
+
+@torch.no_grad()
+def perturb_(plus, minus, read_gradient, eps):
+    """Turn two copies of the proxy into theta + eps g and theta - eps g; returns the realised Perturbation.
+
+    read_gradient(name) gives the float32 gradient of a parameter (see gradient.open_checked). The sum is made in
+    float32 and rounded once to the models' dtype, so eps g is lost only as far as that dtype cannot hold it.
+    """
+    changed = wanted = dot = norm_stored = norm_wanted = 0.0
+    minus_parameters = dict(minus.named_parameters())
+    for name, plus_parameter in plus.named_parameters():
+        minus_parameter = minus_parameters[name]
+        g = read_gradient(name).to(plus_parameter.device)
+        base = plus_parameter.float()
+        plus_parameter.copy_(base + eps * g)
+        minus_parameter.copy_(base - eps * g)
+        stored = plus_parameter.float() - minus_parameter.float()
+        changed += ((stored != 0) & (g != 0)).sum().item()
+        wanted += (g != 0).sum().item()
+        dot += (stored * g).sum(dtype=torch.float64).item()
+        norm_stored += stored.square().sum(dtype=torch.float64).item()
+        norm_wanted += g.square().sum(dtype=torch.float64).item()
+    norm_product = (norm_stored * norm_wanted) ** 0.5
+    return Perturbation(
+        share_changed=changed / wanted,
+        cosine=dot / norm_product if norm_product else 0.0,
+        relative_norm=(norm_stored / norm_wanted) ** 0.5 / (2 * eps),
+    )
+
+
+def warning(perturbation, eps, dtype):
+    """One line if the perturbation was largely lost to rounding, else None."""
+    if perturbation.cosine >= LEAST_COSINE:
+        return None
+    return (
+        f"WARNING: theta +- eps g is lost to rounding: cosine {perturbation.cosine:.3f} between the stored and the "
+        f"wanted perturbation (eps={eps:g}, proxy_dtype={dtype}). Use proxy_dtype=float32 or a larger eps"
+    )
+
+
+def describe(perturbation):
+    """The perturbation's figures for a sidecar."""
+    return {key: round(value, 6) for key, value in asdict(perturbation).items()}

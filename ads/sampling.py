@@ -1,0 +1,110 @@
+"""The antidistillation sampling distribution and how a token is drawn from it.
+
+    p(x) is proportional to exp(log p_T(x) / tau + lam * Delta(x))          paper eq. 11, Algorithm 1
+
+Shapes: B rows, V vocabulary (token ids of the tokenizer). Scores and probabilities are float32, the CDF float64.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+GOLDEN = 0x9E3779B97F4A7C15  # constants of the SplitMix64 generator (Steele et al., OOPSLA 2014)
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. tau = 0 is greedy; top_k = 0 and top_p = 1 switch truncation off; lam = 0 needs no proxy."""
+
+    tau: float
+    lam: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Sampling(tau=0.0)
+
+
+def log_probs(logits_BR, allowed_V):
+    """Log-probabilities (nats, float32, (B, V)) over the allowed ids; -inf elsewhere. R >= V logit rows may follow V."""
+    logits_BV = logits_BR[:, : len(allowed_V)].float().masked_fill(~allowed_V, -torch.inf)
+    return torch.log_softmax(logits_BV, dim=-1)
+
+
+def sample(log_probs_BV, delta_BV, sampling, keys_B, steps_B):
+    """Draw one token id per row, (B,) int64.
+
+    delta_BV is None where lam = 0. keys_B and steps_B are int64: a row's key (see `row_key`) and how many tokens it
+    has sampled so far. At tau = 0: argmax of log p_T + lam * Delta.
+    """
+    scores_BV = log_probs_BV if sampling.tau == 0 else log_probs_BV / sampling.tau
+    if delta_BV is not None:
+        scores_BV = scores_BV + sampling.lam * delta_BV
+    if sampling.tau == 0:
+        return scores_BV.argmax(-1)
+    scores_BV = truncate(scores_BV, sampling.top_k, sampling.top_p)
+    return draw(scores_BV, uniforms(keys_B, steps_B))
+
+
+def truncate(scores_BV, top_k, top_p):
+    """Set to -inf all but the top_k highest scores, then all but the smallest set holding top_p of what is left.
+
+    A token tied with the last one kept is kept too, so that the outcome is a function of the scores alone.
+    """
+    vocab_size = scores_BV.shape[-1]
+    num_kept = min(top_k, vocab_size) if top_k else vocab_size
+    if num_kept == vocab_size and top_p == 1:
+        return scores_BV
+    ranked_BK = scores_BV.topk(num_kept, dim=-1).values
+    scores_BV = scores_BV.masked_fill(scores_BV < ranked_BK[:, -1:], -torch.inf)
+    if top_p < 1:
+        ranked_probs_BK = (ranked_BK - scores_BV.logsumexp(-1, keepdim=True)).exp()
+        mass_before_BK = ranked_probs_BK.cumsum(-1) - ranked_probs_BK
+        last_B1 = ((mass_before_BK < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 in a row of NaN
+        scores_BV = scores_BV.masked_fill(scores_BV < ranked_BK.gather(-1, last_B1), -torch.inf)
+    return scores_BV
+
+
+def draw(scores_BV, uniforms_B):
+    """Inverse-CDF sample of softmax(scores) per row, (B,) int64.
+
+    The CDF runs in order of token id, not of probability: rounding noise in the scores then moves the boundaries
+    by as little as the noise itself, so a trace hardly depends on how rows were batched.
+    """
+    cdf_BV = torch.softmax(scores_BV, dim=-1).double().cumsum(-1)
+    targets_B1 = uniforms_B[:, None] * cdf_BV[:, -1:]
+    tokens_B1 = torch.searchsorted(cdf_BV, targets_B1, right=True)
+    return tokens_B1.squeeze(-1).clamp(
+        max=cdf_BV.shape[-1] - 1
+    )  # V in a row of NaN, which the caller reports
+
+
+def row_key(seed, problem_id):
+    """The 64-bit key (as a signed int) of a problem's random numbers."""
+    digest = hashlib.sha256(f"{seed}\n{problem_id}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def uniforms(keys_B, steps_B):
+    """One float64 in [0, 1) per (key, step), with 32 random bits: the SplitMix64 stream seeded by the key, at `step`.
+
+    Below 1 by 2^-32, so `uniform * total` stays below the total in float64 and a token of probability 0 is never drawn.
+    """
+    state_B = keys_B + (steps_B + 1) * as_signed(GOLDEN)
+    state_B = (state_B ^ shift_right(state_B, 30)) * as_signed(MIX_1)
+    state_B = (state_B ^ shift_right(state_B, 27)) * as_signed(MIX_2)
+    state_B = state_B ^ shift_right(state_B, 31)
+    return shift_right(state_B, 32).double() / 2**32
+
+
+def shift_right(values, bits):
+    """Logical right shift of int64 (torch's own shift copies the sign)."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def as_signed(value):
+    """A 64-bit unsigned constant as the int64 with the same bits; int64 products wrap around."""
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,241 @@
+"""Fine-tune a student on traces -> EXP_DIR/models/NAME/final, an ordinary Hugging Face model (stage 4).
+
+    python distill.py train_traces=runs/x/traces/train.parquet holdout_traces=runs/x/traces/holdout.parquet \\
+        student=meta-llama/Llama-3.2-3B tokenizer=meta-llama/Llama-3.2-3B-Instruct exp_dir=runs/x
+    accelerate launch --config_file acc_config.yaml distill.py ...
+
+Settings: train_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not (3).
+"""
+
+import functools
+import math
+import shutil
+import time
+from pathlib import Path
+
+import utils
+from ads import chat, store
+from ads.config import TrainConfig, ignored_keys, to_dict
+from utils import print0, print_result
+
+
+def main(arguments):
+    cfg, inputs = utils.begin_stage(TrainConfig, "train_config.yaml", fingerprint_inputs, arguments)
+    with utils.main_lock(cfg):
+        distil(cfg, inputs)
+
+
+def fingerprint_inputs(cfg):
+    """What the student depends on besides the settings."""
+    inputs = {
+        "student": store.fingerprint_model(cfg.student),
+        "tokenizer": store.fingerprint_tokenizer(cfg.tokenizer or cfg.student),
+        "train_traces": store.fingerprint_existing(cfg.train_traces, "make it with gentraces.py"),
+    }
+    if cfg.do_eval:
+        inputs["holdout_traces"] = store.fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py")
+    return inputs
+
+
+def distil(cfg, inputs):
+    start = time.time()
+    tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
+    train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
+    holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
+    world = utils.start_world()
+    per_device = per_device_batch(cfg, world.size)
+    if world.is_main:
+        store.open_parts(cfg.model_path, to_dict(cfg), inputs, ignored_keys(cfg))
+    world.barrier()
+
+    model = load_student(cfg, tokenizer, world.device)
+    trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
+    checkpoint = cfg.checkpoint or newest_checkpoint(cfg.model_path)
+    if checkpoint:
+        print0(f"resuming from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if not math.isfinite(result.training_loss):
+        raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
+    if world.is_main:
+        save_student(cfg, trainer.accelerator.unwrap_model(trainer.model), tokenizer, world.device)
+        finish(cfg, inputs, trainer, len(train), num_cut, time.time() - start)
+    world.barrier()
+
+
+def load_examples(cfg, tokenizer, path):
+    """(training sequences of a trace dataset, how many were cut to max_length)."""
+    rows = utils.read_parquet(Path(path))
+    utils.check_columns(path, rows, ("problem", cfg.trace_colname, "finished"))
+    examples, num_cut = [], 0
+    for row in rows:
+        ids, labels = chat.student_example(
+            tokenizer, row["problem"], row[cfg.trace_colname], row["finished"], cfg.max_length
+        )
+        num_cut += len(ids) == cfg.max_length
+        if any(label != chat.IGNORED_LABEL for label in labels):
+            examples.append({"input_ids": ids, "labels": labels})
+    if not examples:
+        raise ValueError(f"{path}: no trace has a token to train on within max_length={cfg.max_length}")
+    if num_cut:
+        print0(f"{path}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
+    return examples, num_cut
+
+
+def per_device_batch(cfg, world_size):
+    """The largest batch per device, up to per_device_batch_size, that makes up batch_size exactly."""
+    for size in range(cfg.per_device_batch_size, 0, -1):
+        if cfg.batch_size % (size * world_size) == 0:
+            return size
+    raise ValueError(
+        f"batch_size={cfg.batch_size}: must be a multiple of the number of processes, {world_size}"
+    )
+
+
+def load_student(cfg, tokenizer, device):
+    """The student, with LoRA adapters where cfg.lora. All weights are trained in float32 (LoRA: the adapters)."""
+    import torch
+    from transformers import set_seed
+
+    from ads.models import load_model, resolve_dtype
+
+    print0(f"loading {cfg.student}")
+    dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.") if cfg.lora else "float32"
+    model = load_model(cfg.student, dtype, device, training_attention(cfg, device))
+    chat.check_rows(tokenizer, model.get_input_embeddings().weight.shape[0], cfg.student)
+    set_seed(cfg.seed)
+    if not cfg.lora:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=cfg.lora_r,
+        lora_alpha=cfg.lora_alpha,
+        lora_dropout=cfg.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad), (
+        "adapters must be float32"
+    )
+    print0(f"LoRA r={cfg.lora_r}: {num_trained:,} trained weights")
+    return model
+
+
+def training_attention(cfg, device):
+    """flash_attention_2 where it can run, unless the config says otherwise."""
+    from ads.models import resolve_dtype
+
+    can_flash = (
+        device != "cpu" and store.importable("flash-attn") and resolve_dtype(cfg.dtype, device).itemsize == 2
+    )
+    return "flash_attention_2" if cfg.attn_implementation == "auto" and can_flash else cfg.attn_implementation
+
+
+def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
+    """transformers.Trainer with completion-only loss: token mean over each step's sequences (its default)."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from ads.models import resolve_dtype
+
+    steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
+    autocast = resolve_dtype(cfg.dtype, world.device)
+    arguments = TrainingArguments(
+        output_dir=str(cfg.model_path),
+        per_device_train_batch_size=per_device,
+        per_device_eval_batch_size=per_device,
+        gradient_accumulation_steps=cfg.batch_size // (per_device * world.size),
+        num_train_epochs=cfg.num_epochs,
+        learning_rate=cfg.lr,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
+        warmup_steps=math.ceil(cfg.warmup * cfg.num_epochs * steps_per_epoch),
+        lr_scheduler_type=cfg.lr_scheduler_type,
+        eval_strategy="steps" if holdout else "no",
+        eval_on_start=bool(holdout),
+        eval_steps=max(1, round(cfg.eval_epochs * steps_per_epoch)),
+        prediction_loss_only=True,
+        save_steps=max(1, round(cfg.save_epochs * steps_per_epoch)),
+        save_total_limit=1,
+        logging_steps=max(1, steps_per_epoch // 10),
+        bf16=autocast == torch.bfloat16,
+        fp16=autocast == torch.float16,
+        gradient_checkpointing=cfg.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if cfg.gradient_checkpointing else None,
+        ddp_find_unused_parameters=False if world.size > 1 else None,
+        dataloader_pin_memory=world.device != "cpu",
+        use_cpu=world.device == "cpu",
+        remove_unused_columns=False,
+        report_to=cfg.report_to.split(","),
+        run_name=cfg.model_name,
+        seed=cfg.seed,
+    )
+    collate = functools.partial(pad_right, pad_id=tokenizer.eos_token_id)
+    return Trainer(
+        model=model, args=arguments, train_dataset=train, eval_dataset=holdout, data_collator=collate
+    )
+
+
+def pad_right(examples, pad_id):
+    """Batch of input_ids, labels and attention_mask (B, T) int64; padding is masked by length, never by id."""
+    import torch
+
+    width = max(len(example["input_ids"]) for example in examples)
+    fill = {"input_ids": pad_id, "labels": chat.IGNORED_LABEL}
+    batch = {
+        key: torch.tensor([example[key] + [value] * (width - len(example[key])) for example in examples])
+        for key, value in fill.items()
+    }
+    lengths_B1 = torch.tensor([[len(example["input_ids"])] for example in examples])
+    batch["attention_mask"] = (torch.arange(width) < lengths_B1).long()
+    return batch
+
+
+def newest_checkpoint(model_path):
+    """The last checkpoint that was written to its end (the trainer writes trainer_state.json last), or None."""
+    complete = [path.parent for path in model_path.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def save_student(cfg, model, tokenizer, device):
+    """Merge the adapters in float32, round once, and write model, tokenizer and generation config."""
+    from ads.models import resolve_dtype
+
+    if cfg.lora:
+        model = model.float().merge_and_unload()
+    model = model.to(resolve_dtype(cfg.dtype, device))
+    # The student learned to stop with the tokenizer's eos, which may not be the one its base config names.
+    model.generation_config.eos_token_id = sorted(chat.eos_ids(tokenizer, model))
+    model.config.use_cache = True
+    with store.atomic_folder(cfg.model_path / "final") as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def finish(cfg, inputs, trainer, num_examples, num_cut, seconds):
+    """Registry, sidecar (last), and only then away with the checkpoints."""
+    history = trainer.state.log_history
+    losses = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
+    holdout_losses = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
+    stats = {
+        "n": num_examples,
+        "num_cut": num_cut,
+        "num_steps": trainer.state.global_step,
+        "train_loss": losses[-1][1] if losses else None,
+        "holdout_loss_start": holdout_losses[0][1] if holdout_losses else None,
+        "holdout_loss": holdout_losses[-1][1] if holdout_losses else None,
+    }
+    entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
+    store.append_jsonl(Path(cfg.exp_dir) / "metadata" / "model_registry.jsonl", entry)
+    curves = {"train": losses, "holdout": holdout_losses}
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, losses=curves)
+    if not cfg.keep_checkpoints:
+        for path in cfg.model_path.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    print_result(model_name=cfg.model_name, model=str(cfg.model_path / "final"), **stats)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,320 @@
+"""Sample a model on a split, force answers, grade: problems -> EXP_DIR/traces/NAME (stages 1, 3, 5 and 6).
+
+    python gentraces.py data_split=gsm8k_holdout trace_name=holdout exp_dir=runs/x
+    python gentraces.py data_split=gsm8k_train tau=0.6 lam=0.03 grad_path=runs/x/student_grads.safetensors \\
+        proxy_student=Qwen/Qwen2.5-3B trace_name=train exp_dir=runs/x
+
+Settings: gen_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not (3).
+"""
+
+import functools
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import utils
+from ads import chat, grading, store
+from ads.config import GenConfig, ignored_keys, to_dict
+from utils import print0, print_result
+
+
+def main(arguments):
+    cfg, inputs = utils.begin_stage(GenConfig, "gen_config.yaml", fingerprint_inputs, arguments)
+    with utils.main_lock(cfg):
+        generate_traces(cfg, inputs)
+
+
+def fingerprint_inputs(cfg):
+    """What the traces depend on besides the settings."""
+    inputs = {
+        "teacher": store.fingerprint_model(cfg.teacher),
+        "tokenizer": store.fingerprint_tokenizer(cfg.tokenizer or cfg.teacher),
+        "data": utils.fingerprint_data(cfg.data_split, cfg.data_dir),
+    }
+    if cfg.lam:
+        inputs["proxy_student"] = store.fingerprint_model(cfg.proxy_student)
+        inputs["gradient"] = store.fingerprint_existing(cfg.grad_path, "make it with save_grad.py")
+    if cfg.few_shot:
+        inputs["few_shot_traces"] = store.fingerprint_existing(
+            cfg.few_shot_traces, "make it with gentraces.py"
+        )
+    return inputs
+
+
+def generate_traces(cfg, inputs):
+    start = time.time()
+    tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
+    problems = utils.load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
+    check_references(problems)
+    prompts = render_prompts(cfg, tokenizer, problems)
+    world = utils.start_world()
+    if world.is_main:
+        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs, ignored_keys(cfg))
+    world.barrier()
+
+    models, notes = load_models(cfg, tokenizer, world)
+    rows, speed = sample_traces(cfg, models, tokenizer, problems, prompts, world)
+    if cfg.answer_force:
+        rows = force_answers(cfg, models, tokenizer, problems, prompts, rows, world)
+    if world.is_main:
+        rows = assemble(cfg, problems, prompts, rows)
+        save_traces(cfg, rows)
+        stats = compute_stats(cfg, rows, num_too_long=len(problems) - len(prompts)) | speed
+        finish(cfg, inputs, stats, notes, time.time() - start)
+    world.barrier()
+
+
+def check_references(problems):
+    """Every problem must have an answer to grade against; found out before a model is loaded."""
+    for problem in problems:
+        try:
+            grading.reference_answer(problem["solution"])
+        except ValueError as error:
+            raise ValueError(f"problem {problem['id']}: {error}") from error
+
+
+def render_prompts(cfg, tokenizer, problems):
+    """{problem id: prompt ids}; prompts above max_prompt_length are left out, and said."""
+    examples = few_shot_examples(cfg)
+    prompts = {p["id"]: chat.prompt_ids(tokenizer, p["problem"], examples) for p in problems}
+    kept = {i: ids for i, ids in prompts.items() if len(ids) <= cfg.max_prompt_length}
+    if not kept:
+        shortest = min(map(len, prompts.values()))
+        raise ValueError(
+            f"max_prompt_length={cfg.max_prompt_length}: every prompt of {cfg.data_split} is longer, the shortest has "
+            f"{shortest} tokens"
+        )
+    if len(kept) < len(prompts):
+        print0(f"left out {len(prompts) - len(kept)} of {len(prompts)} problems: above max_prompt_length")
+    return kept
+
+
+def few_shot_examples(cfg):
+    """(problem, worked solution) of the first few_shot correct, finished traces: what follows their think block."""
+    if not cfg.few_shot:
+        return ()
+    rows = utils.read_parquet(Path(cfg.few_shot_traces))
+    utils.check_columns(
+        cfg.few_shot_traces, rows, ("problem", cfg.trace_colname, "finished", "is_raw_correct")
+    )
+    rows = [row for row in rows if row["finished"] and row["is_raw_correct"]]
+    if len(rows) < cfg.few_shot:
+        raise ValueError(
+            f"few_shot={cfg.few_shot}: {cfg.few_shot_traces} has {len(rows)} correct, finished traces"
+        )
+    return [(r["problem"], r[cfg.trace_colname].split("</think>")[-1].strip()) for r in rows[: cfg.few_shot]]
+
+
+def load_models(cfg, tokenizer, world):
+    """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, the perturbed proxies."""
+    from ads.engine import Models
+    from ads.models import CachedModel, load_model
+
+    proxy, notes = load_proxy(cfg, tokenizer, world.device) if cfg.lam else (None, {})
+    print0(f"loading {cfg.teacher}")
+    teacher = load_model(cfg.teacher, cfg.dtype, world.device, cfg.attn_implementation)
+    chat.check_rows(tokenizer, teacher.get_output_embeddings().weight.shape[0], cfg.teacher)
+    allowed_V = id_mask(tokenizer, tokenizer.get_vocab().values(), world.device)
+    eos = frozenset(i for i in chat.eos_ids(tokenizer, teacher) if i < len(allowed_V))
+    return Models(CachedModel(teacher), proxy, allowed_V, eos), notes
+
+
+def load_proxy(cfg, tokenizer, device):
+    """(CentralDifference, notes): theta +- eps g, checked against the gradient file and the teacher's vocabulary."""
+    from ads import gradient, proxy
+    from ads.models import load_model
+
+    grad_path = Path(cfg.grad_path)
+    file = gradient.open_checked(grad_path, store.fingerprint_model(cfg.proxy_student))
+    vocabulary = chat.match_vocabularies(
+        tokenizer, chat.load_tokenizer(cfg.proxy_student, need_chat_template=False)
+    )
+    print0(f"loading {cfg.proxy_student} twice, as theta +- {cfg.eps:g} g")
+    plus, minus = (
+        load_model(cfg.proxy_student, cfg.proxy_dtype, device, cfg.attn_implementation) for _ in range(2)
+    )
+    gradient.check_matches(file, grad_path, plus)
+    chat.check_rows(tokenizer, plus.get_input_embeddings().weight.shape[0], cfg.proxy_student)
+    realised = proxy.perturb_(plus, minus, file.get_tensor, cfg.eps)
+    print0(f"perturbation as stored: {proxy.describe(realised)}")
+    if warning := proxy.warning(realised, cfg.eps, cfg.proxy_dtype):
+        print0(warning)
+    shared_V = id_mask(tokenizer, vocabulary.shared_ids, device)
+    notes = {
+        "perturbation": proxy.describe(realised),
+        "ids_without_delta": [list(entry) for entry in vocabulary.differing],
+    }
+    return proxy.CentralDifference(plus, minus, cfg.eps, shared_V), notes
+
+
+def id_mask(tokenizer, ids, device):
+    """Bool mask (V,) over the tokenizer's ids, true at `ids`."""
+    import torch
+
+    mask_V = torch.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=torch.bool)
+    mask_V[list(ids)] = True
+    return mask_V.to(device)
+
+
+def sample_traces(cfg, models, tokenizer, problems, prompts, world):
+    """({id: row} of every problem's response, speed). Rows already in parts are kept."""
+    from ads.engine import Request
+    from ads.sampling import Sampling
+
+    requests = [Request(i, ids, cfg.max_length - len(ids)) for i, ids in prompts.items()]
+    solutions = {p["id"]: p["solution"] for p in problems}
+    print0("first prompt:", tokenizer.decode(requests[0].prompt_ids), sep="\n")
+    rule = Sampling(cfg.tau, cfg.lam, cfg.top_k, cfg.top_p)
+    to_row = functools.partial(trace_row, tokenizer=tokenizer, eos=models.eos, solutions=solutions)
+    start = time.time()
+    num_tokens = decode_to_parts(cfg, "traces", models, rule, requests, to_row, world)
+    seconds, num_tokens = time.time() - start, world.sum(num_tokens)
+    world.barrier()
+    rows = store.read_parts(cfg.parts_dir / "traces")
+    print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
+    return rows, {"tokens_per_second": round(num_tokens / seconds, 1) if num_tokens else None}
+
+
+def trace_row(completion, tokenizer, eos, solutions):
+    """What a finished response adds to its problem."""
+    trace = chat.response_text(tokenizer, completion.ids, eos)
+    grade = grading.grade(trace, solutions[completion.id])
+    return {
+        "id": completion.id,
+        "response_ids": completion.ids,
+        "trace": trace,
+        "finished": completion.finished,
+        "num_tokens": len(completion.ids),
+        "raw_answer": grade.answer,
+        "is_raw_correct": grade.correct,
+        "raw_timed_out": grade.timed_out,
+        "teacher_nll": -completion.log_prob / len(completion.ids),
+    }
+
+
+def force_answers(cfg, models, tokenizer, problems, prompts, rows, world):
+    """The rows with the answer each model states when made to: <= 32 greedy tokens without Delta after FORCE_TEXT."""
+    from ads.engine import Models, Request
+    from ads.sampling import GREEDY
+
+    forced = {
+        i: chat.forced_ids(tokenizer, ids, rows[i]["response_ids"], models.eos) for i, ids in prompts.items()
+    }
+    requests = [Request(i, ids, chat.NUM_FORCED_TOKENS) for i, ids in forced.items()]
+    solutions = {p["id"]: p["solution"] for p in problems}
+    to_row = functools.partial(
+        forced_row, tokenizer=tokenizer, eos=models.eos, forced=forced, prompts=prompts, solutions=solutions
+    )
+    plain = Models(models.teacher, None, models.allowed_V, models.eos)
+    decode_to_parts(cfg, "forced", plain, GREEDY, requests, to_row, world)
+    world.barrier()
+    answers = store.read_parts(cfg.parts_dir / "forced")
+    return {i: {**row, **answers[i]} for i, row in rows.items()}
+
+
+def forced_row(completion, tokenizer, eos, forced, prompts, solutions):
+    """The forced text and its grade."""
+    continuation = chat.response_text(tokenizer, completion.ids, eos)
+    grade = grading.grade_forced(continuation, solutions[completion.id])
+    num_prompt_tokens = len(prompts[completion.id])
+    return {
+        "id": completion.id,
+        "trace_af": tokenizer.decode(forced[completion.id][num_prompt_tokens:]) + continuation,
+        "af_answer": grade.answer,
+        "is_af_correct": grade.correct,
+        "af_timed_out": grade.timed_out,
+    }
+
+
+def decode_to_parts(cfg, phase, models, rule, requests, to_row, world):
+    """Decode this process's requests that have no part yet, a part per batch_size rows; returns tokens sampled."""
+    from tqdm import tqdm
+
+    from ads.engine import generate
+
+    folder = cfg.parts_dir / phase
+    done = store.read_parts(folder)
+    mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
+    if len(mine) < len(requests) // world.size:
+        print0(f"{phase}: {len(done)} of {len(requests)} rows are there from an earlier run")
+    progress = tqdm(total=len(mine), desc=phase, unit="row", disable=not world.is_main, mininterval=2)
+    rows, num_tokens = [], 0
+    for completion in generate(models, rule, cfg.seed, mine, cfg.batch_size):
+        rows.append(to_row(completion))
+        num_tokens += len(completion.ids)
+        progress.update()
+        progress.set_postfix_str(
+            f"{num_tokens / (time.time() - progress.start_t):.0f} tokens/s", refresh=False
+        )
+        if len(rows) == cfg.batch_size:
+            store.write_part(folder, world.rank, rows)
+            rows = []
+    if rows:
+        store.write_part(folder, world.rank, rows)
+    progress.close()
+    return num_tokens
+
+
+def assemble(cfg, problems, prompts, rows):
+    """The dataset's rows, in the order of the problems."""
+    by_id = {p["id"]: p for p in problems}
+    table = []
+    for i, ids in prompts.items():
+        row = {**by_id[i], "prompt_ids": ids, "trace_af": None, "is_af_correct": None, **rows[i]}
+        row[cfg.trace_colname] = row.pop("trace")
+        row[f"{cfg.trace_colname}_af"] = row.pop("trace_af")
+        table.append(row)
+    return table
+
+
+def save_traces(cfg, rows):
+    """The dataset folder and the parquet file beside it."""
+    from datasets import Dataset
+
+    dataset = Dataset.from_list(rows)
+    with store.atomic_folder(cfg.traces_path) as folder:
+        dataset.save_to_disk(str(folder))
+    with store.atomic_path(cfg.parquet_path) as path:
+        dataset.to_parquet(str(path))
+
+
+def compute_stats(cfg, rows, num_too_long):
+    """What the report needs of a trace dataset."""
+    lengths = sorted(row["num_tokens"] for row in rows)
+    timed_out = sum(row["raw_timed_out"] + row.get("af_timed_out", 0) for row in rows)
+    return {
+        "n": len(rows),
+        "num_prompts_too_long": num_too_long,
+        "raw": accuracy(rows, "is_raw_correct"),
+        "af": accuracy(rows, "is_af_correct") if cfg.answer_force else None,
+        "finished": round(statistics.fmean(row["finished"] for row in rows), 4),
+        "num_tokens": {f"p{q}": lengths[(len(lengths) - 1) * q // 100] for q in (10, 50, 90, 100)},
+        "teacher_nll": round(statistics.fmean(row["teacher_nll"] for row in rows), 5),
+        "num_grader_timeouts": timed_out,
+    }
+
+
+def accuracy(rows, column):
+    """Share of correct rows with its 95 % Wilson interval."""
+    num_correct = sum(row[column] for row in rows)
+    low, high = utils.wilson_interval(num_correct, len(rows))
+    return {
+        "accuracy": round(num_correct / len(rows), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "num_correct": num_correct,
+    }
+
+
+def finish(cfg, inputs, stats, notes, seconds):
+    """Registry, sidecar (last), and only then away with the parts."""
+    entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
+    store.append_jsonl(Path(cfg.exp_dir) / "metadata" / "trace_registry.jsonl", entry)
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, **notes)
+    shutil.rmtree(cfg.parts_dir)
+    print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

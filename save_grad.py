@@ -1,0 +1,146 @@
+"""The proxy's mean gradient over holdout traces -> EXP_DIR/student_grads.safetensors (stage 2).
+
+    python save_grad.py proxy_student=Qwen/Qwen2.5-3B holdout_traces=runs/x/traces/holdout.parquet exp_dir=runs/x
+    accelerate launch --config_file acc_config.yaml save_grad.py ...
+
+Settings: grad_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not (3).
+"""
+
+import time
+from pathlib import Path
+
+import utils
+from ads import chat, store
+from ads.config import GradConfig, to_dict
+from utils import print0, print_result
+
+LOSS_WEIGHTING = "mean over sequences of the mean over response tokens, eos included"
+
+
+def main(arguments):
+    cfg, inputs = utils.begin_stage(GradConfig, "grad_config.yaml", fingerprint_inputs, arguments)
+    with utils.main_lock(cfg):
+        compute_gradient(cfg, inputs)
+
+
+def fingerprint_inputs(cfg):
+    """What the gradient depends on besides the settings."""
+    return {
+        "proxy_student": store.fingerprint_model(cfg.proxy_student),
+        "holdout_traces": store.fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py"),
+    }
+
+
+def compute_gradient(cfg, inputs):
+    from ads import gradient
+    from ads.models import load_model
+
+    start = time.time()
+    sequences, num_left_out = load_sequences(cfg)
+    vocabulary = check_vocabulary(cfg)
+    world = utils.start_world()
+    print0(f"loading {cfg.proxy_student}")
+    model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    check_ids(sequences, num_rows, cfg)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()  # checkpointing is skipped in eval mode; dropout, where a model has any, is switched off below
+        switch_off_dropout_(model)
+
+    mine = sequences[world.rank :: world.size]
+    loss = gradient.add_gradient_(model, mine, len(sequences), cfg.batch_size, progress_bar)
+    if world.size > 1:
+        loss = gradient.all_reduce_(model, loss)
+    norms = gradient.norms(model)
+    stats = {
+        "n": len(sequences),
+        "num_left_out": num_left_out,
+        "loss": round(loss, 6),
+        "grad_norm": round(gradient.total_norm(norms), 6),
+        "num_response_tokens": sum(len(s.ids) - s.num_prompt_tokens for s in sequences),
+    }
+    if world.is_main:
+        save(cfg, inputs, model, stats, norms, vocabulary, time.time() - start)
+    world.barrier()
+
+
+def load_sequences(cfg):
+    """(holdout sequences, how many had no room for a response token within max_length)."""
+    from ads.gradient import Sequence
+
+    rows = utils.read_parquet(Path(cfg.holdout_traces))
+    utils.check_columns(cfg.holdout_traces, rows, ("prompt_ids", "response_ids"))
+    if cfg.max_samples is not None:
+        rows = [rows[i] for i in sorted(utils.permutation(len(rows), cfg.seed)[: cfg.max_samples])]
+    sequences = [
+        Sequence((row["prompt_ids"] + row["response_ids"])[: cfg.max_length], len(row["prompt_ids"]))
+        for row in rows
+    ]
+    kept = [s for s in sequences if len(s.ids) > s.num_prompt_tokens > 0]
+    if not kept:
+        raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
+    return kept, len(sequences) - len(kept)
+
+
+def check_vocabulary(cfg):
+    """The traces' token ids must mean the same to the proxy; returns the added tokens that differ."""
+    sidecar = Path(cfg.holdout_traces).with_suffix(".yaml")
+    made_with = store.read_yaml(sidecar)["config"] if sidecar.is_file() else {}
+    name = cfg.tokenizer or made_with.get("tokenizer") or made_with.get("teacher")
+    if name is None:
+        raise ValueError(f"{sidecar} is not there to name the traces' tokenizer: set tokenizer")
+    ours = chat.load_tokenizer(name, need_chat_template=False)
+    theirs = chat.load_tokenizer(cfg.proxy_student, need_chat_template=False)
+    return chat.match_vocabularies(ours, theirs).differing
+
+
+def check_ids(sequences, num_rows, cfg):
+    largest = max(max(s.ids) for s in sequences)
+    if largest >= num_rows:
+        raise ValueError(
+            f"{cfg.holdout_traces} has token id {largest}, {cfg.proxy_student} only {num_rows} embedding rows"
+        )
+
+
+def switch_off_dropout_(model):
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def progress_bar(batches):
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="gradient", unit="batch", disable=not utils.is_main_process(), mininterval=2)
+
+
+def save(cfg, inputs, model, stats, norms, vocabulary, seconds):
+    """The gradient with what it belongs to inside it, then the sidecar."""
+    from ads import gradient
+
+    metadata = {
+        "proxy_student": cfg.proxy_student,
+        "proxy_fingerprint": inputs["proxy_student"],
+        "holdout_fingerprint": inputs["holdout_traces"],
+        "loss_weighting": LOSS_WEIGHTING,
+        **{key: str(value) for key, value in stats.items()},
+    }
+    gradient.save(cfg.grad_path, model, metadata)
+    store.write_sidecar(
+        cfg.sidecar_path,
+        to_dict(cfg),
+        inputs,
+        stats,
+        seconds,
+        loss_weighting=LOSS_WEIGHTING,
+        differing_tokens=[list(entry) for entry in vocabulary],
+        norms={name: float(f"{norm:.6g}") for name, norm in norms.items()},
+    )
+    print_result(grad_path=str(cfg.grad_path), sidecar=str(cfg.sidecar_path), **stats)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

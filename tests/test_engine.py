@@ -1,0 +1,203 @@
+"""Decoding against transformers' generate() and against uncached forward passes, on tiny random models."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from ads import gradient, sampling
+from ads.engine import Models, Request, generate
+from ads.gradient import Sequence
+from ads.models import CachedModel
+from ads.proxy import CentralDifference, perturb_
+from ads.sampling import GREEDY, Sampling
+
+KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "mistral")
+V = 97
+EOS = frozenset(range(6))
+
+
+def prompts(num_rows=7, seed=0):
+    """Prompts of unequal length, without eos tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (num_rows,), generator=generator).tolist()
+    return [torch.randint(6, V, (n,), generator=generator).tolist() for n in lengths]
+
+
+def requests(num_new=20, **kwargs):
+    return [Request(f"row{i}", ids, num_new) for i, ids in enumerate(prompts(**kwargs))]
+
+
+def plain_models(kind="qwen2"):
+    return Models(CachedModel(tiny_model(kind)), None, torch.ones(V, dtype=torch.bool), EOS)
+
+
+def proxy_gradient(seed=3):
+    """A proxy with the gradient of a few random sequences."""
+    model = tiny_model("qwen2", seed=seed)
+    sequences = [Sequence(ids + ids[::-1], len(ids)) for ids in prompts(6, seed=9)]
+    gradient.add_gradient_(model, sequences, len(sequences), batch_size=3)
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def perturbed_pair(eps=1e-3):
+    plus, minus = tiny_model("qwen2", seed=3), tiny_model("qwen2", seed=3)
+    perturb_(plus, minus, proxy_gradient().__getitem__, eps)
+    return plus, minus
+
+
+def ads_models(eps=1e-3):
+    shared_V = torch.ones(V, dtype=torch.bool)
+    shared_V[[2, 90]] = False
+    plus, minus = perturbed_pair(eps)
+    return Models(CachedModel(tiny_model("qwen2")), CentralDifference(plus, minus, eps, shared_V), shared_V | True, EOS)
+
+
+def decode(models, rule, rows, batch_size, seed=1):
+    return {c.id: c for c in generate(models, rule, seed, rows, batch_size)}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert {i: c.ids for i, c in a.items()} == {i: c.ids for i, c in b.items()}
+    assert {i: c.finished for i, c in a.items()} == {i: c.finished for i, c in b.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_transformers_generate(kind):
+    models = plain_models(kind)
+    found = decode(models, GREEDY, requests(), batch_size=3)
+    for i, ids in enumerate(prompts()):
+        wanted = models.teacher.model.generate(
+            torch.tensor([ids]), max_new_tokens=20, do_sample=False, eos_token_id=sorted(EOS), pad_token_id=0
+        )
+        assert found[f"row{i}"].ids == wanted[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_log_probs_equal_an_uncached_pass(kind):
+    """Rows of unequal length in refilled and moved slots: the recorded log-probability is that of one full forward."""
+    models = plain_models(kind)
+    found = decode(models, Sampling(1.0), requests(), batch_size=3)
+    assert len({len(c.ids) for c in found.values()}) > 2, "rows must end at different steps"
+    for i, ids in enumerate(prompts()):
+        row = found[f"row{i}"]
+        with torch.no_grad():
+            logits_TV = models.teacher.model(torch.tensor([ids + row.ids])).logits[0, len(ids) - 1 : -1]
+        wanted = torch.log_softmax(logits_TV, -1).gather(1, torch.tensor(row.ids)[:, None]).sum().item()
+        assert row.log_prob == pytest.approx(wanted, abs=1e-4)
+
+
+def sample_uncached(model, row, rule, seed):
+    """Temperature sampling of one row, written out: full forward, softmax, inverse CDF."""
+    ids = list(row.prompt_ids)
+    key = torch.tensor([sampling.row_key(seed, row.id)])
+    for step in range(row.max_new_tokens):
+        with torch.no_grad():
+            logits_V = model(torch.tensor([ids])).logits[0, -1]
+        cdf_V = torch.softmax(logits_V / rule.tau, -1).cumsum(-1)
+        ids.append(int((cdf_V <= sampling.uniforms(key, torch.tensor([step]))).sum()))
+        if ids[-1] in EOS:
+            break
+    return ids[len(row.prompt_ids) :]
+
+
+def test_temperature_sampling_equals_a_plain_loop():
+    models, rule = plain_models(), Sampling(0.9)
+    found = decode(models, rule, requests(), batch_size=4, seed=5)
+    for row in requests():
+        assert found[row.id].ids == sample_uncached(models.teacher.model, row, rule, seed=5)
+
+
+def test_traces_do_not_depend_on_batch_size_or_order():
+    for models, rule in ((plain_models(), Sampling(0.8, 0.0, 30, 0.9)), (ads_models(), Sampling(0.8, 0.3, 30, 0.9))):
+        rows = requests(num_rows=20)
+        wanted = decode(models, rule, rows, batch_size=1)
+        same(decode(models, rule, rows, batch_size=3), wanted)
+        same(decode(models, rule, rows[::-1], batch_size=16), wanted)
+
+
+def test_lam_zero_needs_no_proxy_and_changes_nothing():
+    """With lam = 0 the traces of a run that carries a proxy along equal those of one that has none."""
+    rule = Sampling(0.8, 0.0)
+    same(decode(ads_models(), rule, requests(), 4), decode(plain_models(), rule, requests(), 4))
+
+
+def test_seed_and_problem_decide_the_trace():
+    models, rule = plain_models(), Sampling(1.0)
+    first = decode(models, rule, requests(), 4, seed=1)
+    second = decode(models, rule, requests(), 4, seed=2)
+    assert any(first[i].ids != second[i].ids for i in first)
+    twins = [Request("a", prompts()[0], 20), Request("b", prompts()[0], 20)]
+    found = decode(models, rule, twins, 2)
+    assert found["a"].ids != found["b"].ids
+
+
+class TwoProxies:
+    """transformers' way: a logits processor that runs the two perturbed proxies on the whole row, uncached."""
+
+    def __init__(self, plus, minus, eps, lam, shared_V):
+        self.plus, self.minus, self.eps, self.lam, self.shared_V = plus, minus, eps, lam, shared_V
+
+    def __call__(self, input_ids, scores):
+        log_p = [
+            torch.log_softmax(m(input_ids).logits[:, -1].masked_fill(~self.shared_V, -torch.inf), -1)
+            for m in (self.plus, self.minus)
+        ]
+        delta = ((log_p[0] - log_p[1]) / (2 * self.eps)).masked_fill(~self.shared_V, 0)
+        return torch.log_softmax(scores, -1) + self.lam * delta
+
+
+def test_greedy_ads_equals_generate_with_a_logits_processor():
+    from transformers import LogitsProcessorList
+
+    models = ads_models()
+    proxy = models.proxy
+    processor = TwoProxies(proxy.plus.model, proxy.minus.model, 1e-3, 0.5, proxy.shared_V)
+    found = decode(models, Sampling(0.0, 0.5), requests(), batch_size=3)
+    plain = decode(plain_models(), GREEDY, requests(), batch_size=3)
+    assert any(found[i].ids != plain[i].ids for i in found), "lam must matter"
+    for row in requests():
+        wanted = models.teacher.model.generate(
+            torch.tensor([row.prompt_ids]),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=sorted(EOS),
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([processor]),
+        )
+        assert found[row.id].ids == wanted[0, len(row.prompt_ids) :].tolist()
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_trace(monkeypatch, capsys):
+    models = plain_models()
+    wanted = decode(models, Sampling(1.0), requests(num_rows=9), batch_size=2)
+    step = CachedModel.step
+
+    def step_with_little_memory(self, tokens_N, *args):
+        if len(tokens_N) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return step(self, tokens_N, *args)
+
+    monkeypatch.setattr(CachedModel, "step", step_with_little_memory)
+    same(decode(models, Sampling(1.0), requests(num_rows=9), batch_size=8), wanted)
+    assert "batch_size=4" in capsys.readouterr().out
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_problem():
+    models = plain_models()
+    models.teacher.model.get_output_embeddings().weight.data[3, 0] = float("nan")
+    with pytest.raises(ValueError, match="problem row.*response token 0: the teacher's logits are not finite"):
+        decode(models, Sampling(1.0), requests(), 3)
+    models = ads_models()
+    models.proxy.plus.model.get_output_embeddings().weight.data[3, 0] = float("inf")
+    with pytest.raises(ValueError, match="proxy's Delta"):
+        decode(models, Sampling(1.0, 0.1), requests(), 3)
+
+
+def test_layers_without_keys_and_values_are_refused():
+    config = tiny_model("qwen2").config
+    config.layer_types = ["linear_attention", "full_attention"]
+    from ads.models import attention_windows
+
+    with pytest.raises(ValueError, match="linear_attention"):
+        attention_windows(config)

@@ -1,0 +1,366 @@
+"""What every script needs: datasets and their splits, start-up (ranks, device), one-line errors, printing."""
+
+import contextlib
+import gzip
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+
+from ads import store
+from ads.config import ignored_keys, load_config, to_dict
+
+ROOT = Path(__file__).resolve().parent
+SHUFFLE_SEED = 42  # of the train/holdout split of datasets that are stored by subject
+TRAIN_PERCENT = 70  # the rest is the holdout
+MATH_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one part of a dataset comes from: `file` below data_dir, else hub dataset `hub` (config, split)."""
+
+    file: str
+    hub: str
+    configs: tuple[str, ...]
+    split: str
+    columns: tuple[str, ...]
+
+
+GSM8K = ("question", "answer")
+MATH = ("problem", "solution", "level", "type")
+MMLU = ("question", "choices", "answer", "subject")
+SOURCES = {
+    ("gsm8k", "train"): Source("gsm8k_train", "openai/gsm8k", ("main",), "train", GSM8K),
+    ("gsm8k", "test"): Source("gsm8k_platinum_test", "madrylab/gsm8k-platinum", ("main",), "test", GSM8K),
+    ("hendrycks_math", "train"): Source(
+        "hendrycks_math_train", "EleutherAI/hendrycks_math", MATH_SUBJECTS, "train", MATH
+    ),
+    ("hendrycks_math", "test"): Source(
+        "hendrycks_math_test", "EleutherAI/hendrycks_math", MATH_SUBJECTS, "test", MATH
+    ),
+    ("mmlu", "train"): Source("mmlu_auxiliary_train", "cais/mmlu", ("all",), "auxiliary_train", MMLU),
+    ("mmlu", "test"): Source("mmlu_test", "cais/mmlu", ("all",), "test", MMLU),
+}
+DATASETS = sorted({dataset for dataset, _ in SOURCES})
+SHUFFLED = ("hendrycks_math", "mmlu")
+
+
+def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
+    """The problems of a split such as 'gsm8k_holdout' or 'path/to/folder_test'.
+
+    Returns dicts with id, problem, solution and the dataset's extras, in the dataset's order; max_samples takes a
+    random subset that depends on the seed alone. Raises ValueError or FileNotFoundError in one line.
+    """
+    dataset, _, split = data_split.rpartition("_")
+    if Path(dataset).is_dir():
+        problems = load_folder(Path(dataset), split)
+    else:
+        problems = load_known(data_split, data_dir or os.environ.get("DATA_DIR"))
+    if not problems:
+        raise ValueError(f"data_split={data_split!r} holds no problems")
+    if max_samples is not None and max_samples < len(problems):
+        problems = [problems[i] for i in sorted(permutation(len(problems), seed)[:max_samples])]
+    return problems
+
+
+def find_source(data_split):
+    """The Source behind a split of a known dataset (train and holdout share one)."""
+    dataset, _, split = data_split.rpartition("_")
+    if dataset not in DATASETS:
+        raise ValueError(
+            f"data_split={data_split!r}: {dataset!r} is neither a known dataset ({', '.join(DATASETS)}) nor a folder"
+        )
+    return SOURCES[dataset, "test" if split == "test" else "train"]
+
+
+def load_known(data_split, data_dir):
+    """The split of a known dataset: train is cut 70/30 into train and holdout; MATH and MMLU are shuffled first."""
+    source = find_source(data_split)
+    dataset, _, split = data_split.rpartition("_")
+    rows = read_local(source, Path(data_dir)) if data_dir else read_hub(source)
+    order = list(range(len(rows)))
+    if split != "test":
+        order = permutation(len(rows), SHUFFLE_SEED) if dataset in SHUFFLED else order
+        num_train = len(rows) * TRAIN_PERCENT // 100
+        order = order[:num_train] if split == "train" else order[num_train:]
+    part = "test" if split == "test" else "train"
+    return [{"id": f"{dataset}/{part}/{i}", **to_problem(dataset, rows[i])} for i in order]
+
+
+def local_file(source, data_dir):
+    path = data_dir / f"{source.file}.jsonl.gz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; copy {source.hub} there, or unset data_dir to use the hub"
+        )
+    return path
+
+
+def read_local(source, data_dir):
+    """Rows of <data_dir>/<file>.jsonl.gz, in the hub's schema."""
+    path = local_file(source, data_dir)
+    rows = read_lines(path)
+    check_columns(path, rows, source.columns)
+    return rows
+
+
+def read_hub(source):
+    """Rows of a hub dataset, its configs one after another."""
+    from datasets import concatenate_datasets, load_dataset
+
+    try:
+        parts = [load_dataset(source.hub, config, split=source.split) for config in source.configs]
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"dataset {source.hub} could not be loaded ({reason}); set data_dir to local copies"
+        ) from error
+    rows = concatenate_datasets(parts).to_list()
+    check_columns(source.hub, rows, source.columns)
+    return rows
+
+
+def folder_file(folder, split):
+    paths = [folder / f"{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has none of {', '.join(path.name for path in paths)}")
+    return path
+
+
+def load_folder(folder, split):
+    """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet with columns problem and solution (id optional)."""
+    path = folder_file(folder, split)
+    rows = read_parquet(path) if path.suffix == ".parquet" else read_lines(path)
+    check_columns(path, rows, ("problem", "solution"))
+    problems = [{**row, "id": str(row.get("id", f"{folder.name}/{split}/{i}"))} for i, row in enumerate(rows)]
+    for row in problems:
+        if not isinstance(row["problem"], str) or not isinstance(row["solution"], str):
+            raise ValueError(f"{path}: problem and solution of {row['id']} must be text")
+    if len({row["id"] for row in problems}) < len(problems):
+        raise ValueError(f"{path}: the ids in column 'id' are not all different")
+    return problems
+
+
+def read_lines(path):
+    """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first bad line."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError("not a JSON object")
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}, line {len(rows) + 1}: {' '.join(str(error).split())}") from error
+    return rows
+
+
+def read_parquet(path):
+    """The rows of a parquet file as dicts; ValueError when it is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def fingerprint_data(data_split, data_dir=None):
+    """What identifies the file behind a split, without reading its rows: contents, or the hub name."""
+    dataset, _, split = data_split.rpartition("_")
+    if Path(dataset).is_dir():
+        return store.fingerprint_file(folder_file(Path(dataset), split))
+    source = find_source(data_split)
+    data_dir = data_dir or os.environ.get("DATA_DIR")
+    return store.fingerprint_file(local_file(source, Path(data_dir))) if data_dir else f"hub:{source.hub}"
+
+
+def check_columns(path, rows, columns):
+    for i, row in enumerate(rows):
+        missing = [name for name in columns if name not in row]
+        if missing:
+            raise ValueError(f"{path}, row {i}: no column {', '.join(missing)} (found: {', '.join(row)})")
+
+
+def to_problem(dataset, row):
+    """problem, solution and extras of one row in the hub's schema."""
+    if dataset == "gsm8k":
+        return {"problem": row["question"], "solution": row["answer"]}
+    if dataset == "hendrycks_math":
+        return {key: row[key] for key in MATH}
+    letters = "ABCDEFGHIJ"
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, row["choices"], strict=False))
+    question = f"{row['question']}\n\n{choices}\n\nAnswer with the letter of the correct choice."
+    return {
+        "problem": question,
+        "solution": f"\\boxed{{{letters[row['answer']]}}}",
+        "subject": row["subject"],
+    }
+
+
+def permutation(num_rows, seed):
+    """A random order that never changes between library versions (numpy freezes RandomState's streams)."""
+    return np.random.RandomState(seed).permutation(num_rows).tolist()
+
+
+# Start-up
+
+NOT_DONE = 3  # exit code of --check for a stage that is still to be done
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the stage."""
+
+    rank: int
+    size: int
+    device: str
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if self.size > 1:
+            import torch
+
+            torch.distributed.barrier()
+
+    def sum(self, value):
+        """The sum of a number over all processes."""
+        if self.size == 1:
+            return value
+        import torch
+
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.item()
+
+
+def start_world():
+    """Join the processes that accelerate launch or torchrun started (or be the only one) and choose the device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        # Ranks meet when the slowest has sampled its last trace, which may be hours after the first.
+        state = PartialState(timeout=timedelta(days=2))
+        return World(state.process_index, state.num_processes, str(state.device))
+    import torch
+
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return World(0, 1, "cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+
+
+def is_main_process():
+    """Whether this process should speak for all (known before start_world)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def print0(*values, **keywords):
+    """Print on the main process only, at once."""
+    if is_main_process():
+        print(*values, flush=True, **keywords)
+
+
+def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
+    """(config, input fingerprints) of a stage that is still to be done, its folder made.
+
+    Exits with 0 when the stage is done already; with --check among the arguments, with NOT_DONE when it is not (its inputs
+    need not be there yet).
+    """
+    only_check, arguments = "--check" in arguments, [a for a in arguments if a != "--check"]
+    cfg = load_config(config_class, ROOT / default_yaml, arguments)
+    try:
+        inputs = fingerprint_inputs(cfg)
+    except FileNotFoundError as error:
+        if not only_check:
+            raise
+        print0(f"waits: {error}")
+        sys.exit(NOT_DONE)
+    if store.is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
+        print0(f"{cfg.sidecar_path} is there: nothing to do")
+        sys.exit(0)
+    if only_check:
+        sys.exit(NOT_DONE)
+    prepare_exp_dir(cfg.exp_dir)
+    return cfg, inputs
+
+
+def main_lock(cfg):
+    """The lock of a stage, held by the main process alone."""
+    name = "-".join(cfg.sidecar_path.with_suffix("").relative_to(cfg.exp_dir).parts)
+    return store.stage_lock(cfg.exp_dir, name) if is_main_process() else contextlib.nullcontext()
+
+
+def prepare_exp_dir(exp_dir):
+    """Make the experiment's folder; ValueError when it cannot be written to."""
+    try:
+        Path(exp_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"exp_dir={exp_dir}: cannot be made ({error.strerror}); choose another") from error
+    if not os.access(exp_dir, os.W_OK):
+        raise ValueError(f"exp_dir={exp_dir}: not writable; choose another")
+
+
+def run_script(main):
+    """Run a script's main(): an error that a user can cause prints one line and exits with 2.
+
+    Such errors are ValueError, FileNotFoundError and RuntimeError raised by this project's own code; anything else
+    keeps its traceback and exits with 1.
+    """
+    quiet_libraries()
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if raised_in.parent not in (ROOT, ROOT / "ads") or os.environ.get("ADS_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def quiet_libraries():
+    """Silence what libraries say about every load; their warnings about ours stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def print_result(**values):
+    """The one JSON line that ends a script."""
+    print0(json.dumps(values))
+
+
+def wilson_interval(num_correct, num_total, z=1.959964):
+    """95 % Wilson score interval of a proportion, as (low, high)."""
+    if not num_total:
+        return 0.0, 1.0
+    share = num_correct / num_total
+    center = (share + z**2 / (2 * num_total)) / (1 + z**2 / num_total)
+    half = z / (1 + z**2 / num_total) * (share * (1 - share) / num_total + z**2 / (4 * num_total**2)) ** 0.5
+    return max(0.0, center - half), min(1.0, center + half)
