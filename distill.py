@@ -102,6 +102,8 @@ def load_student(cfg, tokenizer, device):
     dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.") if cfg.lora else "float32"
     model = load_model(cfg.student, dtype, device, training_attention(cfg, device))
     chat.check_rows(tokenizer, model.get_input_embeddings().weight.shape[0], cfg.student)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     set_seed(cfg.seed)
     if not cfg.lora:
         return model
@@ -162,8 +164,6 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
         logging_steps=max(1, steps_per_epoch // 10),
         bf16=autocast == torch.bfloat16,
         fp16=autocast == torch.float16,
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if cfg.gradient_checkpointing else None,
         ddp_find_unused_parameters=False if world.size > 1 else None,
         dataloader_pin_memory=world.device != "cpu",
         use_cpu=world.device == "cpu",

@@ -75,18 +75,19 @@ def check_references(problems):
 
 
 def render_prompts(cfg, tokenizer, problems):
-    """{problem id: prompt ids}; prompts above max_prompt_length are left out, and said."""
+    """{problem id: prompt ids}; prompts that are too long, or leave no room for a response, are left out, and said."""
     examples = few_shot_examples(cfg)
     prompts = {p["id"]: chat.prompt_ids(tokenizer, p["problem"], examples) for p in problems}
-    kept = {i: ids for i, ids in prompts.items() if len(ids) <= cfg.max_prompt_length}
+    longest = min(cfg.max_prompt_length, cfg.max_length - 1)
+    kept = {i: ids for i, ids in prompts.items() if len(ids) <= longest}
     if not kept:
         shortest = min(map(len, prompts.values()))
         raise ValueError(
-            f"max_prompt_length={cfg.max_prompt_length}: every prompt of {cfg.data_split} is longer, the shortest has "
-            f"{shortest} tokens"
+            f"max_prompt_length={cfg.max_prompt_length}, max_length={cfg.max_length}: every prompt of "
+            f"{cfg.data_split} is too long, the shortest has {shortest} tokens"
         )
     if len(kept) < len(prompts):
-        print0(f"left out {len(prompts) - len(kept)} of {len(prompts)} problems: above max_prompt_length")
+        print0(f"left out {len(prompts) - len(kept)} of {len(prompts)} problems: prompts above {longest} tokens")
     return kept
 
 

@@ -73,17 +73,13 @@ class GenConfig:
         check_at_least("few_shot", self.few_shot, 0)
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("max_prompt_length", self.max_prompt_length, 1)
+        check_at_least("max_length", self.max_length, 2)
         check_optional_at_least("max_samples", self.max_samples, 1)
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("proxy_dtype", self.proxy_dtype, DTYPES)
         check_one_of("attn_implementation", self.attn_implementation, ATTENTION[:3])
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (1 switches it off)")
-        if self.max_length <= self.max_prompt_length:
-            raise ValueError(
-                f"max_length={self.max_length}: counts prompt and response, so it must exceed "
-                f"max_prompt_length={self.max_prompt_length}"
-            )
         if self.few_shot and not self.few_shot_traces:
             raise ValueError(f"few_shot={self.few_shot}: set few_shot_traces to the traces to show")
         if self.lam:

@@ -1,12 +1,11 @@
 r"""Grade a response against a reference solution, by one rule for every dataset.
 
-The answer is the last complete \boxed{...} of the response (never of the prompt); without one, the last number, or,
-where the reference is a single letter A-J (multiple choice), the last stated letter. A box that the length limit cut
-open counts as no box. Text equal after `normalize` and plain numbers are decided here, the rest by math-verify.
+The answer is the last complete \boxed{...} of the response (never of the prompt); without one, the last number,
+or the last stated letter where the reference is a single letter A-J (multiple choice). A box that the length
+limit cut open counts as no box. Equal text (after `normalize`) and plain numbers are decided here, the rest by
+math-verify. Units, currency, degree and percent signs are ignored: 50\% is 50 and so is not 0.5.
 
-Units, currency signs, degrees and percent signs are ignored: 50\% is 50, and so it is not 0.5. Answers longer than
-MAX_ANSWER_CHARS, with unbalanced braces, or with giant powers or factorials are compared as text only.
-math-verify stops itself with signal.alarm: what the text comparison leaves open can be graded in the main thread only.
+math-verify's time limit is signal.alarm: outside the main thread, an answer that needs it is a RuntimeError.
 """
 
 import logging
@@ -14,33 +13,39 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-TIME_LIMIT = 5  # whole seconds (signal.alarm) to parse and compare one pair
-MAX_ANSWER_CHARS = 400  # the longest reference of MATH has 159
+TIME_LIMIT = 5  # seconds to parse and compare one pair; signal.alarm takes whole ones
+MAX_ANSWER_CHARS = 400  # longer answers are compared as text; the longest in MATH has 159
 
 _BOX = r"\\\\?(?:boxed|fbox)\s*"
 _BRACES = re.compile(
-    rf"(?P<open>(?P<box>{_BOX})?\{{)|(?P<close>\}})|{_BOX}(?P<bare>-?\d[\d.,/]*(?<=\d)|[A-Z]\b)|\\.", re.DOTALL
+    rf"(?P<open>(?P<box>{_BOX})?\{{)|(?P<close>\}})|{_BOX}(?P<bare>-?\d[\d.,/]*(?<=\d)|[A-Z]\b)|\\.",
+    re.DOTALL,
 )
 _DROPPED = re.compile(
-    r"(?<!\\)\\[!,;:> ]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0|\\(?:left|right|displaystyle)\b|^\\[(\[]|\\[)\]]$"
+    r"(?<!\\)\\[!,;:> ]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0"
+    r"|\\(?:left|right|displaystyle)\b|^\\[(\[]|\\[)\]]$"
 )
-_TEXT_MACRO = r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox|boxed|fbox)\s*\{([^{}]*)\}"
-_SCALES = r"(?!\s*(?:hundred|thousand|[mb]illion|trillion|dozen|sin|cos|tan|log|exp|sqrt)\b)"
-_UNIT_MACRO = re.compile(rf"(?<=[\d)}}i])\s*\\(?:text(?:rm|normal)?|mathrm|mbox)\s*\{{{_SCALES}[^{{}}]*\}}(?:\^\{{?\d\}}?)?$")
+_TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox|boxed|fbox)\s*\{([^{}]*)\}")
+_NOT_UNIT = r"(?!\s*(?:hundred|thousand|[mb]illion|trillion|dozen|sin|cos|tan|log|exp|sqrt)\b)"
+_UNIT_MACRO = re.compile(
+    rf"(?<=[\d)}}i])\s*\\(?:text(?:rm|normal)?|mathrm|mbox)\s*\{{{_NOT_UNIT}[^{{}}]*\}}(?:\^\{{?\d\}}?)?$"
+)
 _NUMBER_WITH_UNIT = re.compile(
-    rf"(-?[\d.,/]*\d)\s+{_SCALES}(?:[A-Za-z]{{3,}}|[ckm]m|m|kg|ft|in|mi|lb|oz|ml|hr|sq)\.?"
+    rf"(-?[\d.,/:]*\d)\s+{_NOT_UNIT}(?:[A-Za-z]{{3,}}|[ckm]?m|kg|ft|in|mi|lb|oz|ml|hr|sq|[ap]\.?m)\.?"
     r"(?:[ /-]+[A-Za-z]+\.?)*(?:\s?\^\{?\d\}?)?"
 )
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
-_IN_BASE = re.compile(r"(-?[\dA-Z.]+)_\{?(\d+)\}?")
-_WORDS_OR_TIME = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z,'-]+|\d+:\d\d")
+_NUMERAL_IN_BASE = re.compile(r"(-?[\dA-Z.]+)_\{?(\d+)\}?")
+# math-verify multiplies the letters of a word (east = seat) and divides the parts of a time (5:00 = 5/0)
+_WORDS_OR_TIME = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z,'-]+|\d+:[0-5]\d")
+# 9^{9^9}, 10^{1000000}, 1000000!, 9!!: gigabytes, and no alarm interrupts them where sympy uses gmpy2
 _GIANT = re.compile(r"\^[\s{(-]*(?:\d{6,}|\d+\s*(?:!|\^[\s{(-]*\d))|\d{6,}\s*!|![\s)}]*!")
 
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER_IN_TEXT = re.compile(
-    rf"(?:(?<![\w)}}\]])-)?\$?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{_WHOLE}(?:\.\d+|/\d+)?|\.\d+)"
+    rf"(?:(?<![\w)}}\]])[-\u2212])?\$?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{_WHOLE}(?:\.\d+|/\d+)?|\.\d+)"
 )
-# "answer is (C)", "Answer: **C**", "C is correct"; an A or I before a lower-case word is an article or a pronoun
+# "answer is (C)", "Answer: **C**", "C is correct"; A or I before a lower-case word is an article or a pronoun
 _STATED_LETTER = re.compile(
     r"(?i:\b(?:answer|option|choice)\b[^.\n]{0,60}?(?:\b(?:is|be)\b|[:=]))"
     r"(?:[\s*_$(\[]|\\[a-z]+\{|(?i:option|choice|letter)\b)*"
@@ -57,7 +62,7 @@ _OPTION_LETTER = re.compile(
 
 @dataclass(frozen=True)
 class Grade:
-    """Outcome for one response: `answer` is what was extracted (None: nothing), `timed_out` implies not correct."""
+    """One verdict; `answer` is what was extracted (None: nothing), a time-out counts as wrong."""
 
     correct: bool
     answer: str | None
@@ -65,7 +70,10 @@ class Grade:
 
 
 def grade(response: str, solution: str) -> Grade:
-    """Grade the model's raw response text, without its prompt; raises ValueError when `solution` has no answer."""
+    """Grade the model's raw response text, without its prompt.
+
+    Raises ValueError when `solution` has no answer, RuntimeError when math-verify fails on its own reference.
+    """
     reference = reference_answer(solution)
     return _grade_answer(extract_answer(response, is_choice(reference)), reference)
 
@@ -73,49 +81,51 @@ def grade(response: str, solution: str) -> Grade:
 def grade_forced(continuation: str, solution: str) -> Grade:
     r"""Grade what the model wrote after the forced '\boxed{': the text up to the brace that closes it.
 
-    Where the token limit left it open, the first line is the answer. Raises ValueError as `grade` does.
+    Where the token limit left it open, the first line is the answer. Raises as `grade` does.
     """
     reference = reference_answer(solution)
     content = _until_closed(continuation).strip()
-    answer = last_box(content) or content or None
-    return _grade_answer(choice_letter(answer or "") or answer if is_choice(reference) else answer, reference)
+    return _grade_answer(last_box(content) or content or None, reference)
 
 
 def reference_answer(solution: str) -> str:
-    r"""Return the answer of a solution: its final '#### x' line, else its last \boxed, else a single line of <= 100
-    characters as it is. Raises ValueError when there is none."""
+    r"""Return the answer in a solution: its final line '#### x', else its last \boxed, else itself if a short line.
+
+    Raises ValueError when there is none.
+    """
     text = solution.strip()
     final_line = re.search(r"^####[ \t]*(\S.*)\Z", text, re.MULTILINE)
     answer = final_line[1] if final_line else last_box(text)
-    if answer is None and (not text or "\n" in text or len(text) > 100):
-        raise ValueError(f"no answer (a final '#### x' line, \\boxed{{x}} or one short line) in solution {text[:80]!r}")
-    return answer if answer is not None else text
+    if answer is None and text and "\n" not in text and len(text) <= 100 and not re.search(_BOX, text):
+        answer = text
+    if answer is None:
+        raise ValueError(
+            f"no '#### x' line, \\boxed{{x}} or one short line as answer in solution {text[:80]!r}"
+        )
+    return answer
 
 
 def extract_answer(response: str, choices: bool) -> str | None:
     """Return the answer a response gives, None if it gives none; `choices`: the reference is a letter."""
-    box = last_box(response)
-    if box is not None:
-        return choice_letter(box) or box if choices else box
-    return _last_letter(response) if choices else _last_number(response)
+    patterns = (_STATED_LETTER, _OPTION_LETTER) if choices else (_NUMBER_IN_TEXT,)
+    return last_box(response) or _last_match(patterns, response)
 
 
 def is_choice(reference: str) -> bool:
-    """Whether a reference answer is a single capital letter A-J, possibly in parentheses or \\text{}."""
+    r"""Tell whether a reference answer is a single capital letter A-J, possibly in parentheses or \text{}."""
     return re.fullmatch(r"\(?[A-J]\)?", normalize(reference)) is not None
 
 
 def choice_letter(answer: str) -> str | None:
-    """Return the option that a boxed answer names: 'C', 'c', '(C)', 'C. 120', '(C) 120'; None for any other text."""
+    """Return the option that a boxed answer names: 'C', 'c', '(C)', 'C. 120', '(C) 120'; else None."""
     text = normalize(answer)
     alone = re.fullmatch(r"\(?([A-Ja-j])\)?", text)
-    leading = re.match(r"(?:\(([A-J])\)|([A-J])[.):])(?!.*\([A-J]\))", text, re.DOTALL)
-    found = alone or leading
+    found = alone or re.match(r"(?:\(([A-J])\)|([A-J])[.):])(?!.*\([A-J]\))", text, re.DOTALL)
     return found[found.lastindex].upper() if found else None
 
 
 def last_box(text: str) -> str | None:
-    r"""Return the content of the last complete, non-blank \boxed or \fbox, the inner one where nested; linear time."""
+    r"""Return the content of the last complete, non-blank \boxed or \fbox, the inner one where nested."""
     opened, answer, answer_start = [], None, -1
     for token in _BRACES.finditer(text):
         if token["open"]:
@@ -130,27 +140,22 @@ def last_box(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """Return an answer without markup, spacing commands, units, currency and percent signs, thousands commas."""
+    """Return an answer without text macros, spacing, units, currency and percent signs, thousands commas."""
     text = answer.replace("\u2212", "-").replace("{,}", ",").strip().strip("*")
     text = re.sub(r",\\!\s*", "", re.sub(r"\\[dtc]frac", r"\\frac", text))
     text = _DROPPED.sub("", text).strip().rstrip(".,;")
-    text = re.sub(_TEXT_MACRO, r"\1", _UNIT_MACRO.sub("", text)).strip().rstrip(".,;")
+    text = _TEXT_MACRO.sub(r"\1", _UNIT_MACRO.sub("", text)).strip().rstrip(".,;")
     with_unit = _NUMBER_WITH_UNIT.fullmatch(text)
     text = with_unit[1] if with_unit else text
-    return text.replace(",", "") if re.fullmatch(r"-?" + _WHOLE + r"(?:\.\d+)?", text) else text
+    return text.replace(",", "") if re.fullmatch(rf"-?{_WHOLE}(?:\.\d+)?", text) else text
 
 
-def _last_number(text: str) -> str | None:
-    matches = [m[0] for m in _NUMBER_IN_TEXT.finditer(text.replace("\u2212", "-"))]
-    return matches[-1] if matches else None
-
-
-def _last_letter(text: str) -> str | None:
-    """Return the last letter that an answer statement names, else the last one written as an option."""
-    for pattern in (_STATED_LETTER, _OPTION_LETTER):
-        letters = [m[m.lastindex] for m in pattern.finditer(text)]
-        if letters:
-            return letters[-1]
+def _last_match(patterns: tuple[re.Pattern, ...], text: str) -> str | None:
+    """Return the last match, or its group if it has one, of the first pattern that matches at all."""
+    for pattern in patterns:
+        found = [match[match.lastindex or 0] for match in pattern.finditer(text)]
+        if found:
+            return found[-1]
     return None
 
 
@@ -166,10 +171,12 @@ def _until_closed(continuation: str) -> str:
 def _grade_answer(answer: str | None, reference: str) -> Grade:
     if answer is None:
         return Grade(False, None, False)
+    if is_choice(reference):
+        letter = choice_letter(answer)
+        return Grade(letter == choice_letter(reference), letter or answer, False)
     correct = _same_text(answer, reference)
-    if correct is not None:
-        return Grade(correct, answer, False)
-    correct = _same_value(normalize(answer), normalize(reference))
+    if correct is None:
+        correct = _same_value(normalize(answer), normalize(reference))
     return Grade(bool(correct), answer, correct is None)
 
 
@@ -182,34 +189,23 @@ def _same_text(answer: str, reference: str) -> bool | None:
         return given != ""
     if _PLAIN_NUMBER.fullmatch(given) and _PLAIN_NUMBER.fullmatch(wanted):
         return Fraction(given) == Fraction(wanted)
-    bases = _IN_BASE.fullmatch(given), _IN_BASE.fullmatch(wanted)
-    if all(bases):
-        return bases[0].groups() == bases[1].groups()
-    # math-verify multiplies the letters of a word (east = seat) and divides the parts of a time (5:00 = 5/0)
-    if is_choice(reference) or _WORDS_OR_TIME.fullmatch(wanted) or _GIANT.search(given) or not _balanced(given):
-        return False
-    return None
-
-
-def _balanced(text: str) -> bool:
-    depth = 0
-    for token in _BRACES.finditer(text):
-        depth += bool(token["open"]) - bool(token["close"])
-        if depth < 0:
-            return False
-    return depth == 0
+    numerals = _NUMERAL_IN_BASE.fullmatch(given), _NUMERAL_IN_BASE.fullmatch(wanted)
+    if all(numerals):
+        return numerals[0].groups() == numerals[1].groups()
+    balanced = _until_closed(given + "}") == given
+    return None if balanced and not _GIANT.search(given) and not _WORDS_OR_TIME.fullmatch(wanted) else False
 
 
 def _same_value(answer: str, reference: str) -> bool | None:
-    """Compare two normalized answers with math-verify; None when it ran past TIME_LIMIT.
+    """Compare two normalized answers with math-verify; None when that ran past TIME_LIMIT.
 
-    An answer that sympy cannot compare with a reference it can handle (0/0, say) is wrong, and logged. A grader that
-    cannot even compare the reference with itself is broken: RuntimeError naming both.
+    An answer without a value (0/0) makes sympy raise: that is wrong, and logged. Where the reference cannot be
+    compared with itself either, the grader or the reference is broken: RuntimeError that names both.
     """
     from math_verify.errors import TimeoutException
     from math_verify.utils import timeout
 
-    # it warns whenever its own limits are off; ours covers parsing and comparison together
+    # it warns when its own limits, one for each step, are switched off in favour of one for all
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     limited = timeout(TIME_LIMIT)(_equivalent)
     try:
@@ -220,8 +216,8 @@ def _same_value(answer: str, reference: str) -> bool | None:
         try:
             limited(reference, reference)
         except (Exception, TimeoutException):
-            raise RuntimeError(f"the grader failed on answer {answer!r} against reference {reference!r}") from error
-        logging.getLogger(__name__).warning("cannot compare %r with %r (%r): wrong", answer, reference, error)
+            raise RuntimeError(f"the grader failed on answer {answer!r}, reference {reference!r}") from error
+        logging.getLogger(__name__).warning("no way to compare %r with %r: %r", answer, reference, error)
         return False
 
 
@@ -229,15 +225,15 @@ def _equivalent(answer: str, reference: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, Rational
 
-    # only LaTeX in a box: the other extractors would pick any number out of the text
+    # only LaTeX in a box: the default extractors would pick a number out of any text
     config = [LatexExtractionConfig(boxed_match_priority=0)]
-    wanted, given = (
-        parse(rf"\boxed{{{text}}}", config, parsing_timeout=None, raise_on_error=True) for text in (reference, answer)
-    )
-    if not verify(wanted, given, timeout_seconds=None, raise_on_error=True):
+    boxes = [rf"\boxed{{{text}}}" for text in (reference, answer)]
+    wanted, given = (parse(box, config, parsing_timeout=None, raise_on_error=True) for box in boxes)
+    settings = {"allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}
+    if not verify(wanted, given, **settings):
         return False
     if not isinstance(wanted[0], Expr) or not isinstance(given[0], Expr):
         return True
-    # verify takes differences below 1e-15 for zero, so that 1/2^98 would equal 1/2^99
+    # verify takes differences below 1e-15 for zero: 1/2^98 would equal 1/2^99
     difference = (wanted[0] - given[0]).doit()
     return not (isinstance(difference, Rational) and difference != 0)

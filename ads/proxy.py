@@ -68,9 +68,9 @@ def perturb_(plus, minus, read_gradient, eps):
     for name, plus_parameter in plus.named_parameters():
         minus_parameter = minus_parameters[name]
         g = read_gradient(name).to(plus_parameter.device)
-        base = plus_parameter.float()
-        plus_parameter.copy_(base + eps * g)
-        minus_parameter.copy_(base - eps * g)
+        above, below = plus_parameter.float() + eps * g, minus_parameter.float() - eps * g
+        plus_parameter.copy_(above)
+        minus_parameter.copy_(below)
         stored = plus_parameter.float() - minus_parameter.float()
         changed += ((stored != 0) & (g != 0)).sum().item()
         wanted += (g != 0).sum().item()

@@ -1,5 +1,8 @@
 """Tiny random models of several architectures, and where optional real data lies."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,3 +52,70 @@ def shared_path(*parts):
     if not path.exists():
         pytest.skip(f"optional real data is not there: {path}")
     return path
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def byte_tokenizer(extra=("<|system|>", "<|user|>", "<|assistant|>"), eos="<|end|>", chat_template=CHAT_TEMPLATE):
+    """A tokenizer of single bytes: ids 0-255 are bytes, then eos, then the extra special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token=eos, additional_special_tokens=list(extra)
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def save_folder(folder, model, tokenizer):
+    """A model folder as a user has it on disk; returns its path as text."""
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory):
+    """{role: folder} of a tiny teacher, proxy and student; the student has another architecture and tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = byte_tokenizer()
+    other = byte_tokenizer(extra=("<|user|>", "<|assistant|>", "<|system|>", "<|pad|>"), eos="</s>")
+    return {
+        "teacher": save_folder(folder / "teacher", tiny_model("qwen2", 272, seed=1), tokenizer),
+        "proxy": save_folder(folder / "proxy", tiny_model("qwen2", 264, seed=2), tokenizer),
+        "student": save_folder(folder / "student", tiny_model("llama", 264, seed=3), other),
+    }
+
+
+@pytest.fixture(scope="session")
+def problem_folder(tmp_path_factory):
+    """A data set of one's own: train, holdout and test of small sums."""
+    folder = tmp_path_factory.mktemp("sums")
+    for split, first in (("train", 10), ("holdout", 40), ("test", 70)):
+        rows = [{"problem": f"{i}+{i % 7}=?", "solution": f"\\boxed{{{i + i % 7}}}"} for i in range(first, first + 12)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def run_script(script, *arguments, num_processes=1, check=True, **environment):
+    """Run a script as a user does; returns the finished process (stdout and stderr as text)."""
+    command = [sys.executable, str(ROOT / script)]
+    if num_processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, "--nproc_per_node", str(num_processes), str(ROOT / script)]
+        environment["ACCELERATE_USE_CPU"] = "true"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+    if check:
+        assert result.returncode == 0, result.stdout + result.stderr
+    return result

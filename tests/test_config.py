@@ -1,0 +1,118 @@
+"""Configuration: precedence, casting, refusals, and that the YAML files say what the dataclasses say."""
+
+import dataclasses
+
+import pytest
+from conftest import ROOT
+
+from ads.config import GenConfig, GradConfig, TrainConfig, load_config
+
+FILES = {"gen_config.yaml": GenConfig, "grad_config.yaml": GradConfig, "train_config.yaml": TrainConfig}
+NEEDED = {GenConfig: [], GradConfig: ["holdout_traces=h"], TrainConfig: ["train_traces=t", "holdout_traces=h"]}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_yaml_files_hold_every_key_at_its_default(name):
+    cls = FILES[name]
+    loaded = load_config(cls, ROOT / name, NEEDED[cls])
+    given = dict(pair.split("=") for pair in NEEDED[cls])
+    assert dataclasses.asdict(loaded) == {**dataclasses.asdict(cls()), **given}
+    keys = {line.split(":")[0] for line in (ROOT / name).read_text().splitlines() if line[:1].isalpha()}
+    assert keys == {f.name for f in dataclasses.fields(cls)}
+
+
+def load(*arguments, yaml="gen_config.yaml"):
+    return load_config(FILES[yaml], ROOT / yaml, arguments)
+
+
+def test_precedence_and_grammar(tmp_path):
+    other = tmp_path / "mine.yaml"
+    other.write_text("tau: 0.5\nmax_samples: 7\n")
+    cfg = load(str(other), "--tau=0.7", "tokenizer=x=y")
+    assert (cfg.tau, cfg.max_samples, cfg.tokenizer, cfg.top_k) == (0.7, 7, "x=y", 50)
+
+
+@pytest.mark.parametrize(
+    "text,key,value",
+    (
+        ("eps=5e-4", "eps", 5e-4),
+        ("tau=1", "tau", 1.0),
+        ("max_samples=null", "max_samples", None),
+        ("max_samples=12", "max_samples", 12),
+        ("answer_force=False", "answer_force", False),
+        ("exp_dir=a dir", "exp_dir", "a dir"),
+        ("data_split=hendrycks_math_test", "data_split", "hendrycks_math_test"),
+    ),
+)
+def test_command_line_values_are_cast_by_type(text, key, value):
+    found = getattr(load(text), key)
+    assert found == value and type(found) is type(value)
+
+
+def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
+    """PyYAML reads 5e-4 as text."""
+    path = tmp_path / "t.yaml"
+    path.write_text("lr: 5e-4\ntrain_traces: t\nholdout_traces: h\n")
+    assert load_config(TrainConfig, path, []).lr == 5e-4
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    (
+        (["tua=0.6"], "unknown key 'tua' in the command line; known keys: answer_force"),
+        (["tau=warm"], "tau='warm' in the command line: must be a finite number"),
+        (["tau=nan"], "must be a finite number"),
+        (["tau=-0.1"], "tau=-0.1: must be at least 0"),
+        (["batch_size=2.5"], "must be a whole number"),
+        (["batch_size=0"], "must be at least 1"),
+        (["answer_force=maybe"], "must be true or false"),
+        (["seed=null"], "must be a whole number"),
+        (["top_p=0"], "above 0 and at most 1"),
+        (["top_p=1.01"], "above 0 and at most 1"),
+        (["top_k=-1"], "must be at least 0"),
+        (["dtype=float8"], "must be one of auto, float32, bfloat16, float16"),
+        (["attn_implementation=flash_attention_2"], "must be one of auto, sdpa, eager"),
+        (["data_split=gsm8k"], "must be DATASET_SPLIT with SPLIT one of train, holdout, test"),
+        (["data_split=gsm8k_dev"], "must be DATASET_SPLIT"),
+        (["trace_name=../x"], "must be a plain file name"),
+        (["lam=0.1"], "needs grad_path"),
+        (["lam=0.1", "grad_path=g"], "needs proxy_student"),
+        (["lam=0.1", "grad_path=g", "proxy_student=p", "eps=0"], "eps=0.0: the central difference needs"),
+        (["lam=0.1", "grad_path=g", "proxy_student=p", "is_teacher=false"], "only a teacher"),
+        (["few_shot=2"], "set few_shot_traces"),
+        (["tau"], "write key=value"),
+    ),
+)
+def test_bad_values_are_one_line_errors(arguments, words):
+    with pytest.raises(ValueError) as error:
+        load(*arguments)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    (
+        ("tau: [1]", "tau=[1] in bad.yaml: must be a finite number"),
+        ("tau: true", "tau=True in bad.yaml: must be a finite number"),
+        ("teacher: 7", "teacher=7 in bad.yaml: must be text"),
+        ("- a", "should hold `key: value` lines"),
+        ("tau: {", "bad.yaml is not readable YAML"),
+        ("!!python/object/apply:os.system ['true']", "bad.yaml is not readable YAML"),
+    ),
+)
+def test_bad_yaml_is_a_one_line_error(tmp_path, text, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load(str(path))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_yaml_is_named():
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml does not exist"):
+        load("nowhere.yaml")
+
+
+def test_a_config_is_never_written_to():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load().tau = 1.0

@@ -1,0 +1,203 @@
+"""The gradient and Delta: signs, identities, and the exact derivative by autograd."""
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from ads import gradient, proxy
+from ads.gradient import Sequence
+from ads.models import CachedModel
+
+V = 97
+
+
+def sequences(num_rows=7, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(8, 40, (num_rows,), generator=generator).tolist()
+    return [Sequence(torch.randint(0, V, (n,), generator=generator).tolist(), 1 + n // 4) for n in lengths]
+
+
+def model_with_gradient(kind="qwen2", batch_size=3, rows=None, spread=0.1):
+    model = tiny_model(kind, seed=3, spread=spread)
+    rows = rows or sequences()
+    loss = gradient.add_gradient_(model, rows, len(rows), batch_size)
+    return model, loss
+
+
+def gradient_of(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def mean_loss(model, rows):
+    """The definition, one sequence at a time."""
+    losses = []
+    for s in rows:
+        log_p_TV = torch.log_softmax(model(torch.tensor([s.ids])).logits[0, :-1], -1)
+        nll_T = -log_p_TV.gather(1, torch.tensor(s.ids[1:])[:, None]).squeeze(1)
+        losses.append(nll_T[s.num_prompt_tokens - 1 :].mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("kind", ("qwen2", "gemma3_text", "gpt_neox"))
+def test_gradient_is_that_of_the_mean_over_sequences_of_token_means(kind):
+    model, loss = model_with_gradient(kind)
+    plain = tiny_model(kind, seed=3, spread=0.1)
+    wanted = mean_loss(plain, sequences())
+    wanted.backward()
+    assert loss == pytest.approx(wanted.item(), rel=1e-6)
+    for name, p in plain.named_parameters():
+        assert torch.allclose(gradient_of(model)[name], p.grad, rtol=1e-4, atol=1e-7), name
+
+
+def test_the_prompt_does_not_reach_the_loss_through_its_own_tokens():
+    """A changed prompt token changes the loss only as context; with nothing but prompt there is no loss to take."""
+    rows = sequences(1)
+    response = Sequence(rows[0].ids, rows[0].num_prompt_tokens)
+    later = Sequence(rows[0].ids, rows[0].num_prompt_tokens + 3)
+    model = tiny_model(seed=3, spread=0.1)
+    assert gradient.sequence_losses(model, [response]).item() != gradient.sequence_losses(model, [later]).item()
+    assert gradient.sequence_losses(model, [later]).item() == pytest.approx(mean_loss(model, [later]).item(), rel=1e-5)
+
+
+def perturbed(model, eps, dtype=torch.float32):
+    plus, minus = (tiny_model("qwen2", seed=3, spread=0.1).to(dtype) for _ in range(2))
+    return plus, minus, proxy.perturb_(plus, minus, gradient_of(model).__getitem__, eps)
+
+
+def test_perturbation_is_plus_and_minus_eps_g():
+    """A bug once left minus unperturbed: .float() of a float32 weight is the weight itself, not a copy."""
+    model, _ = model_with_gradient()
+    plus, minus, realised = perturbed(model, 1e-2)
+    start = dict(model.named_parameters())
+    for up, down in zip(plus.named_parameters(), minus.named_parameters(), strict=True):
+        name, g = up[0], gradient_of(model)[up[0]]
+        assert torch.equal(up[1], start[name] + 1e-2 * g)
+        assert torch.equal(down[1], start[name] - 1e-2 * g)
+    assert realised.cosine == pytest.approx(1, abs=1e-4)
+    assert realised.relative_norm == pytest.approx(1, abs=1e-3)
+
+
+def test_loss_rises_along_g_and_falls_against_it():
+    model, loss = model_with_gradient()
+    plus, minus, _ = perturbed(model, 1e-3)
+    with torch.no_grad():
+        assert mean_loss(plus, sequences()).item() > loss > mean_loss(minus, sequences()).item()
+
+
+def test_sixteen_bit_weights_lose_a_small_perturbation_and_it_is_said():
+    model, _ = model_with_gradient()
+    _, _, realised = perturbed(model, 1e-5, torch.bfloat16)
+    assert realised.cosine < proxy.LEAST_COSINE
+    assert "proxy_dtype=float32 or a larger eps" in proxy.warning(realised, 1e-5, "bfloat16")
+    _, _, realised = perturbed(model, 1e-3)
+    assert proxy.warning(realised, 1e-3, "float32") is None
+
+
+def central_delta(model, eps, prompts, shared_V):
+    plus, minus, _ = perturbed(model, eps)
+    pair = proxy.CentralDifference(plus, minus, eps, shared_V)
+    pair.allocate(len(prompts), 64)
+    return pair, pair.prefill(prompts, 0)
+
+
+def exact_delta(model, ids):
+    """Directional derivative of every log-probability along g, by forward-mode autograd."""
+    start = {name: p.detach() for name, p in model.named_parameters()}
+
+    def log_probs(parameters):
+        logits = torch.func.functional_call(model, parameters, (torch.tensor([ids]),), {"use_cache": False}).logits
+        return torch.log_softmax(logits[0, -1], -1)
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.func.jvp(log_probs, (start,), (gradient_of(model),))[1]
+
+
+def test_delta_is_the_directional_derivative_of_the_log_probabilities():
+    model, _ = model_with_gradient()
+    model.set_attn_implementation("eager")
+    prompts = [s.ids for s in sequences()]
+    _, delta_BV = central_delta(model, 1e-3, prompts, torch.ones(V, dtype=torch.bool))
+    for row, ids in enumerate(prompts):
+        wanted_V = exact_delta(model, ids)
+        assert (delta_BV[row] - wanted_V).norm() / wanted_V.norm() < 2e-3
+
+
+def test_score_identity():
+    """sum over x of p(x) Delta(x) = 0."""
+    model, _ = model_with_gradient()
+    prompts = [s.ids for s in sequences()]
+    _, delta_BV = central_delta(model, 1e-3, prompts, torch.ones(V, dtype=torch.bool))
+    with torch.no_grad():
+        probs_BV = torch.stack([torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1) for ids in prompts])
+    assert (probs_BV * delta_BV).sum(-1).abs().max() < 1e-4 * delta_BV.abs().max()
+
+
+def test_delta_is_zero_for_tokens_the_two_models_do_not_share():
+    model, _ = model_with_gradient()
+    shared_V = torch.ones(V - 4, dtype=torch.bool)  # the proxy has 4 rows beyond the teacher's tokenizer
+    shared_V[7] = False
+    pair, delta_BV = central_delta(model, 1e-3, [s.ids for s in sequences()], shared_V)
+    assert delta_BV.shape[1] == V - 4
+    assert (delta_BV[:, 7] == 0).all() and (delta_BV[:, 8] != 0).all()
+
+
+def test_one_sgd_step_on_a_token_moves_the_loss_as_delta_says():
+    """Delta ranks tokens by how much a training step on them raises the holdout loss (METHOD, definitions)."""
+    model, loss = model_with_gradient()
+    ids = sequences(1, seed=8)[0].ids
+    _, delta_BV = central_delta(model, 1e-3, [ids], torch.ones(V, dtype=torch.bool))
+    order = delta_BV[0].argsort()
+    changes = []
+    for token in (order[0], order[V // 2], order[-1]):
+        student = tiny_model("qwen2", seed=3, spread=0.1)
+        log_p = torch.log_softmax(student(torch.tensor([ids])).logits[0, -1], -1)[token]
+        log_p.backward()
+        with torch.no_grad():
+            for p in student.parameters():
+                p += 1e-5 * p.grad
+            changes.append(mean_loss(student, sequences()).item() - loss)
+    assert changes[0] < changes[1] < changes[2]
+    assert changes[0] < 0 < changes[2]
+
+
+def test_zero_and_non_finite_gradients_are_refused():
+    model, _ = model_with_gradient()
+    for p in model.parameters():
+        p.grad.zero_()
+    with pytest.raises(ValueError, match="gradient is zero"):
+        gradient.norms(model)
+    next(model.parameters()).grad[0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        gradient.norms(model)
+
+
+def test_gradient_file_round_trip_and_refusals(tmp_path):
+    model, _ = model_with_gradient()
+    path = tmp_path / "g.safetensors"
+    with pytest.raises(FileNotFoundError, match="make it with save_grad.py"):
+        gradient.open_checked(path, "abc")
+    gradient.save(path, model, {"proxy_student": "tiny", "proxy_fingerprint": "abc"})
+    file = gradient.open_checked(path, "abc")
+    gradient.check_matches(file, path, model)
+    for name, g in gradient_of(model).items():
+        assert torch.equal(file.get_tensor(name), g)
+    with pytest.raises(ValueError, match="another proxy"):
+        gradient.open_checked(path, "def")
+    with pytest.raises(ValueError, match="does not fit the proxy"):
+        gradient.check_matches(file, path, tiny_model("llama", seed=3))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        gradient.open_checked(path, "abc")
+
+
+def test_tied_embeddings_have_one_gradient():
+    from transformers import AutoModelForCausalLM
+
+    model, _ = model_with_gradient()
+    config = model.config
+    config.tie_word_embeddings = True
+    tied = AutoModelForCausalLM.from_config(config)
+    gradient.add_gradient_(tied, sequences(), 7, 7)
+    assert "lm_head.weight" not in dict(tied.named_parameters())
+    assert CachedModel(tied).model.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    assert gradient.total_norm(gradient.norms(tied)) > 0
