@@ -87,7 +87,9 @@ def render_prompts(cfg, tokenizer, problems):
             f"{cfg.data_split} is too long, the shortest has {shortest} tokens"
         )
     if len(kept) < len(prompts):
-        print0(f"left out {len(prompts) - len(kept)} of {len(prompts)} problems: prompts above {longest} tokens")
+        print0(
+            f"left out {len(prompts) - len(kept)} of {len(prompts)} problems: prompts above {longest} tokens"
+        )
     return kept
 
 
@@ -239,21 +241,19 @@ def decode_to_parts(cfg, phase, models, rule, requests, to_row, world):
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
     if len(mine) < len(requests) // world.size:
         print0(f"{phase}: {len(done)} of {len(requests)} rows are there from an earlier run")
-    progress = tqdm(total=len(mine), desc=phase, unit="row", disable=not world.is_main, mininterval=2)
     rows, num_tokens = [], 0
-    for completion in generate(models, rule, cfg.seed, mine, cfg.batch_size):
-        rows.append(to_row(completion))
-        num_tokens += len(completion.ids)
-        progress.update()
-        progress.set_postfix_str(
-            f"{num_tokens / (time.time() - progress.start_t):.0f} tokens/s", refresh=False
-        )
-        if len(rows) == cfg.batch_size:
-            store.write_part(folder, world.rank, rows)
-            rows = []
+    with tqdm(total=len(mine), desc=phase, unit="row", disable=not world.is_main, mininterval=2) as progress:
+        for completion in generate(models, rule, cfg.seed, mine, cfg.batch_size):
+            rows.append(to_row(completion))
+            num_tokens += len(completion.ids)
+            speed = num_tokens / progress.format_dict["elapsed"]
+            progress.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            progress.update()
+            if len(rows) == cfg.batch_size:
+                store.write_part(folder, world.rank, rows)
+                rows = []
     if rows:
         store.write_part(folder, world.rank, rows)
-    progress.close()
     return num_tokens
 
 

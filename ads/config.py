@@ -10,6 +10,7 @@ from ads import store
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 SPLITS = ("train", "holdout", "test")
 # Keys of these kinds may differ between a finished stage and a new request for it: speed alone, or a place whose
 # contents are compared by fingerprint instead.
@@ -187,6 +188,7 @@ class TrainConfig:
             raise ValueError(
                 f"warmup={self.warmup}: the share of steps to warm up in, at least 0 and below 1"
             )
+        check_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("attn_implementation", self.attn_implementation, ATTENTION)
 

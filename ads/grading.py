@@ -1,9 +1,9 @@
 r"""Grade a response against a reference solution, by one rule for every dataset.
 
-The answer is the last complete \boxed{...} of the response (never of the prompt); without one, the last number,
-or the last stated letter where the reference is a single letter A-J (multiple choice). A box that the length
-limit cut open counts as no box. Equal text (after `normalize`) and plain numbers are decided here, the rest by
-math-verify. Units, currency, degree and percent signs are ignored: 50\% is 50 and so is not 0.5.
+The answer is the last complete \boxed{...} of the response (never of the prompt); without one, the last
+number, or the last stated letter where the reference is a single letter A-J (multiple choice). A box that the
+length limit cut open counts as no box. Equal text (after `normalize`) and plain numbers are decided here, the
+rest by math-verify. Units, currency, degree and percent signs are ignored: 50\% is 50 and so is not 0.5.
 
 math-verify's time limit is signal.alarm: outside the main thread, an answer that needs it is a RuntimeError.
 """
@@ -23,22 +23,22 @@ _BRACES = re.compile(
 )
 _DROPPED = re.compile(
     r"(?<!\\)\\[!,;:> ]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0"
-    r"|\\(?:left|right|displaystyle)\b|^\\[(\[]|\\[)\]]$"
+    r"|\\(?:left|right|displaystyle)\b|^\s*\\approx\b|^\\[(\[]|\\[)\]]$"
 )
 _TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox|boxed|fbox)\s*\{([^{}]*)\}")
 _NOT_UNIT = r"(?!\s*(?:hundred|thousand|[mb]illion|trillion|dozen|sin|cos|tan|log|exp|sqrt)\b)"
 _UNIT_MACRO = re.compile(
-    rf"(?<=[\d)}}i])\s*\\(?:text(?:rm|normal)?|mathrm|mbox)\s*\{{{_NOT_UNIT}[^{{}}]*\}}(?:\^\{{?\d\}}?)?$"
+    rf"(?<=[\w)}}])\s*\\(?:text(?:rm|normal)?|mathrm|mbox)\s*\{{{_NOT_UNIT}[^{{}}]*\}}(?:\^\{{?\d\}}?)?$"
 )
 _NUMBER_WITH_UNIT = re.compile(
-    rf"(-?[\d.,/:]*\d)\s+{_NOT_UNIT}(?:[A-Za-z]{{3,}}|[ckm]?m|kg|ft|in|mi|lb|oz|ml|hr|sq|[ap]\.?m)\.?"
-    r"(?:[ /-]+[A-Za-z]+\.?)*(?:\s?\^\{?\d\}?)?"
+    rf"(-?[\d.,/:]*\d)(?:\s*(?:[ckm]m|kg|ft|mi|lb|oz|ml|hr|mph)|\s+{_NOT_UNIT}(?:[A-Za-z]{{3,}}|m|in|sq|[ap]\.?m))"
+    r"\b\.?(?:[ /-]+[A-Za-z]+\.?)*(?:\s?\^\{?\d\}?)?"
 )
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 _NUMERAL_IN_BASE = re.compile(r"(-?[\dA-Z.]+)_\{?(\d+)\}?")
 # math-verify multiplies the letters of a word (east = seat) and divides the parts of a time (5:00 = 5/0)
 _WORDS_OR_TIME = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z,'-]+|\d+:[0-5]\d")
-# 9^{9^9}, 10^{1000000}, 1000000!, 9!!: gigabytes, and no alarm interrupts them where sympy uses gmpy2
+# 9^{9^9}, 10^{1000000}, 1000000!, 9!!: sympy would fill gigabytes with one number, in C, where an alarm waits
 _GIANT = re.compile(r"\^[\s{(-]*(?:\d{6,}|\d+\s*(?:!|\^[\s{(-]*\d))|\d{6,}\s*!|![\s)}]*!")
 
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
@@ -89,9 +89,9 @@ def grade_forced(continuation: str, solution: str) -> Grade:
 
 
 def reference_answer(solution: str) -> str:
-    r"""Return the answer in a solution: its final line '#### x', else its last \boxed, else itself if a short line.
+    r"""Return the answer in a solution: its final line '#### x', else its last \boxed, else itself if short.
 
-    Raises ValueError when there is none.
+    Short means one line of up to 100 characters. Raises ValueError when there is no answer.
     """
     text = solution.strip()
     final_line = re.search(r"^####[ \t]*(\S.*)\Z", text, re.MULTILINE)
@@ -199,8 +199,8 @@ def _same_text(answer: str, reference: str) -> bool | None:
 def _same_value(answer: str, reference: str) -> bool | None:
     """Compare two normalized answers with math-verify; None when that ran past TIME_LIMIT.
 
-    An answer without a value (0/0) makes sympy raise: that is wrong, and logged. Where the reference cannot be
-    compared with itself either, the grader or the reference is broken: RuntimeError that names both.
+    An answer without a value (0/0) may make sympy raise: that is wrong, and logged. Where the reference
+    cannot be compared with itself either, grader or reference is broken: RuntimeError that names both.
     """
     from math_verify.errors import TimeoutException
     from math_verify.utils import timeout
@@ -222,11 +222,13 @@ def _same_value(answer: str, reference: str) -> bool | None:
 
 
 def _equivalent(answer: str, reference: str) -> bool:
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, Rational
 
-    # only LaTeX in a box: the default extractors would pick a number out of any text
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    # only LaTeX in a box: other extractors pick numbers out of text; no units: they make 5t equal 5
+    rules = NormalizationConfig(units=False, malformed_operators=True, nits=True)
+    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)]
     boxes = [rf"\boxed{{{text}}}" for text in (reference, answer)]
     wanted, given = (parse(box, config, parsing_timeout=None, raise_on_error=True) for box in boxes)
     settings = {"allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}

@@ -62,6 +62,7 @@ def perturb_(plus, minus, read_gradient, eps):
 
     read_gradient(name) gives the float32 gradient of a parameter (see gradient.open_checked). The sum is made in
     float32 and rounded once to the models' dtype, so eps g is lost only as far as that dtype cannot hold it.
+    Raises ValueError when the gradient is zero or not finite.
     """
     changed = wanted = dot = norm_stored = norm_wanted = 0.0
     minus_parameters = dict(minus.named_parameters())
@@ -77,10 +78,13 @@ def perturb_(plus, minus, read_gradient, eps):
         dot += (stored * g).sum(dtype=torch.float64).item()
         norm_stored += stored.square().sum(dtype=torch.float64).item()
         norm_wanted += g.square().sum(dtype=torch.float64).item()
-    norm_product = (norm_stored * norm_wanted) ** 0.5
+    if not 0 < norm_wanted < float("inf"):
+        raise ValueError(
+            f"the gradient is {'zero' if norm_wanted == 0 else 'not finite'}: make it with save_grad.py"
+        )
     return Perturbation(
         share_changed=changed / wanted,
-        cosine=dot / norm_product if norm_product else 0.0,
+        cosine=dot / (norm_stored * norm_wanted) ** 0.5 if norm_stored else 0.0,
         relative_norm=(norm_stored / norm_wanted) ** 0.5 / (2 * eps),
     )
 

@@ -175,11 +175,19 @@ def read_parts(parts_dir):
     return {row["id"]: row for path in paths for row in read_jsonl(path)}
 
 
-def open_parts(parts_dir, config, inputs, ignore=()):
-    """Prepare a parts folder; ValueError if it holds parts made with other settings or inputs."""
-    settings = Path(parts_dir) / "settings.yaml"
-    if not is_finished(settings, config, inputs, ignore):
-        write_text(settings, yaml.safe_dump({"config": config, "inputs": inputs}, sort_keys=False))
+def open_parts(folder, config, inputs, ignore=()):
+    """Prepare the folder of a stage's unfinished work; ValueError if it holds work done with other settings."""
+    folder = Path(folder)
+    settings = folder / "settings.yaml"
+    record = read_yaml(settings) if settings.is_file() else {"config": {}, "inputs": {}}
+    differences = differing_keys(record["config"], config, ignore)
+    differences += differing_keys(record["inputs"], inputs)
+    if differences and any(path != settings for path in folder.glob("*")):
+        raise ValueError(
+            f"{folder} holds unfinished work done with other settings: {'; '.join(differences)}. "
+            "Restore the settings to finish it, or delete that folder to start anew"
+        )
+    write_text(settings, yaml.safe_dump({"config": config, "inputs": inputs}, sort_keys=False))
 
 
 @contextlib.contextmanager

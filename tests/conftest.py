@@ -29,7 +29,13 @@ def tiny_config(kind, vocab_size):
     if kind == "gemma3_text":
         window = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
         return AutoConfig.for_model(
-            kind, vocab_size=vocab_size, query_pre_attn_scalar=8, final_logit_softcapping=3.0, **window, **sizes, **special
+            kind,
+            vocab_size=vocab_size,
+            query_pre_attn_scalar=8,
+            final_logit_softcapping=3.0,
+            **window,
+            **sizes,
+            **special,
         )
     return AutoConfig.for_model(kind, vocab_size=vocab_size, **sizes, **special)
 
@@ -60,7 +66,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_tokenizer(extra=("<|system|>", "<|user|>", "<|assistant|>"), eos="<|end|>", chat_template=CHAT_TEMPLATE):
+def byte_tokenizer(
+    extra=("<|system|>", "<|user|>", "<|assistant|>"), eos="<|end|>", chat_template=CHAT_TEMPLATE
+):
     """A tokenizer of single bytes: ids 0-255 are bytes, then eos, then the extra special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -102,7 +110,10 @@ def problem_folder(tmp_path_factory):
     """A data set of one's own: train, holdout and test of small sums."""
     folder = tmp_path_factory.mktemp("sums")
     for split, first in (("train", 10), ("holdout", 40), ("test", 70)):
-        rows = [{"problem": f"{i}+{i % 7}=?", "solution": f"\\boxed{{{i + i % 7}}}"} for i in range(first, first + 12)]
+        rows = [
+            {"problem": f"{i}+{i % 7}=?", "solution": f"\\boxed{{{i + i % 7}}}"}
+            for i in range(first, first + 12)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
@@ -115,7 +126,9 @@ def run_script(script, *arguments, num_processes=1, check=True, **environment):
         command = [*torchrun, "--nproc_per_node", str(num_processes), str(ROOT / script)]
         environment["ACCELERATE_USE_CPU"] = "true"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+    result = subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=600
+    )
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result

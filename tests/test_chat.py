@@ -121,7 +121,9 @@ def test_r1_and_qwen_share_all_but_seven_special_ids():
 
 
 def test_r1_and_llama_are_refused():
-    with pytest.raises(ValueError, match="different vocabularies.*ordinary tokens differ.*choose a proxy_student"):
+    with pytest.raises(
+        ValueError, match="different vocabularies.*ordinary tokens differ.*choose a proxy_student"
+    ):
         chat.match_vocabularies(real(R1), real(LLAMA))
 
 

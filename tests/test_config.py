@@ -8,7 +8,11 @@ from conftest import ROOT
 from ads.config import GenConfig, GradConfig, TrainConfig, load_config
 
 FILES = {"gen_config.yaml": GenConfig, "grad_config.yaml": GradConfig, "train_config.yaml": TrainConfig}
-NEEDED = {GenConfig: [], GradConfig: ["holdout_traces=h"], TrainConfig: ["train_traces=t", "holdout_traces=h"]}
+NEEDED = {
+    GenConfig: [],
+    GradConfig: ["holdout_traces=h"],
+    TrainConfig: ["train_traces=t", "holdout_traces=h"],
+}
 
 
 @pytest.mark.parametrize("name", FILES)

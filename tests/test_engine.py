@@ -49,7 +49,9 @@ def ads_models(eps=1e-3):
     shared_V = torch.ones(V, dtype=torch.bool)
     shared_V[[2, 90]] = False
     plus, minus = perturbed_pair(eps)
-    return Models(CachedModel(tiny_model("qwen2")), CentralDifference(plus, minus, eps, shared_V), shared_V | True, EOS)
+    return Models(
+        CachedModel(tiny_model("qwen2")), CentralDifference(plus, minus, eps, shared_V), shared_V | True, EOS
+    )
 
 
 def decode(models, rule, rows, batch_size, seed=1):
@@ -109,7 +111,10 @@ def test_temperature_sampling_equals_a_plain_loop():
 
 
 def test_traces_do_not_depend_on_batch_size_or_order():
-    for models, rule in ((plain_models(), Sampling(0.8, 0.0, 30, 0.9)), (ads_models(), Sampling(0.8, 0.3, 30, 0.9))):
+    for models, rule in (
+        (plain_models(), Sampling(0.8, 0.0, 30, 0.9)),
+        (ads_models(), Sampling(0.8, 0.3, 30, 0.9)),
+    ):
         rows = requests(num_rows=20)
         wanted = decode(models, rule, rows, batch_size=1)
         same(decode(models, rule, rows, batch_size=3), wanted)
@@ -186,7 +191,9 @@ def test_out_of_memory_halves_the_batch_and_changes_no_trace(monkeypatch, capsys
 def test_logits_that_are_not_finite_are_an_error_that_names_the_problem():
     models = plain_models()
     models.teacher.model.get_output_embeddings().weight.data[3, 0] = float("nan")
-    with pytest.raises(ValueError, match="problem row.*response token 0: the teacher's logits are not finite"):
+    with pytest.raises(
+        ValueError, match="problem row.*response token 0: the teacher's logits are not finite"
+    ):
         decode(models, Sampling(1.0), requests(), 3)
     models = ads_models()
     models.proxy.plus.model.get_output_embeddings().weight.data[3, 0] = float("inf")

@@ -50,7 +50,11 @@ def experiment(model_folders, problem_folder, tmp_path_factory):
 def test_all_six_stages_ran(experiment):
     exp_dir, output = experiment
     points = ("tau0.8_lam0_eps0", "tau0.8_lam0.05_eps1e-3")
-    traces = ["holdout", "student_base", *(f"{s}_{p}" for s in ("train", "eval_student", "eval_teacher") for p in points)]
+    traces = [
+        "holdout",
+        "student_base",
+        *(f"{s}_{p}" for s in ("train", "eval_student", "eval_teacher") for p in points),
+    ]
     for name in traces:
         assert store.read_yaml(exp_dir / "traces" / f"{name}.yaml")["stats"]["n"] > 0
         assert (exp_dir / "traces" / name / "dataset_info.json").exists()

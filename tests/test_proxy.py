@@ -55,8 +55,12 @@ def test_the_prompt_does_not_reach_the_loss_through_its_own_tokens():
     response = Sequence(rows[0].ids, rows[0].num_prompt_tokens)
     later = Sequence(rows[0].ids, rows[0].num_prompt_tokens + 3)
     model = tiny_model(seed=3, spread=0.1)
-    assert gradient.sequence_losses(model, [response]).item() != gradient.sequence_losses(model, [later]).item()
-    assert gradient.sequence_losses(model, [later]).item() == pytest.approx(mean_loss(model, [later]).item(), rel=1e-5)
+    assert (
+        gradient.sequence_losses(model, [response]).item() != gradient.sequence_losses(model, [later]).item()
+    )
+    assert gradient.sequence_losses(model, [later]).item() == pytest.approx(
+        mean_loss(model, [later]).item(), rel=1e-5
+    )
 
 
 def perturbed(model, eps, dtype=torch.float32):
@@ -105,7 +109,9 @@ def exact_delta(model, ids):
     start = {name: p.detach() for name, p in model.named_parameters()}
 
     def log_probs(parameters):
-        logits = torch.func.functional_call(model, parameters, (torch.tensor([ids]),), {"use_cache": False}).logits
+        logits = torch.func.functional_call(
+            model, parameters, (torch.tensor([ids]),), {"use_cache": False}
+        ).logits
         return torch.log_softmax(logits[0, -1], -1)
 
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -128,7 +134,9 @@ def test_score_identity():
     prompts = [s.ids for s in sequences()]
     _, delta_BV = central_delta(model, 1e-3, prompts, torch.ones(V, dtype=torch.bool))
     with torch.no_grad():
-        probs_BV = torch.stack([torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1) for ids in prompts])
+        probs_BV = torch.stack(
+            [torch.softmax(model(torch.tensor([ids])).logits[0, -1], -1) for ids in prompts]
+        )
     assert (probs_BV * delta_BV).sum(-1).abs().max() < 1e-4 * delta_BV.abs().max()
 
 

@@ -74,7 +74,8 @@ def test_a_constant_in_delta_changes_nothing():
     rule = Sampling(0.8, 0.6, 20, 0.9)
     steps = torch.zeros(6, dtype=torch.int64)
     assert torch.equal(
-        sampling.sample(log_p, delta, rule, keys(6), steps), sampling.sample(log_p, delta + 4.0, rule, keys(6), steps)
+        sampling.sample(log_p, delta, rule, keys(6), steps),
+        sampling.sample(log_p, delta + 4.0, rule, keys(6), steps),
     )
 
 
@@ -89,7 +90,9 @@ def test_scaling_the_gradient_is_scaling_lam():
 
 def test_greedy_is_the_argmax_of_log_p_plus_lam_delta():
     log_p, delta = torch.log_softmax(scores(), -1), scores(seed=1)
-    tokens = sampling.sample(log_p, delta, Sampling(0.0, 0.7, 1, 0.1), keys(6), torch.zeros(6, dtype=torch.int64))
+    tokens = sampling.sample(
+        log_p, delta, Sampling(0.0, 0.7, 1, 0.1), keys(6), torch.zeros(6, dtype=torch.int64)
+    )
     assert torch.equal(tokens, (log_p + 0.7 * delta).argmax(-1))
 
 
@@ -103,7 +106,9 @@ def test_uniforms_are_the_splitmix64_stream():
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         return ((z ^ (z >> 31)) >> 32) / 2**32
 
-    assert reference(1234567, 0) == (6457827717110365317 >> 32) / 2**32  # the published first output for this seed
+    assert (
+        reference(1234567, 0) == (6457827717110365317 >> 32) / 2**32
+    )  # the published first output for this seed
     key_n = torch.tensor([sampling.row_key(s, "gsm8k/train/5") for s in range(50)])
     step_n = torch.arange(50) * 37
     wanted = [reference(k & mask, s) for k, s in zip(key_n.tolist(), step_n.tolist(), strict=True)]
@@ -119,9 +124,13 @@ def test_a_token_of_probability_zero_is_never_drawn():
 
 def test_rounding_noise_moves_no_draw_far():
     """The CDF runs in id order: near-equal probabilities that swap ranks must not swap tokens."""
-    log_p = torch.log_softmax(torch.randn(500, V, generator=torch.Generator().manual_seed(3)).round(decimals=1), -1)
+    log_p = torch.log_softmax(
+        torch.randn(500, V, generator=torch.Generator().manual_seed(3)).round(decimals=1), -1
+    )
     steps = torch.zeros(500, dtype=torch.int64)
     noisy = log_p + 1e-6 * torch.randn(500, V, generator=torch.Generator().manual_seed(4))
     rule = Sampling(1.0)
-    same = sampling.sample(log_p, None, rule, keys(500), steps) == sampling.sample(noisy, None, rule, keys(500), steps)
+    same = sampling.sample(log_p, None, rule, keys(500), steps) == sampling.sample(
+        noisy, None, rule, keys(500), steps
+    )
     assert same.all()

@@ -1,0 +1,161 @@
+"""Datasets, splits, subsets and ids; real files where they are there."""
+
+import gzip
+import json
+
+import pytest
+from conftest import shared_path
+
+import utils
+
+
+def write_lines(path, rows):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Small files in the hub's schemas."""
+    gsm8k = [{"question": f"q{i}", "answer": f"a\n#### {i}"} for i in range(10)]
+    math = [
+        {"problem": f"p{i}", "level": "Level 1", "type": "Algebra", "solution": f"\\boxed{{{i}}}"}
+        for i in range(20)
+    ]
+    mmlu = [{"question": f"q{i}", "subject": "", "choices": list("wxyz"), "answer": i % 4} for i in range(20)]
+    write_lines(tmp_path / "gsm8k_train.jsonl.gz", gsm8k)
+    write_lines(tmp_path / "gsm8k_platinum_test.jsonl.gz", gsm8k[:4])
+    write_lines(tmp_path / "hendrycks_math_train.jsonl.gz", math)
+    write_lines(tmp_path / "mmlu_auxiliary_train.jsonl.gz", mmlu)
+    return str(tmp_path)
+
+
+def ids(problems):
+    return [p["id"] for p in problems]
+
+
+def test_gsm8k_is_cut_as_it_stands(data_dir):
+    train, holdout = (utils.load_problems(f"gsm8k_{s}", data_dir) for s in ("train", "holdout"))
+    assert ids(train) == [f"gsm8k/train/{i}" for i in range(7)]
+    assert ids(holdout) == [f"gsm8k/train/{i}" for i in range(7, 10)]
+    assert train[3] == {"id": "gsm8k/train/3", "problem": "q3", "solution": "a\n#### 3"}
+    assert len(utils.load_problems("gsm8k_test", data_dir)) == 4
+
+
+@pytest.mark.parametrize("dataset", ("hendrycks_math", "mmlu"))
+def test_math_and_mmlu_are_shuffled_and_disjoint(data_dir, dataset):
+    """The reference computed this shuffle and threw it away."""
+    train, holdout = (ids(utils.load_problems(f"{dataset}_{s}", data_dir)) for s in ("train", "holdout"))
+    assert (len(train), len(holdout)) == (14, 6)
+    assert set(train) | set(holdout) == {f"{dataset}/train/{i}" for i in range(20)}
+    assert train != sorted(train, key=lambda i: int(i.split("/")[-1]))
+    assert train == ids(utils.load_problems(f"{dataset}_train", data_dir))
+
+
+def test_math_split_name_with_an_underscore_in_the_dataset(data_dir):
+    """The reference parsed 'hendrycks_math_train' wrongly. Extras of the dataset follow the problem."""
+    problem = utils.load_problems("hendrycks_math_train", data_dir)[0]
+    assert problem["level"] == "Level 1" and problem["type"] == "Algebra"
+
+
+def test_mmlu_problem_has_lettered_choices_and_a_boxed_letter(data_dir):
+    problems = {p["id"]: p for p in utils.load_problems("mmlu_train", data_dir)}
+    problem = next(iter(problems.values()))
+    number = int(problem["id"].split("/")[-1])
+    assert "\nA. w\nB. x\nC. y\nD. z\n" in problem["problem"]
+    assert problem["solution"] == f"\\boxed{{{'ABCD'[number % 4]}}}"
+
+
+def test_subset_is_random_seeded_nested_and_in_order(data_dir):
+    whole = ids(utils.load_problems("hendrycks_math_train", data_dir))
+    five, eight = (ids(utils.load_problems("hendrycks_math_train", data_dir, n, seed=1)) for n in (5, 8))
+    assert set(five) < set(eight) < set(whole) and five != whole[:5]
+    assert five == [i for i in whole if i in five]
+    assert five == ids(utils.load_problems("hendrycks_math_train", data_dir, 5, seed=1))
+    assert five != ids(utils.load_problems("hendrycks_math_train", data_dir, 5, seed=2))
+    assert ids(utils.load_problems("hendrycks_math_train", data_dir, 99)) == whole
+
+
+def test_permutation_never_changes():
+    assert utils.permutation(10, 42) == [8, 1, 5, 0, 7, 2, 9, 4, 3, 6]
+
+
+@pytest.mark.parametrize("suffix", (".jsonl", ".jsonl.gz", ".parquet"))
+def test_folder_of_ones_own(tmp_path, suffix):
+    rows = [{"problem": "1+1", "solution": "2", "extra": 5}, {"problem": "2+2", "solution": "4", "extra": 6}]
+    folder = tmp_path / "my_sums"
+    folder.mkdir()
+    if suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test.parquet")
+    else:
+        write_lines(folder / f"test{suffix}", rows)
+    found = utils.load_problems(f"{folder}_test")
+    assert found == [{**row, "id": f"my_sums/test/{i}"} for i, row in enumerate(rows)]
+    with pytest.raises(FileNotFoundError, match="none of train.jsonl, train.jsonl.gz, train.parquet"):
+        utils.load_problems(f"{folder}_train")
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    (
+        ("", "holds no problems"),
+        ('{"problem": "x"}\n', "no column solution"),
+        ('{"problem": "x", "solution": "1"}\nnot json\n', "line 2"),
+        ("[1]\n", "not a JSON object"),
+        ('{"problem": "x", "solution": 1}\n', "must be text"),
+        ('{"id": 1, "problem": "x", "solution": "1"}\n' * 2, "not all different"),
+    ),
+)
+def test_bad_files_are_one_line_errors(tmp_path, text, words):
+    (tmp_path / "test.jsonl").write_text(text)
+    with pytest.raises(ValueError) as error:
+        utils.load_problems(f"{tmp_path}_test")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_dataset_and_missing_local_file(tmp_path):
+    with pytest.raises(
+        ValueError, match="neither a known dataset \\(gsm8k, hendrycks_math, mmlu\\) nor a folder"
+    ):
+        utils.load_problems("gsm9k_test")
+    with pytest.raises(FileNotFoundError, match="mmlu_test.jsonl.gz does not exist"):
+        utils.load_problems("mmlu_test", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "data_split,num_problems,first_id",
+    (
+        ("gsm8k_train", 5231, "gsm8k/train/0"),
+        ("gsm8k_holdout", 2242, "gsm8k/train/5231"),
+        ("gsm8k_test", 1209, "gsm8k/test/0"),
+        ("hendrycks_math_train", 5250, None),
+        ("hendrycks_math_holdout", 2250, None),
+        ("hendrycks_math_test", 5000, "hendrycks_math/test/0"),
+        ("mmlu_test", 14042, "mmlu/test/0"),
+    ),
+)
+def test_real_splits_have_their_sizes(data_split, num_problems, first_id):
+    problems = utils.load_problems(data_split, str(shared_path("data")))
+    assert len(problems) == num_problems
+    assert first_id is None or problems[0]["id"] == first_id
+    assert len({p["id"] for p in problems}) == num_problems
+
+
+def test_real_math_subset_covers_all_subjects():
+    """The reference took the head of the file: 4 of 7 subjects of MATH, 19 of 57 of MMLU."""
+    math = utils.load_problems("hendrycks_math_test", str(shared_path("data")), 500)
+    assert len({p["type"] for p in math}) == 7
+    mmlu = utils.load_problems("mmlu_test", str(shared_path("data")), 2880)
+    assert len({p["subject"] for p in mmlu}) == 57
+
+
+@pytest.mark.parametrize(
+    "num_correct,num_total,low,high", ((0, 0, 0.0, 1.0), (0, 10, 0, 0.2775), (8, 10, 0.4902, 0.9433))
+)
+def test_wilson_interval(num_correct, num_total, low, high):
+    """Reference values of Wilson's score interval."""
+    assert utils.wilson_interval(num_correct, num_total) == pytest.approx((low, high), abs=1e-4)

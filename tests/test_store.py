@@ -1,0 +1,132 @@
+"""Files that survive a kill: atomicity, parts, sidecars, locks, fingerprints."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from ads import store
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "a.txt"
+    store.write_text(path, "old")
+    with pytest.raises(KeyError), store.atomic_path(path) as temporary:
+        temporary.write_text("new")
+        raise KeyError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    for name in ("one", "two"):
+        with store.atomic_folder(tmp_path / "f") as folder:
+            (folder / name).touch()
+    assert os.listdir(tmp_path) == ["f"] and os.listdir(tmp_path / "f") == ["two"]
+
+
+def test_a_killed_folder_write_is_cleared_away(tmp_path):
+    (tmp_path / ".f.tmp").mkdir()
+    (tmp_path / ".f.tmp" / "half").touch()
+    with store.atomic_folder(tmp_path / "f") as folder:
+        (folder / "whole").touch()
+    assert os.listdir(tmp_path / "f") == ["whole"]
+
+
+def test_parts_of_several_ranks_and_runs_are_read_together(tmp_path):
+    store.write_part(tmp_path, 0, [{"id": "a", "x": 1}])
+    store.write_part(tmp_path, 1, [{"id": "b", "x": 2}, {"id": "c", "x": "\u2028 \ud83e"}])
+    (tmp_path / ".0-0.jsonl.99.tmp").write_text('{"id": "half')
+    assert store.read_parts(tmp_path) == {
+        "a": {"id": "a", "x": 1},
+        "b": {"id": "b", "x": 2},
+        "c": {"id": "c", "x": "\u2028 \ud83e"},
+    }
+    assert store.read_parts(tmp_path / "nowhere") == {}
+
+
+def test_sidecar_of_other_settings_is_refused_by_name(tmp_path):
+    path = tmp_path / "t.yaml"
+    config = {"tau": 0.6, "batch_size": 4, "teacher": None}
+    assert not store.is_finished(path, config, {"data": "abc"})
+    store.write_sidecar(path, config, {"data": "abc"}, {"n": 3}, 1.0)
+    assert store.is_finished(path, config, {"data": "abc"})
+    assert store.is_finished(path, {**config, "batch_size": 8}, {"data": "abc"}, ignore={"batch_size"})
+    with pytest.raises(ValueError, match="tau was 0.6, now 0.7"):
+        store.is_finished(path, {**config, "tau": 0.7}, {"data": "abc"})
+    with pytest.raises(ValueError, match="data was 'abc', now 'abd'"):
+        store.is_finished(path, config, {"data": "abd"})
+
+
+def test_sidecar_names_versions_commit_and_command(tmp_path):
+    record = store.write_sidecar(tmp_path / "t.yaml", {}, {}, {"n": 3}, 1.0, perturbation={"cosine": 0.5})
+    found = store.read_yaml(tmp_path / "t.yaml")
+    assert found == record and found["versions"]["torch"] and found["perturbation"]["cosine"] == 0.5
+
+
+def test_unfinished_work_of_other_settings_is_refused(tmp_path):
+    """A request that failed before its first part must not stand in the way of the corrected one; parts must."""
+    store.open_parts(tmp_path, {"tau": 0.6}, {})
+    store.open_parts(tmp_path, {"tau": 0.7}, {})
+    store.write_part(tmp_path / "traces", 0, [{"id": "a"}])
+    store.open_parts(tmp_path, {"tau": 0.7}, {})
+    with pytest.raises(ValueError, match="tau was 0.7, now 1.0.*delete that folder"):
+        store.open_parts(tmp_path, {"tau": 1.0}, {})
+    (tmp_path / "settings.yaml").unlink()
+    with pytest.raises(ValueError, match="unfinished work done with other settings"):
+        store.open_parts(tmp_path, {"tau": 0.7}, {})
+
+
+def test_lock_is_refused_while_another_process_lives_and_free_after_it_is_killed(tmp_path):
+    code = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from ads import store\n"
+        f"with store.stage_lock({str(tmp_path)!r}, 'x'):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(RuntimeError, match=f"being made by process {holder.pid} on"),
+        store.stage_lock(tmp_path, "x"),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with store.stage_lock(tmp_path, "x"):
+        pass
+
+
+def test_fingerprint_of_a_large_file_sees_size_and_samples(tmp_path):
+    path = tmp_path / "w.safetensors"
+    content = bytearray(os.urandom(3 * store.SAMPLE_BYTES * store.NUM_SAMPLES))
+    path.write_bytes(content)
+    first = store.fingerprint_file(path)
+    assert store.fingerprint_file(path) == first
+    path.write_bytes(bytes(len(content)))
+    assert store.fingerprint_file(path) != first
+    path.write_bytes(content + b"x")
+    assert store.fingerprint_file(path) != first
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert store.fingerprint_file(path) != first
+
+
+def test_fingerprint_of_a_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    first = store.fingerprint_model(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert store.fingerprint_model(str(tmp_path)) != first
+    assert store.fingerprint_model("Qwen/Qwen2.5-3B") == "hub:Qwen/Qwen2.5-3B"
+    for name in ("/no/such/folder", "./x", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="neither a folder nor the name of a model on the hub"):
+            store.fingerprint_model(name)
+    with pytest.raises(FileNotFoundError, match="no tokenizer_config.json"):
+        store.fingerprint_tokenizer(str(tmp_path))
+
+
+def test_registry_lines_are_appended(tmp_path):
+    for i in range(3):
+        store.append_jsonl(tmp_path / "metadata" / "r.jsonl", {"i": i})
+    assert [r["i"] for r in store.read_jsonl(tmp_path / "metadata" / "r.jsonl")] == [0, 1, 2]
