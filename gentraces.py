@@ -241,13 +241,12 @@ def decode_to_parts(cfg, phase, models, rule, requests, to_row, world):
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
     if len(mine) < len(requests) // world.size:
         print0(f"{phase}: {len(done)} of {len(requests)} rows are there from an earlier run")
-    rows, num_tokens = [], 0
+    rows, num_tokens, start = [], 0, time.time()
     with tqdm(total=len(mine), desc=phase, unit="row", disable=not world.is_main, mininterval=2) as progress:
         for completion in generate(models, rule, cfg.seed, mine, cfg.batch_size):
             rows.append(to_row(completion))
             num_tokens += len(completion.ids)
-            speed = num_tokens / progress.format_dict["elapsed"]
-            progress.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
             progress.update()
             if len(rows) == cfg.batch_size:
                 store.write_part(folder, world.rank, rows)

@@ -44,8 +44,9 @@ LEAST_COSINE = 0.9  # as in ads/proxy.py, whose import would load torch
 LEAST_FINISHED = 0.9
 NUM_NAMED = 4  # cases that one warning names
 COLOURS = {"temperature": "#0072B2", "ADS": "#D55E00"}  # Okabe and Ito's, safe for colour-blind readers
+LEGEND_WIDTH = 110  # characters
 MARKERS = "osD^vP*X"
-TAU, LAM = "\N{GREEK SMALL LETTER TAU}", "\N{GREEK SMALL LETTER LAMDA}"
+SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
 PLOT_STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ads",
@@ -167,14 +168,14 @@ def point_rows(experiment):
     pairs = [(train, name) for train, name in pairs if train]
     used = [train for train, _ in pairs]
     pairs += [(train, None) for train in select(experiment, True, "train") if train not in used]
-    rows = []
+    rows, shown = [], []
     for train, name in pairs:
         model, same_point = experiment.models.get(name), [t for t in tests if sampling(t) == sampling(train)]
         for student in [s for s in students if name and model_behind(experiment, s) == name] or [None]:
             same = [t for t in same_point if student is None or data_name(t) == data_name(student)]
             rows += [make_row(teacher=t, student=student, train=train, model=model) for t in same or [None]]
-    reached = [sampling(train) for train, _ in pairs]
-    return rows + [make_row(teacher=test) for test in tests if sampling(test) not in reached]
+            shown += same
+    return rows + [make_row(teacher=test) for test in tests if test not in shown]
 
 
 def baseline_rows(experiment):
@@ -252,8 +253,11 @@ def values_of(rows, key):
     return sorted({row[key] for row in rows if row.get(key) is not None})
 
 
-def differing(rows):
-    return [key for key in SETTINGS if len(values_of(rows, key)) > 1]
+def differing(points):
+    """The settings in which points differ; the student's seed only where it is not the traces' seed."""
+    has_own_seed = any(row.get("student_seed", row["seed"]) != row["seed"] for row in points)
+    names = [key for key in SETTINGS if key != "student_seed" or has_own_seed]
+    return [key for key in names if len(values_of(points, key)) > 1]
 
 
 def shared_settings(rows):
@@ -317,23 +321,23 @@ def warning_lines(experiments):
 def doubts(experiment):
     """(kind, badness, case) of everything that puts a number in doubt or is in no row."""
     for name, trace in experiment.traces.items():
-        stats, cosine = trace["stats"], trace.get("perturbation", {}).get("cosine", 1)
-        finished = stats.get("finished", 1)
+        stats = trace["stats"]
+        finished, cosine = stats.get("finished", 1), trace.get("perturbation", {}).get("cosine", 1)
         if cosine < LEAST_COSINE:
             kind = f"theta +- eps g lost to rounding, cosine below {LEAST_COSINE}"
             yield kind, -cosine, f"{name} {show_number(cosine)}"
         if finished < LEAST_FINISHED:
             yield f"finished share below {LEAST_FINISHED}", -finished, f"{name} {show_number(finished)}"
         if num := stats.get("num_grader_timeouts"):
-            yield "answers counted as wrong because the grader timed out", num, f"{name} {num}"
+            yield "answers counted as wrong, the grader timed out", num, f"{name} {num}"
         if num := stats.get("num_prompts_too_long"):
-            yield "problems left out because their prompts are too long", num, f"{name} {num}"
+            yield "problems left out, prompts too long", num, f"{name} {num}"
     for name, model in experiment.models.items():
         if traces_behind(experiment, model) is None:
-            yield "models left out because the sidecars of their training traces are not here", 0, name
+            yield "models left out, the sidecars of their training traces are not here", 0, name
     for name in {model_behind(experiment, s) for s in select(experiment, False, "test")}:
         if name and name not in experiment.models:
-            yield "student tests left out because the sidecars of the models are not here", 0, name
+            yield "student tests left out, the sidecars of the models are not here", 0, name
 
 
 def to_csv(rows):
@@ -409,7 +413,8 @@ def draw_tradeoff(points, baselines):
     tested = points or baselines
     data = ", ".join(values_of(tested, "data"))
     figure.suptitle(f"{data}: n = {show_sizes(tested, ' to ')} problems, 95 % intervals")
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=3, frameon=False)
+    num_columns = min(3, LEGEND_WIDTH // max(map(len, legend), default=1)) or 1
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=num_columns, frameon=False)
     return figure
 
 
@@ -434,10 +439,19 @@ def curves(points):
     """{legend label: rows in the order of the arm's knob}; the points come sorted by arm, tau and lam."""
     groups, names = {}, differing(points)
     for row in points:
-        tau = [f"{TAU} = {row['tau']:g}"] if row["arm"] == "ADS" else []
-        settings = [f"{key} {show_setting(row[key])}" for key in names if row.get(key) is not None]
-        groups.setdefault(", ".join([row["arm"], *tau, *settings]), []).append(row)
-    return groups
+        tau = row["tau"] if row["arm"] == "ADS" else None
+        groups.setdefault((row["arm"], tau, *(row.get(name) for name in names)), []).append(row)
+    return {curve_label(curve, names): curve for curve in groups.values()}
+
+
+def curve_label(curve, names):
+    """The arm, the range of its knob, and the settings in which curves differ."""
+    row, last = curve[0], curve[-1]
+    parts = [row["arm"]]
+    for key in ("tau", "lam") if row["arm"] == "ADS" else ("tau",):
+        parts.append(f"{SYMBOLS[key]} = {' to '.join(map(show_setting, sorted({row[key], last[key]})))}")
+    parts += [f"{name} {show_setting(row[name])}" for name in names if row.get(name) is not None]
+    return ", ".join(parts)
 
 
 def draw_curve(axis, rule, curve, **style):
@@ -450,10 +464,6 @@ def draw_curve(axis, rule, curve, **style):
     drawn = axis.errorbar(x, y, y_bars, x_bars, markersize=5, linewidth=1.4, elinewidth=0.8, **style)
     for bars in drawn[2]:
         bars.set_alpha(0.4)
-    knob, symbol = ("lam", LAM) if curve[0]["arm"] == "ADS" else ("tau", TAU)
-    for i in (0, -1):
-        text, offset = f"{symbol} = {curve[i][knob]:g}", {"xytext": (7, -9), "textcoords": "offset points"}
-        axis.annotate(text, (x[i], y[i]), **offset, fontsize="small", color=style["color"])
 
 
 def error_bars(curve, name):

@@ -263,16 +263,26 @@ class World:
 
 def start_world():
     """Join the processes that accelerate launch or torchrun started (or be the only one) and choose the device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from accelerate import PartialState
-
-        # Ranks meet when the slowest has sampled its last trace, which may be hours after the first.
-        state = PartialState(timeout=timedelta(days=2))
-        return World(state.process_index, state.num_processes, str(state.device))
     import torch
 
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return World(0, 1, "cuda" if torch.cuda.is_available() and not use_cpu else "cpu")
+    use_cpu = use_cpu or not torch.cuda.is_available()
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_started == 1:
+        return World(0, 1, "cpu" if use_cpu else "cuda")
+    from accelerate import PartialState
+
+    # Ranks meet when the slowest has sampled its last trace, which may be hours after the first.
+    state = PartialState(cpu=use_cpu, timeout=timedelta(days=2))
+    assert state.num_processes == num_started, f"{state.num_processes} of {num_started} processes joined"
+    return World(state.process_index, state.num_processes, "cpu" if use_cpu else str(state.device))
+
+
+def leave_world():
+    """Take leave of the other processes; without it their last messages may find nobody."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_main_process():
@@ -335,6 +345,7 @@ def run_script(main):
     quiet_libraries()
     try:
         main(sys.argv[1:])
+        leave_world()
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if raised_in.parent not in (ROOT, ROOT / "ads") or os.environ.get("ADS_TRACEBACK"):

@@ -74,18 +74,18 @@ def write_student_test(exp_dir, name, model, forced, raw, **more):
     )
 
 
-def write_point(exp_dir, name, tau, lam, teacher, student, stages=4, **more):
-    """The first `stages` stages of a grid point; teacher and student are (forced, raw) shares."""
+def write_point(exp_dir, name, tau, lam, teacher_shares, student_shares, stages=4, **more):
+    """The first `stages` stages of a grid point; shares are (forced, raw)."""
     if lam:
         more |= {"grad_path": f"{exp_dir}/student_grads.safetensors", "proxy_student": PROXY}
     sampled = {"tau": tau, "lam": lam, **more}
-    write_traces(exp_dir, f"a{name}", *teacher, data_split="gsm8k_train", **sampled)
+    write_traces(exp_dir, f"a{name}", *teacher_shares, data_split="gsm8k_train", **sampled)
     if stages >= 2:
         write_model(exp_dir, f"b{name}", f"a{name}")
     if stages >= 3:
-        write_student_test(exp_dir, f"c{name}", f"b{name}", *student)
+        write_student_test(exp_dir, f"c{name}", f"b{name}", *student_shares)
     if stages >= 4:
-        write_traces(exp_dir, f"d{name}", *teacher, data_split="gsm8k_test", **sampled)
+        write_traces(exp_dir, f"d{name}", *teacher_shares, data_split="gsm8k_test", **sampled)
 
 
 def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25)):
@@ -116,3 +116,377 @@ def run(*exp_dirs):
         command, capture_output=True, text=True, cwd=exp_dirs[0].parent if exp_dirs else None
     )
     return result.returncode, result.stdout, result.stderr
+
+
+def table_lines(output):
+    """{(arm, tau, lam): the rest of the line} of the printed table."""
+    pattern = r"^ *(temperature|ADS) +(\S+) +(\S+) +(.*)$"
+    return {found.groups()[:3]: found[4] for found in re.finditer(pattern, output, re.MULTILINE)}
+
+
+def csv_rows(exp_dir):
+    with (exp_dir / "report" / "results.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(*exp_dirs):
+    rows = report.collect_rows([report.load_experiment(path) for path in exp_dirs])
+    return [r for r in rows if r["arm"] != "undistilled"], [r for r in rows if r["arm"] == "undistilled"]
+
+
+def drawn_points(figure):
+    """Per panel, the (x, y) lists of each curve."""
+    lines = [[container.lines[0] for container in axis.containers] for axis in figure.axes]
+    return [[list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in panel] for panel in lines]
+
+
+# As a user runs it
+
+
+def test_a_finished_experiment_as_a_user_runs_it(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    code, output, errors = run(exp_dir)
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[0].startswith(
+        "4 of 4 points complete; data gsm8k_test, teacher owner/teacher-7B, student owner/"
+    )
+    table = table_lines(output)
+    assert list(table) == [
+        ("temperature", "0.6", "0"),
+        ("temperature", "1.4", "0"),
+        ("ADS", "0.6", "0.015"),
+        ("ADS", "0.6", "0.03"),
+    ]
+    cells = ["1200", ".840 [.818, .860]", ".700 [.673, .725]", ".490 [.462, .518]", ".410 [.383, .438]"]
+    assert table["ADS", "0.6", "0.015"].split() == " ".join([*cells, ".975 .975 .312 214 .457"]).split()
+    assert max(len(line) for line in lines[1:7]) <= 140
+    undistilled = next(line for line in lines if line.startswith("undistilled"))
+    assert "forced .310 [.284, .337], raw .250 [.226, .275], few_shot 4, n 1200" in undistilled
+    assert "gradient of owner/proxy-1B: n 2242, loss .412 nats/token, ||g|| 7.412" in lines
+    assert "WARNING" not in output
+    path = exp_dir / "report" / "report.md"
+    assert lines[-2] == f"report: {path}"
+    assert json.loads(lines[-1]) == {"report": str(path), "num_points": 4, "num_complete": 4}
+    names = {file.name for file in path.parent.iterdir()}
+    assert names == {"report.md", "results.csv", "tradeoff.png", "tradeoff.svg"}
+
+
+def test_a_folder_that_is_not_there_and_one_without_sidecars(tmp_path):
+    (tmp_path / "empty" / "traces").mkdir(parents=True)
+    for name, wanted in (("none", "none is not a folder"), ("empty", "no stage has finished in")):
+        code, output, errors = run(tmp_path / name)
+        assert (code, output, errors.count("\n")) == (2, "", 1)
+        assert errors.startswith("error: ") and wanted in errors
+    assert not (tmp_path / "empty" / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "text,wanted",
+    [
+        ("hello: there\n", "traces/b.yaml is not a sidecar"),
+        ("{", "traces/b.yaml is not readable YAML"),
+        ("config: {exp_dir: x}\nstats: {}\n", "traces/b.yaml: config has no teacher, is_teacher, data_split"),
+    ],
+)
+def test_a_file_that_is_no_sidecar_is_named(tmp_path, text, wanted):
+    write_traces(tmp_path, "a", 0.9, 0.9, data_split="gsm8k_train")
+    store.write_text(tmp_path / "traces" / "b.yaml", text)
+    code, output, errors = run(tmp_path)
+    assert (code, output, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: ") and wanted in errors
+
+
+def test_no_folder_named_prints_usage():
+    code, _, errors = run()
+    assert code == 2 and "EXP_DIR" in errors
+
+
+def test_import_loads_neither_torch_nor_matplotlib():
+    check = "import sys, report; print([m for m in ('torch', 'matplotlib', 'pyarrow') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
+
+
+# Files
+
+
+def test_csv_has_every_number_and_the_baseline(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    report.main([str(exp_dir)])
+    rows = csv_rows(exp_dir)
+    assert [row["arm"] for row in rows] == ["temperature", "temperature", "ADS", "ADS", "undistilled"]
+    wanted = {"tau": "0.6", "lam": "0.03", "eps": "0.001", "seed": "42", "student_seed": "42", "top_k": "50"}
+    wanted |= {"teacher_n": "1200", "teacher_af_accuracy": "0.7", "teacher_raw_num_correct": "600"}
+    wanted |= {"student_af_accuracy": "0.25", "student_raw_accuracy": "0.2", "student_few_shot": "0"}
+    wanted |= {"train_teacher_nll": "0.31234", "train_num_tokens_p90": "430", "model_holdout_loss": "0.4567"}
+    wanted |= {"train_perturbation_cosine": "0.9995", "data": "gsm8k_test", "student": STUDENT}
+    assert {key: rows[3][key] for key in wanted} == wanted
+    assert rows[0]["eps"] == "" and rows[0]["train_perturbation_cosine"] == ""
+    baseline = [rows[-1][key] for key in ("student_af_accuracy", "student_few_shot", "tau")]
+    assert baseline == ["0.31", "4", ""]
+
+
+def test_markdown_has_the_table_the_command_and_what_made_it(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x y")
+    report.main([str(exp_dir)])
+    text = (exp_dir / "report" / "report.md").read_text()
+    assert "| ADS | 0.6 | 0.03 | 1200 | .700 [.673, .725] | .500 [.472, .528] | .250 [.226, .275] |" in text
+    assert f"\n    python report.py '{exp_dir}'\n" in text
+    num_sidecars = 3 + 4 * 4
+    hours = ((2 + 4 * 3) * 360 + 4 * 720 + 60) / 3600
+    assert f"from {num_sidecars} stages that took {hours:.1f} hours: commit" in text
+    assert f"numpy {store.versions()['numpy']}" in text
+
+
+def test_a_second_run_writes_the_same_bytes(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    run(exp_dir)
+    before = {file.name: file.read_bytes() for file in (exp_dir / "report").iterdir()}
+    run(exp_dir)
+    assert {file.name: file.read_bytes() for file in (exp_dir / "report").iterdir()} == before
+
+
+def test_svg_keeps_its_text(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    report.main([str(exp_dir)])
+    svg = (exp_dir / "report" / "tradeoff.svg").read_text(encoding="utf-8")
+    for text in (
+        "undistilled student, 4-shot",
+        "temperature, \u03c4 = 0.6 to 1.4",
+        "ADS, \u03c4 = 0.6, \u03bb = 0.015 to 0.03",
+        "gsm8k_test: n = 1200 problems, 95 % intervals",
+        "teacher accuracy",
+    ):
+        assert f">{text}</text>" in svg, text
+    assert "<dc:date>" not in svg
+    assert (exp_dir / "report" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_hostile_names_are_only_text(tmp_path, capsys):
+    """No spreadsheet may run them, no Markdown render them, no terminal obey them, no plot parse them."""
+    exp_dir = tmp_path / "x"
+    write_stage_1_and_2(exp_dir)
+    write_point(exp_dir, "1", 0.6, 0.0, (0.9, 0.9), (0.6, 0.6), teacher="=cmd()")
+    write_point(exp_dir, "2", 0.6, -0.35, (0.8, 0.8), (0.5, 0.5), teacher="@$x|<b>`\x1b[31m$\\frac")
+    report.main([str(exp_dir)])
+    rows = csv_rows(exp_dir)
+    assert [row["teacher"] for row in rows] == ["'=cmd()", "'@$x|<b>`[31m$\\frac", ""]
+    assert rows[1]["lam"] == "-0.35"
+    assert "\x1b" not in capsys.readouterr().out
+    text = (exp_dir / "report" / "report.md").read_text()
+    assert "@$x\\|&lt;b&gt;'[31m" in text and "<b>" not in text
+    svg = (exp_dir / "report" / "tradeoff.svg").read_text(encoding="utf-8")
+    assert "teacher @$x|&lt;b&gt;`[31m$\\frac" in svg
+
+
+# What belongs together
+
+
+def test_a_moved_experiment_gives_the_same_numbers(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "old" / "x")
+    rows = rows_of(exp_dir)
+    moved = tmp_path / "elsewhere" / "renamed"
+    shutil.copytree(exp_dir, moved)
+    shutil.rmtree(tmp_path / "old")
+    assert rows_of(moved) == rows
+    assert len(rows[0]) == 4 and len(rows[1]) == 1
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_stages_that_are_missing_leave_dashes(tmp_path, capsys, stages):
+    exp_dir = tmp_path / "x"
+    write_point(exp_dir, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), stages)
+    report.main([str(exp_dir)])
+    output = capsys.readouterr().out
+    assert "undistilled student: -" in output and "gradient: -" in output
+    cells = re.split(r" {2,}", table_lines(output)["ADS", "0.6", "0.03"])
+    n, *accuracies = cells[:5]
+    teacher, student = [".700 [.673, .725]", ".500 [.472, .528]"], [".250 [.226, .275]", ".200 [.178, .224]"]
+    assert n == ("-" if stages < 3 else "1200")
+    assert accuracies == (teacher if stages == 4 else ["-"] * 2) + (student if stages >= 3 else ["-"] * 2)
+    assert cells[-1] == ("-" if stages < 2 else ".457") and cells[-3] == ".312"
+    assert json.loads(output.splitlines()[-1])["num_complete"] == (stages == 4)
+    assert (exp_dir / "report" / "tradeoff.png").is_file()
+
+
+def test_a_teacher_test_alone_is_a_point(tmp_path):
+    write_traces(tmp_path, "t", 0.8, 0.7, tau=1.2, data_split="gsm8k_test")
+    ((row,), baselines) = rows_of(tmp_path)
+    assert (row["tau"], row["teacher_af_accuracy"], "student_n" in row) == (1.2, 0.8, False)
+    assert baselines == []
+
+
+def test_only_holdout_traces_are_no_point(tmp_path, capsys):
+    write_traces(tmp_path, "clean", 0.9, 0.9, data_split="gsm8k_holdout")
+    report.main([str(tmp_path)])
+    output = capsys.readouterr().out
+    assert output.startswith("no grid point has finished a stage\n")
+    assert json.loads(output.splitlines()[-1])["num_points"] == 0
+
+
+def test_without_lam_eps_is_no_setting(tmp_path):
+    """The grid gives temperature points eps 0, whoever runs one stage by hand leaves the default."""
+    write_traces(tmp_path, "a", 0.9, 0.9, data_split="gsm8k_train", tau=0.6, eps=0.0)
+    write_traces(tmp_path, "b", 0.8, 0.8, data_split="gsm8k_test", tau=0.6, eps=1e-3)
+    ((row,), _) = rows_of(tmp_path)
+    assert (row["train_af_accuracy"], row["teacher_af_accuracy"], row["eps"]) == (0.9, 0.8, None)
+
+
+@pytest.mark.parametrize("other", [{"eps": 1e-2}, {"lam": 0.031}, {"seed": 1}, {"top_p": 1.0}, {"tau": 0.7}])
+def test_a_teacher_test_with_other_settings_is_another_point(tmp_path, other):
+    settings = {"tau": 0.6, "lam": 0.03, "eps": 1e-3, "grad_path": "g", "proxy_student": PROXY}
+    write_traces(tmp_path, "a", 0.9, 0.9, data_split="gsm8k_train", **settings)
+    write_traces(tmp_path, "b", 0.8, 0.8, data_split="gsm8k_test", **settings | other)
+    points, _ = rows_of(tmp_path)
+    assert [("train_n" in row, "teacher_n" in row) for row in points].count((True, True)) == 0
+    assert len(points) == 2
+
+
+def test_tests_on_different_data_are_not_compared(tmp_path):
+    write_point(tmp_path, "1", 0.6, 0.0, (0.9, 0.9), (0.6, 0.6))
+    write_student_test(tmp_path, "transfer", "b1", 0.3, 0.3, n=77)
+    sidecar = tmp_path / "traces" / "transfer.yaml"
+    store.write_text(sidecar, sidecar.read_text().replace("gsm8k_test", "/data/mmlu_test"))
+    points, _ = rows_of(tmp_path)
+    found = {(row["data"], row["student_n"], row.get("teacher_n")) for row in points}
+    assert found == {("gsm8k_test", N, N), ("mmlu_test", 77, None)}
+
+
+def test_two_students_of_one_grid_point_are_two_rows_and_curves(tmp_path):
+    write_point(tmp_path, "1", 0.6, 0.0, (0.9, 0.9), (0.6, 0.6))
+    write_model(tmp_path, "again", "a1", seed=7)
+    write_student_test(tmp_path, "e", "again", 0.5, 0.5)
+    points, _ = rows_of(tmp_path)
+    assert [(row["student_seed"], row["student_af_accuracy"]) for row in points] == [(7, 0.5), (42, 0.6)]
+    assert [row["teacher_af_accuracy"] for row in points] == [0.9, 0.9]
+    assert [label.split(", ")[-1] for label in report.curves(points)] == ["student_seed 7", "student_seed 42"]
+
+
+def test_a_distilled_student_whose_model_is_gone_is_no_baseline(tmp_path, capsys):
+    """Its accuracy would be drawn as the undistilled student's."""
+    exp_dir = write_both_arms(tmp_path / "x")
+    (exp_dir / "models" / "b2.yaml").unlink()
+    points, baselines = rows_of(exp_dir)
+    assert [row["student_af_accuracy"] for row in baselines] == [0.31]
+    assert sum("student_n" in row for row in points) == 3
+    report.main([str(exp_dir)])
+    wanted = "WARNING: student tests left out, the sidecars of the models are not here: b2\n"
+    assert wanted in capsys.readouterr().out
+
+
+def test_an_undistilled_student_in_a_folder_called_final_is_a_baseline(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    write_traces(
+        exp_dir, "base2", 0.1, 0.1, is_teacher=False, teacher="/hub/models/own/final", data_split="gsm8k_test"
+    )
+    assert [row["student_af_accuracy"] for row in rows_of(exp_dir)[1]] == [0.31, 0.1]
+
+
+def test_several_folders_keep_seeds_apart_and_drop_copies(tmp_path):
+    first, second, copy = write_both_arms(tmp_path / "a"), tmp_path / "b", tmp_path / "c"
+    write_stage_1_and_2(second)
+    write_point(second, "1", 0.6, 0.03, (0.72, 0.52), (0.27, 0.22), seed=43)
+    write_traces(second, "d2", 0.8, 0.75, tau=1.4, data_split="gsm8k_test", seed=44)
+    shutil.copytree(first, copy)
+    report.main([str(first), str(second), str(copy)])
+    rows = csv_rows(first)
+    assert not (second / "report").exists()
+    assert [row["seed"] for row in rows] == ["42", "42", "44", "42", "42", "43", ""]
+    assert [row["teacher_af_accuracy"] for row in rows if row["lam"] == "0.03"] == ["0.7", "0.72"]
+    points = [row for row in rows_of(first, second, copy)[0] if report.is_complete(row)]
+    assert [label.rpartition(", ")[2] for label in report.curves(points)] == ["seed 42", "seed 42", "seed 43"]
+
+
+def test_the_same_point_with_other_numbers_is_kept(tmp_path):
+    for name, student in (("a", 0.6), ("b", 0.61)):
+        write_point(tmp_path / name, "1", 0.6, 0.0, (0.9, 0.9), (student, 0.5))
+    points, _ = rows_of(tmp_path / "a", tmp_path / "b")
+    assert [row["student_af_accuracy"] for row in points] == [0.6, 0.61]
+
+
+# Plots and warnings
+
+
+def test_figure_shows_every_complete_point_with_its_intervals(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    points, baselines = rows_of(exp_dir)
+    figure = report.draw_tradeoff(points, baselines)
+    assert drawn_points(figure) == [
+        [[(0.90, 0.61), (0.80, 0.55)], [(0.84, 0.49), (0.70, 0.25)]],
+        [[(0.88, 0.58), (0.75, 0.50)], [(0.70, 0.41), (0.50, 0.20)]],
+    ]
+    ads = figure.axes[0].containers[1]
+    across, up = (bars.get_segments()[1] for bars in ads.lines[2])
+    low, high = utils.wilson_interval(300, N)
+    assert across[:, 1] == pytest.approx(0.25) and up[:, 1] == pytest.approx([low, high], abs=1e-4)
+    lines = [line for axis in figure.axes for line in axis.lines if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[0] for line in lines] == [0.31, 0.25]
+
+
+def test_several_tau_of_ads_are_several_curves(tmp_path):
+    for i, (tau, lam) in enumerate([(0.6, 0.01), (0.9, 0.02), (0.6, 0.03), (0.9, 0.01)]):
+        write_point(tmp_path, str(i), tau, lam, (0.8 - lam, 0.5), (0.5 - lam, 0.2))
+    points, baselines = rows_of(tmp_path)
+    figure = report.draw_tradeoff(points, baselines)
+    assert [[x for x, _ in curve] for curve in drawn_points(figure)[0]] == [
+        pytest.approx([0.79, 0.77]),
+        pytest.approx([0.79, 0.78]),
+    ]
+    first, second = (container.lines[0] for container in figure.axes[0].containers)
+    assert first.get_color() == second.get_color() and first.get_marker() != second.get_marker()
+
+
+def test_without_answer_forcing_only_raw_is_shown(tmp_path, capsys):
+    write_stage_1_and_2(tmp_path, baseline=(None, 0.2))
+    write_point(tmp_path, "1", 0.6, 0.03, (None, 0.5), (None, 0.2))
+    report.main([str(tmp_path)])
+    output = capsys.readouterr().out
+    cells = re.split(r" {2,}", table_lines(output)["ADS", "0.6", "0.03"])
+    assert cells[1:5] == ["-", ".500 [.472, .528]", "-", ".200 [.178, .224]"]
+    assert "forced -, raw .200" in output
+    assert drawn_points(report.draw_tradeoff(*rows_of(tmp_path))) == [[], [[(0.5, 0.2)]]]
+
+
+@pytest.mark.parametrize(
+    "stats,perturbation,wanted",
+    [
+        ({"finished": 0.61}, None, "finished share below 0.9: d1 .610, a1 .610"),
+        (
+            {"num_grader_timeouts": 3},
+            None,
+            "answers counted as wrong, the grader timed out: d1 3, a1 3",
+        ),
+        (
+            {"num_prompts_too_long": 2},
+            None,
+            "problems left out, prompts too long: d1 2, a1 2",
+        ),
+        ({}, {"cosine": 0.55}, "theta +- eps g lost to rounding, cosine below 0.9: d1 .550, a1 .550"),
+    ],
+)
+def test_doubtful_numbers_are_said(tmp_path, capsys, stats, perturbation, wanted):
+    write_point(
+        tmp_path, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), more_stats=stats, perturbation=perturbation
+    )
+    report.main([str(tmp_path)])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
+    assert warnings == [f"WARNING: {wanted}"]
+    assert wanted in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_one_warning_names_the_worst_few(tmp_path):
+    for i in range(7):
+        write_traces(tmp_path, f"t{i}", 0.5, 0.5, tau=i / 10, more_stats={"finished": 0.8 - i / 10})
+    (line,) = report.warning_lines([report.load_experiment(tmp_path)])
+    assert line.endswith("0.9: t6 .200, t5 .300, t4 .400, t3 .500 and 3 more")
+
+
+def test_a_model_whose_traces_are_gone_is_left_out_and_said(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    (exp_dir / "traces" / "a2.yaml").unlink()
+    points, baselines = rows_of(exp_dir)
+    assert [row["tau"] for row in points if "model_n" in row] == [0.6, 0.6, 0.6]
+    assert len(baselines) == 1
+    (line,) = report.warning_lines([report.load_experiment(exp_dir)])
+    assert line == "WARNING: models left out, the sidecars of their training traces are not here: b2"

@@ -1,0 +1,474 @@
+"""Grading: tables of real-looking responses, hostile input, time-outs, crashes, real data where present."""
+
+import gzip
+import json
+import logging
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ads import grading
+from ads.grading import extract_answer, grade, grade_forced, reference_answer
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+GSM_18 = "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18"
+FAR = "x" * 2000
+
+
+def boxed(answer: str) -> str:
+    return rf"\boxed{{{answer}}}"
+
+
+# response, solution, correct, extracted answer
+GSM8K = [
+    (r"She makes 9 * 2 = 18, so **Final Answer** \[\boxed{18}\]", GSM_18, True, "18"),
+    (r"\boxed{18.0}", GSM_18, True, "18.0"),
+    (r"\boxed{18.}", GSM_18, True, "18."),
+    (r"\boxed{18.5}", GSM_18, False, "18.5"),
+    (r"\boxed{180}", GSM_18, False, "180"),
+    (r"\boxed{-18}", GSM_18, False, "-18"),
+    (r"\boxed{\$18}", GSM_18, True, r"\$18"),
+    (r"\boxed{$18$}", GSM_18, True, "$18$"),
+    (r"\boxed{18 \text{ dollars}}", GSM_18, True, r"18 \text{ dollars}"),
+    (r"\boxed{18\text{ dollars per day}}", GSM_18, True, r"18\text{ dollars per day}"),
+    (r"\boxed{18 dollars}", GSM_18, True, "18 dollars"),
+    (r"\boxed{\$18 \text{ per day}.}", GSM_18, True, r"\$18 \text{ per day}."),
+    (r"\boxed{18 \text{ million}}", GSM_18, False, r"18 \text{ million}"),
+    (r"\boxed{18 thousand}", GSM_18, False, "18 thousand"),
+    (r"\boxed{\text{Total} = 18}", GSM_18, True, r"\text{Total} = 18"),
+    (r"\boxed{**18**}", GSM_18, True, "**18**"),
+    (r"\boxed{9 \times 2}", GSM_18, True, r"9 \times 2"),
+    (r"\boxed{9 \times 2 = 18}", GSM_18, True, r"9 \times 2 = 18"),
+    (r"\boxed{18 or 20}", GSM_18, False, "18 or 20"),
+    (r"\boxed{17, 18}", GSM_18, False, "17, 18"),
+    # the box rules, whatever else the text mentions
+    (r"She could have made \$18, but the answer is \boxed{20}.", GSM_18, False, "20"),
+    (r"The answer is 18. \boxed{20} So she makes 18 dollars. #### 18", GSM_18, False, "20"),
+    (r"First \boxed{9} eggs. Wait, dollars: \boxed{18}", GSM_18, True, "18"),
+    (r"First \boxed{18}. Wait, that is wrong: \boxed{9}", GSM_18, False, "9"),
+    (r"maybe \boxed{20}</think>The answer is \boxed{18}.", GSM_18, True, "18"),
+    (r"it is \boxed{18}</think>The answer is \boxed{20}.", GSM_18, False, "20"),
+    # forms of the box
+    (r"\boxed{\boxed{18}}", GSM_18, True, "18"),
+    (r"\boxed{x = \boxed{18}}", GSM_18, True, "18"),
+    (r"\fbox{18}", GSM_18, True, "18"),
+    (r"\boxed 18", GSM_18, True, "18"),
+    (r"\boxed  {18}", GSM_18, True, "18"),
+    (r"$\boxed 18.$", GSM_18, True, "18"),
+    ("\\\\boxed{18}", GSM_18, True, "18"),
+    ("\\boxed{\n18\n}", GSM_18, True, "18"),
+    (r"She makes \boxed{18}. I put it in \boxed{}.", GSM_18, True, "18"),
+    # a cut box is no box: the last complete one, else the last number
+    (r"So 9 eggs: \boxed{18}. Checking again: \boxed{1", GSM_18, True, "18"),
+    (r"9 * 2 = \boxed{18", GSM_18, True, "18"),
+    (r"9 * 2 = \boxed{1", GSM_18, False, "1"),
+    # no box: the last number
+    ("She makes 9 * 2 = $18 every day.", GSM_18, True, "$18"),
+    ("She makes 18 dollars, which is twice 9.", GSM_18, False, "9"),
+    ("#### 18", GSM_18, True, "18"),
+    ("It is 16-3 = 13", "#### 13", True, "13"),
+    ("It is 20-18", "#### -18", False, "18"),
+    ("The change is -3.", "#### -3", True, "-3"),
+    ("The change is \u22123.", "#### -3", True, "\u22123"),
+    ("The total is 1,234,567.", "#### 1,234,567", True, "1,234,567"),
+    ("The total is $1,234.50", "#### 1234.5", True, "$1,234.50"),
+    ("I do not know.", GSM_18, False, None),
+    ("", GSM_18, False, None),
+    (r"\boxed{1,234}", "#### 1234", True, "1,234"),
+    (r"\boxed{1234}", "#### 1,234", True, "1234"),
+    (r"\boxed{1{,}234}", "#### 1,234", True, "1{,}234"),
+    (r"\boxed{1,\!234 \text{ eggs}}", "#### 1,234", True, r"1,\!234 \text{ eggs}"),
+    (r"\boxed{1\,234}", "#### 1,234", True, r"1\,234"),
+    (r"\boxed{72.00}", "#### 72", True, "72.00"),
+    (
+        r"\boxed{5 \text{ hours and } 30 \text{ minutes}}",
+        "#### 5",
+        False,
+        r"5 \text{ hours and } 30 \text{ minutes}",
+    ),
+    (r"\boxed{x=5}", "#### 5", True, "x=5"),
+    (r"\boxed{5x}", "#### 5", False, "5x"),
+    (r"\boxed{5t}", "#### 5", False, "5t"),
+    (r"\boxed{50\%}", "#### 50", True, r"50\%"),
+    (r"\boxed{50%}", "#### 50", True, "50%"),
+    (r"\boxed{50 \text{ percent}}", "#### 50", True, r"50 \text{ percent}"),
+    (r"\boxed{50\%}", "0.5", False, r"50\%"),
+    (r"\boxed{42}", "42", True, "42"),
+    (r"\boxed{60 miles per hour}", "#### 60", True, "60 miles per hour"),
+    (r"\boxed{60mph}", "#### 60", True, "60mph"),
+    (r"\boxed{2 cos x}", "#### 2", False, "2 cos x"),
+]
+
+# response's boxed answer, reference's boxed answer, correct
+MATH = [
+    (r"\frac{1}{2}", "0.5", True),
+    ("1/2", "0.5", True),
+    (r"\dfrac{1}{2}", r"\frac12", True),
+    (r"\tfrac{1}{2}", r"\frac{1}{2}", True),
+    (r"\frac{2}{4}", r"\frac{1}{2}", True),
+    ("0.333", r"\frac{1}{3}", False),
+    ("0.333333", r"\frac{1}{3}", True),
+    (r"\frac{37}{6}", r"6\frac{1}{6}\text{ feet}", True),
+    (".0000671", ".0000672", False),
+    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False),
+    ("1", r"1 - \frac{1}{2010!}", False),
+    ("2^{4180}", "2^{4181}", False),
+    ("316912650057060", "2^{48}", False),
+    ("281474976710656", "2^{48}", True),
+    (r"3\sqrt{2}", r"\sqrt{18}", True),
+    ("1.414", r"\sqrt{2}", False),
+    ("(x+1)^2", "x^2+2x+1", True),
+    ("y=1+2x", "y=2x+1", True),
+    ("2x+1", "y=2x+1", True),
+    ("x = 4", "k = 3", False),
+    ("[0,1]", r"x \in [0,1]", True),
+    ("[0,1)", "[0,1]", False),
+    ("0<x<1", r"x \in (0,1)", True),
+    (r"x \le 3", r"(-\infty, 3]", True),
+    ("(2,1)", "(1,2)", False),
+    ("2, 1", "1,2", True),
+    ("1,2,3", "1,2", False),
+    (r"\{3, 1, 2\}", r"\{1,2,3\}", True),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)", True),
+    (r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+    (r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", False),
+    (r"3+2\sqrt{2}, 3-2\sqrt{2}", r"3 \pm 2\sqrt{2}", True),
+    (r"3+2\sqrt{2}", r"3 \pm 2\sqrt{2}", False),
+    ("90", r"90^\circ", True),
+    (r"90^{\circ}", r"90^\circ", True),
+    (r"\frac{\pi}{2}", r"90^\circ", False),
+    ("15", r"15\mbox{ cm}^2", True),
+    (r"15 cm^2", r"15\mbox{ cm}^2", True),
+    (r"99\pi", r"99\pi \text{ square inches}", True),
+    ("8.24", r"\approx 8.24 \text{ mph}", True),
+    ("4:30", r"\text{4:30 p.m.}", True),
+    ("5:30", r"\text{4:30 p.m.}", False),
+    ("6:00", r"05\!:\!00", False),
+    (r"1011_{2}", "1011_2", True),
+    ("1011", "1011_2", True),
+    ("1101_2", "1011_2", False),
+    ("1011_3", "1011_2", False),
+    ("Evelyn", r"\text{Evelyn}", True),
+    (r"\text{evelyn}", r"\text{Evelyn}", True),
+    ("Evenly", r"\text{Evelyn}", False),
+    ("seat", r"\text{east}", False),
+    (r"\text{C, F, H}", "C,F,H", True),
+    ("F, C, H", r"\text{C, F, H}", True),
+    ("ba", "ab", True),
+    (r"p - q", "p-q", True),
+    ("5", r"\$5", True),
+    (r"\infty", r"-\infty", False),
+    (r"\frac{0}{0}", "1", False),
+    (r"8+4i", "4i + 8", True),
+]
+
+C = r"\boxed{C}"
+MMLU = [
+    (r"\boxed{C}", C, True, "C"),
+    (r"\boxed{\text{C}}", C, True, "C"),
+    (r"\boxed{(C)}", C, True, "C"),
+    (r"\boxed{\text{(C) } 120}", C, True, "C"),
+    (r"\boxed{C. 120}", C, True, "C"),
+    (r"\boxed{c}", C, True, "C"),
+    (r"\boxed{C}", r"\text{(C)}", True, "C"),
+    (r"\boxed{D}", C, False, "D"),
+    (r"\boxed{A, C}", C, False, "A, C"),
+    (r"\boxed{(A) and (C)}", C, False, "(A) and (C)"),
+    (r"\boxed{120}", C, False, "120"),
+    (r"(C) is wrong, so \boxed{B}", C, False, "B"),
+    (r"C is correct, so \boxed{120}", C, False, "120"),
+    ("The answer is (C).", C, True, "C"),
+    ("The answer is **C**.", C, True, "C"),
+    ("answer: C", C, True, "C"),
+    ("Answer: (C) 120", C, True, "C"),
+    ("The correct answer is option C because A is too small.", C, True, "C"),
+    (r"The answer is $\text{C}$", C, True, "C"),
+    ("The final answer is:\n\n**(C)**", C, True, "C"),
+    ("The answer is B. No: the answer is C.", C, True, "C"),
+    ("The answer is (C). Option (A) fails because of the units.", C, True, "C"),
+    ("(A) fails. (B) fails. C is the correct answer.", C, True, "C"),
+    ("C) 120", C, True, "C"),
+    ("A) 60 is too small.\nC) 120", C, True, "C"),
+    ("So it must be\n\n**C**", C, True, "C"),
+    ("C", C, True, "C"),
+    ("Hence the element is C.", C, True, "C"),
+    ("A cat has four legs.", r"\boxed{A}", False, None),
+    ("I think so. A prism splits light.", r"\boxed{A}", False, None),
+    ("The answer is A cat.", r"\boxed{A}", False, None),
+    ("The answer is A because a prism splits light.", r"\boxed{A}", True, "A"),
+    ("The answer is not C", C, False, None),
+    ("We get P(A) = 0.3 and 12 cats.", r"\boxed{A}", False, None),
+    ("Vitamin C. Certainly", C, False, None),
+    ("The answer is 120.", C, False, None),
+    (r"The answer is (C), that is \boxed{", C, True, "C"),
+    ("The answer is K", C, False, None),
+]
+
+# continuation of the forced text '\n\n**Final Answer**\n\[\boxed{', solution, correct, answer
+FORCED = [
+    ("18}\n\\]", GSM_18, True, "18"),
+    ("18}", GSM_18, True, "18"),
+    ("\n18\n}\n\\]", GSM_18, True, "18"),
+    ("20}\n\\] Wait, no: \\boxed{18}", GSM_18, False, "20"),
+    ("\\frac{1}{2}}\n\\]", boxed("0.5"), True, r"\frac{1}{2}"),
+    ("\\text{(C)}}", C, True, "C"),
+    ("C} because (A) and (B) fail", C, True, "C"),
+    ("\\{1, 2\\}}\n\\]", boxed(r"\{1,2\}"), True, r"\{1, 2\}"),
+    ("\\boxed{18}}\n", GSM_18, True, "18"),
+    ("18\n\\]\n\nTherefore Janet makes 18 dollars every day at the farmers' market", GSM_18, True, "18"),
+    ("18\\]", GSM_18, True, "18\\]"),
+    ("18 dollars\n20", GSM_18, True, "18 dollars"),
+    ("20\n18", GSM_18, False, "20"),
+    ("\\frac{18", GSM_18, False, "\\frac{18"),
+    ("}\n\\]", GSM_18, False, None),
+    ("", GSM_18, False, None),
+]
+
+
+@pytest.mark.parametrize(("response", "solution", "correct", "answer"), GSM8K + MMLU)
+def test_grade_table(response, solution, correct, answer):
+    assert grade(response, solution) == grading.Grade(correct, answer, False)
+
+
+@pytest.mark.parametrize(("answer", "reference", "correct"), MATH)
+def test_math_table(answer, reference, correct):
+    solution = f"We count, and find that there are ${boxed(reference)}$ of them."
+    assert grade(f"Thus {boxed(answer)}.", solution) == grading.Grade(correct, answer, False)
+
+
+@pytest.mark.parametrize(("continuation", "solution", "correct", "answer"), FORCED)
+def test_forced_table(continuation, solution, correct, answer):
+    assert grade_forced(continuation, solution) == grading.Grade(correct, answer, False)
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (GSM_18, "18"),
+        ("Half of it.\n#### 1,250 \n", "1,250"),
+        ("#### 7\nis a heading, and the result \\boxed{8}", "8"),
+        (r"so $\boxed{\frac{1}{2}}$, not $\boxed{\text{a }\{1, 2\}}$.", r"\text{a }\{1, 2\}"),
+        (r"so $n = \boxed 2$.", "2"),
+        (" 42\n", "42"),
+        (r"\frac{3}{4}", r"\frac{3}{4}"),
+    ],
+)
+def test_reference_answer(solution, answer):
+    assert reference_answer(solution) == answer
+
+
+@pytest.mark.parametrize(
+    "solution", ["", " \n", "First this.\nThen that.", FAR, r"the answer is $\boxed{}$."]
+)
+def test_reference_answer_refuses_a_solution_without_one(solution):
+    """Two solutions of MATH train end in an empty box: their problems have no answer to grade against."""
+    with pytest.raises(ValueError, match="no '#### x' line") as error:
+        reference_answer(solution)
+    assert repr(solution.strip()[:80]) in str(error.value)
+
+
+def test_extract_answer_depends_on_choices_only_without_a_box():
+    assert extract_answer("The answer is (C), 12 of them", choices=True) == "C"
+    assert extract_answer("The answer is (C), 12 of them", choices=False) == "12"
+    assert extract_answer(r"\boxed{C} 12", True) == extract_answer(r"\boxed{C} 12", False) == "C"
+
+
+def test_the_prompt_is_not_graded():
+    r"""The reference code graded prompt + response, and read the prompt's own '\boxed{ANSWER}'."""
+    prompt = "Put the answer in the form \\boxed{ANSWER}. She sells 18 eggs for $2."
+    response = "I am not sure."
+    assert grade(response, GSM_18).answer is None
+    assert grade(prompt + response, GSM_18).answer == "ANSWER"
+
+
+def test_one_wrong_answer_is_wrong_however_it_could_be_parsed():
+    """`any` of three parses accepted a wrong box when another parse hit the right number."""
+    for response in (
+        r"18. \boxed{81}",
+        r"\boxed{81} = 18",
+        r"\boxed{18}, no: \boxed{81}",
+        r"\boxed{81 (not 18)}",
+    ):
+        assert not grade(response, GSM_18).correct
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        r"9^{9^{9^9}}",
+        r"10^{10^{10}}",
+        "99999999!",
+        "((9!)!)!",
+        r"10^{10}!",
+        r"\binom{10^9}{5 \cdot 10^8}",
+        "(x+y+z+1)^{200}",
+        "(" * 190 + "1" + ")" * 190,
+        "x^" * 199 + "x",
+        "1" * 5000,
+        r"\frac" * 60,
+        "1+" * 20000 + "1",
+    ],
+)
+def test_pathological_answers_are_wrong_within_bounds(answer, monkeypatch):
+    monkeypatch.setattr(grading, "TIME_LIMIT", 2)
+    start = time.perf_counter()
+    assert not grade(boxed(answer), GSM_18).correct
+    assert time.perf_counter() - start < grading.TIME_LIMIT + 3
+
+
+@pytest.mark.parametrize(
+    "answer", [r"9^{9^{9^9}}", r"2^{-10^{12}}", "10^{10000000}", "99999999!", "((9!)!)!"]
+)
+def test_giant_numbers_are_not_evaluated(answer):
+    """One of them can fill gigabytes in a C routine before the alarm is looked at."""
+    start = time.perf_counter()
+    assert grade(boxed(answer), GSM_18) == grading.Grade(False, answer, False)
+    assert grade(boxed(answer), boxed(answer)).correct
+    assert time.perf_counter() - start < 0.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 100_000,
+        r"\boxed{" * 100_000 + "1" + "}" * 100_000,
+        "{" * 200_000,
+        "}" * 200_000,
+        "\\" * 200_000,
+        r"\boxed" + " " * 200_000,
+        r"\boxed{" + r"\text{" * 50_000 + "}" * 50_001,
+        "1" * 200_000,
+        "1,111" * 40_000,
+        "-" * 200_000,
+        "answer is " * 20_000,
+        "answer:" + "*" * 200_000,
+        "\n" * 200_000,
+        "> " * 100_000,
+        "(A" * 100_000,
+    ],
+)
+@pytest.mark.parametrize("solution", [GSM_18, C])
+def test_extraction_takes_linear_time(text, solution):
+    start = time.perf_counter()
+    assert not grade(text, solution).correct
+    assert not grade_forced(text, solution).correct
+    assert time.perf_counter() - start < 3
+
+
+def test_a_time_out_is_wrong_and_flagged(monkeypatch, caplog):
+    monkeypatch.setattr(grading, "TIME_LIMIT", 1)
+    start = time.perf_counter()
+    assert grade(boxed("(x+y+z+1)^{200}"), boxed("x+y")) == grading.Grade(False, "(x+y+z+1)^{200}", True)
+    assert time.perf_counter() - start < 3
+    assert grade(boxed("y+x"), boxed("x+y")) == grading.Grade(True, "y+x", False)
+    assert not caplog.records
+
+
+def break_verify(*args, **kwargs):
+    raise KeyError("broken")
+
+
+def test_a_crash_of_the_grader_names_both_strings(monkeypatch):
+    """A bare except used to count every crash as a wrong answer; a broken install read as 0 % accuracy."""
+    import math_verify
+
+    monkeypatch.setattr(math_verify, "verify", break_verify)
+    with pytest.raises(RuntimeError, match=r"answer 'x\+1', reference 'x\+2'") as error:
+        grade(boxed("x+1"), boxed("x+2"))
+    assert isinstance(error.value.__cause__, KeyError)
+    assert grade(boxed("18"), GSM_18).correct
+
+
+def test_an_answer_without_a_value_is_wrong_and_logged(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert grade(boxed(r"[0, 0/0]"), boxed(r"\frac{5}{3}")) == grading.Grade(False, "[0, 0/0]", False)
+    assert "0/0" in caplog.text and r"\\frac{5}{3}" in caplog.text
+
+
+def grade_in_thread(answer: str, reference: str, results: list) -> None:
+    try:
+        results.append(grade(boxed(answer), boxed(reference)))
+    except RuntimeError as error:
+        results.append(error)
+
+
+def test_a_thread_raises_instead_of_grading_wrong():
+    results = []
+    for answer in ("18", "x+1"):
+        thread = threading.Thread(
+            target=grade_in_thread, args=(answer, "18" if answer == "18" else "1+x", results)
+        )
+        thread.start()
+        thread.join()
+    assert results[0] == grading.Grade(True, "18", False)
+    assert isinstance(results[1], RuntimeError) and "'x+1'" in str(results[1])
+
+
+def test_import_and_text_comparison_leave_sympy_alone():
+    code = (
+        "import sys; from ads.grading import grade; assert grade(r'\\boxed{18.0}', '#### 18').correct; "
+        "assert not grade(r'\\boxed{19}', '#### 18').correct; assert 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
+
+
+def test_5000_gsm8k_answers_take_seconds():
+    rng = random.Random(0)
+    forms = ["{}", "{}.00", r"\${}", r"{} \text{{ dollars}}", "1{}", "{} apples", r"{}\%"]
+    start = time.perf_counter()
+    for _ in range(5000):
+        number = rng.randrange(1, 2000)
+        form = rng.choice(forms)
+        response = "Let us think step by step. " * 40 + boxed(form.format(number))
+        assert grade(response, f"so\n#### {number}").correct == (form != "1{}")
+    assert time.perf_counter() - start < 5
+
+
+def read_rows(name: str) -> list[dict]:
+    path = DATA / f"{name}.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize("name", ["gsm8k_train", "gsm8k_test", "gsm8k_platinum_test"])
+def test_gsm8k_solutions_grade_as_correct(name):
+    rows = read_rows(name)
+    for row, other in zip(rows, rows[1:] + rows[:1], strict=True):
+        answer = reference_answer(row["answer"])
+        assert row["answer"].endswith(f"#### {answer}")
+        assert grade(row["answer"], row["answer"]).correct, answer
+        same = answer.replace(",", "") == reference_answer(other["answer"]).replace(",", "")
+        assert grade(row["answer"], other["answer"]).correct == same, (answer, other["answer"])
+
+
+@pytest.mark.parametrize(
+    ("name", "without_answer"), [("hendrycks_math_train", 2), ("hendrycks_math_test", 0)]
+)
+def test_math_solutions_grade_as_correct(name, without_answer):
+    rows = read_rows(name)
+    solutions = [row["solution"] for row in rows if r"\boxed{}" not in row["solution"]]
+    assert len(rows) - len(solutions) == without_answer
+    for solution in solutions:
+        assert grade(solution, solution).correct, solution[-200:]
+
+
+def test_math_answers_equal_themselves_and_no_other_for_math_verify():
+    """Past the text comparison: 120 non-numeric answers of MATH, each against itself and against the next."""
+    rows = random.Random(0).sample(read_rows("hendrycks_math_test"), 600)
+    answers = sorted({grading.normalize(reference_answer(row["solution"])) for row in rows})
+    answers = [answer for answer in answers if not answer.lstrip("-").isdigit()][:120]
+    assert len(answers) == 120
+    assert [answer for answer in answers if not grading._same_value(answer, answer)] == []
+    assert [pair for pair in zip(answers, answers[1:], strict=False) if grading._same_value(*pair)] == []
+
+
+def test_math500_answer_column_agrees():
+    for row in read_rows("math500_test"):
+        assert reference_answer(row["solution"]).replace(" ", "") == row["answer"].replace(" ", "")

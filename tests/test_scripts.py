@@ -1,0 +1,258 @@
+"""The scripts as a user runs them: processes, interruption, and what their outputs are good for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+
+from ads import chat, store
+
+SMALL = ["max_length=140", "max_prompt_length=115", "batch_size=5", "tau=0.8"]
+TIMING = {"seconds", "tokens_per_second"}
+
+
+def gentraces(models, problems, exp_dir, name, *more, **keywords):
+    arguments = [f"exp_dir={exp_dir}", f"teacher={models['teacher']}", f"trace_name={name}", *SMALL, *more]
+    if not any(a.startswith("data_split") for a in more):
+        arguments.append(f"data_split={problems}_train")
+    return run_script("gentraces.py", *arguments, **keywords)
+
+
+def rows_of(exp_dir, name):
+    return pyarrow.parquet.read_table(exp_dir / "traces" / f"{name}.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def exp(model_folders, problem_folder, tmp_path_factory):
+    """Stage 1 and 2 by one process: greedy holdout traces and the proxy's gradient."""
+    exp_dir = tmp_path_factory.mktemp("exp")
+    gentraces(
+        model_folders, problem_folder, exp_dir, "holdout", f"data_split={problem_folder}_holdout", "tau=0"
+    )
+    save_grad(model_folders, exp_dir)
+    return exp_dir
+
+
+def save_grad(models, exp_dir, holdout_of=None, **keywords):
+    traces = f"holdout_traces={holdout_of or exp_dir}/traces/holdout.parquet"
+    run_script("save_grad.py", f"exp_dir={exp_dir}", f"proxy_student={models['proxy']}", traces, **keywords)
+
+
+def ads_arguments(models, exp_dir):
+    return ["lam=0.05", f"proxy_student={models['proxy']}", f"grad_path={exp_dir}/student_grads.safetensors"]
+
+
+def test_two_processes_give_the_gradient_of_one(model_folders, exp, tmp_path):
+    """The reference threw its all-reduce away: the scale of g depended on the number of GPUs."""
+    save_grad(model_folders, tmp_path, holdout_of=exp, num_processes=2)
+    one, two = (load_file(folder / "student_grads.safetensors") for folder in (exp, tmp_path))
+    norm = sum(g.square().sum() for g in one.values()).sqrt()
+    difference = sum((one[k] - two[k]).square().sum() for k in one).sqrt()
+    assert difference / norm < 1e-6
+    stats = [store.read_yaml(folder / "student_grads.yaml") for folder in (exp, tmp_path)]
+    assert stats[0]["stats"]["loss"] == pytest.approx(stats[1]["stats"]["loss"], rel=1e-6)
+    assert (stats[0]["world_size"], stats[1]["world_size"]) == (1, 2)
+    assert stats[0]["stats"]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_gradient_batch_size_and_checkpointing_change_nothing(model_folders, exp, tmp_path):
+    arguments = [f"exp_dir={tmp_path}", f"proxy_student={model_folders['proxy']}", "batch_size=1"]
+    traces = f"holdout_traces={exp}/traces/holdout.parquet"
+    run_script("save_grad.py", *arguments, traces, "gradient_checkpointing=true")
+    one, two = (load_file(folder / "student_grads.safetensors") for folder in (exp, tmp_path))
+    for name, g in one.items():
+        assert torch.allclose(g, two[name], rtol=1e-4, atol=1e-6 * g.abs().max().item()), name
+
+
+def test_two_processes_and_other_batches_give_the_same_traces(model_folders, problem_folder, exp, tmp_path):
+    more = ads_arguments(model_folders, exp)
+    gentraces(model_folders, problem_folder, tmp_path, "one", *more, "batch_size=3")
+    gentraces(model_folders, problem_folder, tmp_path, "two", *more, "batch_size=4", num_processes=2)
+    assert store.read_yaml(tmp_path / "traces" / "two.yaml")["world_size"] == 2
+    for one, two in zip(rows_of(tmp_path, "one"), rows_of(tmp_path, "two"), strict=True):
+        assert one.pop("teacher_nll") == pytest.approx(two.pop("teacher_nll"), rel=1e-5)
+        assert one == two
+
+
+def test_trace_columns(exp, problem_folder):
+    rows = rows_of(exp, "holdout")
+    assert [r["id"] for r in rows] == [f"{problem_folder.split('/')[-1]}/holdout/{i}" for i in range(12)]
+    expected = {"id", "problem", "solution", "prompt_ids", "response_ids", "trace", "finished", "num_tokens",
+                "is_raw_correct", "trace_af", "is_af_correct", "teacher_nll"}  # fmt: skip
+    assert expected <= set(rows[0])
+    for row in rows:
+        assert row["num_tokens"] == len(row["response_ids"]) <= 140 - len(row["prompt_ids"])
+        assert row["finished"] or len(row["prompt_ids"]) + row["num_tokens"] == 140
+        assert row["trace_af"].startswith(row["trace"] + chat.FORCE_TEXT)
+    from datasets import load_from_disk
+
+    assert load_from_disk(str(exp / "traces" / "holdout")).to_list() == rows
+
+
+def test_sidecar_stats_and_perturbation(model_folders, problem_folder, exp):
+    gentraces(model_folders, problem_folder, exp, "ads", *ads_arguments(model_folders, exp))
+    sidecar = store.read_yaml(exp / "traces" / "ads.yaml")
+    assert sidecar["stats"]["n"] == 12 and sidecar["stats"]["raw"]["high"] > 0
+    assert sidecar["perturbation"]["cosine"] > 0.99
+    assert sidecar["inputs"]["gradient"] == store.fingerprint_file(exp / "student_grads.safetensors")
+    assert not (exp / "parts" / "ads").exists()
+
+
+def test_trace_colname_names_both_columns(model_folders, problem_folder, exp):
+    gentraces(model_folders, problem_folder, exp, "named", "trace_colname=cot", "max_samples=2")
+    assert {"cot", "cot_af"} <= set(rows_of(exp, "named")[0])
+
+
+def test_a_finished_stage_is_skipped_at_once(model_folders, problem_folder, exp):
+    start = time.time()
+    again = gentraces(
+        model_folders,
+        problem_folder,
+        exp,
+        "holdout",
+        f"data_split={problem_folder}_holdout",
+        "tau=0",
+        "batch_size=2",
+    )
+    assert "nothing to do" in again.stdout and time.time() - start < 3
+
+
+def kill_when(path_pattern, folder, script, *arguments):
+    """Start a script and SIGKILL it as soon as a file matches; returns whether it was still running."""
+    command = [sys.executable, str(ROOT / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    while process.poll() is None and not list(folder.glob(path_pattern)):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
+def test_killed_sampling_goes_on_where_it_was(model_folders, problem_folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    gentraces(model_folders, problem_folder, whole, "t", "batch_size=2")
+    arguments = [
+        f"exp_dir={cut}",
+        f"teacher={model_folders['teacher']}",
+        "trace_name=t",
+        *SMALL,
+        "batch_size=2",
+    ]
+    arguments.append(f"data_split={problem_folder}_train")
+    for phase in ("traces", "forced"):
+        assert kill_when(f"parts/t/{phase}/*.jsonl", cut, "gentraces.py", *arguments)
+        assert not (cut / "traces" / "t.yaml").exists()
+        kept = store.read_parts(cut / "parts" / "t" / phase)
+        assert 0 < len(kept) < 12
+    resumed = run_script("gentraces.py", *arguments)
+    assert f"{len(kept)} of 12 rows are there from an earlier run" in resumed.stdout
+    assert rows_of(whole, "t") == rows_of(cut, "t")
+
+
+def distill_arguments(models, exp_dir, traces_of):
+    return [
+        f"exp_dir={exp_dir}",
+        f"student={models['student']}",
+        f"train_traces={traces_of}/traces/holdout.parquet",
+        f"holdout_traces={traces_of}/traces/holdout.parquet",
+        "lora_r=4", "batch_size=4", "num_epochs=4", "eval_epochs=1", "save_epochs=1", "lr=1e-2",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def student(model_folders, exp):
+    """A student distilled in one go."""
+    run_script("distill.py", *distill_arguments(model_folders, exp, exp))
+    return exp / "models" / "student"
+
+
+def test_distilled_student_learned_and_is_an_ordinary_model(student, model_folders):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    sidecar = store.read_yaml(student.with_suffix(".yaml"))
+    assert sidecar["stats"]["holdout_loss"] < sidecar["stats"]["holdout_loss_start"] - 0.2
+    assert [step for step, _ in sidecar["losses"]["holdout"]] == [0, 3, 6, 9, 12]
+    model = AutoModelForCausalLM.from_pretrained(student / "final")
+    tokenizer = AutoTokenizer.from_pretrained(student / "final")
+    assert tokenizer.chat_template and model.config.model_type == "llama"
+    assert tokenizer.eos_token_id in chat.eos_ids(tokenizer, model)
+    ids = torch.tensor([chat.prompt_ids(tokenizer, "1+1=?")])
+    assert model.generate(ids, max_new_tokens=3).shape[1] > ids.shape[1]
+    assert not list(student.glob("checkpoint-*"))
+    start = load_file(f"{model_folders['student']}/model.safetensors")
+    end = load_file(student / "final" / "model.safetensors")
+    assert start.keys() == end.keys() and any(not torch.equal(start[k], end[k]) for k in start)
+
+
+def test_merged_student_has_the_holdout_loss_of_training(student, exp, model_folders):
+    """What is evaluated in stage 5 is what was trained in stage 4: same prompt, same weights."""
+    import distill
+    from ads.config import TrainConfig
+    from ads.models import load_model
+
+    cfg = TrainConfig(student=str(student / "final"))
+    tokenizer = chat.load_tokenizer(str(student / "final"))
+    model = load_model(str(student / "final"), "float32", "cpu")
+    examples, _ = distill.load_examples(cfg, tokenizer, exp / "traces" / "holdout.parquet")
+    losses = []
+    for start in range(0, len(examples), 2):
+        batch = distill.pad_right(examples[start : start + 2], tokenizer.eos_token_id)
+        with torch.no_grad():
+            losses.append(model(**batch).loss.item())
+    sidecar = store.read_yaml(student.with_suffix(".yaml"))
+    assert sum(losses) / len(losses) == pytest.approx(sidecar["stats"]["holdout_loss"], rel=1e-3)
+
+
+def test_killed_distillation_resumes_from_its_checkpoint(student, model_folders, exp, tmp_path):
+    arguments = distill_arguments(model_folders, tmp_path, exp)
+    assert kill_when("models/student/checkpoint-6/trainer_state.json", tmp_path, "distill.py", *arguments)
+    (tmp_path / "models" / "student" / "checkpoint-9").mkdir(
+        exist_ok=True
+    )  # as if the kill had cut this one short
+    resumed = run_script("distill.py", *arguments)
+    assert (
+        "resuming from" in resumed.stdout and "checkpoint-9" not in resumed.stdout.split("resuming")[1][:200]
+    )
+    ours, whole = (
+        load_file(folder / "final" / "model.safetensors")
+        for folder in (tmp_path / "models" / "student", student)
+    )
+    for name, weight in whole.items():
+        assert torch.allclose(weight, ours[name], atol=1e-6), name
+
+
+def test_full_fine_tuning_with_two_processes(model_folders, exp, tmp_path):
+    arguments = [
+        a for a in distill_arguments(model_folders, tmp_path, exp) if "epochs" not in a and "lora" not in a
+    ]
+    run_script(
+        "distill.py", *arguments, "lora=false", "num_epochs=1", "do_eval=false", "lr=1e-3", num_processes=2
+    )
+    sidecar = store.read_yaml(tmp_path / "models" / "student.yaml")
+    assert sidecar["world_size"] == 2 and sidecar["stats"]["num_steps"] == 3
+    start = load_file(f"{model_folders['student']}/model.safetensors")
+    end = load_file(tmp_path / "models" / "student" / "final" / "model.safetensors")
+    assert all(not torch.equal(start[k], end[k]) for k in start), "every weight is trained"
+
+
+def test_undistilled_student_with_worked_examples(model_folders, exp, tmp_path, problem_folder):
+    """few_shot shows correct, finished holdout traces; here one is made correct by hand, as tiny models never are."""
+    rows = rows_of(exp, "holdout")
+    for row in rows[:2]:
+        row.update(finished=True, is_raw_correct=True, trace="<think>long</think>\nIt is \\boxed{5}.")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "shown.parquet")
+    result = run_script(
+        "gentraces.py", f"exp_dir={tmp_path}", f"teacher={model_folders['student']}", "is_teacher=false",
+        f"data_split={problem_folder}_test", "few_shot=2", f"few_shot_traces={tmp_path}/shown.parquet",
+        "max_prompt_length=400", "max_length=410", "max_samples=3",
+    )  # fmt: skip
+    assert result.stdout.count("It is \\boxed{5}.") == 2 and "<think>" not in result.stdout
+    assert json.loads(result.stdout.splitlines()[-1])["n"] == 3
