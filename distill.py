@@ -4,7 +4,8 @@
         student=meta-llama/Llama-3.2-3B tokenizer=meta-llama/Llama-3.2-3B-Instruct exp_dir=runs/x
     accelerate launch --config_file acc_config.yaml distill.py ...
 
-Settings: train_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not (3).
+Settings: train_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not
+(3).
 """
 
 import functools
@@ -92,7 +93,8 @@ def per_device_batch(cfg, world_size):
 
 
 def load_student(cfg, tokenizer, device):
-    """The student, with LoRA adapters where cfg.lora. All weights are trained in float32 (LoRA: the adapters)."""
+    """The student, with LoRA adapters where cfg.lora. All weights are trained in float32 (LoRA: the
+    adapters)."""
     import torch
     from transformers import set_seed
 
@@ -179,7 +181,8 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
 
 
 def pad_right(examples, pad_id):
-    """Batch of input_ids, labels and attention_mask (B, T) int64; padding is masked by length, never by id."""
+    """Batch of input_ids, labels and attention_mask (B, T) int64; padding is masked by length, never by
+    id."""
     import torch
 
     width = max(len(example["input_ids"]) for example in examples)
@@ -194,7 +197,8 @@ def pad_right(examples, pad_id):
 
 
 def newest_checkpoint(model_path):
-    """The last checkpoint that was written to its end (the trainer writes trainer_state.json last), or None."""
+    """The last checkpoint that was written to its end (the trainer writes trainer_state.json last), or
+    None."""
     complete = [path.parent for path in model_path.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 

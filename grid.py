@@ -1,4 +1,5 @@
-"""Print the sweep, one `tau lam eps` line per grid point (edit ARMS below, or name points on the command line).
+"""Print the sweep, one `tau lam eps` line per grid point (edit ARMS below, or name points on the command
+line).
 
 python grid.py                                   # the default grid
 python grid.py --shard 0/4                       # every fourth point, for one of four machines

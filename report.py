@@ -380,8 +380,8 @@ def provenance(experiments):
 
 
 def inline(text):
-    """Text that cannot end its line or table cell or start HTML or code."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "'")
+    """Text that cannot end its table cell or start HTML or code."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("`", "'")
 
 
 # Plots
@@ -411,7 +411,7 @@ def draw_tradeoff(points, baselines):
         legend |= dict(zip(labels, handles, strict=True))
     panels[0].set_ylabel("student accuracy")
     tested = points or baselines
-    data = ", ".join(values_of(tested, "data"))
+    data = ", ".join(values_of(tested, "data")) or "no test has finished"
     figure.suptitle(f"{data}: n = {show_sizes(tested, ' to ')} problems, 95 % intervals")
     num_columns = min(3, LEGEND_WIDTH // max(map(len, legend), default=1)) or 1
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=num_columns, frameon=False)

@@ -1,9 +1,10 @@
 """The proxy's mean gradient over holdout traces -> EXP_DIR/student_grads.safetensors (stage 2).
 
-    python save_grad.py proxy_student=Qwen/Qwen2.5-3B holdout_traces=runs/x/traces/holdout.parquet exp_dir=runs/x
-    accelerate launch --config_file acc_config.yaml save_grad.py ...
+    python save_grad.py proxy_student=Qwen/Qwen2.5-3B holdout_traces=runs/x/traces/holdout.parquet
+    exp_dir=runs/x accelerate launch --config_file acc_config.yaml save_grad.py ...
 
-Settings: grad_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not (3).
+Settings: grad_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not
+(3).
 """
 
 import time
@@ -45,7 +46,7 @@ def compute_gradient(cfg, inputs):
     check_ids(sequences, num_rows, cfg)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-        model.train()  # checkpointing is skipped in eval mode; dropout, where a model has any, is switched off below
+        model.train()  # checkpointing is skipped in eval mode
         switch_off_dropout_(model)
 
     mine = sequences[world.rank :: world.size]

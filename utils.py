@@ -34,7 +34,8 @@ MATH_SUBJECTS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where one part of a dataset comes from: `file` below data_dir, else hub dataset `hub` (config, split)."""
+    """Where one part of a dataset comes from: `file` below data_dir, else hub dataset `hub` (config,
+    split)."""
 
     file: str
     hub: str
@@ -65,8 +66,8 @@ SHUFFLED = ("hendrycks_math", "mmlu")
 def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     """The problems of a split such as 'gsm8k_holdout' or 'path/to/folder_test'.
 
-    Returns dicts with id, problem, solution and the dataset's extras, in the dataset's order; max_samples takes a
-    random subset that depends on the seed alone. Raises ValueError or FileNotFoundError in one line.
+    Returns dicts with id, problem, solution and the dataset's extras, in the dataset's order; max_samples
+    takes a random subset that depends on the seed alone. Raises ValueError or FileNotFoundError in one line.
     """
     dataset, _, split = data_split.rpartition("_")
     if Path(dataset).is_dir():
@@ -85,13 +86,15 @@ def find_source(data_split):
     dataset, _, split = data_split.rpartition("_")
     if dataset not in DATASETS:
         raise ValueError(
-            f"data_split={data_split!r}: {dataset!r} is neither a known dataset ({', '.join(DATASETS)}) nor a folder"
+            f"data_split={data_split!r}: {dataset!r} is neither a known dataset ({', '.join(DATASETS)}) "
+            "nor a folder"
         )
     return SOURCES[dataset, "test" if split == "test" else "train"]
 
 
 def load_known(data_split, data_dir):
-    """The split of a known dataset: train is cut 70/30 into train and holdout; MATH and MMLU are shuffled first."""
+    """The split of a known dataset: train is cut 70/30 into train and holdout; MATH and MMLU are shuffled
+    first."""
     source = find_source(data_split)
     dataset, _, split = data_split.rpartition("_")
     rows = read_local(source, Path(data_dir)) if data_dir else read_hub(source)
@@ -146,7 +149,8 @@ def folder_file(folder, split):
 
 
 def load_folder(folder, split):
-    """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet with columns problem and solution (id optional)."""
+    """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet with columns problem and solution (id
+    optional)."""
     path = folder_file(folder, split)
     rows = read_parquet(path) if path.suffix == ".parquet" else read_lines(path)
     check_columns(path, rows, ("problem", "solution"))
@@ -262,7 +266,8 @@ class World:
 
 
 def start_world():
-    """Join the processes that accelerate launch or torchrun started (or be the only one) and choose the device."""
+    """Join the processes that accelerate launch or torchrun started (or be the only one) and choose the
+    device."""
     import torch
 
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -299,8 +304,8 @@ def print0(*values, **keywords):
 def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
     """(config, input fingerprints) of a stage that is still to be done, its folder made.
 
-    Exits with 0 when the stage is done already; with --check among the arguments, with NOT_DONE when it is not (its inputs
-    need not be there yet).
+    Exits with 0 when the stage is done already; with --check among the arguments, with NOT_DONE when it is
+    not (its inputs need not be there yet).
     """
     only_check, arguments = "--check" in arguments, [a for a in arguments if a != "--check"]
     cfg = load_config(config_class, ROOT / default_yaml, arguments)
@@ -339,8 +344,8 @@ def prepare_exp_dir(exp_dir):
 def run_script(main):
     """Run a script's main(): an error that a user can cause prints one line and exits with 2.
 
-    Such errors are ValueError, FileNotFoundError and RuntimeError raised by this project's own code; anything else
-    keeps its traceback and exits with 1.
+    Such errors are ValueError, FileNotFoundError and RuntimeError raised by this project's own code; anything
+    else keeps its traceback and exits with 1.
     """
     quiet_libraries()
     try:

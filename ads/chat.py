@@ -1,4 +1,5 @@
-"""Every place where tokens must agree: tokenizer, prompt, response boundary, student text, labels, answer forcing.
+"""Every place where tokens must agree: tokenizer, prompt, response boundary, student text, labels, answer
+forcing.
 
 Token ids are carried end to end; text is for people, for grading and for the student's other tokenizer.
 """
@@ -14,7 +15,8 @@ IGNORED_LABEL = -100
 
 
 def load_tokenizer(name, need_chat_template=True):
-    """The tokenizer `name` (folder or hub name); ValueError when it has no chat template or no end-of-text token."""
+    """The tokenizer `name` (folder or hub name); ValueError when it has no chat template or no end-of-text
+    token."""
     from transformers import AutoTokenizer
 
     try:
@@ -32,9 +34,11 @@ def load_tokenizer(name, need_chat_template=True):
 
 
 def load_tokenizer_for(model_name, tokenizer_name=None):
-    """The tokenizer to use with a model: its own, or `tokenizer_name`, which must then have the same vocabulary.
+    """The tokenizer to use with a model: its own, or `tokenizer_name`, which must then have the same
+    vocabulary.
 
-    (A base model's own tokenizer often has no chat template, so that of its instruct sibling is named instead.)
+    (A base model's own tokenizer often has no chat template, so that of its instruct sibling is named
+    instead.)
     """
     tokenizer = load_tokenizer(tokenizer_name or model_name)
     if tokenizer_name and tokenizer_name != model_name:
@@ -42,7 +46,8 @@ def load_tokenizer_for(model_name, tokenizer_name=None):
         _, ordinary = compare_tokens(tokenizer, own) if own else ([], [])
         if ordinary:
             raise ValueError(
-                f"tokenizer {tokenizer_name!r} does not belong to model {model_name!r}: {describe_mismatch(ordinary)}"
+                f"tokenizer {tokenizer_name!r} does not belong to model {model_name!r}: "
+                f"{describe_mismatch(ordinary)}"
             )
     return tokenizer
 
@@ -63,8 +68,8 @@ def encode(tokenizer, text):
 def render_prompt(tokenizer, problem, examples=()):
     """The prompt as text, up to where the model's response begins.
 
-    `examples` are (problem, worked solution) pairs. They are shown inside the user's turn, since chat templates
-    rewrite assistant turns (R1's drops everything up to </think>).
+    `examples` are (problem, worked solution) pairs. They are shown inside the user's turn, since chat
+    templates rewrite assistant turns (R1's drops everything up to </think>).
     """
     shown = "".join(f"Problem: {p}\n\nSolution: {s}\n\n\n" for p, s in examples)
     user = f"{shown}Problem: {problem}\n\nSolution:" if examples else problem
@@ -110,9 +115,11 @@ def forced_ids(tokenizer, ids, response_ids, eos):
 
 
 def student_example(tokenizer, problem, trace, finished, max_length):
-    """(input_ids, labels) of one training sequence: the evaluation prompt, the trace, and eos if the trace finished.
+    """(input_ids, labels) of one training sequence: the evaluation prompt, the trace, and eos if the trace
+    finished.
 
-    Labels mask the prompt by its length. Special-token text inside a trace stays text. What exceeds max_length is cut.
+    Labels mask the prompt by its length. Special-token text inside a trace stays text. What exceeds
+    max_length is cut.
     """
     prompt = prompt_ids(tokenizer, problem)
     response = tokenizer.encode(trace, add_special_tokens=False, split_special_tokens=True)
@@ -134,8 +141,8 @@ class Vocabulary:
 def match_vocabularies(teacher_tokenizer, proxy_tokenizer):
     """Compare id -> token of teacher and proxy over the teacher's ids.
 
-    Added tokens may differ: they are listed and left out of shared_ids, so Delta is 0 for them. Raises ValueError
-    when an ordinary token differs: the two have different tokenizers.
+    Added tokens may differ: they are listed and left out of shared_ids, so Delta is 0 for them. Raises
+    ValueError when an ordinary token differs: the two have different tokenizers.
     """
     differing, ordinary = compare_tokens(teacher_tokenizer, proxy_tokenizer)
     if ordinary:
@@ -149,7 +156,8 @@ def match_vocabularies(teacher_tokenizer, proxy_tokenizer):
 
 
 def compare_tokens(ours, theirs):
-    """[(id, our token, their token or None)] where two tokenizers differ over our ids: all, and ordinary tokens."""
+    """[(id, our token, their token or None)] where two tokenizers differ over our ids: all, and ordinary
+    tokens."""
     our_tokens = {i: token for token, i in ours.get_vocab().items()}
     their_tokens = {i: token for token, i in theirs.get_vocab().items()}
     added = set(ours.added_tokens_decoder) | set(theirs.added_tokens_decoder)

@@ -1,4 +1,5 @@
-"""Configuration: dataclass defaults <- YAML file <- key=value on the command line, the same grammar for every script."""
+"""Configuration: dataclass defaults <- YAML file <- key=value on the command line, the same grammar for every
+script."""
 
 import dataclasses
 import types
@@ -12,8 +13,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 SPLITS = ("train", "holdout", "test")
-# Keys of these kinds may differ between a finished stage and a new request for it: speed alone, or a place whose
-# contents are compared by fingerprint instead.
+# Keys of these kinds may differ between a finished stage and a new request for it: speed alone, or a place
+# whose contents are compared by fingerprint instead.
 SPEED = {"compare": False}
 PLACE = {"compare": False}
 
@@ -233,8 +234,8 @@ def check_one_of(key, value, allowed):
 def load_config(cls, default_yaml, arguments):
     """Build a checked, frozen config from a YAML file and `key=value` arguments.
 
-    The first argument may name another YAML file. Raises ValueError or FileNotFoundError in one line that names
-    the key, the file and what is allowed.
+    The first argument may name another YAML file. Raises ValueError or FileNotFoundError in one line that
+    names the key, the file and what is allowed.
     """
     arguments = list(arguments)
     yaml_path = Path(default_yaml)
@@ -252,7 +253,8 @@ def load_config(cls, default_yaml, arguments):
 
 
 def cast(cls, key, value, source, from_text=False):
-    """`value` as the type of field `key`; command-line text is parsed, YAML values may be text (PyYAML reads 5e-4 so)."""
+    """`value` as the type of field `key`; command-line text is parsed, YAML values may be text (PyYAML reads
+    5e-4 so)."""
     hints = typing.get_type_hints(cls)
     if key not in hints:
         raise ValueError(f"unknown key {key!r} in {source}; known keys: {', '.join(sorted(hints))}")

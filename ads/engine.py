@@ -1,6 +1,7 @@
 """Batched decoding of a teacher, with or without a proxy, over slots that are refilled as rows end.
 
-Shapes: B slots, N active slots (always 0..N-1), V vocabulary (token ids of the tokenizer), M most new tokens of a row.
+Shapes: B slots, N active slots (always 0..N-1), V vocabulary (token ids of the tokenizer), M most new tokens
+of a row.
 """
 
 from collections import deque
@@ -38,8 +39,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Models:
-    """What decodes: a teacher (models.CachedModel), a proxy (proxy.CentralDifference) or None, the bool mask of ids
-    that may be sampled, and the ids that end a row."""
+    """What decodes: a teacher (models.CachedModel), a proxy (proxy.CentralDifference) or None, the bool mask
+    of ids that may be sampled, and the ids that end a row."""
 
     teacher: CachedModel
     proxy: CentralDifference | None
@@ -60,8 +61,8 @@ class Models:
 def generate(models, rule, seed, requests, batch_size):
     """Yield a Completion per request, in the order they end. Completions do not depend on batch_size.
 
-    Out of memory halves the batch, says so and goes on; with one row it is an error. Raises ValueError naming the
-    problem and the step where logits or Delta are not finite.
+    Out of memory halves the batch, says so and goes on; with one row it is an error. Raises ValueError naming
+    the problem and the step where logits or Delta are not finite.
     """
     waiting = {request.id: request for request in requests}
     assert len(waiting) == len(requests), "request ids must differ"

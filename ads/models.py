@@ -1,4 +1,5 @@
-"""Loading causal language models, and driving them token by token with a KV cache that has a write position per row.
+"""Loading causal language models, and driving them token by token with a KV cache that has a write position
+per row.
 
 A slot is one row of the batch. Active slots are always 0..n-1, so that reading them is a view, not a copy:
 
@@ -7,8 +8,8 @@ A slot is one row of the batch. Active slots are always 0..n-1, so that reading 
     slot 1 (active)          [ prompt | resp | next> |              ]
     slot 2 (released)        [                                      ]
 
-Shapes: B rows given, N active slots, T tokens given, S positions allocated, L positions read, H heads, D head width,
-V logit rows.
+Shapes: B rows given, N active slots, T tokens given, S positions allocated, L positions read, H heads, D head
+width, V logit rows.
 """
 
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
 def load_model(name, dtype, device, attn_implementation="auto"):
-    """The causal language model `name` (folder or hub name) in eval mode; ValueError when it cannot be loaded.
+    """The causal language model `name` (folder or hub name) in eval mode; ValueError when it cannot be
+    loaded.
 
-    dtype "auto" is bfloat16 on CUDA and float32 elsewhere; attention "auto" is the library's choice for the model.
+    dtype "auto" is bfloat16 on CUDA and float32 elsewhere; attention "auto" is the library's choice for the
+    model.
     """
     attention = None if attn_implementation == "auto" else attn_implementation
     try:
@@ -93,7 +96,8 @@ class SlotCache(Cache):
 
 
 class CachedModel:
-    """A causal language model together with its slots. Returns next-token logits, never those of other positions."""
+    """A causal language model together with its slots. Returns next-token logits, never those of other
+    positions."""
 
     def __init__(self, model):
         self.model = model
@@ -112,9 +116,11 @@ class CachedModel:
 
     @torch.inference_mode()
     def prefill(self, prompts, first_slot):
-        """Fill slots first_slot, first_slot+1, ... with prompts (lists of ids); logits (B, V) after the last token.
+        """Fill slots first_slot, first_slot+1, ... with prompts (lists of ids); logits (B, V) after the last
+        token.
 
-        Rows are padded on the left, so that the last column is every row's last token and only its logits are made.
+        Rows are padded on the left, so that the last column is every row's last token and only its logits are
+        made.
         """
         width = max(map(len, prompts))
         padding_B = torch.tensor([width - len(ids) for ids in prompts])
@@ -131,7 +137,8 @@ class CachedModel:
     def step(self, tokens_N, lengths_N, longest):
         """Append one token to each active slot and return the logits (N, V) that follow it.
 
-        lengths_N: tokens already in each slot; longest: their maximum (an int, so that nothing waits for the device).
+        lengths_N: tokens already in each slot; longest: their maximum (an int, so that nothing waits for the
+        device).
         """
         num_active = len(tokens_N)
         slots_N = torch.arange(num_active, device=self.device)
@@ -169,7 +176,8 @@ class CachedModel:
 
 
 def additive_mask(positions_BT, key_positions_BL, window, dtype):
-    """(B, 1, T, L) mask to add to attention scores: a query sees keys at most its own position, within `window`."""
+    """(B, 1, T, L) mask to add to attention scores: a query sees keys at most its own position, within
+    `window`."""
     distance_BTL = positions_BT[:, :, None] - key_positions_BL[:, None, :]
     seen_BTL = distance_BTL >= 0
     if window is not None:
@@ -181,7 +189,8 @@ def additive_mask(positions_BT, key_positions_BL, window, dtype):
 def attention_windows(config):
     """{kind of layer: attention window in tokens, or None} of a model's text layers.
 
-    Raises ValueError for layers whose state is not keys and values of past tokens (linear attention, chunks, ...).
+    Raises ValueError for layers whose state is not keys and values of past tokens (linear attention, chunks,
+    ...).
     """
     config = config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None)

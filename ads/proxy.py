@@ -28,7 +28,8 @@ class CentralDifference:
     """Two perturbed proxies in lockstep with the teacher's slots."""
 
     def __init__(self, plus, minus, eps, shared_V):
-        """plus, minus: the models perturb_ made; shared_V: bool mask of the ids that mean the same to both models."""
+        """plus, minus: the models perturb_ made; shared_V: bool mask of the ids that mean the same to both
+        models."""
         self.plus, self.minus = CachedModel(plus), CachedModel(minus)
         self.eps, self.shared_V = eps, shared_V
 
@@ -49,7 +50,8 @@ class CentralDifference:
         self.minus.move(source, target, length)
 
     def delta(self, plus_BR, minus_BR):
-        """Central difference of the log-probabilities over the shared ids (nats per unit of g); 0 elsewhere."""
+        """Central difference of the log-probabilities over the shared ids (nats per unit of g); 0
+        elsewhere."""
         log_plus_BV = sampling.log_probs(plus_BR, self.shared_V)
         log_minus_BV = sampling.log_probs(minus_BR, self.shared_V)
         delta_BV = (log_plus_BV - log_minus_BV) / (2 * self.eps)
@@ -60,9 +62,9 @@ class CentralDifference:
 def perturb_(plus, minus, read_gradient, eps):
     """Turn two copies of the proxy into theta + eps g and theta - eps g; returns the realised Perturbation.
 
-    read_gradient(name) gives the float32 gradient of a parameter (see gradient.open_checked). The sum is made in
-    float32 and rounded once to the models' dtype, so eps g is lost only as far as that dtype cannot hold it.
-    Raises ValueError when the gradient is zero or not finite.
+    read_gradient(name) gives the float32 gradient of a parameter (see gradient.open_checked). The sum is made
+    in float32 and rounded once to the models' dtype, so eps g is lost only as far as that dtype cannot hold
+    it. Raises ValueError when the gradient is zero or not finite.
     """
     changed = wanted = dot = norm_stored = norm_wanted = 0.0
     minus_parameters = dict(minus.named_parameters())
@@ -94,8 +96,8 @@ def warning(perturbation, eps, dtype):
     if perturbation.cosine >= LEAST_COSINE:
         return None
     return (
-        f"WARNING: theta +- eps g is lost to rounding: cosine {perturbation.cosine:.3f} between the stored and the "
-        f"wanted perturbation (eps={eps:g}, proxy_dtype={dtype}). Use proxy_dtype=float32 or a larger eps"
+        f"WARNING: theta +- eps g is lost to rounding: cosine {perturbation.cosine:.3f} between the stored and "
+        f"the wanted perturbation (eps={eps:g}, proxy_dtype={dtype}). Use proxy_dtype=float32 or a larger eps"
     )
 
 

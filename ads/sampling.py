@@ -2,7 +2,8 @@
 
     p(x) is proportional to exp(log p_T(x) / tau + lam * Delta(x))          paper eq. 11, Algorithm 1
 
-Shapes: B rows, V vocabulary (token ids of the tokenizer). Scores and probabilities are float32, the CDF float64.
+Shapes: B rows, V vocabulary (token ids of the tokenizer). Scores and probabilities are float32, the CDF
+float64.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ MIX_2 = 0x94D049BB133111EB
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. tau = 0 is greedy; top_k = 0 and top_p = 1 switch truncation off; lam = 0 needs no proxy."""
+    """How tokens are drawn. tau = 0 is greedy; top_k = 0 and top_p = 1 switch truncation off; lam = 0 needs
+    no proxy."""
 
     tau: float
     lam: float = 0.0
@@ -29,7 +31,8 @@ GREEDY = Sampling(tau=0.0)
 
 
 def log_probs(logits_BR, allowed_V):
-    """Log-probabilities (nats, float32, (B, V)) over the allowed ids; -inf elsewhere. R >= V logit rows may follow V."""
+    """Log-probabilities (nats, float32, (B, V)) over the allowed ids; -inf elsewhere. R >= V logit rows may
+    follow V."""
     logits_BV = logits_BR[:, : len(allowed_V)].float().masked_fill(~allowed_V, -torch.inf)
     return torch.log_softmax(logits_BV, dim=-1)
 
@@ -37,8 +40,8 @@ def log_probs(logits_BR, allowed_V):
 def sample(log_probs_BV, delta_BV, sampling, keys_B, steps_B):
     """Draw one token id per row, (B,) int64.
 
-    delta_BV is None where lam = 0. keys_B and steps_B are int64: a row's key (see `row_key`) and how many tokens it
-    has sampled so far. At tau = 0: argmax of log p_T + lam * Delta.
+    delta_BV is None where lam = 0. keys_B and steps_B are int64: a row's key (see `row_key`) and how many
+    tokens it has sampled so far. At tau = 0: argmax of log p_T + lam * Delta.
     """
     scores_BV = log_probs_BV if sampling.tau == 0 else log_probs_BV / sampling.tau
     if delta_BV is not None:
@@ -50,7 +53,8 @@ def sample(log_probs_BV, delta_BV, sampling, keys_B, steps_B):
 
 
 def truncate(scores_BV, top_k, top_p):
-    """Set to -inf all but the top_k highest scores, then all but the smallest set holding top_p of what is left.
+    """Set to -inf all but the top_k highest scores, then all but the smallest set holding top_p of what is
+    left.
 
     A token tied with the last one kept is kept too, so that the outcome is a function of the scores alone.
     """
@@ -71,8 +75,8 @@ def truncate(scores_BV, top_k, top_p):
 def draw(scores_BV, uniforms_B):
     """Inverse-CDF sample of softmax(scores) per row, (B,) int64.
 
-    The CDF runs in order of token id, not of probability: rounding noise in the scores then moves the boundaries
-    by as little as the noise itself, so a trace hardly depends on how rows were batched.
+    The CDF runs in order of token id, not of probability: rounding noise in the scores then moves the
+    boundaries by as little as the noise itself, so a trace hardly depends on how rows were batched.
     """
     cdf_BV = torch.softmax(scores_BV, dim=-1).double().cumsum(-1)
     targets_B1 = uniforms_B[:, None] * cdf_BV[:, -1:]
@@ -89,9 +93,11 @@ def row_key(seed, problem_id):
 
 
 def uniforms(keys_B, steps_B):
-    """One float64 in [0, 1) per (key, step), with 32 random bits: the SplitMix64 stream seeded by the key, at `step`.
+    """One float64 in [0, 1) per (key, step), with 32 random bits: the SplitMix64 stream seeded by the key, at
+    `step`.
 
-    Below 1 by 2^-32, so `uniform * total` stays below the total in float64 and a token of probability 0 is never drawn.
+    Below 1 by 2^-32, so `uniform * total` stays below the total in float64 and a token of probability 0 is
+    never drawn.
     """
     state_B = keys_B + (steps_B + 1) * as_signed(GOLDEN)
     state_B = (state_B ^ shift_right(state_B, 30)) * as_signed(MIX_1)

@@ -1,4 +1,5 @@
-"""Files that survive a kill: atomic writes, parts of an unfinished stage, sidecars, registries, locks, fingerprints.
+"""Files that survive a kill: atomic writes, parts of an unfinished stage, sidecars, registries, locks,
+fingerprints.
 
 A stage is done when its sidecar exists; the sidecar is written, by atomic rename, after everything else.
 """
@@ -28,7 +29,8 @@ NUM_SAMPLES = 256
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed to `path`."""
+    """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed to
+    `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -108,8 +110,8 @@ def write_sidecar(path, config, inputs, stats, seconds, **more):
 
 
 def is_finished(path, config, inputs, ignore=()):
-    """Whether the sidecar `path` exists; ValueError naming the difference if it was made with another config or
-    other inputs. `ignore` names config keys that do not change the result (such as batch_size)."""
+    """Whether the sidecar `path` exists; ValueError naming the difference if it was made with another config
+    or other inputs. `ignore` names config keys that do not change the result (such as batch_size)."""
     path = Path(path)
     if not path.is_file():
         return False
@@ -176,7 +178,8 @@ def read_parts(parts_dir):
 
 
 def open_parts(folder, config, inputs, ignore=()):
-    """Prepare the folder of a stage's unfinished work; ValueError if it holds work done with other settings."""
+    """Prepare the folder of a stage's unfinished work; ValueError if it holds work done with other
+    settings."""
     folder = Path(folder)
     settings = folder / "settings.yaml"
     record = read_yaml(settings) if settings.is_file() else {"config": {}, "inputs": {}}
@@ -192,7 +195,8 @@ def open_parts(folder, config, inputs, ignore=()):
 
 @contextlib.contextmanager
 def stage_lock(exp_dir, name):
-    """Hold the lock of one stage; RuntimeError naming the holder when another process on any host holds it."""
+    """Hold the lock of one stage; RuntimeError naming the holder when another process on any host holds
+    it."""
     path = Path(exp_dir) / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
@@ -242,7 +246,8 @@ def fingerprint_existing(path, remedy):
 
 
 def fingerprint_model(name):
-    """What identifies a model: weights, configuration and tokenizer of a local folder, or the hub name itself."""
+    """What identifies a model: weights, configuration and tokenizer of a local folder, or the hub name
+    itself."""
     return fingerprint_folder(name, "config.json", ("*.json", "*.safetensors", "*.jinja", "*.model"))
 
 
@@ -254,7 +259,8 @@ def fingerprint_tokenizer(name):
 
 
 def fingerprint_folder(name, required, patterns):
-    """Contents of the files that match; FileNotFoundError for a folder without `required` or an unlikely name."""
+    """Contents of the files that match; FileNotFoundError for a folder without `required` or an unlikely
+    name."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / required).is_file():

@@ -94,7 +94,8 @@ def save_folder(folder, model, tokenizer):
 
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory):
-    """{role: folder} of a tiny teacher, proxy and student; the student has another architecture and tokenizer."""
+    """{role: folder} of a tiny teacher, proxy and student; the student has another architecture and
+    tokenizer."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_tokenizer()
     other = byte_tokenizer(extra=("<|user|>", "<|assistant|>", "<|system|>", "<|pad|>"), eos="</s>")

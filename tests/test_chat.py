@@ -1,4 +1,5 @@
-"""Tokens must agree everywhere: the three real tokenizers are the proving ground, a byte tokenizer stands in."""
+"""Tokens must agree everywhere: the three real tokenizers are the proving ground, a byte tokenizer stands
+in."""
 
 import pytest
 import torch

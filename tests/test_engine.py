@@ -77,7 +77,8 @@ def test_greedy_equals_transformers_generate(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_log_probs_equal_an_uncached_pass(kind):
-    """Rows of unequal length in refilled and moved slots: the recorded log-probability is that of one full forward."""
+    """Rows of unequal length in refilled and moved slots: the recorded log-probability is that of one full
+    forward."""
     models = plain_models(kind)
     found = decode(models, Sampling(1.0), requests(), batch_size=3)
     assert len({len(c.ids) for c in found.values()}) > 2, "rows must end at different steps"
@@ -138,7 +139,8 @@ def test_seed_and_problem_decide_the_trace():
 
 
 class TwoProxies:
-    """transformers' way: a logits processor that runs the two perturbed proxies on the whole row, uncached."""
+    """transformers' way: a logits processor that runs the two perturbed proxies on the whole row,
+    uncached."""
 
     def __init__(self, plus, minus, eps, lam, shared_V):
         self.plus, self.minus, self.eps, self.lam, self.shared_V = plus, minus, eps, lam, shared_V

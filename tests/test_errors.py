@@ -87,7 +87,8 @@ def break_data(folder):
 
 @pytest.fixture(scope="module")
 def places(model_folders, problem_folder, tmp_path_factory):
-    """Every path the table names: good models and data, one finished stage 1 and 2, and broken copies of them."""
+    """Every path the table names: good models and data, one finished stage 1 and 2, and broken copies of
+    them."""
     exp = tmp_path_factory.mktemp("exp")
     folder = tmp_path_factory.mktemp("broken")
     run_script("gentraces.py", f"exp_dir={exp}", f"teacher={model_folders['teacher']}", "trace_name=holdout",
@@ -104,7 +105,7 @@ def places(model_folders, problem_folder, tmp_path_factory):
     }
 
 
-GEN = "gentraces.py exp_dir={exp} teacher={teacher} data_split={sums}_test max_length=120 max_prompt_length=115 "
+GEN = "gentraces.py exp_dir={exp} teacher={teacher} data_split={sums}_test max_length=120 "
 ADS = GEN + "tau=0.8 lam=0.1 proxy_student={proxy} grad_path={grad} "
 GRAD = "save_grad.py exp_dir={exp}/g proxy_student={proxy} holdout_traces={exp}/traces/holdout.parquet "
 TRAIN = "distill.py exp_dir={exp} student={student} do_eval=false train_traces={exp}/traces/holdout.parquet "

@@ -45,6 +45,9 @@ GSM8K = [
     (r"\boxed{9 \times 2}", GSM_18, True, r"9 \times 2"),
     (r"\boxed{9 \times 2 = 18}", GSM_18, True, r"9 \times 2 = 18"),
     (r"\boxed{18 or 20}", GSM_18, False, "18 or 20"),
+    (r"\boxed{at least 18}", GSM_18, False, "at least 18"),
+    (r"\boxed{20 or = 18 ?}", GSM_18, False, "20 or = 18 ?"),
+    (r"\boxed{19 / / 18}", GSM_18, False, "19 / / 18"),
     (r"\boxed{17, 18}", GSM_18, False, "17, 18"),
     # the box rules, whatever else the text mentions
     (r"She could have made \$18, but the answer is \boxed{20}.", GSM_18, False, "20"),
@@ -56,11 +59,11 @@ GSM8K = [
     # forms of the box
     (r"\boxed{\boxed{18}}", GSM_18, True, "18"),
     (r"\boxed{x = \boxed{18}}", GSM_18, True, "18"),
-    (r"\fbox{18}", GSM_18, True, "18"),
+    (r"\fbox{18} of 20", GSM_18, True, "18"),
     (r"\boxed 18", GSM_18, True, "18"),
     (r"\boxed  {18}", GSM_18, True, "18"),
     (r"$\boxed 18.$", GSM_18, True, "18"),
-    ("\\\\boxed{18}", GSM_18, True, "18"),
+    ("\\\\boxed{18} of 20", GSM_18, True, "18"),
     ("\\boxed{\n18\n}", GSM_18, True, "18"),
     (r"She makes \boxed{18}. I put it in \boxed{}.", GSM_18, True, "18"),
     # a cut box is no box: the last complete one, else the last number
@@ -145,6 +148,9 @@ MATH = [
     ("15", r"15\mbox{ cm}^2", True),
     (r"15 cm^2", r"15\mbox{ cm}^2", True),
     (r"99\pi", r"99\pi \text{ square inches}", True),
+    (r"64\pi", r"64 \pi \mbox{ cm}^2", True),
+    ("11111111100", r"11,\! 111,\! 111,\! 100", True),
+    ("1234", r"1{,}234", True),
     ("8.24", r"\approx 8.24 \text{ mph}", True),
     ("4:30", r"\text{4:30 p.m.}", True),
     ("5:30", r"\text{4:30 p.m.}", False),
@@ -195,6 +201,7 @@ MMLU = [
     ("C) 120", C, True, "C"),
     ("A) 60 is too small.\nC) 120", C, True, "C"),
     ("So it must be\n\n**C**", C, True, "C"),
+    ("I would go with **C** here.", C, True, "C"),
     ("C", C, True, "C"),
     ("Hence the element is C.", C, True, "C"),
     ("A cat has four legs.", r"\boxed{A}", False, None),
@@ -225,6 +232,7 @@ FORCED = [
     ("18 dollars\n20", GSM_18, True, "18 dollars"),
     ("20\n18", GSM_18, False, "20"),
     ("\\frac{18", GSM_18, False, "\\frac{18"),
+    ("\\frac{1}{2", boxed("0.5"), False, "\\frac{1}{2"),
     ("}\n\\]", GSM_18, False, None),
     ("", GSM_18, False, None),
 ]
@@ -409,12 +417,15 @@ def test_a_thread_raises_instead_of_grading_wrong():
     assert isinstance(results[1], RuntimeError) and "'x+1'" in str(results[1])
 
 
-def test_import_and_text_comparison_leave_sympy_alone():
+def test_numbers_need_no_sympy_and_sympy_makes_no_noise():
     code = (
-        "import sys; from ads.grading import grade; assert grade(r'\\boxed{18.0}', '#### 18').correct; "
-        "assert not grade(r'\\boxed{19}', '#### 18').correct; assert 'sympy' not in sys.modules"
+        "import sys; from ads.grading import grade; assert grade(r'\\boxed{1,800.0}', '#### 1800').correct; "
+        "assert not grade(r'\\boxed{19}', '#### 18').correct; assert 'sympy' not in sys.modules; "
+        "assert grade(r'\\boxed{9 + 9}', '#### 18').correct; assert 'sympy' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_5000_gsm8k_answers_take_seconds():

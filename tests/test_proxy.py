@@ -50,7 +50,8 @@ def test_gradient_is_that_of_the_mean_over_sequences_of_token_means(kind):
 
 
 def test_the_prompt_does_not_reach_the_loss_through_its_own_tokens():
-    """A changed prompt token changes the loss only as context; with nothing but prompt there is no loss to take."""
+    """A changed prompt token changes the loss only as context; with nothing but prompt there is no loss to
+    take."""
     rows = sequences(1)
     response = Sequence(rows[0].ids, rows[0].num_prompt_tokens)
     later = Sequence(rows[0].ids, rows[0].num_prompt_tokens + 3)
@@ -150,7 +151,8 @@ def test_delta_is_zero_for_tokens_the_two_models_do_not_share():
 
 
 def test_one_sgd_step_on_a_token_moves_the_loss_as_delta_says():
-    """Delta ranks tokens by how much a training step on them raises the holdout loss (METHOD, definitions)."""
+    """Delta ranks tokens by how much a training step on them raises the holdout loss (METHOD,
+    definitions)."""
     model, loss = model_with_gradient()
     ids = sequences(1, seed=8)[0].ids
     _, delta_BV = central_delta(model, 1e-3, [ids], torch.ones(V, dtype=torch.bool))

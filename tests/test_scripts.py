@@ -244,7 +244,8 @@ def test_full_fine_tuning_with_two_processes(model_folders, exp, tmp_path):
 
 
 def test_undistilled_student_with_worked_examples(model_folders, exp, tmp_path, problem_folder):
-    """few_shot shows correct, finished holdout traces; here one is made correct by hand, as tiny models never are."""
+    """few_shot shows correct, finished holdout traces; here one is made correct by hand, as tiny models never
+    are."""
     rows = rows_of(exp, "holdout")
     for row in rows[:2]:
         row.update(finished=True, is_raw_correct=True, trace="<think>long</think>\nIt is \\boxed{5}.")

@@ -66,7 +66,8 @@ def test_sidecar_names_versions_commit_and_command(tmp_path):
 
 
 def test_unfinished_work_of_other_settings_is_refused(tmp_path):
-    """A request that failed before its first part must not stand in the way of the corrected one; parts must."""
+    """A request that failed before its first part must not stand in the way of the corrected one; parts
+    must."""
     store.open_parts(tmp_path, {"tau": 0.6}, {})
     store.open_parts(tmp_path, {"tau": 0.7}, {})
     store.write_part(tmp_path / "traces", 0, [{"id": "a"}])
