@@ -93,8 +93,7 @@ def per_device_batch(cfg, world_size):
 
 
 def load_student(cfg, tokenizer, device):
-    """The student, with LoRA adapters where cfg.lora. All weights are trained in float32 (LoRA: the
-    adapters)."""
+    """The student, with LoRA adapters where cfg.lora; what is trained is float32."""
     import torch
     from transformers import set_seed
 
@@ -181,8 +180,7 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
 
 
 def pad_right(examples, pad_id):
-    """Batch of input_ids, labels and attention_mask (B, T) int64; padding is masked by length, never by
-    id."""
+    """input_ids, labels and attention_mask, (B, T) int64; padding is masked by length, never by id."""
     import torch
 
     width = max(len(example["input_ids"]) for example in examples)
@@ -197,8 +195,7 @@ def pad_right(examples, pad_id):
 
 
 def newest_checkpoint(model_path):
-    """The last checkpoint that was written to its end (the trainer writes trainer_state.json last), or
-    None."""
+    """The last checkpoint written to its end (trainer_state.json comes last), or None."""
     complete = [path.parent for path in model_path.glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 

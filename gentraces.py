@@ -76,8 +76,7 @@ def check_references(problems):
 
 
 def render_prompts(cfg, tokenizer, problems):
-    """{problem id: prompt ids}; prompts that are too long, or leave no room for a response, are left out, and
-    said."""
+    """{problem id: prompt ids}; prompts that are too long or leave no room to respond are left out."""
     examples = few_shot_examples(cfg)
     prompts = {p["id"]: chat.prompt_ids(tokenizer, p["problem"], examples) for p in problems}
     longest = min(cfg.max_prompt_length, cfg.max_length - 1)
@@ -96,8 +95,7 @@ def render_prompts(cfg, tokenizer, problems):
 
 
 def few_shot_examples(cfg):
-    """(problem, worked solution) of the first few_shot correct, finished traces: what follows their think
-    block."""
+    """(problem, worked solution) of the first correct, finished traces: what follows their think block."""
     if not cfg.few_shot:
         return ()
     rows = utils.read_parquet(Path(cfg.few_shot_traces))
@@ -127,8 +125,7 @@ def load_models(cfg, tokenizer, world):
 
 
 def load_proxy(cfg, tokenizer, device):
-    """(CentralDifference, notes): theta +- eps g, checked against the gradient file and the teacher's
-    vocabulary."""
+    """(CentralDifference, notes): theta +- eps g, checked against gradient file and vocabulary."""
     from ads import gradient, proxy
     from ads.models import load_model
 
@@ -201,8 +198,7 @@ def trace_row(completion, tokenizer, eos, solutions):
 
 
 def force_answers(cfg, models, tokenizer, problems, prompts, rows, world):
-    """The rows with the answer each model states when made to: <= 32 greedy tokens without Delta after
-    FORCE_TEXT."""
+    """The rows with the answer the model states when made to: greedy, without Delta, after FORCE_TEXT."""
     from ads.engine import Models, Request
     from ads.sampling import GREEDY
 
@@ -236,8 +232,7 @@ def forced_row(completion, tokenizer, eos, forced, prompts, solutions):
 
 
 def decode_to_parts(cfg, phase, models, rule, requests, to_row, world):
-    """Decode this process's requests that have no part yet, a part per batch_size rows; returns tokens
-    sampled."""
+    """Decode this process's requests that are in no part, a part per batch_size rows; tokens sampled."""
     from tqdm import tqdm
 
     from ads.engine import generate

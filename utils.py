@@ -34,8 +34,7 @@ MATH_SUBJECTS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where one part of a dataset comes from: `file` below data_dir, else hub dataset `hub` (config,
-    split)."""
+    """Where one part of a dataset comes from: `file` below data_dir, else the hub."""
 
     file: str
     hub: str
@@ -93,8 +92,7 @@ def find_source(data_split):
 
 
 def load_known(data_split, data_dir):
-    """The split of a known dataset: train is cut 70/30 into train and holdout; MATH and MMLU are shuffled
-    first."""
+    """The split of a known dataset: train is cut 70/30 into train and holdout (MATH, MMLU: shuffled)."""
     source = find_source(data_split)
     dataset, _, split = data_split.rpartition("_")
     rows = read_local(source, Path(data_dir)) if data_dir else read_hub(source)
@@ -149,8 +147,7 @@ def folder_file(folder, split):
 
 
 def load_folder(folder, split):
-    """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet with columns problem and solution (id
-    optional)."""
+    """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet: problem, solution, perhaps id."""
     path = folder_file(folder, split)
     rows = read_parquet(path) if path.suffix == ".parquet" else read_lines(path)
     check_columns(path, rows, ("problem", "solution"))
@@ -266,8 +263,7 @@ class World:
 
 
 def start_world():
-    """Join the processes that accelerate launch or torchrun started (or be the only one) and choose the
-    device."""
+    """Join the processes that a launcher started (or be the only one) and choose the device."""
     import torch
 
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

@@ -1,5 +1,4 @@
-"""Every place where tokens must agree: tokenizer, prompt, response boundary, student text, labels, answer
-forcing.
+"""Every place where tokens must agree: tokenizer, prompt, response boundary, labels, answer forcing.
 
 Token ids are carried end to end; text is for people, for grading and for the student's other tokenizer.
 """
@@ -15,8 +14,7 @@ IGNORED_LABEL = -100
 
 
 def load_tokenizer(name, need_chat_template=True):
-    """The tokenizer `name` (folder or hub name); ValueError when it has no chat template or no end-of-text
-    token."""
+    """The tokenizer `name` (folder or hub name); ValueError when it has no chat template or no eos."""
     from transformers import AutoTokenizer
 
     try:
@@ -34,11 +32,9 @@ def load_tokenizer(name, need_chat_template=True):
 
 
 def load_tokenizer_for(model_name, tokenizer_name=None):
-    """The tokenizer to use with a model: its own, or `tokenizer_name`, which must then have the same
-    vocabulary.
+    """The tokenizer of a model: its own, or `tokenizer_name`, which must then have the same vocabulary.
 
-    (A base model's own tokenizer often has no chat template, so that of its instruct sibling is named
-    instead.)
+    A base model often has no chat template: then that of its instruct sibling is named.
     """
     tokenizer = load_tokenizer(tokenizer_name or model_name)
     if tokenizer_name and tokenizer_name != model_name:
@@ -115,8 +111,7 @@ def forced_ids(tokenizer, ids, response_ids, eos):
 
 
 def student_example(tokenizer, problem, trace, finished, max_length):
-    """(input_ids, labels) of one training sequence: the evaluation prompt, the trace, and eos if the trace
-    finished.
+    """(input_ids, labels) of one training sequence: evaluation prompt, trace, and eos if the trace finished.
 
     Labels mask the prompt by its length. Special-token text inside a trace stays text. What exceeds
     max_length is cut.
@@ -156,8 +151,7 @@ def match_vocabularies(teacher_tokenizer, proxy_tokenizer):
 
 
 def compare_tokens(ours, theirs):
-    """[(id, our token, their token or None)] where two tokenizers differ over our ids: all, and ordinary
-    tokens."""
+    """[(id, our token, their token or None)] where two tokenizers differ over our ids: all; ordinary ones."""
     our_tokens = {i: token for token, i in ours.get_vocab().items()}
     their_tokens = {i: token for token, i in theirs.get_vocab().items()}
     added = set(ours.added_tokens_decoder) | set(theirs.added_tokens_decoder)

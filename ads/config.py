@@ -1,5 +1,4 @@
-"""Configuration: dataclass defaults <- YAML file <- key=value on the command line, the same grammar for every
-script."""
+"""Configuration: dataclass defaults <- YAML file <- key=value on the command line, for every script."""
 
 import dataclasses
 import types
@@ -253,8 +252,7 @@ def load_config(cls, default_yaml, arguments):
 
 
 def cast(cls, key, value, source, from_text=False):
-    """`value` as the type of field `key`; command-line text is parsed, YAML values may be text (PyYAML reads
-    5e-4 so)."""
+    """`value` as the type of field `key`; YAML values may be text too (PyYAML reads 5e-4 so)."""
     hints = typing.get_type_hints(cls)
     if key not in hints:
         raise ValueError(f"unknown key {key!r} in {source}; known keys: {', '.join(sorted(hints))}")

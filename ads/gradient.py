@@ -1,6 +1,8 @@
-"""The proxy gradient: g = gradient of the mean negative log-likelihood of clean holdout traces (METHOD: g, l).
+"""The proxy gradient: g = gradient of the mean negative log-likelihood of clean holdout traces (METHOD: g,
+l).
 
-    l(theta) = mean over sequences of (mean over response tokens of -log p(token)), prompt masked, nats, float32
+    l(theta) = mean over sequences of (mean over response tokens of -log p(token)), prompt masked, nats,
+    float32
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -43,7 +45,8 @@ def sequence_losses(model, sequences):
 
 
 def add_gradient_(model, sequences, num_total, batch_size, progress=iter):
-    """Add this process's share of the mean gradient to the parameters' .grad; returns its share of the mean loss.
+    """Add this process's share of the mean gradient to the parameters' .grad; returns its share of the mean
+    loss.
 
     num_total is the number of sequences over all processes; batches hold sequences of like length.
     """
@@ -88,7 +91,7 @@ def total_norm(norms_by_name):
 
 
 def save(path, model, metadata):
-    """Write every parameter's gradient (float32) and `metadata` (strings) to a safetensors file, atomically."""
+    """Write every parameter's gradient (float32) and `metadata` (strings) to a safetensors file."""
     tensors = {
         name: (torch.zeros_like(p) if p.grad is None else p.grad).float().cpu().contiguous()
         for name, p in model.named_parameters()
@@ -100,8 +103,8 @@ def save(path, model, metadata):
 def open_checked(path, proxy_fingerprint):
     """Open a gradient file (safe_open: get_tensor reads one parameter's gradient).
 
-    Raises FileNotFoundError when it is missing, ValueError when it is cut short, was not written by save_grad.py,
-    or is the gradient of a model with other contents.
+    Raises FileNotFoundError when it is missing, ValueError when it is cut short, was not written by
+    save_grad.py, or is the gradient of a model with other contents.
     """
     remedy = "make it with save_grad.py"
     if not path.is_file():
@@ -129,6 +132,6 @@ def check_matches(file, path, model):
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"gradient {path} does not fit the proxy: {name} is {stored.get(name)} in the file, {shapes.get(name)} "
-            f"in the model ({len(wrong)} parameters differ)"
+            f"gradient {path} does not fit the proxy: {name} is {stored.get(name)} in the file, "
+            f"{shapes.get(name)} in the model ({len(wrong)} parameters differ)"
         )

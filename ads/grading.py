@@ -141,8 +141,7 @@ def last_box(text: str) -> str | None:
 
 def normalize(answer: str) -> str:
     """Return an answer without text macros, spacing, units, currency and percent signs, thousands commas."""
-    text = answer.replace("\u2212", "-").replace("{,}", ",").strip().strip("*")
-    text = re.sub(r",\\!\s*", "", re.sub(r"\\[dtc]frac", r"\\frac", text))
+    text = re.sub(r",\s*\\!\s*", "", answer.strip().strip("*"))
     text = _DROPPED.sub("", text).strip().rstrip(".,;")
     text = _TEXT_MACRO.sub(r"\1", _UNIT_MACRO.sub("", text)).strip().rstrip(".,;")
     with_unit = _NUMBER_WITH_UNIT.fullmatch(text)

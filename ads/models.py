@@ -1,5 +1,4 @@
-"""Loading causal language models, and driving them token by token with a KV cache that has a write position
-per row.
+"""Causal language models with a KV cache that has a write position per row.
 
 A slot is one row of the batch. Active slots are always 0..n-1, so that reading them is a view, not a copy:
 
@@ -22,11 +21,9 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 
 def load_model(name, dtype, device, attn_implementation="auto"):
-    """The causal language model `name` (folder or hub name) in eval mode; ValueError when it cannot be
-    loaded.
+    """The causal language model `name` (folder or hub name), in eval mode; ValueError when that fails.
 
-    dtype "auto" is bfloat16 on CUDA and float32 elsewhere; attention "auto" is the library's choice for the
-    model.
+    dtype "auto" is bfloat16 on CUDA, float32 elsewhere; attention "auto" is the library's choice.
     """
     attention = None if attn_implementation == "auto" else attn_implementation
     try:
@@ -96,8 +93,7 @@ class SlotCache(Cache):
 
 
 class CachedModel:
-    """A causal language model together with its slots. Returns next-token logits, never those of other
-    positions."""
+    """A causal language model with its slots. Returns next-token logits, never those of other positions."""
 
     def __init__(self, model):
         self.model = model
@@ -116,11 +112,9 @@ class CachedModel:
 
     @torch.inference_mode()
     def prefill(self, prompts, first_slot):
-        """Fill slots first_slot, first_slot+1, ... with prompts (lists of ids); logits (B, V) after the last
-        token.
+        """Fill slots from first_slot on with prompts (lists of ids); logits (B, V) after the last token.
 
-        Rows are padded on the left, so that the last column is every row's last token and only its logits are
-        made.
+        Rows are padded on the left: the last column is every row's last token, and only its logits are made.
         """
         width = max(map(len, prompts))
         padding_B = torch.tensor([width - len(ids) for ids in prompts])
@@ -176,8 +170,7 @@ class CachedModel:
 
 
 def additive_mask(positions_BT, key_positions_BL, window, dtype):
-    """(B, 1, T, L) mask to add to attention scores: a query sees keys at most its own position, within
-    `window`."""
+    """(B, 1, T, L) to add to attention scores: a query sees keys up to its own position, within `window`."""
     distance_BTL = positions_BT[:, :, None] - key_positions_BL[:, None, :]
     seen_BTL = distance_BTL >= 0
     if window is not None:

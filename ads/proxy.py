@@ -28,8 +28,7 @@ class CentralDifference:
     """Two perturbed proxies in lockstep with the teacher's slots."""
 
     def __init__(self, plus, minus, eps, shared_V):
-        """plus, minus: the models perturb_ made; shared_V: bool mask of the ids that mean the same to both
-        models."""
+        """plus, minus: models that perturb_ made; shared_V: bool mask of the ids that teacher and proxy share."""
         self.plus, self.minus = CachedModel(plus), CachedModel(minus)
         self.eps, self.shared_V = eps, shared_V
 
@@ -50,8 +49,7 @@ class CentralDifference:
         self.minus.move(source, target, length)
 
     def delta(self, plus_BR, minus_BR):
-        """Central difference of the log-probabilities over the shared ids (nats per unit of g); 0
-        elsewhere."""
+        """Central difference of log-probabilities over the shared ids (nats per unit of g); 0 elsewhere."""
         log_plus_BV = sampling.log_probs(plus_BR, self.shared_V)
         log_minus_BV = sampling.log_probs(minus_BR, self.shared_V)
         delta_BV = (log_plus_BV - log_minus_BV) / (2 * self.eps)
@@ -96,8 +94,8 @@ def warning(perturbation, eps, dtype):
     if perturbation.cosine >= LEAST_COSINE:
         return None
     return (
-        f"WARNING: theta +- eps g is lost to rounding: cosine {perturbation.cosine:.3f} between the stored and "
-        f"the wanted perturbation (eps={eps:g}, proxy_dtype={dtype}). Use proxy_dtype=float32 or a larger eps"
+        f"WARNING: theta +- eps g is lost to rounding: cosine {perturbation.cosine:.3f} between the stored "
+        f"and the wanted perturbation (eps={eps:g}, proxy_dtype={dtype}). Use proxy_dtype=float32 or a larger eps"
     )
 
 

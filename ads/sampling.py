@@ -18,8 +18,7 @@ MIX_2 = 0x94D049BB133111EB
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. tau = 0 is greedy; top_k = 0 and top_p = 1 switch truncation off; lam = 0 needs
-    no proxy."""
+    """How tokens are drawn: tau = 0 is greedy, top_k = 0 and top_p = 1 are off, lam = 0 needs no proxy."""
 
     tau: float
     lam: float = 0.0
@@ -31,8 +30,7 @@ GREEDY = Sampling(tau=0.0)
 
 
 def log_probs(logits_BR, allowed_V):
-    """Log-probabilities (nats, float32, (B, V)) over the allowed ids; -inf elsewhere. R >= V logit rows may
-    follow V."""
+    """Log-probabilities (nats, float32, (B, V)) over the allowed ids, -inf elsewhere; R >= V logits given."""
     logits_BV = logits_BR[:, : len(allowed_V)].float().masked_fill(~allowed_V, -torch.inf)
     return torch.log_softmax(logits_BV, dim=-1)
 

@@ -29,8 +29,7 @@ NUM_SAMPLES = 256
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed to
-    `path`."""
+    """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -178,8 +177,7 @@ def read_parts(parts_dir):
 
 
 def open_parts(folder, config, inputs, ignore=()):
-    """Prepare the folder of a stage's unfinished work; ValueError if it holds work done with other
-    settings."""
+    """Prepare the folder of unfinished work; ValueError if it holds work done with other settings."""
     folder = Path(folder)
     settings = folder / "settings.yaml"
     record = read_yaml(settings) if settings.is_file() else {"config": {}, "inputs": {}}
@@ -195,8 +193,7 @@ def open_parts(folder, config, inputs, ignore=()):
 
 @contextlib.contextmanager
 def stage_lock(exp_dir, name):
-    """Hold the lock of one stage; RuntimeError naming the holder when another process on any host holds
-    it."""
+    """Hold the lock of one stage; RuntimeError that names the holder when another process has it."""
     path = Path(exp_dir) / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
@@ -246,8 +243,7 @@ def fingerprint_existing(path, remedy):
 
 
 def fingerprint_model(name):
-    """What identifies a model: weights, configuration and tokenizer of a local folder, or the hub name
-    itself."""
+    """What identifies a model: weights, configuration and tokenizer of a folder, or the hub name itself."""
     return fingerprint_folder(name, "config.json", ("*.json", "*.safetensors", "*.jinja", "*.model"))
 
 
@@ -259,8 +255,7 @@ def fingerprint_tokenizer(name):
 
 
 def fingerprint_folder(name, required, patterns):
-    """Contents of the files that match; FileNotFoundError for a folder without `required` or an unlikely
-    name."""
+    """Contents of the files that match; FileNotFoundError without `required`, or for no name at all."""
     folder = Path(name)
     if folder.is_dir():
         if not (folder / required).is_file():
