@@ -27,6 +27,9 @@ GRAD_ARGS="${GRAD_ARGS:-}"           # for save_grad.py
 TRAIN_ARGS="${TRAIN_ARGS:-}"         # for distill.py
 GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,lam,eps ...
 
+trap 'exit 130' INT # a stage that was interrupted is no failed grid point: stop, the next run goes on there
+trap 'exit 143' TERM
+
 main() {
   parse_arguments "$@"
   choose_processes

@@ -28,7 +28,7 @@ class CentralDifference:
     """Two perturbed proxies in lockstep with the teacher's slots."""
 
     def __init__(self, plus, minus, eps, shared_V):
-        """plus, minus: models that perturb_ made; shared_V: bool mask of the ids that teacher and proxy share."""
+        """plus, minus: models that perturb_ made; shared_V: bool mask of the ids the teacher shares."""
         self.plus, self.minus = CachedModel(plus), CachedModel(minus)
         self.eps, self.shared_V = eps, shared_V
 
@@ -94,8 +94,8 @@ def warning(perturbation, eps, dtype):
     if perturbation.cosine >= LEAST_COSINE:
         return None
     return (
-        f"WARNING: theta +- eps g is lost to rounding: cosine {perturbation.cosine:.3f} between the stored "
-        f"and the wanted perturbation (eps={eps:g}, proxy_dtype={dtype}). Use proxy_dtype=float32 or a larger eps"
+        f"WARNING: theta +- eps g is lost to rounding: cosine {perturbation.cosine:.3f} between stored "
+        f"and wanted perturbation (eps={eps:g}, proxy_dtype={dtype}). Use proxy_dtype=float32 or a larger eps"
     )
 
 

@@ -52,7 +52,8 @@ def test_all_stages_on_real_problems(paper_models, data_dir, tmp_path, script, d
     small = "max_samples=8 batch_size=3 max_length=420 max_prompt_length=400"
     result = run_pipeline(
         paper_models, dataset, tmp_path, script=script, DATA_DIR=data_dir, NPROC=str(num_processes),
-        GEN_ARGS=small, HOLDOUT_ARGS=small, TRAIN_ARGS="num_epochs=1 lora_r=4 batch_size=4", OMP_NUM_THREADS="1",
+        GEN_ARGS=small, HOLDOUT_ARGS=small, TRAIN_ARGS="num_epochs=1 lora_r=4 batch_size=4",
+        OMP_NUM_THREADS="1",
         GRID_ARGS="--points 0.6,0,0 0.6,0.03,1e-3",
     )  # fmt: skip
     assert "2 of 2 points complete" in result.stdout
