@@ -154,7 +154,7 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
         learning_rate=cfg.lr,
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
-        warmup_steps=math.ceil(cfg.warmup * cfg.num_epochs * steps_per_epoch),
+        warmup_steps=int(cfg.warmup * cfg.num_epochs * steps_per_epoch),
         lr_scheduler_type=cfg.lr_scheduler_type,
         eval_strategy="steps" if holdout else "no",
         eval_on_start=bool(holdout),

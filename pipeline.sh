@@ -173,4 +173,4 @@ finish_experiment() {
   fi
 }
 
-main "$@"
+main "$@"; exit # on one line: bash has then read the whole file, which may be edited while this runs
