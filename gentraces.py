@@ -46,8 +46,8 @@ def fingerprint_inputs(cfg):
 def generate_traces(cfg, inputs):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
-    problems = utils.load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
-    check_references(problems)
+    found = utils.load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
+    problems = leave_out_unanswered(found)
     prompts = render_prompts(cfg, tokenizer, problems)
     world = utils.start_world()
     if world.is_main:
@@ -61,18 +61,31 @@ def generate_traces(cfg, inputs):
     if world.is_main:
         rows = assemble(cfg, problems, prompts, rows)
         save_traces(cfg, rows)
-        stats = compute_stats(cfg, rows, num_too_long=len(problems) - len(prompts)) | speed
+        left_out = {
+            "num_without_answer": len(found) - len(problems),
+            "num_prompts_too_long": len(problems) - len(prompts),
+        }
+        stats = compute_stats(cfg, rows) | left_out | speed
         finish(cfg, inputs, stats, notes, time.time() - start)
     world.barrier()
 
 
-def check_references(problems):
-    """Every problem must have an answer to grade against; found out before a model is loaded."""
+def leave_out_unanswered(problems):
+    """The problems that have an answer to grade against (2 of MATH's 7,500 solutions end in an empty box)."""
+    kept, reasons = [], {}
     for problem in problems:
         try:
             grading.reference_answer(problem["solution"])
+            kept.append(problem)
         except ValueError as error:
-            raise ValueError(f"problem {problem['id']}: {error}") from error
+            reasons[problem["id"]] = error
+    if reasons:
+        problem_id, reason = next(iter(reasons.items()))
+        summary = f"{len(reasons)} of {len(problems)} problems have no answer, such as {problem_id}: {reason}"
+        if not kept:
+            raise ValueError(summary)
+        print0(f"left out: {summary}")
+    return kept
 
 
 def render_prompts(cfg, tokenizer, problems):
@@ -280,13 +293,12 @@ def save_traces(cfg, rows):
         dataset.to_parquet(str(path))
 
 
-def compute_stats(cfg, rows, num_too_long):
+def compute_stats(cfg, rows):
     """What the report needs of a trace dataset."""
     lengths = sorted(row["num_tokens"] for row in rows)
     timed_out = sum(row["raw_timed_out"] + row.get("af_timed_out", 0) for row in rows)
     return {
         "n": len(rows),
-        "num_prompts_too_long": num_too_long,
         "raw": accuracy(rows, "is_raw_correct"),
         "af": accuracy(rows, "is_af_correct") if cfg.answer_force else None,
         "finished": round(statistics.fmean(row["finished"] for row in rows), 4),

@@ -20,6 +20,7 @@ import numpy as np
 
 import utils
 from ads import store
+from ads.config import LEAST_COSINE
 from utils import print0, print_result
 
 SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")
@@ -40,7 +41,6 @@ forced, raw: accuracy on the n test problems with and without answer forcing [95
 t.fin, s.fin: share of the teacher's and the student's test traces that finished
 nll, tokens: of the training traces, mean nats/token under the unadjusted teacher and median length
 loss: the student's on the holdout traces after training, nats/token"""
-LEAST_COSINE = 0.9  # as in ads/proxy.py, whose import would load torch
 LEAST_FINISHED = 0.9
 NUM_NAMED = 4  # cases that one warning names
 COLOURS = {"temperature": "#0072B2", "ADS": "#D55E00"}  # Okabe and Ito's, safe for colour-blind readers
@@ -330,6 +330,8 @@ def doubts(experiment):
             yield f"finished share below {LEAST_FINISHED}", -finished, f"{name} {show_number(finished)}"
         if num := stats.get("num_grader_timeouts"):
             yield "answers counted as wrong, the grader timed out", num, f"{name} {num}"
+        if num := stats.get("num_without_answer"):
+            yield "problems left out, no answer in their solution", num, f"{name} {num}"
         if num := stats.get("num_prompts_too_long"):
             yield "problems left out, prompts too long", num, f"{name} {num}"
     for name, model in experiment.models.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ads import store
 
+LEAST_COSINE = 0.9  # below this the rounded perturbation theta +- eps g no longer points along g
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ads import sampling
+from ads.config import LEAST_COSINE
 from ads.models import CachedModel
-
-LEAST_COSINE = 0.9  # below this the rounded perturbation no longer points along the gradient
 
 
 @dataclass(frozen=True)

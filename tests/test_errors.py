@@ -155,7 +155,7 @@ TABLE = (
     (GEN + "data_split={no_rows}_train", "has none of train.jsonl, train.jsonl.gz, train.parquet"),
     (GEN + "data_split={no_column}_test", "row 0: no column solution (found: problem)"),
     (GEN + "data_split={not_json}_test", "test.jsonl, line 1"),
-    (GEN + "data_split={no_answer}_test", "problem no_answer/test/0"),
+    (GEN + "data_split={no_answer}_test", "1 of 1 problems have no answer, such as no_answer/test/0"),
     (GEN + "max_prompt_length=3", "max_prompt_length=3, max_length=120: every prompt"),
     (GEN + "exp_dir={a_file}/x", "cannot be made"),
     (GEN + "exp_dir={an_exp}", "traces.yaml is not readable YAML"),

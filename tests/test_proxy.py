@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_model
 
 from ads import gradient, proxy
+from ads.config import LEAST_COSINE
 from ads.gradient import Sequence
 from ads.models import CachedModel
 
@@ -92,7 +93,7 @@ def test_loss_rises_along_g_and_falls_against_it():
 def test_sixteen_bit_weights_lose_a_small_perturbation_and_it_is_said():
     model, _ = model_with_gradient()
     _, _, realised = perturbed(model, 1e-5, torch.bfloat16)
-    assert realised.cosine < proxy.LEAST_COSINE
+    assert realised.cosine < LEAST_COSINE
     assert "proxy_dtype=float32 or a larger eps" in proxy.warning(realised, 1e-5, "bfloat16")
     _, _, realised = perturbed(model, 1e-3)
     assert proxy.warning(realised, 1e-3, "float32") is None

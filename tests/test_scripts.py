@@ -257,3 +257,19 @@ def test_undistilled_student_with_worked_examples(model_folders, exp, tmp_path, 
     )  # fmt: skip
     assert result.stdout.count("It is \\boxed{5}.") == 2 and "<think>" not in result.stdout
     assert json.loads(result.stdout.splitlines()[-1])["n"] == 3
+
+
+def test_problems_without_an_answer_are_left_out_and_counted(model_folders, tmp_path):
+    """Two of MATH's solutions end in an empty box; they must not stop a run of thousands."""
+    rows = [{"problem": "1+1", "solution": "\\boxed{2}"}, {"problem": "why?", "solution": "Thus \\boxed{}"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        f"exp_dir={tmp_path}/x",
+        f"teacher={model_folders['teacher']}",
+        f"data_split={tmp_path}_test",
+        *SMALL,
+    ]
+    result = run_script("gentraces.py", *arguments)
+    assert "left out: 1 of 2 problems have no answer" in result.stdout
+    stats = json.loads(result.stdout.splitlines()[-1])
+    assert (stats["n"], stats["num_without_answer"], stats["num_prompts_too_long"]) == (1, 1, 0)
