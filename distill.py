@@ -10,6 +10,7 @@ Settings: train_config.yaml, then key=value. --check only says whether the stage
 
 import functools
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -22,8 +23,7 @@ from utils import print0, print_result
 
 def main(arguments):
     cfg, inputs = utils.begin_stage(TrainConfig, "train_config.yaml", fingerprint_inputs, arguments)
-    with utils.main_lock(cfg):
-        distil(cfg, inputs)
+    utils.run_stage(cfg, inputs, distil)
 
 
 def fingerprint_inputs(cfg):
@@ -38,20 +38,20 @@ def fingerprint_inputs(cfg):
     return inputs
 
 
-def distil(cfg, inputs):
+def distil(cfg, inputs, world):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
     train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
-    world = utils.start_world()
     per_device = per_device_batch(cfg, world.size)
+    numerics = resolve_numerics(cfg, world.device)
     if world.is_main:
-        store.open_parts(cfg.model_path, to_dict(cfg), inputs, ignored_keys(cfg))
+        store.open_parts(cfg.model_path, to_dict(cfg), inputs | numerics, ignored_keys(cfg))
     world.barrier()
 
     model = load_student(cfg, tokenizer, world.device)
     trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
-    checkpoint = cfg.checkpoint or newest_checkpoint(cfg.model_path)
+    checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
     if checkpoint:
         print0(f"resuming from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -59,8 +59,7 @@ def distil(cfg, inputs):
         raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
     if world.is_main:
         save_student(cfg, trainer.accelerator.unwrap_model(trainer.model), tokenizer, world.device)
-        finish(cfg, inputs, trainer, len(train), num_cut, time.time() - start)
-    world.barrier()
+        finish(cfg, inputs, numerics, trainer, len(train), num_cut, time.time() - start)
 
 
 def load_examples(cfg, tokenizer, path):
@@ -69,12 +68,10 @@ def load_examples(cfg, tokenizer, path):
     utils.check_columns(path, rows, ("problem", cfg.trace_colname, "finished"))
     examples, num_cut = [], 0
     for row in rows:
-        ids, labels = chat.student_example(
-            tokenizer, row["problem"], row[cfg.trace_colname], row["finished"], cfg.max_length
-        )
-        num_cut += len(ids) == cfg.max_length
-        if any(label != chat.IGNORED_LABEL for label in labels):
-            examples.append({"input_ids": ids, "labels": labels})
+        ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
+        num_cut += len(ids) > cfg.max_length
+        if any(label != chat.IGNORED_LABEL for label in labels[: cfg.max_length]):
+            examples.append({"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]})
     if not examples:
         raise ValueError(f"{path}: no trace has a token to train on within max_length={cfg.max_length}")
     if num_cut:
@@ -101,7 +98,7 @@ def load_student(cfg, tokenizer, device):
 
     print0(f"loading {cfg.student}")
     dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.") if cfg.lora else "float32"
-    model = load_model(cfg.student, dtype, device, training_attention(cfg, device))
+    model = load_model(cfg.student, dtype, device, resolve_numerics(cfg, device)["attention"])
     chat.check_rows(tokenizer, model.get_input_embeddings().weight.shape[0], cfg.student)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -126,14 +123,16 @@ def load_student(cfg, tokenizer, device):
     return model
 
 
-def training_attention(cfg, device):
-    """flash_attention_2 where it can run, unless the config says otherwise."""
+def resolve_numerics(cfg, device):
+    """What "auto" stands for on this machine: flash_attention_2 where it can run, for one."""
     from ads.models import resolve_dtype
 
-    can_flash = (
-        device != "cpu" and store.importable("flash-attn") and resolve_dtype(cfg.dtype, device).itemsize == 2
+    dtype = resolve_dtype(cfg.dtype, device)
+    can_flash = device != "cpu" and store.importable("flash-attn") and dtype.itemsize == 2
+    attention = (
+        "flash_attention_2" if cfg.attn_implementation == "auto" and can_flash else cfg.attn_implementation
     )
-    return "flash_attention_2" if cfg.attn_implementation == "auto" and can_flash else cfg.attn_implementation
+    return {"resolved_dtype": str(dtype).removeprefix("torch."), "attention": attention}
 
 
 def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
@@ -145,10 +144,13 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
 
     steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
     autocast = resolve_dtype(cfg.dtype, world.device)
+    # accelerate's launcher sets this from its own config, and the trainer would follow it
+    precisions = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precisions[autocast]
     arguments = TrainingArguments(
         output_dir=str(cfg.model_path),
         per_device_train_batch_size=per_device,
-        per_device_eval_batch_size=per_device,
+        per_device_eval_batch_size=1,  # the mean over sequences of token means, as in stage 2
         gradient_accumulation_steps=cfg.batch_size // (per_device * world.size),
         num_train_epochs=cfg.num_epochs,
         learning_rate=cfg.lr,
@@ -163,8 +165,9 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
         save_steps=max(1, round(cfg.save_epochs * steps_per_epoch)),
         save_total_limit=1,
         logging_steps=max(1, steps_per_epoch // 10),
-        bf16=autocast == torch.bfloat16,
-        fp16=autocast == torch.float16,
+        logging_nan_inf_filter=False,  # a loss that is not finite must be seen
+        bf16=precisions[autocast] == "bf16",
+        fp16=precisions[autocast] == "fp16",
         ddp_find_unused_parameters=False if world.size > 1 else None,
         dataloader_pin_memory=world.device != "cpu",
         use_cpu=world.device == "cpu",
@@ -202,20 +205,24 @@ def newest_checkpoint(model_path):
 
 def save_student(cfg, model, tokenizer, device):
     """Merge the adapters in float32, round once, and write model, tokenizer and generation config."""
+    from transformers import GenerationConfig
+
     from ads.models import resolve_dtype
 
     if cfg.lora:
         model = model.float().merge_and_unload()
     model = model.to(resolve_dtype(cfg.dtype, device))
     # The student learned to stop with the tokenizer's eos, which may not be the one its base config names.
-    model.generation_config.eos_token_id = sorted(chat.eos_ids(tokenizer, model))
+    eos = sorted(chat.eos_ids(tokenizer, model))
+    bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.config.use_cache = True
     with store.atomic_folder(cfg.model_path / "final") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def finish(cfg, inputs, trainer, num_examples, num_cut, seconds):
+def finish(cfg, inputs, numerics, trainer, num_examples, num_cut, seconds):
     """Registry, sidecar (last), and only then away with the checkpoints."""
     history = trainer.state.log_history
     losses = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
@@ -231,10 +238,9 @@ def finish(cfg, inputs, trainer, num_examples, num_cut, seconds):
     entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
     store.append_jsonl(Path(cfg.exp_dir) / "metadata" / "model_registry.jsonl", entry)
     curves = {"train": losses, "holdout": holdout_losses}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, losses=curves)
-    if not cfg.keep_checkpoints:
-        for path in cfg.model_path.glob("checkpoint-*"):
-            shutil.rmtree(path)
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, losses=curves, **numerics)
+    for path in cfg.leftovers:
+        shutil.rmtree(path)
     print_result(model_name=cfg.model_name, model=str(cfg.model_path / "final"), **stats)
 
 

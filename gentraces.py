@@ -22,8 +22,7 @@ from utils import print0, print_result
 
 def main(arguments):
     cfg, inputs = utils.begin_stage(GenConfig, "gen_config.yaml", fingerprint_inputs, arguments)
-    with utils.main_lock(cfg):
-        generate_traces(cfg, inputs)
+    utils.run_stage(cfg, inputs, generate_traces)
 
 
 def fingerprint_inputs(cfg):
@@ -43,15 +42,15 @@ def fingerprint_inputs(cfg):
     return inputs
 
 
-def generate_traces(cfg, inputs):
+def generate_traces(cfg, inputs, world):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
     found = utils.load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
     problems = leave_out_unanswered(found)
     prompts = render_prompts(cfg, tokenizer, problems)
-    world = utils.start_world()
+    numerics = resolve_numerics(cfg, world.device)
     if world.is_main:
-        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs, ignored_keys(cfg))
+        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | numerics, ignored_keys(cfg))
     world.barrier()
 
     models, notes = load_models(cfg, tokenizer, world)
@@ -66,8 +65,14 @@ def generate_traces(cfg, inputs):
             "num_prompts_too_long": len(problems) - len(prompts),
         }
         stats = compute_stats(cfg, rows) | left_out | speed
-        finish(cfg, inputs, stats, notes, time.time() - start)
-    world.barrier()
+        finish(cfg, inputs, stats, notes | numerics, time.time() - start)
+
+
+def resolve_numerics(cfg, device):
+    """What dtype "auto" stands for on this machine: parts made in another one are not gone on with."""
+    from ads.models import resolve_dtype
+
+    return {"resolved_dtype": str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.")}
 
 
 def leave_out_unanswered(problems):
@@ -186,8 +191,8 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     to_row = functools.partial(trace_row, tokenizer=tokenizer, eos=models.eos, solutions=solutions)
     start = time.time()
     num_tokens = decode_to_parts(cfg, "traces", models, rule, requests, to_row, world)
-    seconds, num_tokens = time.time() - start, world.sum(num_tokens)
-    world.barrier()
+    num_tokens = world.sum(num_tokens)  # waits for all processes
+    seconds = time.time() - start
     rows = store.read_parts(cfg.parts_dir / "traces")
     print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
     return rows, {"tokens_per_second": round(num_tokens / seconds, 1) if num_tokens else None}

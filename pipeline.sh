@@ -34,7 +34,7 @@ main() {
   parse_arguments "$@"
   choose_processes
   # shellcheck source=setup.sh
-  source "$here/setup.sh"
+  source "$here/setup.sh" "" # no extras; without an argument it would see those of this function
   choose_launcher
   split_words
   [[ "$dry_run" == 1 ]] || mkdir -p "$EXP_DIR/logs" || fail "EXP_DIR='$EXP_DIR' is not writable"
@@ -57,12 +57,10 @@ fail() {
 }
 
 choose_processes() {
-  num_gpus=0
-  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+  num_gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
+  if [[ "$num_gpus" != 0 && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES/#-1*/}"
     num_gpus=${#visible[@]}
-  elif command -v nvidia-smi >/dev/null; then
-    num_gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
   fi
   if [[ -z "$NPROC" && "$num_gpus" == 0 && "$dry_run" == 0 ]]; then
     fail "no CUDA device: the experiment samples with 7B and 3B models; for small local models on the CPU set NPROC=1 (README, Without a GPU)"
@@ -110,16 +108,26 @@ run_experiment() {
     "few_shot_traces=$holdout" ${base_args[@]+"${base_args[@]}"}
 
   failed=()
-  point_number=0
+  point_number=0 num_timed=0 seconds_timed=0
   while read -r tau lam eps; do
     [[ -n "$tau" ]] || continue
     point_number=$((point_number + 1))
     point="tau${tau}_lam${lam}_eps${eps}"
+    ran=0 started=$SECONDS
     run_point || failed+=("$point")
-    [[ "$dry_run" == 1 ]] || echo "--- point $point_number/$num_points ($point), $(duration "$SECONDS") so far, about" \
-      "$(duration $((SECONDS * (num_points - point_number) / point_number))) left"
+    [[ "$dry_run" == 1 ]] || report_progress
   done <<<"$grid"
   finish_experiment
+}
+
+# What is left is reckoned from the points that ran, not from those that were done before.
+report_progress() {
+  if [[ "$ran" == 1 ]]; then
+    num_timed=$((num_timed + 1)) seconds_timed=$((seconds_timed + SECONDS - started))
+  fi
+  local left="?"
+  [[ "$num_timed" == 0 ]] || left="$(duration $((seconds_timed * (num_points - point_number) / num_timed)))"
+  echo "--- point $point_number/$num_points ($point), $(duration "$SECONDS") so far, at most $left left"
 }
 
 run_point() {
@@ -155,6 +163,7 @@ run_stage() {
     echo "to do   $name: $(printf '%q ' "${command[@]}")${check:+ # $check}"
     return 0
   fi
+  ran=1
   echo "run     $name ($(date '+%F %T')): $(printf '%q ' "${command[@]}")"
   "${command[@]}" </dev/null 2>&1 | tee -a "$EXP_DIR/logs/$name.log"
 }
@@ -164,13 +173,14 @@ duration() {
 }
 
 finish_experiment() {
-  [[ "$dry_run" == 0 ]] || exit 0
-  python "$here/report.py" "$EXP_DIR"
-  echo "total time $(duration "$SECONDS")"
+  local status=0
+  [[ "$dry_run" == 1 ]] || python "$here/report.py" "$EXP_DIR" || status=1
+  [[ "$dry_run" == 1 ]] || echo "total time $(duration "$SECONDS")"
   if [[ ${#failed[@]} -gt 0 ]]; then
     echo "FAILED (${#failed[@]} of $num_points points; see $EXP_DIR/logs): ${failed[*]}" >&2
-    exit 1
+    status=1
   fi
+  exit "$status"
 }
 
 main "$@"; exit # on one line: bash has then read the whole file, which may be edited while this runs

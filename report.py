@@ -75,9 +75,10 @@ def main(arguments):
 
     folder = exp_dirs[0] / "report"
     utils.prepare_exp_dir(folder)
-    store.write_text(folder / "results.csv", to_csv(rows))
-    write_plots(folder, points, baselines)
-    store.write_text(folder / "report.md", to_markdown(exp_dirs, experiments, points, notes))
+    with store.stage_lock(exp_dirs[0], "report"):
+        store.write_text(folder / "results.csv", to_csv(rows))
+        write_plots(folder, points, baselines)
+        store.write_text(folder / "report.md", to_markdown(exp_dirs, experiments, points, notes))
     path = str(folder / "report.md")
     print0(f"report: {path}")
     print_result(report=path, num_points=len(points), num_complete=sum(map(is_complete, points)))

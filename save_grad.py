@@ -1,7 +1,7 @@
 """The proxy's mean gradient over holdout traces -> EXP_DIR/student_grads.safetensors (stage 2).
 
-    python save_grad.py proxy_student=Qwen/Qwen2.5-3B holdout_traces=runs/x/traces/holdout.parquet
-    exp_dir=runs/x accelerate launch --config_file acc_config.yaml save_grad.py ...
+    python save_grad.py exp_dir=runs/x proxy_student=Qwen/Qwen2.5-3B holdout_traces=HOLDOUT.parquet
+    accelerate launch --config_file acc_config.yaml save_grad.py ...
 
 Settings: grad_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not
 (3).
@@ -20,8 +20,7 @@ LOSS_WEIGHTING = "mean over sequences of the mean over response tokens, eos incl
 
 def main(arguments):
     cfg, inputs = utils.begin_stage(GradConfig, "grad_config.yaml", fingerprint_inputs, arguments)
-    with utils.main_lock(cfg):
-        compute_gradient(cfg, inputs)
+    utils.run_stage(cfg, inputs, compute_gradient)
 
 
 def fingerprint_inputs(cfg):
@@ -29,17 +28,17 @@ def fingerprint_inputs(cfg):
     return {
         "proxy_student": store.fingerprint_model(cfg.proxy_student),
         "holdout_traces": store.fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py"),
+        "tokenizer": store.fingerprint_tokenizer(traces_tokenizer(cfg)),
     }
 
 
-def compute_gradient(cfg, inputs):
+def compute_gradient(cfg, inputs, world):
     from ads import gradient
     from ads.models import load_model
 
     start = time.time()
     sequences, num_left_out = load_sequences(cfg)
     vocabulary = check_vocabulary(cfg)
-    world = utils.start_world()
     print0(f"loading {cfg.proxy_student}")
     model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     num_rows = model.get_input_embeddings().weight.shape[0]
@@ -63,7 +62,6 @@ def compute_gradient(cfg, inputs):
     }
     if world.is_main:
         save(cfg, inputs, model, stats, norms, vocabulary, time.time() - start)
-    world.barrier()
 
 
 def load_sequences(cfg):
@@ -84,14 +82,19 @@ def load_sequences(cfg):
     return kept, len(sequences) - len(kept)
 
 
-def check_vocabulary(cfg):
-    """The traces' token ids must mean the same to the proxy; returns the added tokens that differ."""
+def traces_tokenizer(cfg):
+    """Name of the tokenizer whose ids the holdout traces hold: as configured, else as their sidecar says."""
     sidecar = Path(cfg.holdout_traces).with_suffix(".yaml")
     made_with = store.read_yaml(sidecar)["config"] if sidecar.is_file() else {}
     name = cfg.tokenizer or made_with.get("tokenizer") or made_with.get("teacher")
     if name is None:
-        raise ValueError(f"{sidecar} is not there to name the traces' tokenizer: set tokenizer")
-    ours = chat.load_tokenizer(name, need_chat_template=False)
+        raise ValueError(f"{sidecar} is not there to name the tokenizer of the traces: set tokenizer")
+    return name
+
+
+def check_vocabulary(cfg):
+    """The traces' token ids must mean the same to the proxy; returns the added tokens that differ."""
+    ours = chat.load_tokenizer(traces_tokenizer(cfg), need_chat_template=False)
     theirs = chat.load_tokenizer(cfg.proxy_student, need_chat_template=False)
     return chat.match_vocabularies(ours, theirs).differing
 
@@ -110,6 +113,10 @@ def switch_off_dropout_(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if isinstance(
+            getattr(module, "attention_dropout", None), float
+        ):  # not a module: functional in attention
+            module.attention_dropout = 0.0
 
 
 def progress_bar(batches):

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -70,7 +71,7 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     takes a random subset that depends on the seed alone. Raises ValueError or FileNotFoundError in one line.
     """
     dataset, _, split = data_split.rpartition("_")
-    if Path(dataset).is_dir():
+    if is_folder(dataset):
         problems = load_folder(Path(dataset), split)
     else:
         problems = load_known(data_split, data_dir or os.environ.get("DATA_DIR"))
@@ -79,6 +80,11 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     if max_samples is not None and max_samples < len(problems):
         problems = [problems[i] for i in sorted(permutation(len(problems), seed)[:max_samples])]
     return problems
+
+
+def is_folder(dataset):
+    """Whether a dataset is a folder of one's own; the name of a known dataset never is."""
+    return dataset not in DATASETS and Path(dataset).is_dir()
 
 
 def find_source(data_split):
@@ -152,6 +158,7 @@ def load_folder(folder, split):
     path = folder_file(folder, split)
     rows = read_parquet(path) if path.suffix == ".parquet" else read_lines(path)
     check_columns(path, rows, ("problem", "solution"))
+    rows = one_table(path, rows)
     problems = [{**row, "id": str(row.get("id", f"{folder.name}/{split}/{i}"))} for i, row in enumerate(rows)]
     for row in problems:
         if not isinstance(row["problem"], str) or not isinstance(row["solution"], str):
@@ -159,6 +166,19 @@ def load_folder(folder, split):
     if len({row["id"] for row in problems}) < len(problems):
         raise ValueError(f"{path}: the ids in column 'id' are not all different")
     return problems
+
+
+def one_table(path, rows):
+    """The rows with the same columns each; ValueError when a column mixes types: it could not be stored."""
+    import pyarrow
+
+    columns = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key) for key in columns} for row in rows]
+    try:
+        pyarrow.Table.from_pylist(rows)
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise ValueError(f"{path}: a column mixes types ({' '.join(str(error).split())[:200]})") from error
+    return rows
 
 
 def read_lines(path):
@@ -194,7 +214,7 @@ def read_parquet(path):
 def fingerprint_data(data_split, data_dir=None):
     """What identifies the file behind a split, without reading its rows: contents, or the hub name."""
     dataset, _, split = data_split.rpartition("_")
-    if Path(dataset).is_dir():
+    if is_folder(dataset):
         return store.fingerprint_file(folder_file(Path(dataset), split))
     source = find_source(data_split)
     data_dir = data_dir or os.environ.get("DATA_DIR")
@@ -265,11 +285,13 @@ class World:
 
 def start_world():
     """Join the processes that a launcher started (or be the only one) and choose the device."""
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_started == 1:  # one process, one GPU: the trainer would spread its batches over all it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     import torch
 
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     use_cpu = use_cpu or not torch.cuda.is_available()
-    num_started = int(os.environ.get("WORLD_SIZE", "1"))
     if num_started == 1:
         return World(0, 1, "cpu" if use_cpu else "cuda")
     from accelerate import PartialState
@@ -313,8 +335,7 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
             raise
         print0(f"waits: {error}")
         sys.exit(NOT_DONE)
-    if store.is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
-        print0(f"{cfg.sidecar_path} is there: nothing to do")
+    if is_finished(cfg, inputs):
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
@@ -322,10 +343,29 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
     return cfg, inputs
 
 
-def main_lock(cfg):
-    """The lock of a stage, held by the main process alone."""
+def is_finished(cfg, inputs):
+    """Whether the stage is done with these settings and inputs; clears away what a kill left."""
+    if not store.is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
+        return False
+    print0(f"{cfg.sidecar_path} is there: nothing to do")
+    if is_main_process():
+        for path in cfg.leftovers:
+            shutil.rmtree(path, ignore_errors=True)
+    return True
+
+
+def run_stage(cfg, inputs, make):
+    """make(cfg, inputs, world) with all processes joined and the stage's lock held by the main one.
+
+    Where another run held the lock, the stage may be done by now.
+    """
+    world = start_world()
     name = "-".join(cfg.sidecar_path.with_suffix("").relative_to(cfg.exp_dir).parts)
-    return store.stage_lock(cfg.exp_dir, name) if is_main_process() else contextlib.nullcontext()
+    with store.stage_lock(cfg.exp_dir, name) if world.is_main else contextlib.nullcontext():
+        world.barrier()
+        if not is_finished(cfg, inputs):
+            make(cfg, inputs, world)
+        world.barrier()
 
 
 def prepare_exp_dir(exp_dir):
@@ -341,16 +381,17 @@ def prepare_exp_dir(exp_dir):
 def run_script(main):
     """Run a script's main(): an error that a user can cause prints one line and exits with 2.
 
-    Such errors are ValueError, FileNotFoundError and RuntimeError raised by this project's own code; anything
-    else keeps its traceback and exits with 1.
+    Those are ValueError, FileNotFoundError and RuntimeError from a `raise` of this project's own; all else
+    keeps its traceback and exits with 1.
     """
     quiet_libraries()
     try:
         main(sys.argv[1:])
         leave_world()
     except (ValueError, FileNotFoundError, RuntimeError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if raised_in.parent not in (ROOT, ROOT / "ads") or os.environ.get("ADS_TRACEBACK"):
+        raised_at = traceback.extract_tb(error.__traceback__)[-1]
+        is_ours = Path(raised_at.filename).resolve().parent in (ROOT, ROOT / "ads")
+        if not (is_ours and raised_at.line.startswith("raise")):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

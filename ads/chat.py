@@ -110,25 +110,23 @@ def forced_ids(tokenizer, ids, response_ids, eos):
     return ids + response_ids + encode(tokenizer, ("\n</think>" if is_thinking else "") + FORCE_TEXT)
 
 
-def student_example(tokenizer, problem, trace, finished, max_length):
+def student_example(tokenizer, problem, trace, finished):
     """(input_ids, labels) of one training sequence: evaluation prompt, trace, and eos if the trace finished.
 
-    Labels mask the prompt by its length. Special-token text inside a trace stays text. What exceeds
-    max_length is cut.
+    Labels mask the prompt by its length. Special-token text inside a trace stays text.
     """
     prompt = prompt_ids(tokenizer, problem)
     response = tokenizer.encode(trace, add_special_tokens=False, split_special_tokens=True)
     if finished:
         response = response + [tokenizer.eos_token_id]
     labels = [IGNORED_LABEL] * len(prompt) + response
-    return (prompt + response)[:max_length], labels[:max_length]
+    return prompt + response, labels
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which ids the teacher may emit, and which of them mean the same token to the proxy."""
+    """Which of the teacher's ids mean the same token to the proxy."""
 
-    teacher_ids: list[int]
     shared_ids: list[int]
     differing: list[tuple[int, str, str | None]]  # (id, teacher's token, proxy's token or None)
 
@@ -147,7 +145,7 @@ def match_vocabularies(teacher_tokenizer, proxy_tokenizer):
         )
     ids = sorted(teacher_tokenizer.get_vocab().values())
     without_delta = {i for i, _, _ in differing}
-    return Vocabulary(ids, [i for i in ids if i not in without_delta], differing)
+    return Vocabulary([i for i in ids if i not in without_delta], differing)
 
 
 def compare_tokens(ours, theirs):

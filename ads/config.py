@@ -13,21 +13,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 SPLITS = ("train", "holdout", "test")
-# Keys of these kinds may differ between a finished stage and a new request for it: speed alone, or a place
-# whose contents are compared by fingerprint instead.
-SPEED = {"compare": False}
-PLACE = {"compare": False}
+# A finished stage and a new request for it may differ in these keys: they concern speed alone, or name a
+# place whose contents are compared by fingerprint.
+NOT_COMPARED = {"compare": False}
 
 
 @dataclass(frozen=True)
 class GenConfig:
     """gentraces.py: sample a model on the problems of one split, force answers, grade (stages 1, 3, 5, 6)."""
 
-    exp_dir: str = field(default="runs/default", metadata=PLACE)
+    exp_dir: str = field(default="runs/default", metadata=NOT_COMPARED)
     trace_name: str = "traces"
     trace_colname: str = "trace"
-    teacher: str = field(default="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", metadata=PLACE)
-    tokenizer: str | None = field(default=None, metadata=PLACE)
+    teacher: str = field(default="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", metadata=NOT_COMPARED)
+    tokenizer: str | None = field(default=None, metadata=NOT_COMPARED)
     is_teacher: bool = True
     dtype: str = "auto"
     attn_implementation: str = "auto"
@@ -36,18 +35,18 @@ class GenConfig:
     eps: float = 1e-3
     top_k: int = 50
     top_p: float = 0.95
-    proxy_student: str | None = field(default=None, metadata=PLACE)
-    grad_path: str | None = field(default=None, metadata=PLACE)
+    proxy_student: str | None = field(default=None, metadata=NOT_COMPARED)
+    grad_path: str | None = field(default=None, metadata=NOT_COMPARED)
     proxy_dtype: str = "float32"
     data_split: str = "gsm8k_holdout"
-    data_dir: str | None = field(default=None, metadata=PLACE)
+    data_dir: str | None = field(default=None, metadata=NOT_COMPARED)
     max_samples: int | None = None
     max_length: int = 1024
     max_prompt_length: int = 512
     answer_force: bool = True
     few_shot: int = 0
-    few_shot_traces: str | None = field(default=None, metadata=PLACE)
-    batch_size: int = field(default=64, metadata=SPEED)
+    few_shot_traces: str | None = field(default=None, metadata=NOT_COMPARED)
+    batch_size: int = field(default=64, metadata=NOT_COMPARED)
     seed: int = 42
 
     @property
@@ -66,9 +65,24 @@ class GenConfig:
     def parts_dir(self):
         return Path(self.exp_dir) / "parts" / self.trace_name
 
+    @property
+    def leftovers(self):
+        """Folders that a finished stage no longer needs."""
+        return [self.parts_dir]
+
+    @property
+    def idle_keys(self):
+        """Keys without effect under these settings."""
+        return ({"top_k", "top_p"} if self.tau == 0 else set()) | (
+            set() if self.lam else {"eps", "proxy_dtype"}
+        )
+
     def check(self):
         check_name("trace_name", self.trace_name)
         check_name("trace_colname", self.trace_colname)
+        if self.trace_colname in ("id", "problem", "solution", "prompt_ids", "response_ids"):
+            raise ValueError(f"trace_colname={self.trace_colname!r}: is the name of another column")
+        check_seed(self.seed)
         check_split("data_split", self.data_split)
         check_at_least("tau", self.tau, 0)
         check_at_least("top_k", self.top_k, 0)
@@ -102,15 +116,15 @@ class GenConfig:
 class GradConfig:
     """save_grad.py: the proxy's mean gradient over holdout traces (stage 2)."""
 
-    exp_dir: str = field(default="runs/default", metadata=PLACE)
-    proxy_student: str = field(default="Qwen/Qwen2.5-3B", metadata=PLACE)
-    tokenizer: str | None = field(default=None, metadata=PLACE)
-    holdout_traces: str | None = field(default=None, metadata=PLACE)
+    exp_dir: str = field(default="runs/default", metadata=NOT_COMPARED)
+    proxy_student: str = field(default="Qwen/Qwen2.5-3B", metadata=NOT_COMPARED)
+    tokenizer: str | None = field(default=None, metadata=NOT_COMPARED)
+    holdout_traces: str | None = field(default=None, metadata=NOT_COMPARED)
     max_samples: int | None = None
     max_length: int = 4096
     attn_implementation: str = "auto"
-    gradient_checkpointing: bool = field(default=False, metadata=SPEED)
-    batch_size: int = field(default=4, metadata=SPEED)
+    gradient_checkpointing: bool = field(default=False, metadata=NOT_COMPARED)
+    batch_size: int = field(default=1, metadata=NOT_COMPARED)
     seed: int = 42
 
     @property
@@ -121,8 +135,12 @@ class GradConfig:
     def sidecar_path(self):
         return Path(self.exp_dir) / "student_grads.yaml"
 
+    leftovers = ()
+    idle_keys = frozenset()
+
     def check(self):
         check_given("holdout_traces", self.holdout_traces, "the stage 1 traces, EXP_DIR/traces/NAME.parquet")
+        check_seed(self.seed)
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("max_length", self.max_length, 2)
         check_optional_at_least("max_samples", self.max_samples, 1)
@@ -133,18 +151,18 @@ class GradConfig:
 class TrainConfig:
     """distill.py: fine-tune a student on traces (stage 4)."""
 
-    exp_dir: str = field(default="runs/default", metadata=PLACE)
+    exp_dir: str = field(default="runs/default", metadata=NOT_COMPARED)
     model_name: str = "student"
-    train_traces: str | None = field(default=None, metadata=PLACE)
-    holdout_traces: str | None = field(default=None, metadata=PLACE)
+    train_traces: str | None = field(default=None, metadata=NOT_COMPARED)
+    holdout_traces: str | None = field(default=None, metadata=NOT_COMPARED)
     trace_colname: str = "trace"
     max_length: int = 4096
     do_eval: bool = True
     eval_epochs: float = 0.5
-    save_epochs: float = field(default=0.5, metadata=SPEED)
-    student: str = field(default="meta-llama/Llama-3.2-3B", metadata=PLACE)
-    tokenizer: str | None = field(default=None, metadata=PLACE)
-    checkpoint: str | None = field(default=None, metadata=PLACE)
+    save_epochs: float = field(default=0.5, metadata=NOT_COMPARED)
+    student: str = field(default="meta-llama/Llama-3.2-3B", metadata=NOT_COMPARED)
+    tokenizer: str | None = field(default=None, metadata=NOT_COMPARED)
+    checkpoint: str | None = None
     dtype: str = "auto"
     attn_implementation: str = "auto"
     lora: bool = True
@@ -157,11 +175,11 @@ class TrainConfig:
     warmup: float = 0.03
     lr_scheduler_type: str = "cosine"
     batch_size: int = 16
-    per_device_batch_size: int = field(default=2, metadata=SPEED)
-    gradient_checkpointing: bool = field(default=False, metadata=SPEED)
+    per_device_batch_size: int = field(default=2, metadata=NOT_COMPARED)
+    gradient_checkpointing: bool = field(default=False, metadata=NOT_COMPARED)
     num_epochs: float = 3.0
-    keep_checkpoints: bool = field(default=False, metadata=SPEED)
-    report_to: str = field(default="none", metadata=SPEED)
+    keep_checkpoints: bool = field(default=False, metadata=NOT_COMPARED)
+    report_to: str = field(default="none", metadata=NOT_COMPARED)
     seed: int = 42
 
     @property
@@ -172,9 +190,19 @@ class TrainConfig:
     def sidecar_path(self):
         return self.model_path.with_name(self.model_name + ".yaml")
 
+    @property
+    def leftovers(self):
+        """Folders that a finished stage no longer needs."""
+        return [] if self.keep_checkpoints else sorted(self.model_path.glob("checkpoint-*"))
+
+    idle_keys = frozenset()
+
     def check(self):
         check_name("model_name", self.model_name)
+        check_seed(self.seed)
         check_given("train_traces", self.train_traces, "the stage 3 traces, EXP_DIR/traces/NAME.parquet")
+        if self.checkpoint and not (Path(self.checkpoint) / "trainer_state.json").is_file():
+            raise FileNotFoundError(f"checkpoint {self.checkpoint} is no complete trainer checkpoint")
         if self.do_eval:
             check_given("holdout_traces", self.holdout_traces, "the stage 1 traces (or do_eval=false)")
         for key in ("num_epochs", "eval_epochs", "save_epochs", "lr", "max_grad_norm"):
@@ -203,6 +231,11 @@ def check_name(key, value):
     """A name becomes a file name, so it may not leave its folder."""
     if not value or value.startswith((".", "-")) or any(c in value for c in "/\\\0\n"):
         raise ValueError(f"{key}={value!r}: must be a plain file name (no '/', no leading '.' or '-')")
+
+
+def check_seed(seed):
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: must be at least 0 and below 2^32")
 
 
 def check_split(key, value):
@@ -315,4 +348,5 @@ def to_dict(config):
 
 def ignored_keys(config):
     """Keys in which a finished stage and a new request for it may differ."""
-    return {f.name for f in dataclasses.fields(config) if f.metadata.get("compare") is False}
+    static = {f.name for f in dataclasses.fields(config) if f.metadata.get("compare") is False}
+    return static | config.idle_keys

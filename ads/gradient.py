@@ -1,8 +1,6 @@
-"""The proxy gradient: g = gradient of the mean negative log-likelihood of clean holdout traces (METHOD: g,
-l).
+"""The proxy gradient: g, the gradient of the proxy's loss on clean holdout traces.
 
-    l(theta) = mean over sequences of (mean over response tokens of -log p(token)), prompt masked, nats,
-    float32
+    l(theta) = mean over sequences of (mean over response tokens of -log p(token)), in nats, float32
 
 Shapes: B rows, T tokens, V vocabulary.
 """

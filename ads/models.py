@@ -27,12 +27,19 @@ def load_model(name, dtype, device, attn_implementation="auto"):
     """
     attention = None if attn_implementation == "auto" else attn_implementation
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=resolve_dtype(dtype, device), attn_implementation=attention
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=resolve_dtype(dtype, device),
+            attn_implementation=attention,
+            output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model {name!r} could not be loaded: {reason}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"model {name!r} is not complete: {len(missing)} weights missing, such as {missing[0]}"
+        )
     return model.to(device).eval()
 
 

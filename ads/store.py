@@ -21,18 +21,23 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE_BYTES = (
-    4096  # read at each of NUM_SAMPLES places of a weights file: a retrained model differs at every one
-)
+# Weights are fingerprinted by NUM_SAMPLES blocks of SAMPLE_BYTES: a retrained model differs in every one.
+WEIGHTS = (".safetensors", ".bin")
+SAMPLE_BYTES = 4096
 NUM_SAMPLES = 256
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed."""
+    """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed.
+
+    Two processes may not write one path at a time: hold the stage's lock.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(
+        f".{path.name}.tmp"
+    )  # one name: what a kill leaves is overwritten, not collected
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -193,17 +198,16 @@ def open_parts(folder, config, inputs, ignore=()):
 
 @contextlib.contextmanager
 def stage_lock(exp_dir, name):
-    """Hold the lock of one stage; RuntimeError that names the holder when another process has it."""
+    """Hold the lock of one stage, waiting while another process has it; a killed holder lets go."""
     path = Path(exp_dir) / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except BlockingIOError:
             file.seek(0)
-            raise RuntimeError(
-                f"{name} in {exp_dir} is being made by {file.read().strip() or '?'}"
-            ) from error
+            print(f"waiting for {file.read().strip() or 'another run'} (making {path.stem})", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(
             f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
@@ -222,16 +226,17 @@ def fingerprint_json(value):
 
 
 def fingerprint_file(path):
-    """16 hex digits of a file: its size and NUM_SAMPLES evenly spaced blocks (all of a small file)."""
+    """16 hex digits of a file's contents; of weights, their size and evenly spaced blocks."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        if size <= SAMPLE_BYTES * NUM_SAMPLES:
-            digest.update(file.read())
-        else:
+        if Path(path).suffix in WEIGHTS and size > SAMPLE_BYTES * NUM_SAMPLES:
             for i in range(NUM_SAMPLES):
                 file.seek((size - SAMPLE_BYTES) * i // (NUM_SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
+        else:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16]
 
 
@@ -244,7 +249,7 @@ def fingerprint_existing(path, remedy):
 
 def fingerprint_model(name):
     """What identifies a model: weights, configuration and tokenizer of a folder, or the hub name itself."""
-    return fingerprint_folder(name, "config.json", ("*.json", "*.safetensors", "*.jinja", "*.model"))
+    return fingerprint_folder(name, "config.json", ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model"))
 
 
 def fingerprint_tokenizer(name):

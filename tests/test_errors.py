@@ -128,14 +128,18 @@ TABLE = (
     (GRAD + "proxy_student={other_vocabulary}", "teacher and proxy use different vocabularies"),
     (GRAD + "proxy_student={small_model}", "only 200 embedding rows"),
     (GRAD + "proxy_student={nan_model}", "is not finite: check the proxy's weights"),
+    (GRAD + "tokenizer={small_model}/none", "neither a folder nor the name of a model on the hub"),
     (GRAD + "holdout_traces={exp}/none.parquet", "none.parquet does not exist: make it with gentraces.py"),
-    (GRAD + "holdout_traces={folder}/damaged.parquet", "damaged.parquet is not a readable parquet file"),
+    (
+        GRAD + "tokenizer={teacher} holdout_traces={folder}/damaged.parquet",
+        "damaged.parquet is not a readable parquet file",
+    ),
     (
         GRAD + "holdout_traces={folder}/other_columns.parquet",
         "no column prompt_ids, response_ids (found: question)",
     ),
     (
-        GRAD + "holdout_traces={folder}/long_prompts.parquet max_length=20",
+        GRAD + "tokenizer={teacher} holdout_traces={folder}/long_prompts.parquet max_length=20",
         "no response token within max_length=20",
     ),
     (GEN + "tokenizer={other_vocabulary}", "does not belong to model"),

@@ -97,6 +97,16 @@ def test_dry_run_says_what_is_done_and_writes_nothing(experiment, model_folders,
     assert not (tmp_path / "new").exists()
 
 
+def test_dry_run_in_an_environment_that_is_set_up(model_folders, problem_folder, tmp_path):
+    """setup.sh once took the pipeline's own --dry-run for its extras."""
+    stamp = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    checksum = subprocess.run(["cksum"], input=stamp, capture_output=True, check=True).stdout.decode().strip()
+    (tmp_path / ".ads_setup_base").write_text(f"{checksum} {ROOT}")
+    settings = {"SKIP_SETUP": "0", "VIRTUAL_ENV": str(tmp_path), "GRID_ARGS": "--points 0.6,0,0"}
+    found = run_pipeline(model_folders, problem_folder, tmp_path / "new", "--dry-run", **settings)
+    assert found.stdout.count("to do   ") == 7 and "installing" not in found.stderr
+
+
 def test_other_settings_are_refused_by_name(experiment, model_folders, problem_folder):
     exp_dir, _ = experiment
     result = run_pipeline(model_folders, problem_folder, exp_dir, SEED="43", check=False)

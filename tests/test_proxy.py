@@ -7,7 +7,6 @@ from conftest import tiny_model
 from ads import gradient, proxy
 from ads.config import LEAST_COSINE
 from ads.gradient import Sequence
-from ads.models import CachedModel
 
 V = 97
 
@@ -50,19 +49,13 @@ def test_gradient_is_that_of_the_mean_over_sequences_of_token_means(kind):
         assert torch.allclose(gradient_of(model)[name], p.grad, rtol=1e-4, atol=1e-7), name
 
 
-def test_the_prompt_does_not_reach_the_loss_through_its_own_tokens():
-    """A changed prompt token changes the loss only as context; with nothing but prompt there is no loss to
-    take."""
-    rows = sequences(1)
-    response = Sequence(rows[0].ids, rows[0].num_prompt_tokens)
-    later = Sequence(rows[0].ids, rows[0].num_prompt_tokens + 3)
-    model = tiny_model(seed=3, spread=0.1)
-    assert (
-        gradient.sequence_losses(model, [response]).item() != gradient.sequence_losses(model, [later]).item()
-    )
-    assert gradient.sequence_losses(model, [later]).item() == pytest.approx(
-        mean_loss(model, [later]).item(), rel=1e-5
-    )
+def test_only_response_tokens_are_in_the_loss():
+    """A longer prompt of the same tokens leaves fewer of them in the loss."""
+    model, ids = tiny_model(seed=3, spread=0.1), sequences(1)[0].ids
+    for num_prompt_tokens in (1, len(ids) // 2, len(ids) - 1):
+        row = Sequence(ids, num_prompt_tokens)
+        found = gradient.sequence_losses(model, [row]).item()
+        assert found == pytest.approx(mean_loss(model, [row]).item(), rel=1e-5)
 
 
 def perturbed(model, eps, dtype=torch.float32):
@@ -152,8 +145,7 @@ def test_delta_is_zero_for_tokens_the_two_models_do_not_share():
 
 
 def test_one_sgd_step_on_a_token_moves_the_loss_as_delta_says():
-    """Delta ranks tokens by how much a training step on them raises the holdout loss (METHOD,
-    definitions)."""
+    """Delta ranks tokens by how much a training step on them raises the holdout loss."""
     model, loss = model_with_gradient()
     ids = sequences(1, seed=8)[0].ids
     _, delta_BV = central_delta(model, 1e-3, [ids], torch.ones(V, dtype=torch.bool))
@@ -201,14 +193,25 @@ def test_gradient_file_round_trip_and_refusals(tmp_path):
         gradient.open_checked(path, "abc")
 
 
-def test_tied_embeddings_have_one_gradient():
+def test_tied_embeddings_are_one_parameter_throughout(tmp_path):
+    """The paper's proxy ties them: one gradient in the file, and both perturbed heads stay tied."""
+    config = tiny_model("qwen2").config
+    config.tie_word_embeddings = True
+    model, plus, minus = (tied_model(config) for _ in range(3))
+    gradient.add_gradient_(model, sequences(), 7, 7)
+    path = tmp_path / "g.safetensors"
+    gradient.save(path, model, {"proxy_student": "tied", "proxy_fingerprint": "abc"})
+    file = gradient.open_checked(path, "abc")
+    assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
+    gradient.check_matches(file, path, plus)
+    realised = proxy.perturb_(plus, minus, file.get_tensor, 1e-3)
+    assert realised.cosine > 0.999 and realised.relative_norm == pytest.approx(1, abs=1e-2)
+    wanted = model.get_input_embeddings().weight + 1e-3 * model.get_input_embeddings().weight.grad
+    assert torch.equal(plus.get_output_embeddings().weight, wanted)
+
+
+def tied_model(config):
     from transformers import AutoModelForCausalLM
 
-    model, _ = model_with_gradient()
-    config = model.config
-    config.tie_word_embeddings = True
-    tied = AutoModelForCausalLM.from_config(config)
-    gradient.add_gradient_(tied, sequences(), 7, 7)
-    assert "lm_head.weight" not in dict(tied.named_parameters())
-    assert CachedModel(tied).model.get_output_embeddings().weight is tied.get_input_embeddings().weight
-    assert gradient.total_norm(gradient.norms(tied)) > 0
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -63,7 +63,8 @@ def test_all_stages_on_real_problems(paper_models, data_dir, tmp_path, script, d
         *(f"{s}_{p}" for p in POINTS for s in ("train", "eval_student", "eval_teacher")),
     ):
         sidecar = store.read_yaml(tmp_path / "traces" / f"{name}.yaml")
-        assert sidecar["stats"]["n"] + sidecar["stats"]["num_prompts_too_long"] == 8
+        stats = sidecar["stats"]
+        assert stats["n"] + stats["num_prompts_too_long"] + stats["num_without_answer"] == 8
         assert sidecar["world_size"] == num_processes
         assert sidecar["config"]["data_split"].startswith(dataset)
     ads = store.read_yaml(tmp_path / "traces" / f"train_{POINTS[1]}.yaml")

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from conftest import ROOT
@@ -37,7 +39,7 @@ def test_a_killed_folder_write_is_cleared_away(tmp_path):
 def test_parts_of_several_ranks_and_runs_are_read_together(tmp_path):
     store.write_part(tmp_path, 0, [{"id": "a", "x": 1}])
     store.write_part(tmp_path, 1, [{"id": "b", "x": 2}, {"id": "c", "x": "\u2028 \ud83e"}])
-    (tmp_path / ".0-0.jsonl.99.tmp").write_text('{"id": "half')
+    (tmp_path / ".0-0.jsonl.tmp").write_text('{"id": "half')
     assert store.read_parts(tmp_path) == {
         "a": {"id": "a", "x": 1},
         "b": {"id": "b", "x": 2},
@@ -79,7 +81,7 @@ def test_unfinished_work_of_other_settings_is_refused(tmp_path):
         store.open_parts(tmp_path, {"tau": 0.7}, {})
 
 
-def test_lock_is_refused_while_another_process_lives_and_free_after_it_is_killed(tmp_path):
+def test_a_second_run_waits_for_the_lock_until_the_first_is_gone(tmp_path, capfd):
     code = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
         "from ads import store\n"
@@ -87,15 +89,12 @@ def test_lock_is_refused_while_another_process_lives_and_free_after_it_is_killed
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with (
-        pytest.raises(RuntimeError, match=f"being made by process {holder.pid} on"),
-        store.stage_lock(tmp_path, "x"),
-    ):
-        pass
-    holder.kill()
-    holder.wait()
+    threading.Timer(0.5, holder.kill).start()
+    start = time.time()
     with store.stage_lock(tmp_path, "x"):
-        pass
+        assert time.time() - start > 0.4
+    holder.wait()
+    assert f"waiting for process {holder.pid} on" in capfd.readouterr().out
 
 
 def test_fingerprint_of_a_large_file_sees_size_and_samples(tmp_path):
@@ -125,6 +124,17 @@ def test_fingerprint_of_a_model(tmp_path):
             store.fingerprint_model(name)
     with pytest.raises(FileNotFoundError, match="no tokenizer_config.json"):
         store.fingerprint_tokenizer(str(tmp_path))
+
+
+def test_fingerprint_of_data_sees_every_byte(tmp_path):
+    """One corrected digit in a large data file must not pass as the old file."""
+    path = tmp_path / "train.jsonl"
+    content = bytearray(b"x" * 3 * store.SAMPLE_BYTES * store.NUM_SAMPLES)
+    path.write_bytes(content)
+    first = store.fingerprint_file(path)
+    content[store.SAMPLE_BYTES + 7] = ord("y")
+    path.write_bytes(content)
+    assert store.fingerprint_file(path) != first
 
 
 def test_registry_lines_are_appended(tmp_path):

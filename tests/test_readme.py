@@ -1,0 +1,75 @@
+"""What README.md says is there: files, keys, settings, stages."""
+
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT, run_script
+
+from ads.config import GenConfig, GradConfig, TrainConfig
+
+README = (ROOT / "README.md").read_text()
+SCRIPTS = {"gentraces.py": GenConfig, "save_grad.py": GradConfig, "distill.py": TrainConfig}
+
+
+def keys(*classes):
+    return {field.name for cls in classes for field in dataclasses.fields(cls)}
+
+
+def test_every_file_it_names_exists_and_every_script_is_named():
+    suffixes = r"(?:py|sh|yaml|txt)"
+    names = set(re.findall(rf"(?<![\w/.])((?:ads/)?\w+\.{suffixes})\b", README))
+    assert len(names) > 20 and [name for name in names - {"NAME.yaml"} if not (ROOT / name).exists()] == []
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.yaml"), *ROOT.glob("ads/[a-z]*.py")]
+    assert [path.name for path in paths if str(path.relative_to(ROOT)) not in names] == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_key_of_a_stage_command_exists(script):
+    commands = re.findall(rf"`{script} ([^`]+)`", README)
+    assert commands or script in ("save_grad.py", "distill.py")
+    for command in commands:
+        assert {pair.split("=")[0] for pair in command.split()} <= keys(SCRIPTS[script])
+
+
+def test_every_setting_of_the_pipeline_is_known_to_it():
+    pipeline = (ROOT / "pipeline.sh").read_text()
+    named = set(re.findall(r"\b([A-Z]+(?:_[A-Z]+)*)=", README)) | set(
+        re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", README)
+    )
+    named -= {"POINT", "NAME", "ADS", "SKIP_SETUP"}
+    assert len(named) > 12
+    assert [name for name in named if f"${{{name}:-" not in pipeline] == []
+    settings = set(re.findall(r'^ *([A-Z_]+)="\$\{', pipeline, re.MULTILINE))
+    assert settings <= named
+    for words in re.findall(r'_ARGS="([^"-][^"]*)"', README):
+        assert {word.split("=")[0] for word in words.split()} <= keys(*SCRIPTS.values())
+
+
+def test_its_grid_arguments_are_understood():
+    for words in re.findall(r'GRID_ARGS="([^"$]+)"', README):
+        words = words.replace("i/n", "0/4").split()
+        assert run_script("grid.py", *words).stdout
+
+
+def test_default_grid_is_the_paper_s():
+    """A temperature ladder and 20 values of lam up to 0.06 at tau 0.6; shards part it without loss."""
+    points = run_script("grid.py").stdout.splitlines()
+    arms = [line.split() for line in points]
+    assert sorted({float(lam) for _, lam, _ in arms}) == pytest.approx([0.003 * i for i in range(21)])
+    assert {float(tau) for tau, lam, _ in arms if float(lam)} == {0.6}
+    temperatures = sorted(float(tau) for tau, lam, _ in arms if not float(lam))
+    assert temperatures[0] == 0.6 and temperatures[-1] == 3.0 and len(temperatures) == 13
+    shards = [run_script("grid.py", "--shard", f"{i}/4").stdout.splitlines() for i in range(4)]
+    assert sorted(line for shard in shards for line in shard) == sorted(points)
+    assert len(set(points)) == len(points) == 33
+
+
+def test_nothing_in_the_tree_depends_on_where_it_was_made():
+    """No absolute path of a machine, no package index."""
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("ads/*.py"), *ROOT.glob("tests/*.py"), ROOT / ".ci" / "run"]:
+        if path.is_file() and path.name != "test_readme.py":
+            text = path.read_text(errors="ignore")
+            assert not re.search(r"(?<![\w.])/(?:work|root|home|opt)/|files\.pythonhosted|pypi\.org", text), (
+                path
+            )
