@@ -335,7 +335,9 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
             raise
         print0(f"waits: {error}")
         sys.exit(NOT_DONE)
-    if is_finished(cfg, inputs):
+    # Of several processes one might see the stage done and leave while another waits: they look once joined.
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if (only_check or is_alone) and is_finished(cfg, inputs):
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
