@@ -175,16 +175,18 @@ def test_greedy_ads_equals_generate_with_a_logits_processor():
         assert found[row.id].ids == wanted[0, len(row.prompt_ids) :].tolist()
 
 
+STEP = CachedModel.step
+
+
+def step_with_little_memory(self, tokens_N, *args):
+    if len(tokens_N) > 2:
+        raise torch.OutOfMemoryError("out of memory")
+    return STEP(self, tokens_N, *args)
+
+
 def test_out_of_memory_halves_the_batch_and_changes_no_trace(monkeypatch, capsys):
     models = plain_models()
     wanted = decode(models, Sampling(1.0), requests(num_rows=9), batch_size=2)
-    step = CachedModel.step
-
-    def step_with_little_memory(self, tokens_N, *args):
-        if len(tokens_N) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return step(self, tokens_N, *args)
-
     monkeypatch.setattr(CachedModel, "step", step_with_little_memory)
     same(decode(models, Sampling(1.0), requests(num_rows=9), batch_size=8), wanted)
     assert "batch_size=4" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """The gradient and Delta: signs, identities, and the exact derivative by autograd."""
 
+import functools
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -99,16 +101,15 @@ def central_delta(model, eps, prompts, shared_V):
     return pair, pair.prefill(prompts, 0)
 
 
+def next_log_probs(model, ids, parameters):
+    output = torch.func.functional_call(model, parameters, (torch.tensor([ids]),), {"use_cache": False})
+    return torch.log_softmax(output.logits[0, -1], -1)
+
+
 def exact_delta(model, ids):
     """Directional derivative of every log-probability along g, by forward-mode autograd."""
     start = {name: p.detach() for name, p in model.named_parameters()}
-
-    def log_probs(parameters):
-        logits = torch.func.functional_call(
-            model, parameters, (torch.tensor([ids]),), {"use_cache": False}
-        ).logits
-        return torch.log_softmax(logits[0, -1], -1)
-
+    log_probs = functools.partial(next_log_probs, model, ids)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return torch.func.jvp(log_probs, (start,), (gradient_of(model),))[1]
 

@@ -96,22 +96,20 @@ def test_greedy_is_the_argmax_of_log_p_plus_lam_delta():
     assert torch.equal(tokens, (log_p + 0.7 * delta).argmax(-1))
 
 
-def test_uniforms_are_the_splitmix64_stream():
-    """Against the generator written with Python's own integers."""
+def splitmix64(seed, step):
+    """The generator written with Python's own integers."""
     mask = (1 << 64) - 1
+    z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
 
-    def reference(seed, step):
-        z = (seed + (step + 1) * 0x9E3779B97F4A7C15) & mask
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        return ((z ^ (z >> 31)) >> 32) / 2**32
 
-    assert (
-        reference(1234567, 0) == (6457827717110365317 >> 32) / 2**32
-    )  # the published first output for this seed
+def test_uniforms_are_the_splitmix64_stream():
+    assert splitmix64(1234567, 0) == 6457827717110365317, "the published first output for this seed"
     key_n = torch.tensor([sampling.row_key(s, "gsm8k/train/5") for s in range(50)])
     step_n = torch.arange(50) * 37
-    wanted = [reference(k & mask, s) for k, s in zip(key_n.tolist(), step_n.tolist(), strict=True)]
+    wanted = [(splitmix64(k, s) >> 32) / 2**32 for k, s in zip(key_n.tolist(), step_n.tolist(), strict=True)]
     assert sampling.uniforms(key_n, step_n).tolist() == wanted
 
 
