@@ -135,7 +135,7 @@ TABLE = (
         "damaged.parquet is not a readable parquet file",
     ),
     (
-        GRAD + "holdout_traces={folder}/other_columns.parquet",
+        GRAD + "tokenizer={teacher} holdout_traces={folder}/other_columns.parquet",
         "no column prompt_ids, response_ids (found: question)",
     ),
     (
