@@ -81,12 +81,8 @@ def load_examples(cfg, tokenizer, path):
 
 def per_device_batch(cfg, world_size):
     """The largest batch per device, up to per_device_batch_size, that makes up batch_size exactly."""
-    for size in range(cfg.per_device_batch_size, 0, -1):
-        if cfg.batch_size % (size * world_size) == 0:
-            return size
-    raise ValueError(
-        f"batch_size={cfg.batch_size}: must be a multiple of the number of processes, {world_size}"
-    )
+    sizes = range(cfg.per_device_batch_size, 0, -1)
+    return next(size for size in sizes if cfg.batch_size % (size * world_size) == 0)
 
 
 def load_student(cfg, tokenizer, device):

@@ -98,15 +98,8 @@ run_experiment() {
   common=("exp_dir=$EXP_DIR" "seed=$SEED")
   problems=("${common[@]}" ${DATA_DIR:+"data_dir=$DATA_DIR"} ${gen_args[@]+"${gen_args[@]}"})
 
-  # Stage 1: clean holdout traces. Stage 2: the proxy's gradient on them. Then the student before distillation.
-  run_stage holdout gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_holdout" tau=0 \
-    trace_name=holdout ${holdout_args[@]+"${holdout_args[@]}"}
-  run_stage student_grads save_grad.py "${common[@]}" "proxy_student=$PROXY_STUDENT" "holdout_traces=$holdout" \
-    ${grad_args[@]+"${grad_args[@]}"}
-  run_stage student_base gentraces.py "${problems[@]}" is_teacher=false "teacher=$STUDENT" \
-    "tokenizer=$STUDENT_TOKENIZER" "data_split=${DATASET}_test" tau=0 trace_name=student_base \
-    "few_shot_traces=$holdout" ${base_args[@]+"${base_args[@]}"}
-
+  check_settings
+  run_shared_stages
   failed=()
   point_number=0 num_timed=0 seconds_timed=0
   while read -r tau lam eps; do
@@ -118,6 +111,27 @@ run_experiment() {
     [[ "$dry_run" == 1 ]] || report_progress
   done <<<"$grid"
   finish_experiment
+}
+
+# A mistake in the settings of a late stage is better found before the hours of the early ones.
+check_settings() {
+  [[ "$dry_run" == 1 ]] || (
+    dry_run=1
+    read -r tau lam eps <<<"$grid"
+    point="tau${tau}_lam${lam}_eps${eps}"
+    run_shared_stages && distil_student
+  ) >/dev/null || exit 2
+}
+
+# Stage 1: clean holdout traces. Stage 2: the proxy's gradient on them. Then the student before distillation.
+run_shared_stages() {
+  run_stage holdout gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_holdout" tau=0 \
+    trace_name=holdout ${holdout_args[@]+"${holdout_args[@]}"} || return
+  run_stage student_grads save_grad.py "${common[@]}" "proxy_student=$PROXY_STUDENT" "holdout_traces=$holdout" \
+    ${grad_args[@]+"${grad_args[@]}"} || return
+  run_stage student_base gentraces.py "${problems[@]}" is_teacher=false "teacher=$STUDENT" \
+    "tokenizer=$STUDENT_TOKENIZER" "data_split=${DATASET}_test" tau=0 trace_name=student_base \
+    "few_shot_traces=$holdout" ${base_args[@]+"${base_args[@]}"} || return
 }
 
 # What is left is reckoned from the points that ran, not from those that were done before.
@@ -137,13 +151,17 @@ run_point() {
   # Stage 3: training traces. Stage 4: the student. Stages 5 and 6: both on the test problems.
   run_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
     "trace_name=train_$point" || return
-  run_stage "student_$point" distill.py "${common[@]}" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
-    "train_traces=$EXP_DIR/traces/train_$point.parquet" "holdout_traces=$holdout" "model_name=student_$point" \
-    ${train_args[@]+"${train_args[@]}"} || return
+  distil_student || return
   run_stage "eval_student_$point" gentraces.py "${problems[@]}" is_teacher=false "teacher=$student" \
     "data_split=${DATASET}_test" tau=0 "trace_name=eval_student_$point" || return
   run_stage "eval_teacher_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_test" \
     "trace_name=eval_teacher_$point" || return
+}
+
+distil_student() {
+  run_stage "student_$point" distill.py "${common[@]}" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
+    "train_traces=$EXP_DIR/traces/train_$point.parquet" "holdout_traces=$holdout" "model_name=student_$point" \
+    ${train_args[@]+"${train_args[@]}"}
 }
 
 # run_stage NAME SCRIPT key=value...: skip the stage if its sidecar says that it is done with these settings,
@@ -152,7 +170,7 @@ run_stage() {
   local name="$1" script="$2" status=0
   shift 2
   local command=("${launch[@]}" "$here/$script" "$@")
-  check="$(python "$here/$script" "$@" --check)" || status=$?
+  check="$(WORLD_SIZE="$NPROC" python "$here/$script" "$@" --check)" || status=$?
   if [[ "$status" == 0 ]]; then
     echo "done    $name"
     return 0

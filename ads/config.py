@@ -1,6 +1,7 @@
 """Configuration: dataclass defaults <- YAML file <- key=value on the command line, for every script."""
 
 import dataclasses
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -209,6 +210,11 @@ class TrainConfig:
             check_above(key, getattr(self, key), 0)
         for key in ("batch_size", "per_device_batch_size", "lora_r", "lora_alpha"):
             check_at_least(key, getattr(self, key), 1)
+        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.batch_size % num_processes:
+            raise ValueError(
+                f"batch_size={self.batch_size}: must be a multiple of the {num_processes} processes"
+            )
         check_at_least("weight_decay", self.weight_decay, 0)
         check_at_least("max_length", self.max_length, 2)
         if not 0 <= self.lora_dropout < 1:

@@ -113,6 +113,22 @@ def test_other_settings_are_refused_by_name(experiment, model_folders, problem_f
     assert result.returncode == 2 and "seed was 42, now 43" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "settings,words",
+    (
+        ({"TRAIN_ARGS": "num_epoch=3"}, "unknown key 'num_epoch' in the command line"),
+        ({"NPROC": "3"}, "batch_size=4: must be a multiple of the 3 processes"),
+        ({"GEN_ARGS": "max_samples=4 tau=0.5x"}, "tau='0.5x' in the command line"),
+    ),
+)
+def test_settings_of_late_stages_are_checked_before_the_first_runs(
+    model_folders, problem_folder, tmp_path, settings, words
+):
+    """A typo in TRAIN_ARGS once showed after the first point's traces had been sampled."""
+    result = run_pipeline(model_folders, problem_folder, tmp_path, check=False, **settings)
+    assert result.returncode == 2 and words in result.stderr and "run     " not in result.stdout
+
+
 def test_a_failing_point_does_not_stop_the_sweep(experiment, model_folders, problem_folder):
     """It is named at the end, and the exit code is 1."""
     exp_dir, _ = experiment
