@@ -70,8 +70,7 @@ def load_sequences(cfg):
 
     rows = utils.read_parquet(Path(cfg.holdout_traces))
     utils.check_columns(cfg.holdout_traces, rows, ("prompt_ids", "response_ids"))
-    if cfg.max_samples is not None:
-        rows = [rows[i] for i in sorted(utils.permutation(len(rows), cfg.seed)[: cfg.max_samples])]
+    rows = utils.take_subset(rows, cfg.max_samples, cfg.seed)
     sequences = [
         Sequence((row["prompt_ids"] + row["response_ids"])[: cfg.max_length], len(row["prompt_ids"]))
         for row in rows
@@ -113,9 +112,8 @@ def switch_off_dropout_(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(
-            getattr(module, "attention_dropout", None), float
-        ):  # not a module: functional in attention
+        # that of attention is no module of its own but a number its function is called with
+        if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
 
 

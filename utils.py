@@ -77,9 +77,14 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
         problems = load_known(data_split, data_dir or os.environ.get("DATA_DIR"))
     if not problems:
         raise ValueError(f"data_split={data_split!r} holds no problems")
-    if max_samples is not None and max_samples < len(problems):
-        problems = [problems[i] for i in sorted(permutation(len(problems), seed)[:max_samples])]
-    return problems
+    return take_subset(problems, max_samples, seed)
+
+
+def take_subset(rows, max_samples, seed):
+    """A seeded random subset in the order of the rows; all of them where max_samples is None."""
+    if max_samples is None:
+        return rows
+    return [rows[i] for i in sorted(permutation(len(rows), seed)[:max_samples])]
 
 
 def is_folder(dataset):

@@ -58,9 +58,8 @@ class Placement:
     columns: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
-    read: (
-        tuple[int, int] | None
-    )  # (N, L) to attend to after writing; None: attend to the tokens given (prefill)
+    # (N, L) to attend to after writing; None: attend to the tokens given (prefill)
+    read: tuple[int, int] | None
 
 
 class SlotCache(Cache):
@@ -129,9 +128,8 @@ class CachedModel:
         positions_BT = torch.arange(width) - padding_B[:, None]
         rows, columns = (positions_BT >= 0).nonzero(as_tuple=True)
         place = Placement(rows, columns, rows + first_slot, positions_BT[rows, columns], read=None)
-        key_positions_BT = positions_BT.masked_fill(
-            positions_BT < 0, width
-        )  # later than any query: never seen
+        # padding is put later than any query, where it is never seen
+        key_positions_BT = positions_BT.masked_fill(positions_BT < 0, width)
         return self.forward(ids_BT, positions_BT.clamp(min=0), key_positions_BT, place)
 
     @torch.inference_mode()

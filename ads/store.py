@@ -119,15 +119,18 @@ def is_finished(path, config, inputs, ignore=()):
     path = Path(path)
     if not path.is_file():
         return False
-    record = read_yaml(path)
-    differences = differing_keys(record.get("config", {}), config, ignore)
-    differences += differing_keys(record.get("inputs", {}), inputs)
-    if differences:
+    if differences := find_differences(read_yaml(path), config, inputs, ignore):
         raise ValueError(
             f"{path} was made with other settings: {'; '.join(differences)}. "
             "Choose another name or exp_dir, restore the settings, or delete that file to redo the stage"
         )
     return True
+
+
+def find_differences(record, config, inputs, ignore):
+    """What differs between a record's config and inputs and those given now, one text per key."""
+    found = differing_keys(record.get("config", {}), config, ignore)
+    return found + differing_keys(record.get("inputs", {}), inputs)
 
 
 def differing_keys(before, now, ignore=()):
@@ -185,9 +188,8 @@ def open_parts(folder, config, inputs, ignore=()):
     """Prepare the folder of unfinished work; ValueError if it holds work done with other settings."""
     folder = Path(folder)
     settings = folder / "settings.yaml"
-    record = read_yaml(settings) if settings.is_file() else {"config": {}, "inputs": {}}
-    differences = differing_keys(record["config"], config, ignore)
-    differences += differing_keys(record["inputs"], inputs)
+    record = read_yaml(settings) if settings.is_file() else {}
+    differences = find_differences(record, config, inputs, ignore)
     if differences and any(path != settings for path in folder.glob("*")):
         raise ValueError(
             f"{folder} holds unfinished work done with other settings: {'; '.join(differences)}. "
