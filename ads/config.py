@@ -14,6 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 SPLITS = ("train", "holdout", "test")
+DIRECTIONS = ("gradient", "random", "permuted")
 # A finished stage and a new request for it may differ in these keys: they concern speed alone, or name a
 # place whose contents are compared by fingerprint.
 NOT_COMPARED = {"compare": False}
@@ -34,11 +35,16 @@ class GenConfig:
     tau: float = 0.0
     lam: float = 0.0
     eps: float = 1e-3
+    direction: str = "gradient"
     top_k: int = 50
     top_p: float = 0.95
     proxy_student: str | None = field(default=None, metadata=NOT_COMPARED)
     grad_path: str | None = field(default=None, metadata=NOT_COMPARED)
     proxy_dtype: str = "float32"
+    one_step: float = 0.0
+    one_step_samples: int = 300
+    holdout_traces: str | None = field(default=None, metadata=NOT_COMPARED)
+    num_contrasts: int = 0
     data_split: str = "gsm8k_holdout"
     data_dir: str | None = field(default=None, metadata=NOT_COMPARED)
     max_samples: int | None = None
@@ -74,9 +80,9 @@ class GenConfig:
     @property
     def idle_keys(self):
         """Keys without effect under these settings."""
-        return ({"top_k", "top_p"} if self.tau == 0 else set()) | (
-            set() if self.lam else {"eps", "proxy_dtype"}
-        )
+        without_tau = set() if self.tau else {"top_k", "top_p"}
+        without_lam = set() if self.lam else {"eps", "proxy_dtype", "direction", "num_contrasts"}
+        return without_tau | without_lam | (set() if self.one_step else {"one_step_samples"})
 
     def check(self):
         check_name("trace_name", self.trace_name)
@@ -92,8 +98,10 @@ class GenConfig:
         check_at_least("max_prompt_length", self.max_prompt_length, 1)
         check_at_least("max_length", self.max_length, 2)
         check_optional_at_least("max_samples", self.max_samples, 1)
+        check_at_least("num_contrasts", self.num_contrasts, 0)
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("proxy_dtype", self.proxy_dtype, DTYPES)
+        check_one_of("direction", self.direction, DIRECTIONS)
         check_one_of("attn_implementation", self.attn_implementation, ATTENTION[:3])
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (1 switches it off)")
@@ -101,6 +109,13 @@ class GenConfig:
             raise ValueError(f"few_shot={self.few_shot}: set few_shot_traces to the traces to show")
         if self.lam:
             self.check_antidistillation()
+        check_at_least("one_step", self.one_step, 0)
+        check_at_least("one_step_samples", self.one_step_samples, 1)
+        if self.one_step:
+            check_given(
+                "holdout_traces", self.holdout_traces, "the stage 1 traces that one_step is measured on"
+            )
+            check_given("proxy_student", self.proxy_student, "the model that takes the step of one_step")
 
     def check_antidistillation(self):
         if not self.is_teacher:
