@@ -9,6 +9,7 @@ Settings: gen_config.yaml, then key=value. --check only says whether the stage i
 """
 
 import functools
+import json
 import shutil
 import statistics
 import time
@@ -35,6 +36,9 @@ def fingerprint_inputs(cfg):
     if cfg.lam:
         inputs["proxy_student"] = store.fingerprint_model(cfg.proxy_student)
         inputs["gradient"] = store.fingerprint_existing(cfg.grad_path, "make it with save_grad.py")
+    if cfg.one_step:
+        inputs["proxy_student"] = store.fingerprint_model(cfg.proxy_student)
+        inputs["holdout_traces"] = store.fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py")
     if cfg.few_shot:
         inputs["few_shot_traces"] = store.fingerprint_existing(
             cfg.few_shot_traces, "make it with gentraces.py"
@@ -53,18 +57,23 @@ def generate_traces(cfg, inputs, world):
         store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | numerics, ignored_keys(cfg))
     world.barrier()
 
-    models, notes = load_models(cfg, tokenizer, world)
+    vocabulary = check_vocabulary(cfg, tokenizer) if cfg.lam or cfg.one_step else None
+    models, notes = load_models(cfg, tokenizer, vocabulary, world)
     rows, speed = sample_traces(cfg, models, tokenizer, problems, prompts, world)
     if cfg.answer_force:
         rows = force_answers(cfg, models, tokenizer, problems, prompts, rows, world)
+    rows = assemble(cfg, problems, prompts, rows)
+    if world.is_main and cfg.lam and cfg.num_contrasts:
+        save_contrasts(cfg, models, tokenizer, rows[: cfg.num_contrasts])
+    models = None  # the one-step test needs the room
+    diagnostics = {"one_step": one_step_test(cfg, rows, world)} if cfg.one_step else {}
     if world.is_main:
-        rows = assemble(cfg, problems, prompts, rows)
         save_traces(cfg, rows)
         left_out = {
             "num_without_answer": len(found) - len(problems),
             "num_prompts_too_long": len(problems) - len(prompts),
         }
-        stats = compute_stats(cfg, rows) | left_out | speed
+        stats = compute_stats(cfg, rows) | left_out | diagnostics | speed
         finish(cfg, inputs, stats, notes | numerics, time.time() - start)
 
 
@@ -128,12 +137,18 @@ def few_shot_examples(cfg):
     return [(r["problem"], r[cfg.trace_colname].split("</think>")[-1].strip()) for r in rows[: cfg.few_shot]]
 
 
-def load_models(cfg, tokenizer, world):
+def check_vocabulary(cfg, tokenizer):
+    """Which of the teacher's ids mean the same to the proxy; ValueError where they are of other families."""
+    theirs = chat.load_tokenizer(cfg.proxy_student, need_chat_template=False)
+    return chat.match_vocabularies(tokenizer, theirs)
+
+
+def load_models(cfg, tokenizer, vocabulary, world):
     """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, the perturbed proxies."""
     from ads.engine import Models
     from ads.models import CachedModel, load_model
 
-    proxy, notes = load_proxy(cfg, tokenizer, world.device) if cfg.lam else (None, {})
+    proxy, notes = load_proxy(cfg, tokenizer, vocabulary, world.device) if cfg.lam else (None, {})
     print0(f"loading {cfg.teacher}")
     teacher = load_model(cfg.teacher, cfg.dtype, world.device, cfg.attn_implementation)
     chat.check_rows(tokenizer, teacher.get_output_embeddings().weight.shape[0], cfg.teacher)
@@ -142,23 +157,23 @@ def load_models(cfg, tokenizer, world):
     return Models(CachedModel(teacher), proxy, allowed_V, eos), notes
 
 
-def load_proxy(cfg, tokenizer, device):
+def load_proxy(cfg, tokenizer, vocabulary, device):
     """(CentralDifference, notes): theta +- eps g, checked against gradient file and vocabulary."""
     from ads import gradient, proxy
     from ads.models import load_model
 
     grad_path = Path(cfg.grad_path)
     file = gradient.open_checked(grad_path, store.fingerprint_model(cfg.proxy_student))
-    vocabulary = chat.match_vocabularies(
-        tokenizer, chat.load_tokenizer(cfg.proxy_student, need_chat_template=False)
-    )
-    print0(f"loading {cfg.proxy_student} twice, as theta +- {cfg.eps:g} g")
+    print0(f"loading {cfg.proxy_student} twice, as theta +- {cfg.eps:g} g (direction: {cfg.direction})")
     plus, minus = (
         load_model(cfg.proxy_student, cfg.proxy_dtype, device, cfg.attn_implementation) for _ in range(2)
     )
     gradient.check_matches(file, grad_path, plus)
     chat.check_rows(tokenizer, plus.get_input_embeddings().weight.shape[0], cfg.proxy_student)
-    realised = proxy.perturb_(plus, minus, file.get_tensor, cfg.eps)
+    read_gradient = file.get_tensor
+    if cfg.direction == "random":
+        read_gradient = functools.partial(gradient.random_tensor, file.get_tensor, cfg.seed)
+    realised = proxy.perturb_(plus, minus, read_gradient, cfg.eps)
     print0(f"perturbation as stored: {proxy.describe(realised)}")
     if warning := proxy.warning(realised, cfg.eps, cfg.proxy_dtype):
         print0(warning)
@@ -182,12 +197,11 @@ def id_mask(tokenizer, ids, device):
 def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     """({id: row} of every problem's response, speed). Rows already in parts are kept."""
     from ads.engine import Request
-    from ads.sampling import Sampling
 
     requests = [Request(i, ids, cfg.max_length - len(ids)) for i, ids in prompts.items()]
     solutions = {p["id"]: p["solution"] for p in problems}
     print0("first prompt:", tokenizer.decode(requests[0].prompt_ids), sep="\n")
-    rule = Sampling(cfg.tau, cfg.lam, cfg.top_k, cfg.top_p)
+    rule = sampling_rule(cfg)
     to_row = functools.partial(trace_row, tokenizer=tokenizer, eos=models.eos, solutions=solutions)
     start = time.time()
     num_tokens = decode_to_parts(cfg, "traces", models, rule, requests, to_row, world)
@@ -196,6 +210,14 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     rows = store.read_parts(cfg.parts_dir / "traces")
     print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
     return rows, {"tokens_per_second": round(num_tokens / seconds, 1) if num_tokens else None}
+
+
+def sampling_rule(cfg):
+    """The distribution that traces are drawn from."""
+    from ads.sampling import Sampling
+
+    is_permuted = bool(cfg.lam) and cfg.direction == "permuted"
+    return Sampling(cfg.tau, cfg.lam, cfg.top_k, cfg.top_p, is_permuted)
 
 
 def trace_row(completion, tokenizer, eos, solutions):
@@ -285,6 +307,36 @@ def assemble(cfg, problems, prompts, rows):
         row[f"{cfg.trace_colname}_af"] = row.pop("trace_af")
         table.append(row)
     return table
+
+
+def save_contrasts(cfg, models, tokenizer, rows):
+    """Store the rows' traces beside clean ones of the same random numbers, for the report's reader."""
+    from ads import diagnostics
+
+    room = [{**row, "max_new_tokens": cfg.max_length - len(row["prompt_ids"])} for row in rows]
+    rule, num_slots = sampling_rule(cfg), min(cfg.batch_size, len(rows))
+    problems = diagnostics.contrasts(models, rule, cfg.seed, tokenizer, room, is_correct, num_slots)
+    store.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
+
+
+def is_correct(row, text):
+    return grading.grade(text, row["solution"]).correct
+
+
+def one_step_test(cfg, rows, world):
+    """What a step of gradient descent on the traces does to the proxy's loss on the holdout traces."""
+    from ads import diagnostics, gradient
+    from ads.models import load_model
+
+    taught = utils.take_subset(rows, cfg.one_step_samples, cfg.seed)
+    holdout = utils.read_parquet(cfg.holdout_traces)
+    utils.check_columns(cfg.holdout_traces, holdout, ("prompt_ids", "response_ids"))
+    taught, holdout = (gradient.make_sequences(part, cfg.max_length) for part in (taught, holdout))
+    if not holdout:
+        raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
+    print0(f"loading {cfg.proxy_student} for the one-step test")
+    proxy = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
+    return diagnostics.one_step(proxy, taught, holdout, cfg.one_step, world)
 
 
 def save_traces(cfg, rows):

@@ -19,16 +19,30 @@ fi
 STUDENT_TOKENIZER="${STUDENT_TOKENIZER:-$STUDENT}"
 DATA_DIR="${DATA_DIR:-}"             # folder of local copies of the datasets; empty: the hub
 NPROC="${NPROC:-}"                   # processes; empty: one per GPU
+JOBS="${JOBS:-1}"                    # grid points at once, each with NPROC processes (small models on a CPU)
 LAUNCH="${LAUNCH:-}"                 # words of another launcher, such as a multi-node accelerate launch
 GEN_ARGS="${GEN_ARGS:-}"             # key=value words for every gentraces.py
 HOLDOUT_ARGS="${HOLDOUT_ARGS:-}"     # more of them, for the holdout traces alone
+TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8}" # more of them, for the training traces alone (one_step=0.1 ...)
 BASE_ARGS="${BASE_ARGS:-}"           # more of them, for the undistilled student alone (few_shot=4 ...)
 GRAD_ARGS="${GRAD_ARGS:-}"           # for save_grad.py
 TRAIN_ARGS="${TRAIN_ARGS:-}"         # for distill.py
 GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,lam,eps ...
 
-trap 'exit 130' INT # a stage that was interrupted is no failed grid point: stop, the next run goes on there
-trap 'exit 143' TERM
+# A stage that was interrupted is no failed grid point: stop, the next run goes on there.
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+# stop CODE: end what runs in the background, which the terminal's Ctrl-C does not reach, and leave.
+stop() {
+  trap '' INT TERM
+  local running
+  running="$(jobs -p)"
+  # shellcheck disable=SC2086 # one word per process
+  [[ -z "$running" ]] || kill $running 2>/dev/null || true
+  wait
+  exit "$1"
+}
 
 main() {
   parse_arguments "$@"
@@ -67,6 +81,7 @@ choose_processes() {
   fi
   NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}"
   [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC='$NPROC': must be a whole number from 1"
+  [[ "$JOBS" =~ ^[1-9][0-9]*$ ]] || fail "JOBS='$JOBS': must be a whole number from 1"
 }
 
 choose_launcher() {
@@ -84,6 +99,7 @@ choose_launcher() {
 split_words() {
   read -r -d '' -a gen_args <<<"$GEN_ARGS" || true
   read -r -d '' -a holdout_args <<<"$HOLDOUT_ARGS" || true
+  read -r -d '' -a trace_args <<<"$TRACE_ARGS" || true
   read -r -d '' -a base_args <<<"$BASE_ARGS" || true
   read -r -d '' -a grad_args <<<"$GRAD_ARGS" || true
   read -r -d '' -a train_args <<<"$TRAIN_ARGS" || true
@@ -100,26 +116,51 @@ run_experiment() {
 
   check_settings
   run_shared_stages
-  failed=()
-  point_number=0 num_timed=0 seconds_timed=0
-  while read -r tau lam eps; do
-    [[ -n "$tau" ]] || continue
+  run_grid
+  finish_experiment
+}
+
+# JOBS workers take grid points, the next one each, until none is left. A point is taken by making its folder,
+# which then says what became of it.
+run_grid() {
+  local workers=()
+  taken="$EXP_DIR/locks/sweep.$$" started=$SECONDS
+  if [[ "$dry_run" == 0 ]]; then
+    rm -rf "$taken" && mkdir -p "$taken"
+    trap 'rm -rf "$taken"' EXIT
+    while [[ ${#workers[@]} -lt $((JOBS - 1)) ]]; do
+      run_points &
+      workers+=("$!")
+    done
+  fi
+  run_points
+  [[ ${#workers[@]} == 0 ]] || wait "${workers[@]}"
+}
+
+run_points() {
+  trap 'stop 143' TERM # a worker in the background starts without
+  point_number=0
+  while read -r tau lam eps direction; do
     point_number=$((point_number + 1))
-    point="tau${tau}_lam${lam}_eps${eps}"
-    ran=0 started=$SECONDS
-    run_point || failed+=("$point")
+    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}"
+    ran=0
+    [[ "$dry_run" == 1 ]] || mkdir "$taken/$point_number" 2>/dev/null || continue
+    if ! run_point; then
+      [[ "$dry_run" == 1 ]] || echo "$point" >"$taken/$point_number/failed"
+    fi
     [[ "$dry_run" == 1 ]] || report_progress
   done <<<"$grid"
-  finish_experiment
 }
 
 # A mistake in the settings of a late stage is better found before the hours of the early ones.
 check_settings() {
   [[ "$dry_run" == 1 ]] || (
     dry_run=1
-    read -r tau lam eps <<<"$grid"
-    point="tau${tau}_lam${lam}_eps${eps}"
-    run_shared_stages && distil_student
+    read -r tau lam eps direction <<<"$grid"
+    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}"
+    run_shared_stages && distil_student || exit
+    tau=0 lam=0 eps=0 direction="" point=settings # a point that is wrong in itself does not stop the others
+    sample_training_traces
   ) >/dev/null || exit 2
 }
 
@@ -136,26 +177,32 @@ run_shared_stages() {
 
 # What is left is reckoned from the points that ran, not from those that were done before.
 report_progress() {
-  if [[ "$ran" == 1 ]]; then
-    num_timed=$((num_timed + 1)) seconds_timed=$((seconds_timed + SECONDS - started))
+  local num_ended num_ran left="?"
+  touch "$taken/$point_number/ended"
+  [[ "$ran" == 0 ]] || touch "$taken/$point_number/ran"
+  num_ended="$(find "$taken" -name ended | wc -l)" num_ran="$(find "$taken" -name ran | wc -l)"
+  if [[ "$num_ran" -gt 0 ]]; then
+    left="$(duration $(((SECONDS - started) * (num_points - num_ended) / num_ran)))"
   fi
-  local left="?"
-  [[ "$num_timed" == 0 ]] || left="$(duration $((seconds_timed * (num_points - point_number) / num_timed)))"
-  echo "--- point $point_number/$num_points ($point), $(duration "$SECONDS") so far, at most $left left"
+  echo "--- $((num_ended)) of $num_points points ($point), $(duration "$SECONDS") so far, at most $left left"
 }
 
+# Stage 3: training traces. Stage 4: the student. Stages 5 and 6: both on the test problems.
 run_point() {
   local student="$EXP_DIR/models/student_$point/final"
-  local teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps" "proxy_student=$PROXY_STUDENT"
-    "grad_path=$gradient")
-  # Stage 3: training traces. Stage 4: the student. Stages 5 and 6: both on the test problems.
-  run_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
-    "trace_name=train_$point" || return
+  sample_training_traces || return
   distil_student || return
   run_stage "eval_student_$point" gentraces.py "${problems[@]}" is_teacher=false "teacher=$student" \
     "data_split=${DATASET}_test" tau=0 "trace_name=eval_student_$point" || return
   run_stage "eval_teacher_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_test" \
     "trace_name=eval_teacher_$point" || return
+}
+
+sample_training_traces() {
+  teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps" "direction=${direction:-gradient}"
+    "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
+  run_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
+    "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"}
 }
 
 distil_student() {
@@ -165,7 +212,8 @@ distil_student() {
 }
 
 # run_stage NAME SCRIPT key=value...: skip the stage if its sidecar says that it is done with these settings,
-# refuse if it was done with others, else run it; its output also goes to EXP_DIR/logs/NAME.log.
+# refuse if it was done with others, else run it; its output goes to EXP_DIR/logs/NAME.log, and with one job
+# to the terminal too.
 run_stage() {
   local name="$1" script="$2" status=0
   shift 2
@@ -183,7 +231,16 @@ run_stage() {
   fi
   ran=1
   echo "run     $name ($(date '+%F %T')): $(printf '%q ' "${command[@]}")"
-  "${command[@]}" </dev/null 2>&1 | tee -a "$EXP_DIR/logs/$name.log"
+  # in the background, as a trap waits for what runs in the foreground
+  if [[ "$JOBS" == 1 ]]; then
+    "${command[@]}" </dev/null > >(tee -a "$EXP_DIR/logs/$name.log") 2>&1 &
+  else
+    "${command[@]}" </dev/null >>"$EXP_DIR/logs/$name.log" 2>&1 &
+  fi
+  wait "$!" && return
+  status=$?
+  [[ "$JOBS" == 1 ]] || tail -n 3 "$EXP_DIR/logs/$name.log" >&2
+  return "$status"
 }
 
 duration() {
@@ -191,9 +248,12 @@ duration() {
 }
 
 finish_experiment() {
-  local status=0
-  [[ "$dry_run" == 1 ]] || python "$here/report.py" "$EXP_DIR" || status=1
-  [[ "$dry_run" == 1 ]] || echo "total time $(duration "$SECONDS")"
+  local status=0 failed=()
+  if [[ "$dry_run" == 0 ]]; then
+    python "$here/report.py" "$EXP_DIR" || status=1
+    echo "total time $(duration "$SECONDS")"
+    while read -r point; do failed+=("$point"); done < <(cat "$taken"/*/failed 2>/dev/null)
+  fi
   if [[ ${#failed[@]} -gt 0 ]]; then
     echo "FAILED (${#failed[@]} of $num_points points; see $EXP_DIR/logs): ${failed[*]}" >&2
     status=1

@@ -51,7 +51,8 @@ def compute_gradient(cfg, inputs, world):
     mine = sequences[world.rank :: world.size]
     loss = gradient.add_gradient_(model, mine, len(sequences), cfg.batch_size, progress_bar)
     if world.size > 1:
-        loss = gradient.all_reduce_(model, loss)
+        gradient.all_reduce_(model)
+    loss = world.sum(loss)
     norms = gradient.norms(model)
     stats = {
         "n": len(sequences),
@@ -66,19 +67,15 @@ def compute_gradient(cfg, inputs, world):
 
 def load_sequences(cfg):
     """(holdout sequences, how many had no room for a response token within max_length)."""
-    from ads.gradient import Sequence
+    from ads.gradient import make_sequences
 
     rows = utils.read_parquet(Path(cfg.holdout_traces))
     utils.check_columns(cfg.holdout_traces, rows, ("prompt_ids", "response_ids"))
     rows = utils.take_subset(rows, cfg.max_samples, cfg.seed)
-    sequences = [
-        Sequence((row["prompt_ids"] + row["response_ids"])[: cfg.max_length], len(row["prompt_ids"]))
-        for row in rows
-    ]
-    kept = [s for s in sequences if len(s.ids) > s.num_prompt_tokens > 0]
+    kept = make_sequences(rows, cfg.max_length)
     if not kept:
         raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
-    return kept, len(sequences) - len(kept)
+    return kept, len(rows) - len(kept)
 
 
 def traces_tokenizer(cfg):

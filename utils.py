@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
-
-from ads import store
+from ads import arithmetic, store
 from ads.config import ignored_keys, load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent
@@ -60,7 +58,8 @@ SOURCES = {
     ("mmlu", "train"): Source("mmlu_auxiliary_train", "cais/mmlu", ("all",), "auxiliary_train", MMLU),
     ("mmlu", "test"): Source("mmlu_test", "cais/mmlu", ("all",), "test", MMLU),
 }
-DATASETS = sorted({dataset for dataset, _ in SOURCES})
+GENERATED = "arithmetic"  # needs no file
+DATASETS = sorted({dataset for dataset, _ in SOURCES} | {GENERATED})
 SHUFFLED = ("hendrycks_math", "mmlu")
 
 
@@ -68,9 +67,12 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     """The problems of a split such as 'gsm8k_holdout' or 'path/to/folder_test'.
 
     Returns dicts with id, problem, solution and the dataset's extras, in the dataset's order; max_samples
-    takes a random subset that depends on the seed alone. Raises ValueError or FileNotFoundError in one line.
+    takes a random subset that depends on the seed alone. `arithmetic` is generated: its seed makes the
+    problems, max_samples is how many. Raises ValueError or FileNotFoundError in one line.
     """
     dataset, _, split = data_split.rpartition("_")
+    if dataset == GENERATED:
+        return arithmetic.generate(split, seed, max_samples)
     if is_folder(dataset):
         problems = load_folder(Path(dataset), split)
     else:
@@ -219,6 +221,8 @@ def read_parquet(path):
 def fingerprint_data(data_split, data_dir=None):
     """What identifies the file behind a split, without reading its rows: contents, or the hub name."""
     dataset, _, split = data_split.rpartition("_")
+    if dataset == GENERATED:
+        return store.fingerprint_file(arithmetic.__file__)
     if is_folder(dataset):
         return store.fingerprint_file(folder_file(Path(dataset), split))
     source = find_source(data_split)
@@ -251,6 +255,8 @@ def to_problem(dataset, row):
 
 def permutation(num_rows, seed):
     """A random order that never changes between library versions (numpy freezes RandomState's streams)."""
+    import numpy as np
+
     return np.random.RandomState(seed).permutation(num_rows).tolist()
 
 

@@ -96,6 +96,21 @@ def response_text(tokenizer, ids, eos):
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def token_texts(tokenizer, ids):
+    """The text that each token adds; put together they are the decoded whole.
+
+    A character of several tokens belongs to the last of them.
+    """
+    texts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+            text = before
+        texts.append(text[len(before) :])
+        before = text
+    return texts
+
+
 def forced_ids(tokenizer, ids, response_ids, eos):
     """Prompt + response + the text that makes a model state its answer, as token ids.
 

@@ -65,6 +65,10 @@ class GenConfig:
         return self.traces_path.with_name(self.trace_name + ".parquet")
 
     @property
+    def contrast_path(self):
+        return self.traces_path.with_name(self.trace_name + ".contrast.json")
+
+    @property
     def sidecar_path(self):
         return self.traces_path.with_name(self.trace_name + ".yaml")
 

@@ -186,6 +186,51 @@ class Decoder:
         return completion
 
 
+def replay(models, rule, seed, requests, responses, num_slots):
+    """What the rule thought of given responses: per request a list of (clean, adjusted, Delta) per token.
+
+    clean and adjusted are the token's probabilities under softmax(log p_T / tau) and under eq. 11, both
+    before truncation; Delta is in nats per unit of g.
+    """
+    judged = []
+    for first in range(0, len(requests), num_slots):
+        group = slice(first, first + num_slots)
+        judged += replay_group(models, rule, seed, requests[group], responses[group])
+    return judged
+
+
+@torch.inference_mode()
+def replay_group(models, rule, seed, requests, responses):
+    prompts, most = [request.prompt_ids for request in requests], max(map(len, responses))
+    longest = max(map(len, prompts))
+    models.allocate(len(prompts), longest + most)
+    device = models.allowed_V.device
+    # rows that end early go on with token 0, to no effect on the others
+    tokens_BM = torch.tensor([r + [0] * (most - len(r)) for r in responses], device=device)
+    keys_B = torch.tensor([sampling.row_key(seed, request.id) for request in requests], device=device)
+    lengths_B = torch.tensor([len(p) for p in prompts], device=device)
+    logits_BR, delta_BV = models.teacher.prefill(prompts, 0), models.proxy.prefill(prompts, 0)
+    judged = []
+    for step in range(most):
+        if step:
+            last = tokens_BM[:, step - 1], lengths_B + step - 1, longest + step - 1
+            logits_BR, delta_BV = models.teacher.step(*last), models.proxy.step(*last)
+        judged.append(judge(models, rule, logits_BR, delta_BV, tokens_BM[:, step], keys_B, step))
+    judged_BM3 = torch.stack(judged, dim=1).tolist()
+    return [row[: len(r)] for row, r in zip(judged_BM3, responses, strict=True)]
+
+
+def judge(models, rule, logits_BR, delta_BV, tokens_B, keys_B, step):
+    """(clean probability, adjusted probability, Delta) of one given token per row, (B, 3)."""
+    log_probs_BV = sampling.log_probs(logits_BR, models.allowed_V)
+    if rule.is_permuted:
+        delta_BV = sampling.permute(delta_BV, keys_B, torch.full_like(keys_B, step))
+    clean_BV = sampling.scores(log_probs_BV, None, rule).softmax(-1)
+    adjusted_BV = sampling.scores(log_probs_BV, delta_BV, rule).softmax(-1)
+    index_B1 = tokens_B[:, None]
+    return torch.cat([values.gather(1, index_B1) for values in (clean_BV, adjusted_BV, delta_BV)], dim=1)
+
+
 def row_states(log_probs_NV, delta_NV, is_eos_N):
     """What the host must know of each row, (N,): GOING_ON, ENDED, BAD_TEACHER or BAD_PROXY.
 

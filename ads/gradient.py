@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ads import store
+from ads import sampling, store
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,15 @@ class Sequence:
 
     ids: list[int]
     num_prompt_tokens: int
+
+
+def make_sequences(rows, max_length):
+    """The Sequence of each trace row, cut to max_length; none where that leaves no response token."""
+    sequences = [
+        Sequence((row["prompt_ids"] + row["response_ids"])[:max_length], len(row["prompt_ids"]))
+        for row in rows
+    ]
+    return [s for s in sequences if len(s.ids) > s.num_prompt_tokens > 0]
 
 
 def sequence_losses(model, sequences):
@@ -57,15 +66,37 @@ def add_gradient_(model, sequences, num_total, batch_size, progress=iter):
     return loss
 
 
-def all_reduce_(model, loss):
-    """Sum the gradients and the loss over all processes, once; returns the mean loss."""
-    total = torch.tensor([loss], dtype=torch.float64, device=model.get_input_embeddings().weight.device)
-    torch.distributed.all_reduce(total)
+@torch.no_grad()
+def mean_loss(model, sequences, num_total, batch_size):
+    """This process's share of the mean loss (nats/token) over num_total sequences."""
+    ordered = sorted(sequences, key=lambda s: len(s.ids))
+    batches = (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
+    return sum(sequence_losses(model, batch).sum().item() for batch in batches) / num_total
+
+
+def all_reduce_(model):
+    """Sum the gradients over all processes, once."""
     for parameter in model.parameters():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad)
-    return total.item()
+
+
+@torch.no_grad()
+def descend_(model, step_length):
+    """One step of gradient descent, `step_length` long, along the parameters' .grad."""
+    factor = step_length / total_norm(norms(model))
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter -= factor * parameter.grad
+
+
+def random_tensor(read_gradient, seed, name):
+    """A random direction for one parameter, by (seed, name), as long as its gradient (float32)."""
+    g = read_gradient(name)
+    generator = torch.Generator().manual_seed(sampling.row_key(seed, name) & (2**63 - 1))
+    direction = torch.randn(g.shape, generator=generator)
+    return direction * (g.norm() / direction.norm())
 
 
 def norms(model):

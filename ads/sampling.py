@@ -18,12 +18,16 @@ MIX_2 = 0x94D049BB133111EB
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: tau = 0 is greedy, top_k = 0 and top_p = 1 are off, lam = 0 needs no proxy."""
+    """How tokens are drawn: tau = 0 is greedy, top_k = 0 and top_p = 1 are off, lam = 0 needs no proxy.
+
+    is_permuted: the paper's baseline (App. A), Delta permuted and sign-flipped at random at every step.
+    """
 
     tau: float
     lam: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    is_permuted: bool = False
 
 
 GREEDY = Sampling(tau=0.0)
@@ -41,13 +45,27 @@ def sample(log_probs_BV, delta_BV, sampling, keys_B, steps_B):
     delta_BV is None where lam = 0. keys_B and steps_B are int64: a row's key (see `row_key`) and how many
     tokens it has sampled so far. At tau = 0: argmax of log p_T + lam * Delta.
     """
-    scores_BV = log_probs_BV if sampling.tau == 0 else log_probs_BV / sampling.tau
-    if delta_BV is not None:
-        scores_BV = scores_BV + sampling.lam * delta_BV
+    if delta_BV is not None and sampling.is_permuted:
+        delta_BV = permute(delta_BV, keys_B, steps_B)
+    scores_BV = scores(log_probs_BV, delta_BV, sampling)
     if sampling.tau == 0:
         return scores_BV.argmax(-1)
     scores_BV = truncate(scores_BV, sampling.top_k, sampling.top_p)
     return draw(scores_BV, uniforms(keys_B, steps_B))
+
+
+def scores(log_probs_BV, delta_BV, sampling):
+    """log p_T / tau + lam * Delta, the logarithm of eq. 11 up to a constant per row (tau = 0: tau = 1)."""
+    scores_BV = log_probs_BV if sampling.tau == 0 else log_probs_BV / sampling.tau
+    return scores_BV if delta_BV is None else scores_BV + sampling.lam * delta_BV
+
+
+def permute(delta_BV, keys_B, steps_B):
+    """Each row of Delta in a random order with random signs, by the row's key and step alone."""
+    ids_V = torch.arange(delta_BV.shape[-1], device=delta_BV.device)
+    bits_BV = random_bits(random_bits(keys_B, steps_B)[:, None], ids_V)
+    signs_BV = 1 - 2 * (bits_BV & 1)  # the order hangs on the high bits
+    return delta_BV.gather(-1, bits_BV.argsort(-1)) * signs_BV
 
 
 def truncate(scores_BV, top_k, top_p):
@@ -91,17 +109,20 @@ def row_key(seed, problem_id):
 
 
 def uniforms(keys_B, steps_B):
-    """One float64 in [0, 1) per (key, step), with 32 random bits: the SplitMix64 stream seeded by the key, at
-    `step`.
+    """One float64 in [0, 1) per (key, step), with 32 random bits.
 
     Below 1 by 2^-32, so `uniform * total` stays below the total in float64 and a token of probability 0 is
     never drawn.
     """
-    state_B = keys_B + (steps_B + 1) * as_signed(GOLDEN)
-    state_B = (state_B ^ shift_right(state_B, 30)) * as_signed(MIX_1)
-    state_B = (state_B ^ shift_right(state_B, 27)) * as_signed(MIX_2)
-    state_B = state_B ^ shift_right(state_B, 31)
-    return shift_right(state_B, 32).double() / 2**32
+    return shift_right(random_bits(keys_B, steps_B), 32).double() / 2**32
+
+
+def random_bits(keys, counters):
+    """64 random bits (int64) per (key, counter): the SplitMix64 stream seeded by the key, at `counter`."""
+    state = keys + (counters + 1) * as_signed(GOLDEN)
+    state = (state ^ shift_right(state, 30)) * as_signed(MIX_1)
+    state = (state ^ shift_right(state, 27)) * as_signed(MIX_2)
+    return state ^ shift_right(state, 31)
 
 
 def shift_right(values, bits):

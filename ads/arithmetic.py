@@ -1,0 +1,151 @@
+"""The demo's dataset `arithmetic`: generated word problems of a few steps, and worked solutions.
+
+A problem is a computation (a start value and 2 to 4 steps, every value within 0..99) in one of many wordings.
+The splits are disjoint by construction: a hash of the computation decides which split it belongs to,
+`pretrain` (demo/pretrain.py) being one of them.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+SPLIT_SIZES = {"train": 600, "test": 600, "holdout": 300}
+SHARES = ("pretrain",) * 7 + ("train", "test", "holdout")  # of all computations, by hash
+NUM_STEPS = (2, 3, 4)
+LARGEST = 99
+NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gina", "Hugo")
+ITEMS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
+OPENINGS = (
+    "{name} has {value} {items} .",
+    "{name} starts with {value} {items} .",
+    "There are {value} {items} in a box .",
+    "A shop has {value} {items} .",
+)
+TOLD = {  # how a problem tells a step; amounts of add and subtract are 2..9
+    "add": ("{name} finds {amount} more .", "Then {amount} more are put in .", "{amount} more arrive ."),
+    "subtract": ("{name} loses {amount} of them .", "Then {amount} are sold .", "{amount} are given away ."),
+    "double": ("The number doubles .", "Now there are twice as many ."),
+    "triple": ("The number triples .", "Now there are three times as many ."),
+}
+CLOSINGS = (
+    "How many {items} are there now ?",
+    "How many {items} are left ?",
+    "What is the number of {items} at the end ?",
+)
+BEGUN = ("start with", "begin at", "we have")
+WORKED = {  # how a trace names a step
+    "add": ("add {amount}", "plus {amount}", "{amount} more"),
+    "subtract": ("take away {amount}", "minus {amount}", "{amount} less"),
+    "double": ("double", "two times"),
+    "triple": ("triple", "three times"),
+}
+JOINED = ("", "then ", "next ", "now ")
+NOTICED = ("wait , that is wrong :", "no , check again :")
+CONCLUDED = ("the answer is", "so the result is", "in the end we get")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a computation: `kind` is add, subtract, double or triple (amount 2 or 3 for those two)."""
+
+    kind: str
+    amount: int
+
+    def apply(self, value):
+        """The value after this step, which may leave 0..99."""
+        if self.kind == "add":
+            return value + self.amount
+        return value - self.amount if self.kind == "subtract" else value * self.amount
+
+    def equation(self, value):
+        """`12 + 5 =`, without the result."""
+        sign = {"add": "+", "subtract": "-", "double": "*", "triple": "*"}[self.kind]
+        return f"{value} {sign} {self.amount} ="
+
+
+def generate(split, seed, count=None):
+    """`count` problems of a split (default: SPLIT_SIZES) as dicts with id, problem, solution.
+
+    They depend on (split, seed) alone; a smaller count gives the first of a larger one's problems.
+    """
+    rng = random.Random(f"{split}/{seed}")
+    seen, rows = set(), []
+    while len(rows) < (SPLIT_SIZES[split] if count is None else count):
+        start, steps = draw_computation(rng, pick(rng, NUM_STEPS))
+        if split_of(start, steps) != split or (start, steps) in seen:
+            continue
+        seen.add((start, steps))
+        row = {"problem": tell(rng, start, steps), "solution": work_out(rng, start, steps, slips=0.0)[0]}
+        rows.append({"id": f"arithmetic/{split}/{seed}/{len(rows)}", **row})
+    return rows
+
+
+def pick(rng, options):
+    """One of the options. Random.random() alone is the same in every version of Python."""
+    return options[int(rng.random() * len(options))]
+
+
+def draw_computation(rng, num_steps):
+    """(start value, steps) with every value within 0..LARGEST."""
+    start = value = int(rng.random() * (LARGEST + 1))
+    steps = []
+    while len(steps) < num_steps:
+        step = draw_step(rng)
+        if 0 <= step.apply(value) <= LARGEST:
+            value = step.apply(value)
+            steps.append(step)
+    return start, tuple(steps)
+
+
+def draw_step(rng):
+    kind = pick(rng, ("add", "subtract", "add", "subtract", "double", "triple"))
+    return Step(kind, {"double": 2, "triple": 3}.get(kind) or 2 + int(rng.random() * 8))
+
+
+def split_of(start, steps):
+    """The split that a computation belongs to, whatever its wording."""
+    text = " ".join([str(start), *(step.equation("") for step in steps)])
+    return SHARES[hashlib.sha256(text.encode()).digest()[0] % len(SHARES)]
+
+
+def tell(rng, start, steps):
+    """The word problem."""
+    names = {"name": pick(rng, NAMES), "items": pick(rng, ITEMS)}
+    parts = [pick(rng, OPENINGS).format(value=start, **names)]
+    parts += [pick(rng, TOLD[step.kind]).format(amount=step.amount, **names) for step in steps]
+    return " ".join([*parts, pick(rng, CLOSINGS).format(**names)])
+
+
+def work_out(rng, start, steps, slips):
+    """(trace ending in a boxed answer, the results in it as (first, end) character spans).
+
+    At a share `slips` of the steps a wrong result is written, noticed and corrected; it is no result.
+    """
+    text, spans = f"{pick(rng, BEGUN)} {start} .", []
+    value = start
+    for step in steps:
+        result = step.apply(value)
+        text += f" {pick(rng, JOINED)}{pick(rng, WORKED[step.kind]).format(amount=step.amount)} :"
+        if rng.random() < slips:
+            text += f" {step.equation(value)} {wrong(rng, result)} . {pick(rng, NOTICED)}"
+        text += f" {step.equation(value)} "
+        spans.append((len(text), len(text) + len(str(result))))
+        text += f"{result} ."
+        value = result
+    return f"{text} {conclude(rng, value)}", spans
+
+
+def conclude(rng, value):
+    return f"{pick(rng, CONCLUDED)} \\boxed{{ {value} }} ."
+
+
+def wrong(rng, value):
+    """A number within 0..LARGEST other than `value`."""
+    return (value + 1 + int(rng.random() * LARGEST)) % (LARGEST + 1)
+
+
+def words():
+    """Every word of problems and traces, sorted; digits and punctuation apart."""
+    tables = (OPENINGS, CLOSINGS, BEGUN, JOINED, NOTICED, CONCLUDED, *TOLD.values(), *WORKED.values())
+    found = " ".join(part for table in tables for part in table).split()
+    return sorted({word for word in [*found, *NAMES, *ITEMS] if word.isalpha()})

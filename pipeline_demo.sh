@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole experiment on the tiny models in demo/models and generated word problems: minutes on a CPU, no GPU, no
+# network beyond the package index. The same stages, scripts and files as pipeline.sh.
+#
+#   bash pipeline_demo.sh              one seed, 14 grid points
+#   SEEDS=3 bash pipeline_demo.sh      three seeds: fresh problems, fresh random numbers
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+SEEDS="${SEEDS:-1}"
+FIRST_SEED="${FIRST_SEED:-1}"
+demo_dir="${EXP_DIR:-runs/demo}"
+export DATASET=arithmetic
+export TEACHER="$here/demo/models/teacher" PROXY_STUDENT="$here/demo/models/proxy" STUDENT="$here/demo/models/student"
+export NPROC=1 OMP_NUM_THREADS=1 # at this size processes help and threads do not
+export JOBS="${JOBS:-$(getconf _NPROCESSORS_ONLN)}"
+export GEN_ARGS="max_length=200 max_prompt_length=100 batch_size=300 top_k=0 top_p=1 ${GEN_ARGS:-}"
+export TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8 one_step=0.1}"
+export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}"
+export TRAIN_ARGS="lora_r=16 lora_alpha=16 lr=3e-3 num_epochs=2 per_device_batch_size=16 warmup=0 ${TRAIN_ARGS:-}"
+export GRID_ARGS="${GRID_ARGS:---points
+  0.5,0,0 0.7,0,0 0.8,0,0 0.9,0,0 1.0,0,0
+  0.4,0.1,1e-3 0.4,0.2,1e-3 0.4,0.3,1e-3 0.4,0.4,1e-3 0.4,0.5,1e-3 0.4,0.7,1e-3
+  0.4,5,1e-3,random 0.4,-0.3,1e-3 0.4,0.5,1e-3,permuted}"
