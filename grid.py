@@ -1,14 +1,18 @@
-"""Print the sweep, one `tau lam eps` line per grid point (edit ARMS below, or name points on the command
-line).
+"""Print the sweep, one `tau lam eps [direction]` line per grid point (edit ARMS below, or name points on the
+command line or in a file).
 
 python grid.py                                   # the default grid
 python grid.py --shard 0/4                       # every fourth point, for one of four machines
 python grid.py --points 0.6,0,0 0.6,0.03,1e-3    # these points alone
+python grid.py --file runs/x/matched.txt         # those that search.py found
 """
 
 import argparse
 import random
 import sys
+from pathlib import Path
+
+from ads.config import DIRECTIONS
 
 # The paper's models reach 70 % teacher accuracy on GSM8K at lam of about 0.03.
 EPS = "1e-3"
@@ -20,7 +24,7 @@ SHUFFLE_SEED = 42  # both arms fill up evenly, so that a sweep that is cut short
 
 def main(arguments):
     args = parse(arguments)
-    points = args.points or shuffled(ARMS)
+    points = args.points or args.file or shuffled(ARMS)
     index, count = args.shard
     for point in points[index::count]:
         print(*point)
@@ -31,9 +35,15 @@ def parse(arguments):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="i/n", help="part i of n, i from 0")
-    parser.add_argument(
-        "--points", type=point, nargs="+", metavar="tau,lam,eps", help="instead of the default grid"
+    named = parser.add_mutually_exclusive_group()
+    named.add_argument(
+        "--points",
+        type=point,
+        nargs="+",
+        metavar="tau,lam,eps[,direction]",
+        help="instead of the default grid",
     )
+    named.add_argument("--file", type=points_in, metavar="PATH", help="the same, one `tau lam eps` a line")
     return parser.parse_args(arguments)
 
 
@@ -47,12 +57,32 @@ def shard(text):
 def point(text):
     values = tuple(text.split(","))
     try:
-        tau, lam, eps = map(float, values)
+        tau, lam, eps = map(float, values[:3])
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: write tau,lam,eps") from None
     if not (0 <= tau < float("inf") and abs(lam) < float("inf") and 0 <= eps < float("inf")):
         raise argparse.ArgumentTypeError(f"{text!r}: tau and eps must be at least 0, all three finite")
+    if values[3:] and (values[3] not in DIRECTIONS or values[4:]):
+        raise argparse.ArgumentTypeError(f"{text!r}: the fourth must be one of {', '.join(DIRECTIONS)}")
     return values
+
+
+def points_in(path):
+    """The points of a file, each once; its blank lines and # comments are left out."""
+    points = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            try:
+                points[point(",".join(line.split()))] = None
+            except argparse.ArgumentTypeError as error:
+                raise argparse.ArgumentTypeError(f"{path}, line {number}: {error}") from None
+    if not points:
+        raise argparse.ArgumentTypeError(f"{path}: holds no point")
+    return list(points)
 
 
 def shuffled(points):

@@ -15,6 +15,7 @@ ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 SPLITS = ("train", "holdout", "test")
 DIRECTIONS = ("gradient", "random", "permuted")
+ARMS = ("ads", "random", "permuted", "temperature")  # of search.py
 # A finished stage and a new request for it may differ in these keys: they concern speed alone, or name a
 # place whose contents are compared by fingerprint.
 NOT_COMPARED = {"compare": False}
@@ -245,6 +246,71 @@ class TrainConfig:
         check_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("attn_implementation", self.attn_implementation, ATTENTION)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """search.py: find the lam and tau at which the teacher's accuracy hits targets."""
+
+    exp_dir: str = "runs/default"
+    output: str = "matched.txt"
+    targets: str | None = None
+    arms: str = "ads,temperature"
+    rule: str = "af"
+    tolerance: float = 0.01
+    max_evaluations: int = 8
+    tau: float = 0.6
+    lam_start: float = 0.01
+    lam_max: float = 1.28
+    tau_start: float = 1.2
+    tau_max: float = 4.8
+    data_split: str = "gsm8k_train"
+    max_samples: int | None = 300
+    launch: str | None = None
+
+    @property
+    def target_values(self):
+        """The targets, highest first."""
+        return sorted({float(text) for text in self.targets.split(",")}, reverse=True)
+
+    @property
+    def arm_names(self):
+        return list(dict.fromkeys(self.arms.split(",")))
+
+    @property
+    def output_path(self):
+        return Path(self.exp_dir) / self.output
+
+    def check(self):
+        check_name("output", self.output)
+        check_given("targets", self.targets, "the accuracies to hit, such as targets=0.9,0.8,0.7")
+        check_shares("targets", self.targets)
+        for arm in self.arms.split(","):
+            check_one_of("arms", arm, ARMS)
+        check_one_of("rule", self.rule, ("af", "raw"))
+        check_at_least("tolerance", self.tolerance, 0)
+        check_at_least("max_evaluations", self.max_evaluations, 1)
+        check_optional_at_least("max_samples", self.max_samples, 1)
+        check_at_least("tau", self.tau, 0)
+        check_above("lam_start", self.lam_start, 0)
+        check_at_least("lam_max", self.lam_max, self.lam_start)
+        if "temperature" in self.arm_names:
+            check_above("tau_start", self.tau_start, self.tau)
+            check_at_least("tau_max", self.tau_max, self.tau_start)
+        check_split("data_split", self.data_split)
+        if self.data_split.endswith("_test"):
+            raise ValueError(
+                f"data_split={self.data_split!r}: settings chosen on test problems spoil the test; take train"
+            )
+
+
+def check_shares(key, value):
+    try:
+        are_shares = all(0 < float(text) < 1 for text in value.split(","))
+    except ValueError:
+        are_shares = False
+    if not are_shares:
+        raise ValueError(f"{key}={value!r}: must be shares between 0 and 1, such as 0.9,0.8,0.7")
 
 
 def check_given(key, value, meaning):

@@ -5,13 +5,19 @@ import dataclasses
 import pytest
 from conftest import ROOT
 
-from ads.config import GenConfig, GradConfig, TrainConfig, load_config
+from ads.config import GenConfig, GradConfig, SearchConfig, TrainConfig, load_config
 
-FILES = {"gen_config.yaml": GenConfig, "grad_config.yaml": GradConfig, "train_config.yaml": TrainConfig}
+FILES = {
+    "gen_config.yaml": GenConfig,
+    "grad_config.yaml": GradConfig,
+    "train_config.yaml": TrainConfig,
+    "search_config.yaml": SearchConfig,
+}
 NEEDED = {
     GenConfig: [],
     GradConfig: ["holdout_traces=h"],
     TrainConfig: ["train_traces=t", "holdout_traces=h"],
+    SearchConfig: ["targets=0.9,0.8"],
 }
 
 

@@ -1,0 +1,302 @@
+"""Find the lam and tau at which the teacher's accuracy hits targets, to compare arms at equal utility.
+
+    python search.py exp_dir=runs/x targets=0.9,0.8,0.7 -- proxy_student=Qwen/Qwen2.5-3B \\
+        grad_path=runs/x/student_grads.safetensors
+    python grid.py --file runs/x/matched.txt
+
+Settings: search_config.yaml, then key=value; the words after -- go to gentraces.py as they are. Each
+evaluation is a stage of gentraces.py in EXP_DIR/search: one that is done is not run again. Exit code 1: some
+target was not hit; the points of the others are in EXP_DIR/matched.txt all the same.
+"""
+
+import functools
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import gentraces
+import utils
+from ads import store
+from ads.config import GenConfig, SearchConfig, ignored_keys, load_config, to_dict
+from utils import ROOT, print0, print_result
+
+NARROW = 0.05  # width of a bracket, relative to its upper end, that is not searched further
+ROUNDING = 1e-9  # 0.71 - 0.70 is above 0.01
+DIRECTION_OF_ARM = {"ads": "gradient", "random": "random", "permuted": "permuted"}
+SET_BY_SEARCH = ("exp_dir", "trace_name", "data_split", "max_samples", "tau", "lam", "direction")
+
+HIT = "hit"
+NEAREST = "nearest"
+TOO_HIGH = "not reachable, above the accuracy at the least value"
+TOO_LOW = "not reachable, below the accuracy at the greatest value"
+UNFINISHED = "not found within max_evaluations"
+REMEDIES = {
+    TOO_HIGH: "choose a lower target or a lower tau",
+    TOO_LOW: "raise lam_max or tau_max",
+    UNFINISHED: "raise max_evaluations, which keeps what was measured, or move lam_start or tau_start",
+}
+
+
+def main(arguments):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    cfg, words = parse(arguments)
+    check_stages(cfg, words)
+    utils.prepare_exp_dir(cfg.exp_dir)
+    with store.stage_lock(cfg.exp_dir, f"search-{cfg.output}"):
+        matches = [match for arm in cfg.arm_names for match in search_arm(arm, cfg, words)]
+        lines = [line for match in matches for line in match_lines(match, cfg, words)]
+        header = [f"# {shlex.join(['search.py', *arguments])}", "# tau lam eps [direction]"]
+        store.write_text(cfg.output_path, "\n".join([*header, *lines, ""]))
+    print0(*lines, sep="\n")
+    print_result(output=str(cfg.output_path), matches=[match_record(match, cfg) for match in matches])
+    if any(match.outcome in REMEDIES for match in matches):
+        sys.exit(1)
+
+
+def stop(number, frame):
+    """Leave through the `except` that stops the running stage."""
+    sys.exit(128 + number)
+
+
+def parse(arguments):
+    """(SearchConfig, the words for gentraces.py)."""
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    cfg = load_config(SearchConfig, ROOT / "search_config.yaml", arguments[:split])
+    words = arguments[split + 1 :]
+    for word in words:
+        if (key := word.removeprefix("--").partition("=")[0]) in SET_BY_SEARCH:
+            raise ValueError(f"{word!r} after --: the search sets {key}; its own settings stand before --")
+    return cfg, words
+
+
+def check_stages(cfg, words):
+    """What would fail at the first stage, or at the last, fails here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "search.py is one process: give the launcher as launch='...', it starts gentraces.py"
+        )
+    if shutil.which(launcher(cfg)[0]) is None:
+        raise ValueError(f"launch={cfg.launch!r}: there is no command {launcher(cfg)[0]!r}")
+    for arm in cfg.arm_names:
+        stage = stage_config(make_point(arm, limits_of(arm, cfg).start, cfg), cfg, words)
+        if cfg.rule == "af" and not stage.answer_force:
+            raise ValueError("rule=af: needs answer_force=true, or choose rule=raw")
+        gentraces.fingerprint_inputs(stage)
+
+
+# The search for one value x, lam or tau, along which the accuracy falls
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The values of x: where it begins, the first step from there, and the last value."""
+
+    least: float
+    start: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracy of the teacher at one value, with its 95 % interval, on n problems."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self):
+        return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}], n {self.n}"
+
+
+@dataclass(frozen=True)
+class Match:
+    """What the search of an arm found for one target: the nearest value, and whether that will do."""
+
+    arm: str
+    target: float
+    x: float
+    measured: Measured
+    outcome: str
+
+
+def find_match(arm, target, limits, cfg, pool, evaluate):
+    """The Match of one target; `pool` ({x: Measured}) grows by at most cfg.max_evaluations."""
+    num_left = cfg.max_evaluations
+    while num_left and not judge(target, limits, cfg.tolerance, pool):
+        x = propose(target, limits, pool)
+        pool[x] = evaluate(x)
+        num_left -= 1
+    x = nearest(target, pool)
+    return Match(arm, target, x, pool[x], judge(target, limits, cfg.tolerance, pool) or UNFINISHED)
+
+
+def judge(target, limits, tolerance, pool):
+    """The outcome of the search for one target; None while another evaluation is needed."""
+    if not pool:
+        return None
+    if abs(pool[nearest(target, pool)].accuracy - target) <= tolerance + ROUNDING:
+        return HIT
+    low, high = bracket(target, pool)
+    if low is None:
+        return TOO_HIGH
+    if high is None:
+        return TOO_LOW if low >= limits.most else None
+    return NEAREST if high - low <= NARROW * high else None
+
+
+def nearest(target, pool):
+    return min(pool, key=lambda x: (abs(pool[x].accuracy - target), x))
+
+
+def bracket(target, pool):
+    """(low, high): the first x whose accuracy is below the target, and the one before it; None for none."""
+    high = min((x for x in pool if pool[x].accuracy < target), default=None)
+    low = max((x for x in pool if high is None or x < high), default=None)
+    return low, high
+
+
+def propose(target, limits, pool):
+    """The next x: doubled until it brackets the target, then interpolated, well inside the bracket."""
+    if not pool:
+        return limits.least
+    low, high = bracket(target, pool)
+    if high is None:
+        return min(limits.most, limits.start if low < limits.start else three_digits(2 * low))
+    above, below = pool[low].accuracy, pool[high].accuracy
+    share = min(max((above - target) / (above - below), 0.25), 0.75)
+    return three_digits(low + share * (high - low))
+
+
+def three_digits(x):
+    return float(f"{x:.3g}")
+
+
+# Its evaluations
+
+
+@dataclass(frozen=True)
+class Point:
+    """Settings of one evaluation, as they will stand in the grid."""
+
+    tau: str
+    lam: str
+    direction: str
+
+    @property
+    def name(self):
+        control = "" if self.direction == "gradient" else f"_{self.direction}"
+        return f"search_tau{self.tau}_lam{self.lam}{control}"
+
+
+def limits_of(arm, cfg):
+    if arm == "temperature":
+        return Limits(cfg.tau, cfg.tau_start, cfg.tau_max)
+    return Limits(0.0, cfg.lam_start, cfg.lam_max)
+
+
+def make_point(arm, x, cfg):
+    """Where x is at its least this is one point for all arms."""
+    if arm == "temperature":
+        return Point(f"{x:.12g}", "0", "gradient")
+    return Point(f"{cfg.tau:.12g}", f"{x:.12g}", DIRECTION_OF_ARM[arm] if x else "gradient")
+
+
+def search_arm(arm, cfg, words):
+    """The Match of each target, highest first."""
+    pool, limits = {}, limits_of(arm, cfg)
+    evaluate = functools.partial(evaluate_stage, arm, cfg, words)
+    return [find_match(arm, target, limits, cfg, pool, evaluate) for target in cfg.target_values]
+
+
+def evaluate_stage(arm, cfg, words, x):
+    """The accuracy at x, from the sidecar of its stage, which is run where it is not done."""
+    point = make_point(arm, x, cfg)
+    stage = stage_config(point, cfg, words)
+    inputs = gentraces.fingerprint_inputs(stage)
+    if not store.is_finished(stage.sidecar_path, to_dict(stage), inputs, ignored_keys(stage)):
+        run_stage(point, cfg, words)
+    stats = store.read_yaml(stage.sidecar_path)["stats"]
+    accuracy = stats[cfg.rule]
+    measured = Measured(accuracy["accuracy"], accuracy["low"], accuracy["high"], stats["n"])
+    print0(f"{point.name}: {cfg.rule} {measured}")
+    return measured
+
+
+def stage_config(point, cfg, words):
+    return load_config(GenConfig, ROOT / "gen_config.yaml", stage_words(point, cfg, words))
+
+
+def stage_words(point, cfg, words):
+    """The arguments of gentraces.py; the user's come first, as the first may name a YAML file.
+
+    The folder is one of its own: the report would take the evaluations for points of the experiment.
+    """
+    max_samples = "null" if cfg.max_samples is None else cfg.max_samples
+    ours = (f"exp_dir={cfg.exp_dir}/search", f"trace_name={point.name}", f"data_split={cfg.data_split}")
+    settings = (f"max_samples={max_samples}", f"tau={point.tau}", f"lam={point.lam}")
+    return [*words, *ours, *settings, f"direction={point.direction}"]
+
+
+def launcher(cfg):
+    return cfg.launch.split() if cfg.launch else [sys.executable]
+
+
+def run_stage(point, cfg, words):
+    """Run gentraces.py; exits with its exit code, by the shell's count, where that is not 0."""
+    command = [*launcher(cfg), str(ROOT / "gentraces.py"), *stage_words(point, cfg, words)]
+    log = Path(cfg.exp_dir) / "search" / "logs" / f"{point.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print0(f"run     {point.name} ({time.strftime('%F %T')}, log {log}): {shlex.join(command)}")
+    with log.open("a", encoding="utf-8") as file:
+        status = wait_for(
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        )
+    if status:
+        status = status if status > 0 else 128 - status
+        print(f"error: {point.name} ended with exit code {status}: see {log}", file=sys.stderr, flush=True)
+        sys.exit(status)
+
+
+def wait_for(process):
+    """The exit status of a process, which is stopped when this one is told to stop."""
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+
+
+# What it found
+
+
+def match_lines(match, cfg, words):
+    """Lines of the output for one target: a comment, and the point where there is one."""
+    point = make_point(match.arm, match.x, cfg)
+    place = f"tau {point.tau} lam {point.lam}"
+    found = f"{cfg.rule} {match.measured}"
+    comment = f"# {match.arm}, target {match.target:g}: {match.outcome}"
+    if match.outcome in REMEDIES:
+        return [f"{comment} (best: {found} at {place}); {REMEDIES[match.outcome]}"]
+    eps = f"{stage_config(point, cfg, words).eps:g}" if match.x and match.arm != "temperature" else "0"
+    line = [point.tau, point.lam, eps, *([] if point.direction == "gradient" else [point.direction])]
+    return [f"{comment}, {found} on {cfg.data_split}", " ".join(line)]
+
+
+def match_record(match, cfg):
+    """What the result line says of one target."""
+    point = make_point(match.arm, match.x, cfg)
+    settings = {"arm": match.arm, "target": match.target, "tau": float(point.tau), "lam": float(point.lam)}
+    return {**settings, **vars(match.measured), "outcome": match.outcome}
+
+
+if __name__ == "__main__":
+    utils.run_script(main)

@@ -1,0 +1,361 @@
+"""search.py: its search on synthetic curves, then as a user runs it; and grid.py on what it writes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, run_script
+
+import search
+from ads import store
+from ads.config import SearchConfig
+
+CFG = SearchConfig(targets="0.5")
+LIMITS = search.Limits(0.0, 0.01, 1.28)
+
+
+# The search, on curves
+
+
+def falling(x):
+    """0.9 at 0, half of it at 0.06."""
+    return 0.9 / (1 + (x / 0.06) ** 2)
+
+
+def step(x):
+    return 0.9 if x < 0.05 else 0.5
+
+
+def flat(x):
+    return 0.8
+
+
+def noisy(seed):
+    """300 problems that each fail from some x on, and are right or wrong by chance one time in 30."""
+    rng = random.Random(seed)
+    lasts = [rng.lognormvariate(-3, 1) for _ in range(300)]
+
+    def accuracy(x):
+        chance = random.Random(f"{seed} {x}")
+        return sum(chance.random() < 0.5 if chance.random() < 1 / 30 else x < last for last in lasts) / 300
+
+    return accuracy
+
+
+def find(curve, target, pool=None, limits=LIMITS, **settings):
+    """(Match, the values that were evaluated)."""
+    asked = []
+    pool = {} if pool is None else pool
+
+    def evaluate(x):
+        asked.append(x)
+        return search.Measured(curve(x), 0.0, 1.0, 300)
+
+    return search.find_match("ads", target, limits, replace(CFG, **settings), pool, evaluate), asked
+
+
+@pytest.mark.parametrize("target", (0.88, 0.85, 0.7, 0.5, 0.3))
+def test_a_target_on_a_smooth_curve_is_hit(target):
+    match, asked = find(falling, target)
+    assert match.outcome == search.HIT and abs(falling(match.x) - target) <= 0.01
+    assert match.measured.accuracy == falling(match.x) and match.x == asked[-1]
+    assert len(asked) <= 8 and len(set(asked)) == len(asked)
+
+
+def test_the_first_steps_double_and_the_next_stay_inside_the_bracket():
+    _, asked = find(falling, 0.3, tolerance=0)
+    assert asked[:6] == [0, 0.01, 0.02, 0.04, 0.08, 0.16]
+    assert all(0.08 < x < 0.16 and x == float(f"{x:.3g}") for x in asked[6:]) and len(asked) == 8
+
+
+def test_targets_share_what_was_measured():
+    pool = {}
+    evaluations = [find(falling, target, pool)[1] for target in (0.8, 0.6, 0.4)]
+    asked = [x for part in evaluations for x in part]
+    assert len(asked) == len(set(asked)) == len(pool)
+    assert all(
+        len(part) < len(find(falling, t)[1]) for t, part in zip((0.6, 0.4), evaluations[1:], strict=True)
+    )
+    again, asked = find(falling, 0.6, pool)
+    assert asked == [] and again.outcome == search.HIT
+
+
+def test_a_target_above_the_curve_costs_one_evaluation():
+    match, asked = find(falling, 0.95)
+    assert match.outcome == search.TOO_HIGH and asked == [0] and match.x == 0
+    assert find(falling, 0.905)[0].outcome == search.HIT
+
+
+def test_a_target_below_the_curve_is_given_up_at_the_last_value():
+    match, asked = find(flat, 0.5, limits=search.Limits(0.6, 1.2, 4.0))
+    assert match.outcome == search.TOO_LOW and asked == [0.6, 1.2, 2.4, 4.0]
+    assert match.measured.accuracy == 0.8
+
+
+def test_a_jump_over_the_target_ends_at_its_nearer_side():
+    match, asked = find(step, 0.6, max_evaluations=20)
+    assert match.outcome == search.NEAREST and match.measured.accuracy == 0.5
+    left, right = max(x for x in asked if x < 0.05), min(x for x in asked if x >= 0.05)
+    assert match.x == right and 0 < right - left <= 0.05 * right
+
+
+def test_a_search_that_is_cut_short_says_so_and_can_be_gone_on_with():
+    pool = {}
+    match, asked = find(falling, 0.3, pool, max_evaluations=3)
+    assert match.outcome == search.UNFINISHED and asked == [0, 0.01, 0.02] and match.x == 0.02
+    match, more = find(falling, 0.3, pool)
+    assert match.outcome == search.HIT and not set(more) & set(asked)
+
+
+def test_noise_neither_exceeds_the_budget_nor_passes_for_a_hit():
+    outcomes = []
+    for seed in range(40):
+        curve, pool = noisy(seed), {}
+        for target in (0.9, 0.7, 0.5):
+            match, asked = find(curve, target, pool)
+            assert len(asked) <= 8 and all(0 <= x <= 1.28 for x in asked)
+            assert (match.outcome == search.HIT) == (abs(curve(match.x) - target) <= 0.01 + 1e-9)
+            outcomes.append(match.outcome)
+    assert set(outcomes) <= {search.HIT, search.NEAREST, search.UNFINISHED}
+    assert outcomes.count(search.HIT) >= 110, outcomes
+
+
+# The script
+
+GEN = ["max_length=140", "max_prompt_length=115", "answer_force=false", "batch_size=12"]
+
+
+def words_for(models, folder):
+    return ["--", f"teacher={models['teacher']}", f"proxy_student={models['proxy']}",
+            f"grad_path={folder}/student_grads.safetensors", "eps=1e-3", *GEN]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def experiment(model_folders, tmp_path_factory):
+    """(folder with the gradient, data set whose answers are what the teacher says at tau 0.6)."""
+    exp_dir, data = tmp_path_factory.mktemp("exp"), tmp_path_factory.mktemp("answers")
+    rows = [{"id": f"p{i}", "problem": f"{i}+{i}=?", "solution": "\\boxed{0}"} for i in range(24)]
+    write_rows(data, rows)
+    stage = [f"exp_dir={exp_dir}", f"teacher={model_folders['teacher']}", f"data_split={data}_train"]
+    run_script("gentraces.py", *stage, "trace_name=clean", "tau=0.6", *GEN)
+    traces = exp_dir / "traces" / "clean.parquet"
+    run_script(
+        "save_grad.py", stage[0], f"proxy_student={model_folders['proxy']}", f"holdout_traces={traces}"
+    )
+    answers = {row["id"]: row["raw_answer"] for row in pyarrow.parquet.read_table(traces).to_pylist()}
+    write_rows(
+        data, [{**row, "solution": f"\\boxed{{{answers[row['id']]}}}"} for row in rows if answers[row["id"]]]
+    )
+    return exp_dir, str(data)
+
+
+def write_rows(folder, rows):
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_search(experiment, models, *arguments, check=False, **keywords):
+    exp_dir, data = experiment
+    own = [f"exp_dir={exp_dir}", f"data_split={data}_train", "rule=raw", *arguments]
+    return run_script("search.py", *own, *words_for(models, exp_dir), check=check, **keywords)
+
+
+# Any accuracy from 0.2 to 0.8 will do for 0.5: that of a random model falls at the first change of settings.
+BOTH = ("targets=0.5,0.99", "tolerance=0.3", "lam_start=0.02", "tau_start=0.61")
+STAGES = ["search_tau0.61_lam0", "search_tau0.6_lam0", "search_tau0.6_lam0.02"]
+
+
+@pytest.fixture(scope="module")
+def found(experiment, model_folders):
+    return run_search(experiment, model_folders, *BOTH, check=True)
+
+
+def sidecars(exp_dir):
+    return {path.stem: path.stat().st_mtime_ns for path in (exp_dir / "search" / "traces").glob("*.yaml")}
+
+
+def grid_of(path, *more):
+    return run_script("grid.py", "--file", str(path), *more).stdout.splitlines()
+
+
+def test_both_arms_are_searched_and_the_grid_reads_what_was_found(experiment, found):
+    exp_dir, data = experiment
+    assert sorted(sidecars(exp_dir)) == STAGES and found.stdout.count("run     ") == 3
+    assert [path.stem for path in (exp_dir / "traces").glob("*.yaml")] == ["clean"]  # the report's points
+    assert all((exp_dir / "search" / "logs" / f"{name}.log").stat().st_size for name in STAGES)
+    assert grid_of(exp_dir / "matched.txt") == ["0.6 0 0", "0.6 0.02 0.001", "0.61 0 0"]
+    matches = json.loads(found.stdout.splitlines()[-1])["matches"]
+    assert [(m["arm"], m["target"], m["tau"], m["lam"]) for m in matches] == [
+        ("ads", 0.99, 0.6, 0.0),
+        ("ads", 0.5, 0.6, 0.02),
+        ("temperature", 0.99, 0.6, 0.0),
+        ("temperature", 0.5, 0.61, 0.0),
+    ]
+    for match in matches:
+        name = f"search_tau{match['tau']:g}_lam{match['lam']:g}"
+        sidecar = store.read_yaml(exp_dir / "search" / "traces" / f"{name}.yaml")
+        assert sidecar["stats"]["raw"]["accuracy"] == match["accuracy"] and match["outcome"] == "hit"
+        assert sidecar["config"]["data_split"] == f"{data}_train" and sidecar["stats"]["n"] == match["n"]
+    text = (exp_dir / "matched.txt").read_text()
+    assert text.startswith("# search.py exp_dir=") and "# ads, target 0.99: hit, raw 1.000 [" in text
+
+
+def test_a_second_search_runs_nothing_and_writes_the_same(experiment, model_folders, found):
+    exp_dir, _ = experiment
+    before, text = sidecars(exp_dir), (exp_dir / "matched.txt").read_text()
+    again = run_search(experiment, model_folders, *BOTH, check=True)
+    assert "run     " not in again.stdout and sidecars(exp_dir) == before
+    assert again.stdout.splitlines()[-1] == found.stdout.splitlines()[-1]
+    assert (exp_dir / "matched.txt").read_text() == text
+
+
+def test_an_unreachable_target_is_named_and_the_others_are_written(experiment, model_folders, found):
+    bounds = ("lam_start=1e-9", "lam_max=1e-9", "output=low.txt", "arms=ads")
+    result = run_search(experiment, model_folders, "targets=0.99,0.1", *bounds)
+    assert result.returncode == 1 and result.stdout.count("run     ") == 1
+    assert "target 0.1: not reachable, below the accuracy at the greatest value (best: raw" in result.stdout
+    assert "at tau 0.6 lam 0); raise lam_max" in result.stdout
+    assert "search_tau0.6_lam1e-09" in sidecars(experiment[0])
+    outcomes = [match["outcome"] for match in json.loads(result.stdout.splitlines()[-1])["matches"]]
+    assert outcomes == [search.HIT, search.TOO_LOW]
+    assert grid_of(experiment[0] / "low.txt") == ["0.6 0 0"]
+
+
+def test_a_stage_done_with_other_settings_is_an_error_that_names_them(experiment, model_folders, found):
+    result = run_search(experiment, model_folders, *BOTH, "max_samples=5")
+    assert result.returncode == 2 and "max_samples was 300, now 5" in result.stderr
+    assert "run     " not in result.stdout
+
+
+def test_a_control_direction_is_an_arm_with_a_name_and_a_column_of_its_own():
+    words = ["grad_path=g", "proxy_student=p", "eps=2e-3"]
+    match = search.Match("random", 0.5, 0.02, search.Measured(0.5, 0.4, 0.6, 100), search.HIT)
+    assert search.match_lines(match, CFG, words)[1:] == ["0.6 0.02 0.002 random"]
+    stage = search.stage_config(search.make_point("random", 0.02, CFG), CFG, words)
+    assert (stage.trace_name, stage.direction) == ("search_tau0.6_lam0.02_random", "random")
+    assert search.make_point("random", 0.0, CFG) == search.make_point("temperature", 0.6, CFG)
+
+
+# Failure and interruption: the launcher is a shell script
+
+
+def launch_of(folder, script):
+    path = folder / "launch.sh"
+    path.write_text(script)
+    return ["targets=0.9", "arms=temperature", "tau=0.3", f"launch=bash {path}"]
+
+
+@pytest.mark.parametrize("script,status", (("exit 7", 7), ("kill -INT $$", 130), ("kill -KILL $$", 137)))
+def test_a_failing_stage_ends_the_search_with_its_exit_code(
+    experiment, model_folders, tmp_path, script, status
+):
+    arguments = launch_of(tmp_path, f"echo the reason; {script}")
+    result = run_search(experiment, model_folders, *arguments, f"output={status}.txt")
+    log = experiment[0] / "search" / "logs" / "search_tau0.3_lam0.log"
+    assert result.returncode == status and "the reason" in log.read_text()
+    assert result.stderr == f"error: search_tau0.3_lam0 ended with exit code {status}: see {log}\n"
+    assert not (experiment[0] / f"{status}.txt").exists()
+
+
+@pytest.mark.parametrize("number,status", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+def test_an_interrupted_search_stops_its_stage(experiment, model_folders, tmp_path, number, status):
+    """The signal goes to the search alone, as from `kill`; a terminal's Ctrl-C reaches both."""
+    exp_dir, data = experiment
+    pid = tmp_path / "pid"
+    arguments = launch_of(tmp_path, f"echo $$ > {pid}.tmp; mv {pid}.tmp {pid}; exec sleep 60")
+    own = [f"exp_dir={exp_dir}", f"data_split={data}_train", "rule=raw", *arguments]
+    command = [sys.executable, str(ROOT / "search.py"), *own, *words_for(model_folders, exp_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not pid.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=20) == status
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+# Bad input
+
+OWN = "targets=0.9 exp_dir={exp} data_split={data}_train rule=raw "
+BAD = (
+    ("exp_dir={exp} --", "targets is not set: give the accuracies to hit"),
+    (OWN + "targets=90 --", "targets='90': must be shares between 0 and 1"),
+    (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8': must be shares"),
+    (OWN + "arms=ads,heat --", "arms='heat': must be one of ads, random, permuted, temperature"),
+    (OWN + "rule=strict --", "rule='strict': must be one of af, raw"),
+    (OWN + "data_split={data}_test --", "settings chosen on test problems spoil the test"),
+    (OWN + "lam_start=0 --", "lam_start=0.0: must be above 0"),
+    (OWN + "lam_start=3 --", "lam_max=1.28: must be at least 3.0"),
+    (OWN + "tau=2 --", "tau_start=1.2: must be above 2.0"),
+    (OWN + "max_evaluations=0 --", "max_evaluations=0: must be at least 1"),
+    (OWN + "output=../x --", "output='../x': must be a plain file name"),
+    (OWN + "teacher={teacher}", "unknown key 'teacher' in the command line; known keys: arms"),
+    (OWN + "-- tau=1", "'tau=1' after --: the search sets tau"),
+    (OWN + "-- --exp_dir=x", "'--exp_dir=x' after --: the search sets exp_dir"),
+    (OWN + "-- tua=1", "unknown key 'tua' in the command line; known keys: answer_force"),
+    (OWN + "--", "lam=0.01: needs grad_path"),
+    (OWN + "-- teacher={teacher} proxy_student={proxy} grad_path=none", "none does not exist: make it"),
+    (OWN + "rule=af arms=temperature -- answer_force=false", "rule=af: needs answer_force=true"),
+    (OWN + "launch=no_such_launcher --", "there is no command 'no_such_launcher'"),
+    (OWN + "exp_dir={data}/train.jsonl arms=temperature -- teacher={teacher}", "cannot be made"),
+)
+
+
+@pytest.mark.parametrize("command,words", BAD, ids=[words[:40] for _, words in BAD])
+def test_bad_input_is_one_line_before_anything_runs(experiment, model_folders, tmp_path, command, words):
+    places = {**model_folders, "exp": tmp_path / "new", "data": experiment[1]}
+    result = run_script("search.py", *(word.format_map(places) for word in command.split()), check=False)
+    assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ") and words in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_search_among_several_processes_is_refused(experiment, model_folders):
+    result = run_search(experiment, model_folders, "targets=0.9", WORLD_SIZE="2")
+    assert result.returncode == 2 and "search.py is one process" in result.stderr
+
+
+# grid.py
+
+POINTS = "# found\n\n0.6 0 0\n  0.6 0.03 1e-3  \n# again\n0.6 0 0\n0.6 0.03 1e-3 random\n"
+
+
+def test_grid_of_a_file(tmp_path):
+    (tmp_path / "points.txt").write_text(POINTS)
+    points = ["0.6 0 0", "0.6 0.03 1e-3", "0.6 0.03 1e-3 random"]
+    assert grid_of(tmp_path / "points.txt") == points
+    assert grid_of(tmp_path / "points.txt", "--shard", "1/2") == points[1:2]
+
+
+def test_a_point_may_name_a_direction():
+    arguments = ["--points", "0.6,0.03,1e-3,permuted", "0.6,0.03,1e-3,gradient", "0.6,0,0"]
+    lines = run_script("grid.py", *arguments).stdout.splitlines()
+    assert lines == ["0.6 0.03 1e-3 permuted", "0.6 0.03 1e-3 gradient", "0.6 0 0"]
+
+
+@pytest.mark.parametrize(
+    "text,words",
+    (
+        ("0.6 0 0\n\n0.6 0.03\n", "points.txt, line 3: '0.6,0.03': write tau,lam,eps"),
+        ("0.6 x 0\n", "points.txt, line 1: '0.6,x,0': write tau,lam,eps"),
+        ("0.6 0 inf\n", "points.txt, line 1: '0.6,0,inf': tau and eps must be at least 0, all three finite"),
+        ("0.6 1 1e-3 uphill\n", "line 1: '0.6,1,1e-3,uphill': the fourth must be one of gradient, random"),
+        ("0.6 1 1e-3 random 5\n", "line 1: '0.6,1,1e-3,random,5': the fourth must be one of"),
+        ("# nothing was reachable\n", "points.txt: holds no point"),
+        (None, "points.txt: cannot be read"),
+    ),
+)
+def test_bad_grid_files(tmp_path, text, words):
+    """A file without a point must not mean the default grid."""
+    if text is not None:
+        (tmp_path / "points.txt").write_text(text)
+    result = run_script("grid.py", "--file", str(tmp_path / "points.txt"), check=False)
+    assert result.returncode == 2 and result.stdout == "" and "error: argument --file" in result.stderr
+    assert words in result.stderr and "Traceback" not in result.stderr
