@@ -8,8 +8,6 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 SEEDS="${SEEDS:-1}"
-FIRST_SEED="${FIRST_SEED:-1}"
-demo_dir="${EXP_DIR:-runs/demo}"
 export DATASET=arithmetic
 export TEACHER="$here/demo/models/teacher" PROXY_STUDENT="$here/demo/models/proxy" STUDENT="$here/demo/models/student"
 export NPROC=1 OMP_NUM_THREADS=1 # at this size processes help and threads do not
@@ -22,3 +20,26 @@ export GRID_ARGS="${GRID_ARGS:---points
   0.5,0,0 0.7,0,0 0.8,0,0 0.9,0,0 1.0,0,0
   0.4,0.1,1e-3 0.4,0.2,1e-3 0.4,0.3,1e-3 0.4,0.4,1e-3 0.4,0.5,1e-3 0.4,0.7,1e-3
   0.4,5,1e-3,random 0.4,-0.3,1e-3 0.4,0.5,1e-3,permuted}"
+export ACCELERATE_USE_CPU=true # these models are too small for a GPU, and results should not hang on having one
+
+# The first seed's experiment is the folder itself; its report/ shows all seeds.
+demo_dir="${EXP_DIR:-runs/demo}" first="${SEED:-1}" status=0
+[[ "$SEEDS" =~ ^[1-9][0-9]*$ && "$first" =~ ^[0-9]+$ ]] || {
+  echo "pipeline_demo.sh: SEEDS='$SEEDS', SEED='$first': must be whole numbers, SEEDS from 1" >&2
+  exit 2
+}
+# shellcheck source=setup.sh
+source "$here/setup.sh" ""
+folders=()
+for ((seed = first; seed < first + SEEDS; seed++)); do
+  folder="$demo_dir"
+  [[ "$seed" == "$first" ]] || folder="$demo_dir/seed$seed"
+  folders+=("$folder")
+  echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about 6 minutes each on 2 cores"
+  EXP_DIR="$folder" SEED="$seed" bash "$here/pipeline.sh" "$@" || status=$?
+  [[ "$status" -lt 2 ]] || exit "$status" # 1: some grid point failed
+done
+if [[ "$SEEDS" -gt 1 && $# == 0 ]]; then
+  python "$here/report.py" "${folders[@]}" || status=1
+fi
+exit "$status"

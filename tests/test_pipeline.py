@@ -1,6 +1,9 @@
 """pipeline.sh as a user runs it, on tiny models and a data set of one's own."""
 
+import functools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+import utils
 from ads import store
 
 POINTS = "--points 0.8,0,0 0.8,0.05,1e-3"
@@ -67,7 +71,7 @@ def test_all_six_stages_ran(experiment):
     for point in points:
         assert (exp_dir / "models" / f"student_{point}" / "final" / "model.safetensors").exists()
         assert (exp_dir / "logs" / f"train_{point}.log").stat().st_size > 0
-    assert "total time" in output and "point 2/2" in output
+    assert "total time" in output and "--- 2 of 2 points" in output
     assert (exp_dir / "report" / "results.csv").exists()
     assert not list((exp_dir / "parts").iterdir())
 
@@ -140,13 +144,83 @@ def test_a_failing_point_does_not_stop_the_sweep(experiment, model_folders, prob
     assert result.stdout.count("done    ") == 7 and "total time" in result.stdout
 
 
-def test_an_interrupted_pipeline_stops_with_130(model_folders, problem_folder, tmp_path):
-    """Ctrl-C reaches the whole process group."""
-    environment = pipeline_environment(model_folders, problem_folder, tmp_path)
+def test_grid_points_in_parallel_with_controls_and_diagnostics(
+    experiment, model_folders, problem_folder, tmp_path
+):
+    """Two jobs make what one makes; each control samples traces of its own."""
+    settings = {"JOBS": "2", "TRACE_ARGS": "num_contrasts=2 one_step=0.1"}
+    points = "--points 0.8,0,0 0.8,-0.05,1e-3,random 0.8,0.05,1e-3,permuted"
+    found = run_pipeline(model_folders, problem_folder, tmp_path, GRID_ARGS=points, **settings)
+    assert "--- 3 of 3 points" in found.stdout and found.stdout.count("run     ") == 15
+    names = ["tau0.8_lam0_eps0", "tau0.8_lam-0.05_eps1e-3_random", "tau0.8_lam0.05_eps1e-3_permuted"]
+    traces = {name: responses(tmp_path, f"train_{name}") for name in names}
+    traces["ADS"] = responses(experiment[0], "train_tau0.8_lam0.05_eps1e-3")
+    assert len({str(ids) for ids in traces.values()}) == 4
+    for stage in ("train", "eval_student", "eval_teacher"):
+        name = f"{stage}_{names[0]}"
+        assert responses(tmp_path, name) == responses(experiment[0], name)
+    for name in names:
+        sidecar = store.read_yaml(tmp_path / "traces" / f"train_{name}.yaml")
+        assert sidecar["stats"]["one_step"]["n"] == 12 and sidecar["stats"]["one_step"]["change"] != 0
+        contrast = tmp_path / "traces" / f"train_{name}.contrast.json"
+        assert contrast.exists() == (name != names[0])
+    sides = json.loads(contrast.read_text())["problems"]
+    assert len(sides) == 2 and all(problem["ads"]["tokens"] for problem in sides)
+    assert not list((tmp_path / "locks").glob("sweep*"))
+
+
+def responses(exp_dir, name):
+    return [row["response_ids"] for row in utils.read_parquet(exp_dir / "traces" / f"{name}.parquet")]
+
+
+@pytest.mark.parametrize("number,code", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
+def test_an_interrupted_pipeline_stops_with_all_it_started(
+    model_folders, problem_folder, tmp_path, number, code
+):
+    """Ctrl-C reaches the whole process group, a scheduler's TERM perhaps only the script."""
+    environment = pipeline_environment(model_folders, problem_folder, tmp_path, JOBS="2")
     command = ["bash", str(ROOT / "pipeline.sh")]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
-    while not (tmp_path / "locks").exists():
+    wait_until((tmp_path / "locks" / "traces-holdout.lock").exists)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.wait(timeout=20) == code
+    wait_until(functools.partial(has_ended, tmp_path))
+
+
+def test_term_during_the_sweep_stops_every_worker(experiment, model_folders, problem_folder, tmp_path):
+    exp_dir = tmp_path / "copy"
+    shutil.copytree(experiment[0], exp_dir)
+    points = "--points 1.1,0,0 1.2,0,0 1.3,0,0"
+    environment = pipeline_environment(model_folders, problem_folder, exp_dir, JOBS="2", GRID_ARGS=points)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(["bash", str(ROOT / "pipeline.sh")], env=environment, **quiet)
+    wait_until((exp_dir / "logs" / "train_tau1.2_lam0_eps0.log").exists)
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+    wait_until(functools.partial(has_ended, exp_dir))
+    assert not (exp_dir / "traces" / "train_tau1.3_lam0_eps0.yaml").exists()
+
+
+def has_ended(exp_dir):
+    """Whether no process has the experiment's folder on its command line."""
+    lines = [read_command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
+    return not any(str(exp_dir) in line for line in lines)
+
+
+def read_command_line(path):
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except OSError:  # it has just ended
+        return ""
+
+
+def wait_until(holds, seconds=30):
+    for _ in range(seconds * 20):
+        if holds():
+            return
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=20) == 130
+    raise AssertionError(holds)

@@ -132,3 +132,32 @@ def test_rounding_noise_moves_no_draw_far():
         noisy, None, rule, keys(500), steps
     )
     assert same.all()
+
+
+def test_permuted_delta_is_a_permutation_with_random_signs():
+    delta_BV, steps_B = scores(200), torch.arange(200)
+    found_BV = sampling.permute(delta_BV, keys(200), steps_B)
+    assert torch.equal(found_BV.abs().sort(-1).values, delta_BV.abs().sort(-1).values)
+    assert abs((found_BV > 0).float().mean().item() - 0.5) < 0.02
+    correlation = torch.corrcoef(torch.stack([found_BV.flatten(), delta_BV.flatten()]))[0, 1]
+    assert abs(correlation.item()) < 0.05
+    assert abs(torch.corrcoef(torch.stack([found_BV[:-1].flatten(), found_BV[1:].flatten()]))[0, 1]) < 0.05
+
+
+def test_permutation_hangs_on_problem_and_step_alone():
+    delta_1V = scores(1)
+    one = sampling.permute(delta_1V, keys(3)[1:2], torch.tensor([4]))
+    among = sampling.permute(delta_1V.expand(3, -1), keys(3), torch.tensor([9, 4, 4]))
+    assert torch.equal(one[0], among[1])
+    assert not torch.equal(among[1], among[2])  # another problem
+    assert not torch.equal(one, sampling.permute(delta_1V, keys(3)[1:2], torch.tensor([5])))
+
+
+def test_permuted_rule_draws_from_the_permuted_delta():
+    log_probs_BV, delta_BV = scores(500).log_softmax(-1), scores(500, seed=1)
+    key_B, steps_B = keys(500), torch.zeros(500, dtype=torch.int64)
+    found = sampling.sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5, is_permuted=True), key_B, steps_B)
+    permuted_BV = sampling.permute(delta_BV, key_B, steps_B)
+    wanted = sampling.sample(log_probs_BV, permuted_BV, Sampling(0.8, 0.5), key_B, steps_B)
+    plain = sampling.sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5), key_B, steps_B)
+    assert torch.equal(found, wanted) and not torch.equal(found, plain)

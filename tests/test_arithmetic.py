@@ -1,0 +1,70 @@
+"""The demo's generated problems: right, disjoint, the same everywhere."""
+
+import random
+import re
+
+import pytest
+
+import utils
+from ads import arithmetic, grading
+
+
+def computation(row):
+    """(start, equations without results) of a row, read from its solution."""
+    equations = re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", row["solution"])
+    return equations[0][0], tuple((sign, amount) for _, sign, amount, _ in equations)
+
+
+def test_every_equation_and_answer_is_right():
+    for row in arithmetic.generate("test", seed=5, count=200):
+        equations = re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", row["solution"])
+        results = [
+            str({"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[s])
+            for a, s, b, _ in equations
+        ]
+        assert 2 <= len(equations) <= 4 and results == [result for *_, result in equations]
+        assert [a for a, *_ in equations[1:]] == results[:-1]
+        assert grading.reference_answer(row["solution"]) == results[-1]
+        numbers = re.findall(r"\d+", row["problem"])
+        assert numbers == [equations[0][0], *(b for _, s, b, _ in equations if s != "*")]
+
+
+def test_splits_are_disjoint_whatever_the_seed():
+    splits = ("pretrain", "train", "test", "holdout")
+    found = {
+        split: {computation(row) for seed in range(3) for row in arithmetic.generate(split, seed, 400)}
+        for split in splits
+    }
+    for one in splits:
+        for other in splits:
+            assert one == other or not found[one] & found[other]
+    assert all(len(computations) > 1000 for computations in found.values())
+
+
+def test_problems_depend_on_split_and_seed_alone():
+    rows = utils.load_problems("arithmetic_test", seed=3)
+    assert len(rows) == 600 and len({row["id"] for row in rows}) == 600
+    assert rows[:7] == utils.load_problems("arithmetic_test", seed=3, max_samples=7)
+    assert rows[0]["problem"] != utils.load_problems("arithmetic_test", seed=4)[0]["problem"]
+    assert len(utils.load_problems("arithmetic_holdout", seed=3)) == 300
+    # as made with Python 3.11: every version must make the same
+    assert rows[0]["problem"] == (
+        "Cara has 80 coins . Then 9 are sold . Cara loses 8 of them . How many coins are left ?"
+    )
+
+
+def test_slips_are_corrected_and_spans_are_the_results():
+    rng = random.Random(0)
+    for _ in range(100):
+        start, steps = arithmetic.draw_computation(rng, 3)
+        text, spans = arithmetic.work_out(rng, start, steps, slips=0.5)
+        values = [start]
+        for step in steps:
+            values.append(step.apply(values[-1]))
+        assert [text[first:end] for first, end in spans] == [str(value) for value in values[1:]]
+        assert text.endswith(f"\\boxed{{ {values[-1]} }} .")
+
+
+@pytest.mark.parametrize("split", ("train", "test"))
+def test_data_fingerprint_is_that_of_the_generator(split):
+    assert utils.fingerprint_data(f"arithmetic_{split}") == utils.store.fingerprint_file(arithmetic.__file__)

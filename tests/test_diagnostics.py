@@ -1,0 +1,128 @@
+"""The one-step test, the random direction and the contrasts, against a few lines of plain torch."""
+
+import functools
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+from test_engine import ads_models, decode, plain_models, requests
+from test_proxy import gradient_of, mean_loss, model_with_gradient, sequences
+
+import utils
+from ads import chat, diagnostics, engine, gradient, sampling
+from ads.sampling import Sampling
+
+ALONE = utils.World(0, 1, "cpu")
+RULE = Sampling(tau=0.7, lam=0.4)
+
+
+def test_one_step_is_a_step_of_descent_of_the_length_asked_for():
+    taught, holdout = sequences(6, seed=1), sequences(5, seed=2)
+    found = diagnostics.one_step(tiny_model(seed=3, spread=0.1), taught, holdout, 0.05, ALONE)
+    model = tiny_model(seed=3, spread=0.1)
+    before = mean_loss(model, holdout).item()
+    mean_loss(model, taught).backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.05 * p.grad / norm
+    after = mean_loss(model, holdout).item()
+    assert found["loss_before"] == pytest.approx(before, abs=2e-6)
+    assert found["change"] == pytest.approx(after - before, abs=5e-6) and abs(after - before) > 1e-3
+    assert (found["n"], found["step_length"]) == (6, 0.05)
+
+
+def test_one_step_on_the_holdout_traces_themselves_lowers_their_loss_by_the_gradient_s_norm():
+    """To first order; an ascent would raise it."""
+    model, _ = model_with_gradient()
+    norm = gradient.total_norm(gradient.norms(model))
+    rows = sequences()
+    found = diagnostics.one_step(tiny_model(seed=3, spread=0.1), rows, rows, 1e-3, ALONE)
+    assert found["change"] == pytest.approx(-1e-3 * norm, rel=0.02)
+
+
+def test_random_direction_has_the_gradient_s_norms_and_hangs_on_seed_and_name_alone():
+    model, _ = model_with_gradient()
+    g = gradient_of(model)
+    draw = functools.partial(gradient.random_tensor, g.__getitem__, 7)
+    cosines = []
+    for name, tensor in g.items():
+        found = draw(name)
+        assert found.norm().item() == pytest.approx(tensor.norm().item(), rel=1e-5)
+        assert torch.equal(found, draw(name))
+        assert not torch.allclose(found, gradient.random_tensor(g.__getitem__, 8, name))
+        cosines.append(torch.cosine_similarity(found.flatten(), tensor.flatten(), dim=0).item())
+    one, other = [name for name in g if "layernorm" in name][:2]
+    same = {one: g[one], other: g[one]}
+    assert not torch.allclose(*(gradient.random_tensor(same.__getitem__, 7, name) for name in same))
+    assert abs(sum(cosines) / len(cosines)) < 0.15
+
+
+@torch.no_grad()
+def uncached_thoughts(models, rule, row, ids):
+    """(clean, adjusted, Delta) of each response token, from whole forward passes."""
+    whole = torch.tensor([row.prompt_ids + ids])
+    response = slice(len(row.prompt_ids) - 1, -1)
+    log_p_TV = torch.log_softmax(models.teacher.model(whole).logits[0, response], -1)
+    plus_TV, minus_TV = (
+        sampling.log_probs(m.model(whole).logits[0, response], models.proxy.shared_V)
+        for m in (models.proxy.plus, models.proxy.minus)
+    )
+    delta_TV = torch.where(models.proxy.shared_V, (plus_TV - minus_TV) / (2 * models.proxy.eps), 0.0)
+    clean_TV = (log_p_TV / rule.tau).softmax(-1)
+    adjusted_TV = (log_p_TV / rule.tau + rule.lam * delta_TV).softmax(-1)
+    index_T1 = torch.tensor(ids)[:, None]
+    return torch.cat([values.gather(1, index_T1) for values in (clean_TV, adjusted_TV, delta_TV)], dim=1)
+
+
+@pytest.mark.parametrize("num_slots", (2, 16))
+def test_replay_equals_uncached_passes(num_slots):
+    rows = requests(num_new=12)
+    responses = [c.ids for _, c in sorted(decode(ads_models(), RULE, rows, 16).items())]
+    assert len({len(ids) for ids in responses}) > 2
+    judged = engine.replay(ads_models(), RULE, 1, rows, responses, num_slots)
+    models = ads_models()
+    for row, ids, found in zip(rows, responses, judged, strict=True):
+        wanted = uncached_thoughts(models, RULE, row, ids)
+        assert torch.allclose(torch.tensor(found), wanted, rtol=2e-3, atol=2e-3)  # of Delta: 1e-6 / 2 eps
+
+
+def test_contrasts_are_the_sampled_traces_beside_clean_ones_of_the_same_random_numbers():
+    rows, tokenizer = requests(num_new=12), byte_tokenizer()
+    ads = decode(ads_models(), RULE, rows, 16)
+    clean = decode(plain_models(), Sampling(RULE.tau), rows, 16)
+    table = [
+        {"id": r.id, "problem": "p", "solution": "s", "prompt_ids": r.prompt_ids, "max_new_tokens": 12}
+        | {"response_ids": ads[r.id].ids, "finished": ads[r.id].finished}
+        for r in rows
+    ]
+    found = diagnostics.contrasts(ads_models(), RULE, 1, tokenizer, table, is_short, 3)
+    assert [problem["id"] for problem in found] == [r.id for r in rows]
+    for problem in found:
+        for side, completions in (("clean", clean), ("ads", ads)):
+            wanted = completions[problem["id"]]
+            text = "".join(token[0] for token in problem[side]["tokens"])
+            assert text == tokenizer.decode(wanted.ids) and len(problem[side]["tokens"]) == len(wanted.ids)
+            assert problem[side]["finished"] == wanted.finished
+            graded = chat.response_text(tokenizer, wanted.ids, frozenset(range(6)))
+            assert problem[side]["is_correct"] == is_short(problem, graded)
+    assert {p["clean"]["is_correct"] for p in found} | {p["ads"]["is_correct"] for p in found} == {
+        True,
+        False,
+    }
+    tokens = [token for problem in found for token in problem["ads"]["tokens"]]
+    assert max(abs(with_delta - clean) for _, clean, with_delta, _ in tokens) > 0.1
+
+
+def is_short(row, text):
+    return len(text) < 10
+
+
+def test_token_texts_put_together_are_the_text():
+    """A character of several bytes once came out as several replacement characters."""
+    tokenizer = byte_tokenizer()
+    text = "caf\u00e9 \U0001f600 = 5\u20ac<|end|>"
+    ids = chat.encode(tokenizer, text)
+    texts = chat.token_texts(tokenizer, ids)
+    assert len(texts) == len(ids) and "".join(texts) == text and texts[3:5] == ["", "\u00e9"]
+    assert "".join(chat.token_texts(tokenizer, ids[:4])) == tokenizer.decode(ids[:4])
