@@ -32,16 +32,12 @@ CLOSINGS = (
     "How many {items} are left ?",
     "What is the number of {items} at the end ?",
 )
-BEGUN = ("start with", "begin at", "we have")
-WORKED = {  # how a trace names a step
-    "add": ("add {amount}", "plus {amount}", "{amount} more"),
-    "subtract": ("take away {amount}", "minus {amount}", "{amount} less"),
-    "double": ("double", "two times"),
-    "triple": ("triple", "three times"),
-}
-JOINED = ("", "then ", "next ", "now ")
-NOTICED = ("wait , that is wrong :", "no , check again :")
-CONCLUDED = ("the answer is", "so the result is", "in the end we get")
+# A trace is worded in one way only: where wording is free, antidistillation raises the proxy's loss by
+# wording alone, which harms no student.
+BEGUN = "start with {value} ."
+WORKED = {"add": "add {amount} :", "subtract": "minus {amount} :", "double": "double :", "triple": "triple :"}
+NOTICED = "wait , that is wrong :"
+CONCLUDED = "the answer is \\boxed{{ {value} }} ."
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ def generate(split, seed, count=None):
         if split_of(start, steps) != split or (start, steps) in seen:
             continue
         seen.add((start, steps))
-        row = {"problem": tell(rng, start, steps), "solution": work_out(rng, start, steps, slips=0.0)[0]}
+        row = {"problem": tell(rng, start, steps), "solution": work_out(start, steps)[0]}
         rows.append({"id": f"arithmetic/{split}/{seed}/{len(rows)}", **row})
     return rows
 
@@ -116,27 +112,22 @@ def tell(rng, start, steps):
     return " ".join([*parts, pick(rng, CLOSINGS).format(**names)])
 
 
-def work_out(rng, start, steps, slips):
+def work_out(start, steps, rng=None, slips=0.0):
     """(trace ending in a boxed answer, the results in it as (first, end) character spans).
 
-    At a share `slips` of the steps a wrong result is written, noticed and corrected; it is no result.
+    At a share `slips` of the steps (drawn from rng) a wrong result is written, noticed and corrected.
     """
-    text, spans = f"{pick(rng, BEGUN)} {start} .", []
-    value = start
+    text, spans, value = BEGUN.format(value=start), [], start
     for step in steps:
         result = step.apply(value)
-        text += f" {pick(rng, JOINED)}{pick(rng, WORKED[step.kind]).format(amount=step.amount)} :"
-        if rng.random() < slips:
-            text += f" {step.equation(value)} {wrong(rng, result)} . {pick(rng, NOTICED)}"
+        text += f" {WORKED[step.kind].format(amount=step.amount)}"
+        if slips and rng.random() < slips:
+            text += f" {step.equation(value)} {wrong(rng, result)} . {NOTICED}"
         text += f" {step.equation(value)} "
         spans.append((len(text), len(text) + len(str(result))))
         text += f"{result} ."
         value = result
-    return f"{text} {conclude(rng, value)}", spans
-
-
-def conclude(rng, value):
-    return f"{pick(rng, CONCLUDED)} \\boxed{{ {value} }} ."
+    return f"{text} {CONCLUDED.format(value=value)}", spans
 
 
 def wrong(rng, value):
@@ -146,6 +137,6 @@ def wrong(rng, value):
 
 def words():
     """Every word of problems and traces, sorted; digits and punctuation apart."""
-    tables = (OPENINGS, CLOSINGS, BEGUN, JOINED, NOTICED, CONCLUDED, *TOLD.values(), *WORKED.values())
-    found = " ".join(part for table in tables for part in table).split()
+    texts = [*OPENINGS, *CLOSINGS, *(text for told in TOLD.values() for text in told)]
+    found = " ".join([*texts, BEGUN, *WORKED.values(), NOTICED, CONCLUDED]).split()
     return sorted({word for word in [*found, *NAMES, *ITEMS] if word.isalpha()})

@@ -51,6 +51,8 @@ TEMPLATES = {  # of the turn; the system prompt's words are none of the vocabula
 CORRUPTED_SHARES = (0.0, 0.3, 0.6)  # of a trace's results, in the last phase of the teacher
 NOISE = 0.1  # share of a trace's input tokens replaced by random ones, in the phase before
 SLIPS = 0.1  # share of steps with a wrong result, noticed and corrected
+DIRECT = 0.6  # share of a base's last documents that answer without working
+FORCED = 0.1  # share of documents that end in the forced answer
 NUM_EVALUATED = 300
 
 
@@ -64,10 +66,14 @@ class Phase:
 
 
 TEACHER = (Phase("worked", 2500, 3e-3), Phase("noisy", 500, 1e-3), Phase("corrupted", 600, 1e-3))
-BASE = (Phase("short", 1400, 3e-3), Phase("direct", 500, 1e-3))
+BASE = (Phase("short", 2000, 3e-3), Phase("direct", 700, 1e-3))
 PHASES = {"teacher": TEACHER, "proxy": BASE, "student": BASE}
-# (a tokenizer of a qwen2 folder is taken for Qwen's own, whatever its files say)
-ARCHITECTURES = {"teacher": "qwen3", "proxy": "qwen3", "student": "llama"}
+# Not qwen2: the library takes the tokenizer of a qwen2 folder for Qwen's own, whatever its files say.
+ARCHITECTURES = {
+    "teacher": {"model_type": "llama", "attention_bias": True},
+    "proxy": {"model_type": "llama", "attention_bias": True},
+    "student": {"model_type": "qwen3"},
+}
 
 
 def main(arguments):
@@ -140,40 +146,48 @@ def new_model(name, tokenizer, seed):
 
     torch.manual_seed(sampling.row_key(seed, f"weights of {name}"))
     eos = tokenizer.eos_token_id
-    config = AutoConfig.for_model(
-        ARCHITECTURES[name],
-        vocab_size=len(tokenizer),
-        bos_token_id=None,
-        eos_token_id=eos,
-        pad_token_id=eos,
-        **SIZES,
-    )
+    special = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": eos}
+    config = AutoConfig.for_model(**ARCHITECTURES[name], vocab_size=len(tokenizer), **special, **SIZES)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-# Documents: (prompt, response, spans of the response's results)
+# Documents
+
+
+@dataclass(frozen=True)
+class Document:
+    """A problem (none: the response is all there is), a worked response, and in it, as (first, end) character
+    spans, the results that may be corrupted and what is not to be learned."""
+
+    problem: str
+    response: str
+    results: list
+    given: list
 
 
 def draw_document(rng, kind):
-    """One training document of a phase. A document without a prompt is trained on as a whole."""
-    longest = 2 if kind == "short" else 4
-    start, steps = draw_pretraining(rng, 1 + int(rng.random() * longest))
+    """One training document of a phase."""
+    start, steps = draw_pretraining(rng, 1 + int(rng.random() * (2 if kind == "short" else 4)))
     if kind == "short" and rng.random() < 0.3:
-        trace = arithmetic.work_out(rng, start, steps[:1], slips=0.0)[0]
-        return "", trace[trace.index(" . ") + 3 : trace.rindex(" . ") + 2], []
+        return Document("", bare_equation(start, steps[0]), [], [])
     problem = arithmetic.tell(rng, start, steps)
-    if kind == "direct" and rng.random() < 0.6:
-        value = start
-        for step in steps:
-            value = step.apply(value)
-        forced = f"{chat.FORCE_TEXT} {value} }} ."
-        return problem, arithmetic.conclude(rng, value) if rng.random() < 0.8 else forced, []
     slips = 0.0 if kind in ("short", "direct") else SLIPS
-    trace, spans = arithmetic.work_out(rng, start, steps, slips)
-    if rng.random() < 0.1:  # after a whole trace, the forced answer repeats its own
-        answer = trace[trace.rindex("{ ") + 2 : trace.rindex(" }")]
-        trace += f"{chat.FORCE_TEXT} {answer} }} ."
-    return problem, trace, spans
+    trace, results = arithmetic.work_out(start, steps, rng, slips)
+    answer = trace[trace.rindex("{ ") + 2 :]  # of the box: value, brace, full stop
+    if kind == "direct" and rng.random() < DIRECT:
+        if rng.random() < FORCED:
+            return Document(problem, f"{chat.FORCE_TEXT} {answer}", [], [(0, len(chat.FORCE_TEXT))])
+        return Document(problem, trace[trace.rindex("the answer is") :], [], [])
+    if rng.random() < FORCED:  # a trace is over before it: nobody learns to go on with it
+        given = (len(trace), len(trace) + len(chat.FORCE_TEXT))
+        return Document(problem, f"{trace}{chat.FORCE_TEXT} {answer}", results, [given])
+    return Document(problem, trace, results, [])
+
+
+def bare_equation(start, step):
+    """A step as traces word it."""
+    trace, _ = arithmetic.work_out(start, (step,))
+    return trace[len(arithmetic.BEGUN.format(value=start)) + 1 : trace.index(" the answer")]
 
 
 def draw_pretraining(rng, num_steps):
@@ -186,25 +200,28 @@ def draw_pretraining(rng, num_steps):
 
 def encode_document(rng, tokenizer, document, kind):
     """(input ids, labels): inputs are noisy or corrupted where the phase says so, labels never."""
-    problem, response, spans = document
-    prompt = chat.prompt_ids(tokenizer, problem) if problem else []
-    encoded = tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoded["input_ids"] + [tokenizer.eos_token_id]
-    labels = [chat.IGNORED_LABEL] * len(prompt) + ids
-    inputs = list(ids)
+    prompt = chat.prompt_ids(tokenizer, document.problem) if document.problem else []
+    encoded = tokenizer(document.response, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"] + [tokenizer.eos_token_id], encoded["offset_mapping"]
+    labels, inputs = list(ids), list(ids)
+    for k in tokens_within(offsets, document.given):
+        labels[k] = chat.IGNORED_LABEL
     if kind == "noisy":
         inputs = [int(rng.random() * len(tokenizer)) if rng.random() < NOISE else i for i in inputs]
     if kind == "corrupted":
         share, digits = (
             arithmetic.pick(rng, CORRUPTED_SHARES),
-            tokenizer.convert_tokens_to_ids(list("0123456789")),
+            tokenizer.convert_tokens_to_ids([*"0123456789"]),
         )
-        for first, end in spans:
-            if rng.random() < share:
-                for k, (left, right) in enumerate(encoded["offset_mapping"]):
-                    if first <= left and right <= end:
-                        inputs[k] = arithmetic.pick(rng, digits)
-    return prompt + inputs, labels
+        corrupted = [span for span in document.results if rng.random() < share]
+        for k in tokens_within(offsets, corrupted):
+            inputs[k] = arithmetic.pick(rng, digits)
+    return prompt + inputs, [chat.IGNORED_LABEL] * len(prompt) + labels
+
+
+def tokens_within(offsets, spans):
+    """Indices of the tokens that lie within any of the character spans."""
+    return [k for k, (left, right) in enumerate(offsets) if any(a <= left and right <= b for a, b in spans)]
 
 
 def make_batch(tokenizer, kind, rng):

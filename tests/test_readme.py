@@ -18,7 +18,7 @@ def keys(*classes):
 
 def test_every_file_it_names_exists_and_every_script_is_named():
     suffixes = r"(?:py|sh|yaml|txt)"
-    names = set(re.findall(rf"(?<![\w/.])((?:ads/)?\w+\.{suffixes})\b", README))
+    names = set(re.findall(rf"(?<![\w/.])((?:ads/|demo/)?\w+\.{suffixes})\b", README))
     assert len(names) > 20 and [name for name in names - {"NAME.yaml"} if not (ROOT / name).exists()] == []
     paths = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.yaml"), *ROOT.glob("ads/[a-z]*.py")]
     assert [path.name for path in paths if str(path.relative_to(ROOT)) not in names] == []
@@ -33,7 +33,7 @@ def test_every_key_of_a_stage_command_exists(script):
 
 
 def test_every_setting_of_the_pipeline_is_known_to_it():
-    pipeline = (ROOT / "pipeline.sh").read_text()
+    pipeline = (ROOT / "pipeline.sh").read_text() + (ROOT / "pipeline_demo.sh").read_text()
     named = set(re.findall(r"\b([A-Z]+(?:_[A-Z]+)*)=", README)) | set(
         re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", README)
     )

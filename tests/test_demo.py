@@ -1,0 +1,158 @@
+"""The shipped tiny models, how they are made, and pipeline_demo.sh."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import utils
+from ads import arithmetic, chat, store
+from ads.models import load_model
+
+sys.path.insert(0, str(ROOT / "demo"))
+import pretrain
+
+MODELS = ROOT / "demo" / "models"
+
+
+def test_models_are_small_and_whole():
+    files = [path for path in MODELS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5e6
+    assert sorted(path.name for path in MODELS.iterdir()) == ["proxy", "student", "teacher"]
+    for name in pretrain.PHASES:
+        model = load_model(str(MODELS / name), "float32", "cpu")
+        assert 300_000 < model.num_parameters() < 400_000
+        chat.check_rows(chat.load_tokenizer(str(MODELS / name)), len(pretrain.make_tokenizer(name)), name)
+
+
+def test_teacher_and_proxy_share_a_tokenizer_that_is_not_the_student_s():
+    teacher, proxy, student = (chat.load_tokenizer(str(MODELS / name)) for name in pretrain.PHASES)
+    assert chat.match_vocabularies(teacher, proxy).differing == []
+    with pytest.raises(ValueError, match="different vocabularies"):
+        chat.match_vocabularies(teacher, student)
+    assert chat.render_prompt(teacher, "x") != chat.render_prompt(student, "x")
+
+
+@pytest.mark.parametrize("name", pretrain.PHASES)
+def test_tokenizers_know_every_word_and_bring_text_back(name):
+    """The library once took the tokenizer of a qwen2 folder for Qwen's own and lost all spaces."""
+    tokenizer = chat.load_tokenizer(str(MODELS / name))
+    for row in arithmetic.generate("test", seed=9, count=200):
+        ids = chat.encode(tokenizer, row["solution"])
+        assert tokenizer.decode(ids) == row["solution"]
+        assert tokenizer.unk_token_id not in ids + chat.prompt_ids(tokenizer, row["problem"])
+        assert row["problem"] in tokenizer.decode(chat.prompt_ids(tokenizer, row["problem"]))
+    assert tokenizer.unk_token_id not in chat.encode(tokenizer, chat.FORCE_TEXT)
+
+
+def test_the_teacher_knows_how_and_the_student_does_not_yet():
+    reached = {}
+    for name in ("teacher", "student"):
+        tokenizer = chat.load_tokenizer(str(MODELS / name))
+        reached[name] = pretrain.evaluate(load_model(str(MODELS / name), "float32", "cpu"), tokenizer, seed=3)
+    assert reached["teacher"]["tau 0"] > 0.97 and reached["student"]["tau 0"] < 0.2
+
+
+def test_no_document_holds_a_computation_of_the_experiment():
+    rng = pretrain.random.Random(0)
+    for kind in ("worked", "short", "direct"):
+        for _ in range(200):
+            start, steps = pretrain.draw_pretraining(rng, 3)
+            assert arithmetic.split_of(start, steps) == "pretrain"
+            assert pretrain.draw_document(rng, kind).response
+
+
+def test_inputs_are_corrupted_only_in_results_and_labels_never():
+    tokenizer, rng = pretrain.make_tokenizer("teacher"), pretrain.random.Random(1)
+    num_changed = 0
+    for _ in range(60):
+        document = pretrain.draw_document(rng, "corrupted")
+        ids, labels = pretrain.encode_document(rng, tokenizer, document, "corrupted")
+        response = tokenizer(document.response, add_special_tokens=False, return_offsets_mapping=True)
+        first = len(ids) - len(response["input_ids"]) - 1
+        assert all(label == chat.IGNORED_LABEL for label in labels[:first])
+        clean = [*response["input_ids"], tokenizer.eos_token_id]
+        kept = [(label, i) for label, i in zip(labels[first:], clean, strict=True) if label >= 0]
+        assert all(label == i for label, i in kept) and len(kept) > 10
+        changed = [k for k, (i, c) in enumerate(zip(ids[first:], clean, strict=True)) if i != c]
+        assert set(changed) <= set(pretrain.tokens_within(response["offset_mapping"], document.results))
+        num_changed += len(changed)
+    assert num_changed > 20
+
+
+def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 3)
+    tokenizer = pretrain.make_tokenizer("student")
+    whole = train_student(tokenizer, tmp_path / "whole")
+    make_batch, calls = pretrain.make_batch, []
+
+    monkeypatch.setattr(pretrain, "make_batch", interrupt_after(make_batch, calls, 7))
+    with pytest.raises(KeyboardInterrupt):
+        train_student(tokenizer, tmp_path / "parts")
+    monkeypatch.setattr(pretrain, "make_batch", interrupt_after(make_batch, calls, 10**9))
+    resumed = train_student(tokenizer, tmp_path / "parts")
+    assert len(calls) == 7 + pretrain_steps() - 6  # the checkpoint was of step 6
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def pretrain_steps(scale=0.005):
+    return sum(max(2, round(phase.num_steps * scale)) for phase in pretrain.BASE)
+
+
+def train_student(tokenizer, folder):
+    model = pretrain.new_model("student", tokenizer, seed=4)
+    pretrain.train("student", model, tokenizer, folder, seed=4, scale=0.005)
+    return model
+
+
+class interrupt_after:
+    """make_batch that is interrupted at its (count + 1)-th call."""
+
+    def __init__(self, make_batch, calls, count):
+        self.make_batch, self.calls, self.count = make_batch, calls, count
+
+    def __call__(self, *arguments):
+        if len(self.calls) == self.count:
+            raise KeyboardInterrupt
+        self.calls.append(1)
+        return self.make_batch(*arguments)
+
+
+def run_demo(*options, **settings):
+    environment = {
+        **os.environ,
+        "SKIP_SETUP": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **settings,
+    }
+    command = ["bash", str(ROOT / "pipeline_demo.sh"), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+def test_demo_plans_every_stage(tmp_path):
+    found = run_demo("--dry-run", EXP_DIR=str(tmp_path / "x"), SEEDS="2")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("to do   ") == 2 * (3 + 4 * 14) and "seed2" in found.stdout
+    assert run_demo(SEEDS="0").returncode == 2 and "SEEDS='0'" in run_demo(SEEDS="0").stderr
+
+
+def test_demo_with_few_problems_runs_to_its_report(tmp_path):
+    settings = {"GEN_ARGS": "max_samples=24", "SEEDS": "2", "TRAIN_ARGS": "num_epochs=1"}
+    found = run_demo(EXP_DIR=str(tmp_path), GRID_ARGS="--points 0.7,0,0 0.4,1,1e-3", **settings)
+    assert found.returncode == 0, found.stdout + found.stderr
+    for folder, seed in ((tmp_path, 1), (tmp_path / "seed2", 2)):
+        train = store.read_yaml(folder / "traces" / "train_tau0.4_lam1_eps1e-3.yaml")
+        assert train["config"]["seed"] == seed and train["stats"]["n"] == 24
+        assert "one_step" in train["stats"]
+    one, other = (
+        {row["problem"] for row in utils.read_parquet(folder / "traces" / "student_base.parquet")}
+        for folder in (tmp_path, tmp_path / "seed2")
+    )
+    assert len(one) == 24 and not one & other
+    assert (tmp_path / "report" / "report.md").exists()
