@@ -17,6 +17,7 @@ from pathlib import Path
 import utils
 from ads import chat, grading, store
 from ads.config import GenConfig, ignored_keys, to_dict
+from ads.tradeoff import wilson_interval
 from utils import print0, print_result
 
 
@@ -316,7 +317,7 @@ def compute_stats(cfg, rows):
 def accuracy(rows, column):
     """Share of correct rows with its 95 % Wilson interval."""
     num_correct = sum(row[column] for row in rows)
-    low, high = utils.wilson_interval(num_correct, len(rows))
+    low, high = wilson_interval(num_correct, len(rows))
     return {
         "accuracy": round(num_correct / len(rows), 4),
         "low": round(low, 4),

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import report
-import utils
-from ads import store
+from ads import plots, store
 from ads.config import GenConfig, GradConfig, TrainConfig, to_dict
+from ads.tradeoff import is_complete, make_curves, wilson_interval
 
 ROOT = Path(report.__file__).parent
 N = 1200
@@ -21,8 +24,9 @@ TEACHER, STUDENT, PROXY = "owner/teacher-7B", "owner/student-3B", "owner/proxy-1
 PERTURBATION = {"share_changed": 0.99, "cosine": 0.9995, "relative_norm": 1.0}
 
 
-def write_traces(exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=None, **config):
-    """A trace sidecar; forced and raw are shares (forced may be None: no answer forcing)."""
+def write_traces(exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=None, parquet=False, **config):
+    """A trace sidecar, and perhaps its answers; forced and raw are shares (forced may be None: no answer
+    forcing)."""
     cfg = GenConfig(exp_dir=str(exp_dir), trace_name=name, **{"teacher": TEACHER, **config})
     stats = {
         "n": n,
@@ -40,23 +44,37 @@ def write_traces(exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=No
     store.write_sidecar(
         cfg.sidecar_path, to_dict(cfg), {"teacher": f"hub:{cfg.teacher}"}, stats, 360, **notes
     )
+    if parquet:
+        write_answers(cfg.parquet_path, stats)
+
+
+def write_answers(path, stats):
+    """id and is_*_correct of each problem: the easy ones are right, by a difficulty that all tests share."""
+    n, columns = stats["n"], {}
+    noise = np.random.default_rng(sum(path.stem.encode())).normal(size=n)
+    order = np.argsort(np.random.default_rng(0).normal(size=n) + 0.5 * noise)
+    for rule in ("raw", "af"):
+        num_correct = stats[rule]["num_correct"] if stats[rule] else 0
+        correct = np.isin(np.arange(n), order[:num_correct])
+        columns[f"is_{rule}_correct"] = correct.tolist() if stats[rule] else [None] * n
+    table = {"id": [f"gsm8k/test/{i}" for i in range(n)], **columns}
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
 
 
 def accuracy(share, n):
     num_correct = round(share * n)
-    low, high = utils.wilson_interval(num_correct, n)
+    low, high = wilson_interval(num_correct, n)
     numbers = {"accuracy": num_correct / n, "low": low, "high": high}
     return {key: round(value, 4) for key, value in numbers.items()} | {"num_correct": num_correct}
 
 
-def write_model(exp_dir, name, train_name, student=STUDENT, **config):
+def write_model(exp_dir, name, train_name, student=STUDENT, losses=None, **config):
     path = f"{exp_dir}/traces/{train_name}.parquet"
     cfg = TrainConfig(exp_dir=str(exp_dir), model_name=name, student=student, train_traces=path, **config)
     stats = {"n": 5231, "num_cut": 0, "num_steps": 981, "train_loss": 0.21, "holdout_loss_start": 0.9}
     stats["holdout_loss"] = 0.4567
-    store.write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), {}, stats, 720, losses={"train": [[1, 0.5]], "holdout": []}
-    )
+    losses = losses or {"train": [[1, 0.5]], "holdout": []}
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 720, losses=losses)
 
 
 def write_student_test(exp_dir, name, model, forced, raw, **more):
@@ -67,35 +85,39 @@ def write_student_test(exp_dir, name, model, forced, raw, **more):
         forced,
         raw,
         is_teacher=False,
-        teacher=teacher,
-        data_split="gsm8k_test",
         tau=0.0,
-        **more,
+        **{"teacher": teacher, "data_split": "gsm8k_test", **more},
     )
 
 
-def write_point(exp_dir, name, tau, lam, teacher_shares, student_shares, stages=4, **more):
+def write_point(
+    exp_dir, name, tau, lam, teacher_shares, student_shares, stages=4, dataset="gsm8k", losses=None, **more
+):
     """The first `stages` stages of a grid point; shares are (forced, raw)."""
     if lam:
         more |= {"grad_path": f"{exp_dir}/student_grads.safetensors", "proxy_student": PROXY}
     sampled = {"tau": tau, "lam": lam, **more}
-    write_traces(exp_dir, f"a{name}", *teacher_shares, data_split="gsm8k_train", **sampled)
+    write_traces(exp_dir, f"a{name}", *teacher_shares, **sampled | {"data_split": f"{dataset}_train"})
+    test = {"data_split": f"{dataset}_test"}
+    test |= {key: more[key] for key in ("parquet", "n") if key in more}
     if stages >= 2:
-        write_model(exp_dir, f"b{name}", f"a{name}", seed=more.get("seed", 42))
+        write_model(exp_dir, f"b{name}", f"a{name}", seed=more.get("seed", 42), losses=losses)
     if stages >= 3:
-        write_student_test(exp_dir, f"c{name}", f"b{name}", *student_shares)
+        write_student_test(exp_dir, f"c{name}", f"b{name}", *student_shares, **test)
     if stages >= 4:
-        write_traces(exp_dir, f"d{name}", *teacher_shares, data_split="gsm8k_test", **sampled)
+        sampled = {key: value for key, value in sampled.items() if key != "more_stats"}
+        write_traces(exp_dir, f"d{name}", *teacher_shares, **sampled | test)
 
 
-def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25)):
-    write_traces(exp_dir, "clean", 0.91, 0.9, data_split="gsm8k_holdout")
+def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N):
+    write_traces(exp_dir, "clean", 0.91, 0.9, data_split=f"{dataset}_holdout")
     cfg = GradConfig(
         exp_dir=str(exp_dir), proxy_student=PROXY, holdout_traces=f"{exp_dir}/traces/clean.parquet"
     )
     stats = {"n": 2242, "num_left_out": 0, "loss": 0.412345, "grad_norm": 7.412345, "num_response_tokens": 9}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms={"lm_head.weight": 1.0})
-    base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test"}
+    norms = {"lm_head.weight": 1.0} | {f"model.layers.{i}.mlp.up_proj.weight": 0.9**i for i in range(12)}
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms)
+    base = {"is_teacher": False, "teacher": STUDENT, "data_split": f"{dataset}_test", "n": n}
     write_traces(exp_dir, "base", *baseline, few_shot=4, few_shot_traces="clean.parquet", **base)
 
 
@@ -130,8 +152,18 @@ def csv_rows(exp_dir):
 
 
 def rows_of(*exp_dirs):
-    rows = report.collect_rows([report.load_experiment(path) for path in exp_dirs])
-    return [r for r in rows if r["arm"] != "undistilled"], [r for r in rows if r["arm"] == "undistilled"]
+    experiments = [report.load_experiment(path) for path in exp_dirs]
+    return [p.row for p in report.collect_points(experiments)], report.collect_baselines(experiments)
+
+
+def curves_of(*exp_dirs):
+    return make_curves(report.collect_points([report.load_experiment(path) for path in exp_dirs]))
+
+
+def draw(*exp_dirs):
+    """The figure of the trade-off."""
+    panels = plots.make_panels(curves_of(*exp_dirs), rows_of(*exp_dirs)[1], [])
+    return plots.compose(panels["tradeoff"], "")
 
 
 def drawn_points(figure):
@@ -425,7 +457,7 @@ def test_figure_shows_every_complete_point_with_its_intervals(tmp_path):
     ]
     ads = figure.axes[0].containers[1]
     across, up = (bars.get_segments()[1] for bars in ads.lines[2])
-    low, high = utils.wilson_interval(300, N)
+    low, high = wilson_interval(300, N)
     assert across[:, 1] == pytest.approx(0.25) and up[:, 1] == pytest.approx([low, high], abs=1e-4)
     lines = [line for axis in figure.axes for line in axis.lines if line.get_linestyle() == "--"]
     assert [line.get_ydata()[0] for line in lines] == [0.31, 0.25]

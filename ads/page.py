@@ -1,0 +1,421 @@
+"""report.html: one file without any link to another, from the curves, their comparison and the plots.
+
+Whatever a model, a dataset or a name says becomes text: escaped here, or a text node of the page's script.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from ads import plots, tradeoff
+from ads.tradeoff import RULES, show_number, show_setting, show_signed
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+MAX_CONTRAST_POINTS = 8
+MAX_CONTRASTS_PER_ARM = 4
+MAX_CONTRAST_BYTES = 3_000_000
+NUM_NORMS = 10
+
+TOY_NOTE = """\
+The models have 345 thousand parameters, were made by demo/pretrain.py, and solve generated word problems: toy scale.
+The teacher's ability to recover from a corrupted trace was trained in on purpose; large reasoning models have it by \
+themselves.
+Not reproduced here: a student no better than the undistilled one at 70 % teacher accuracy.
+A negative lambda hurts the student too, so the sign of Delta is tested by the one-step test, not by student accuracy."""
+ANY_NOTE = """\
+Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.
+A fall of the raw accuracy is part of the price, even where forced answers hide it."""
+PAPER = (  # dataset, setting, teacher, student: arXiv 2504.13146
+    ("GSM8K", "greedy teacher", "91 %", "61 %"),
+    ("GSM8K", "undistilled, few-shot", "-", "31 %"),
+    ("GSM8K", "ADS", "70 %", "25 %"),
+    ("GSM8K", "ADS, small cost", "90 to 89 %", "65 to 56 %"),
+    ("MMLU", "temperature, 4 points of teacher", "68 %", "52 %"),
+    ("MMLU", "ADS, 4 points of teacher", "68 %", "40 %"),
+)
+INTERVALS = """\
+Markers are settings, with 95 % intervals: Wilson's with one seed; with several the mean over seeds, with the larger of \
+the binomial variance and the variance between seeds; dots are the single seeds. Lines start at the same temperature \
+without Delta where that was run, and are what the comparison below interpolates. Dashed: the undistilled student."""
+MATCHING = """\
+Each seed's points are joined by straight lines and read off at the given teacher accuracy, nowhere beyond their ends. \
+Brackets: 95 % intervals of the difference from a hierarchical bootstrap over seeds and, within a seed, over problems; \
+with two or three seeds it sees little of the spread between them."""
+ONE_STEP = """\
+The proxy takes one SGD step of the given length on the sampled traces; its loss on clean holdout traces changes by so \
+much. Above zero: traces that un-teach."""
+
+
+def render(
+    title,
+    curves,
+    baselines,
+    matches,
+    svgs,
+    cells,
+    legend,
+    summary,
+    notes,
+    gradients,
+    contrasts,
+    is_toy,
+    made_from,
+):
+    """The whole page as text; `cells` is the table of all points, `svgs` come from plots.inline_svgs."""
+    settings = setting_cells(curves)
+    sections = {
+        "Trade-off": first_section(curves, baselines, svgs["tradeoff"], is_toy),
+        "Equal teacher accuracy": matched_section(matches),
+        "Trace reader": reader_section(contrasts),
+        "Knobs": panel_section("The knobs", "", svgs["knobs"]),
+        "Traces": panel_section("The training traces", trait_caption(curves), svgs["traces"], settings),
+        "Losses": panel_section(
+            "The students' losses", "The paler a line, the weaker its setting.", svgs["losses"]
+        ),
+        "Gradient": gradient_section(gradients),
+        "All points": points_section(cells, legend, summary, notes),
+    }
+    sections = {name: body for name, body in sections.items() if body}
+    anchors = {name: name.lower().replace(" ", "-") for name in sections}
+    warnings = [note for note in notes if note.startswith("WARNING")]
+    parts = {
+        "title": escape(title),
+        "finding": escape(tradeoff.finding(curves, matches)),
+        "controls": escape(tradeoff.controls(matches)),
+        "navigation": "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections),
+        "sections": warning_section(warnings)
+        + "".join(f'<section id="{anchors[name]}">{body}</section>\n' for name, body in sections.items()),
+        "made_from": escape(made_from),
+        "contrasts": embed_json(contrasts),
+    }
+    return fill(TEMPLATE.read_text(encoding="utf-8"), parts)
+
+
+def fill(template, parts):
+    """The template with its {{names}} replaced, in one pass: inserted text is not looked at again."""
+    script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = parts | {"script_hash": digest}
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def embed_json(value):
+    """JSON that may stand in a <script> element: no character of it can end the element or open a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# Sections
+
+
+def warning_section(warnings):
+    if not warnings:
+        return ""
+    items = "".join(f"<p>{escape(line)}</p>" for line in warnings)
+    return f'<section class="warning">{items}</section>\n'
+
+
+def first_section(curves, baselines, panels, is_toy):
+    """The trade-off, its legend, and beside it what to make of it."""
+    figures = figure_grid(panels)
+    notes = bullets("What this is and is not", TOY_NOTE if is_toy else ANY_NOTE)
+    return (
+        f'<div class="first"><div><h2>What a student learns, and what that costs the teacher</h2>'
+        f'{legend_list(curves, baselines)}{figures}<p class="caption">{INTERVALS}</p></div>'
+        f"<aside>{notes}{paper_table()}</aside></div>"
+    )
+
+
+def bullets(heading, text):
+    items = "".join(f"<li>{escape(line)}</li>" for line in text.splitlines())
+    return f'<div class="note"><h3>{heading}</h3><ul>{items}</ul></div>'
+
+
+def paper_table():
+    header = ["", "teacher", "student"]
+    lines = [[f"{dataset}: {setting}", teacher, student] for dataset, setting, teacher, student in PAPER]
+    return (
+        f"<div><h3>The paper, at 3 to 7 billion parameters</h3>{html_table([header, *lines], 'paper')}</div>"
+    )
+
+
+def legend_list(curves, baselines):
+    styles = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
+    entries = [
+        (c.arm, styles[s], c.label) for c, s in zip(curves, plots.line_styles(curves), strict=True)
+    ] + [("undistilled", "dashed", plots.baseline_label(row)) for row in baselines]
+    items = [
+        f'<li><span class="swatch" style="border-top-style:{style};color:var(--{plots.variable(arm)})"></span>'
+        f"{escape(label)}</li>"
+        for arm, style, label in dict.fromkeys(entries)
+    ]
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def figure_grid(panels, kind=""):
+    figures = [f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in panels]
+    return f'<div class="panels {kind}">{"".join(figures)}</div>'
+
+
+def panel_section(heading, caption, panels, cells=()):
+    """Plots under a heading, and perhaps a table; nothing without plots."""
+    if not panels:
+        return ""
+    table = f'<div class="scroll">{html_table(cells)}</div>' if cells else ""
+    return f'<h2>{heading}</h2><p class="caption">{caption}</p>{figure_grid(panels, "tall")}{table}'
+
+
+def html_table(cells, kind=""):
+    """A table whose first line of cells is its header."""
+    header, *body = [[escape(cell) for cell in line] for line in cells]
+    lines = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in body)
+    return f'<table class="{kind}"><thead><tr><th>{"</th><th>".join(header)}</th></tr></thead>{lines}</table>'
+
+
+def matched_section(matches):
+    if not matches:
+        return ""
+    tables = [
+        f"<div><h3>{name} answers</h3>{matched_table([m for m in matches if m.rule == rule])}</div>"
+        for rule, name in RULES.items()
+        if any(m.rule == rule for m in matches)
+    ]
+    return (
+        "<h2>Students at equal teacher accuracy</h2>"
+        f'<p class="caption">{MATCHING}</p><div class="panels">{"".join(tables)}</div>'
+    )
+
+
+def matched_table(matches):
+    """By level, a line an arm: temperature's and the arm's students on a track from 0 to 100 %."""
+    lines = []
+    for level in dict.fromkeys(sorted((m.level for m in matches), reverse=True)):
+        for i, match in enumerate(m for m in matches if m.level == level):
+            lines.append(matched_line(match, is_first=i == 0))
+    header = "<th>teacher</th><th class='left'>arm</th><th class='left'>students: temperature, arm</th><th>points</th>"
+    return f'<table class="matched"><thead><tr>{header}</tr></thead>{"".join(lines)}</table>'
+
+
+def matched_line(match, is_first):
+    shares = (match.temperature, match.student)
+    numbers = ", ".join("-" if share is None else f"{100 * share:.0f} %" for share in shares)
+    seeds = f", {match.num_seeds} seeds" if match.num_seeds > 1 else ""
+    difference = (
+        match.note if match.difference is None else f"<strong>{signed_points(match.difference)}</strong>"
+    )
+    if match.low is not None:
+        difference += (
+            f"<br><span class='numbers'>[{signed_points(match.low)}, {signed_points(match.high)}]</span>"
+        )
+    elif match.difference is not None:
+        difference += f"<br><span class='numbers'>{escape(match.note)}</span>"
+    return (
+        f"<tr{' class=level' if is_first else ''}><td>{f'{100 * match.level:.3g} %' if is_first else ''}</td>"
+        f"<td class='left'>{escape(match.name)}</td><td class='left'>{track(match)}"
+        f"<span class='numbers'>{numbers}{seeds}</span></td><td>{difference}</td></tr>"
+    )
+
+
+def signed_points(value):
+    return f"{-100 * value:+.0f}".replace("-", "\N{MINUS SIGN}").replace("+0", "0")
+
+
+def track(match):
+    """Two dots on a line from 0 to 100 %."""
+    ends = [(match.temperature, "temperature"), (match.student, match.arm)]
+    ends = [(100 * share, plots.variable(arm)) for share, arm in ends if share is not None]
+    bar = ""
+    if len(ends) == 2:
+        low, high = sorted(share for share, _ in ends)
+        bar = f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i>'
+    dots = [f'<b style="left:{share:.1f}%;background:var(--{name})"></b>' for share, name in ends]
+    return f'<div class="track" aria-hidden="true">{bar}{"".join(dots)}</div>'
+
+
+def trait_caption(curves):
+    has_step = any(point.row.get("train_one_step_change") is not None for c in curves for point in c.points)
+    return f"Means over seeds, of the traces that students were trained on. {ONE_STEP if has_step else ''}"
+
+
+def setting_cells(curves):
+    """Cells of a line per setting: means over seeds."""
+    columns = {
+        **{
+            f"{who} {name}": f"{who}_{rule}_accuracy"
+            for rule, name in RULES.items()
+            for who in ("teacher", "student")
+        },
+        "median tokens": "train_num_tokens_p50",
+        "finished": "train_finished",
+        "nll": "train_teacher_nll",
+        "student's loss": "model_holdout_loss",
+        "one step": "train_one_step_change",
+    }
+    rows = [point.row for curve in curves for point in curve.points]
+    columns = {name: column for name, column in columns.items() if any(column in row for row in rows)}
+    lines = [["arm", "\N{GREEK SMALL LETTER TAU}", "\N{GREEK SMALL LETTER LAMDA}", "seeds", *columns]]
+    for curve in curves:
+        for (tau, lam), group in tradeoff.by_setting(curve.points).items():
+            cells = [curve.arm, show_setting(tau), show_setting(lam), str(len(group))]
+            lines.append([*cells, *(show_mean(group, column) for column in columns.values())])
+    return lines
+
+
+def show_mean(rows, column):
+    values = [row[column] for row in rows if row.get(column) is not None]
+    if not values:
+        return "-"
+    mean = float(np.mean(values))
+    if column == "train_one_step_change":
+        return show_signed(mean)
+    return f"{mean:.0f}" if column == "train_num_tokens_p50" else show_number(mean)
+
+
+def gradient_section(gradients):
+    return "<h2>The proxy's gradient</h2>" + "".join(map(gradient_part, gradients)) if gradients else ""
+
+
+def gradient_part(gradient):
+    """Whatever scalars the sidecar has, and the largest norms."""
+    scalars = {k: v for k, v in gradient["stats"].items() if isinstance(v, int | float | str)}
+    pairs = "".join(
+        f"<div><dt>{escape(str(key).replace('_', ' '))}</dt><dd>{escape(show_scalar(value))}</dd></div>"
+        for key, value in scalars.items()
+    )
+    norms = gradient.get("norms") or {}
+    largest = sorted(norms.items(), key=lambda item: -item[1])[:NUM_NORMS]
+    top = max((norm for _, norm in largest), default=0) or 1
+    bars = "".join(
+        f'<span>{escape(str(name))}</span><div class="bar"><i style="width:{75 * norm / top:.1f}%"></i>'
+        f"{norm:.3g}</div>"
+        for name, norm in largest
+    )
+    title = f"<h3>Largest norms of {len(norms)} tensors</h3>" if largest else ""
+    return f'<dl>{pairs}</dl>{title}<div class="bars">{bars}</div>'
+
+
+def show_scalar(value):
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def points_section(cells, legend, summary, notes):
+    lines = "".join(f"<li>{escape(line)}</li>" for line in [*legend, *notes])
+    table = f'<div class="scroll">{html_table(cells)}</div>' if cells else ""
+    return (
+        f'<h2>All points</h2><p class="caption">{escape(summary)}</p>{table}<ul class="caption">{lines}</ul>'
+    )
+
+
+# The trace reader
+
+
+def reader_section(contrasts):
+    if not contrasts["points"]:
+        return ""
+    factor = math.exp(contrasts["scale"])
+    return f"""<h2>What Delta does to a trace</h2>
+<p class="caption">Each token is shaded by how much Delta changed its probability at its place, before truncation.
+Point at a token, tap it, or go there with Tab and the arrow keys.</p>
+<div class="scale"><span>less likely (&times; {1 / factor:.2g})</span><i></i><span>more likely (&times; {factor:.2g})</span>
+</div>
+<div class="controls"><label>Setting<select id="point"></select></label>
+<label>Problem<select id="problem"></select></label>
+<button type="button" id="previous" aria-label="Previous problem">&larr;</button>
+<button type="button" id="next" aria-label="Next problem">&rarr;</button></div>
+<noscript><p>The traces are shown by a script inside this file.</p></noscript>
+<div class="problem" id="problem-text"></div>
+<details><summary class="caption">Solution</summary><div class="problem" id="solution-text"></div></details>
+<div class="traces" id="traces-box"></div>"""
+
+
+def load_contrasts(points):
+    """{points, scale, first} of a handful of points that stored clean and ADS traces side by side."""
+    chosen = choose_contrasts([(point, contrast_path(point)) for point in points])
+    budget = MAX_CONTRAST_BYTES // max(1, len(chosen))
+    loaded = [
+        {"label": contrast_label(point), "problems": read_contrast(path, budget)} for point, path in chosen
+    ]
+    loaded = [point for point in loaded if point["problems"]]
+    shifts = [abs(shift(token)) for point in loaded for token in tokens_of(point)]
+    scale = float(np.clip(np.percentile(shifts, 98), 0.5, 4)) if shifts else 1.0
+    ads = [i for i, point in enumerate(loaded) if point["label"].startswith("ADS")]
+    return {"points": loaded, "scale": round(scale, 3), "first": ads[len(ads) // 2] if ads else 0}
+
+
+def contrast_path(point):
+    path = point.stages["train"]["path"] if "train" in point.stages else None
+    return path and path.with_name(f"{path.stem}.contrast.json")
+
+
+def choose_contrasts(found):
+    """At most a handful of (point, path): one seed of each setting, spread over lam, all arms that have any."""
+    settings = {}
+    for point, path in found:
+        if path and path.is_file():
+            key = [point.row.get(name) for name in ("arm", "tau", "lam", "eps", "data", "teacher")]
+            settings.setdefault(tuple(key), (point, path))
+    arms = {}
+    for key, value in settings.items():
+        arms.setdefault(key[0], []).append(value)
+    spread = [
+        [
+            group[i]
+            for i in sorted({*np.linspace(0, len(group) - 1, MAX_CONTRASTS_PER_ARM).round().astype(int)})
+        ]
+        for group in arms.values()
+    ]
+    return [value for group in spread for value in group][:MAX_CONTRAST_POINTS]
+
+
+def contrast_label(point):
+    row = point.row
+    knobs = [f"{tradeoff.SYMBOLS[key]} {show_setting(row[key])}" for key in ("lam", "tau")]
+    return f"{row['arm']}: {', '.join(knobs)}, seed {row['seed']}"
+
+
+def read_contrast(path, budget):
+    """The problems of a file, as many as fit the budget of bytes; ValueError if it is something else."""
+    problems = []
+    try:
+        for problem in json.loads(path.read_text(encoding="utf-8"))["problems"]:
+            texts = {key: str(problem[key]) for key in ("id", "problem", "solution")}
+            problems.append(texts | {side: read_side(problem[side]) for side in ("clean", "ads")})
+            budget -= len(json.dumps(problems[-1]))
+            if budget < 0:
+                problems.pop()
+                break
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of contrasted traces: delete it") from error
+    return problems
+
+
+def read_side(side):
+    tokens = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
+    if any(len(token) != 4 for token in tokens):
+        raise ValueError("a token has other than 3 numbers")
+    return {"finished": bool(side["finished"]), "is_correct": bool(side["is_correct"]), "tokens": tokens}
+
+
+def short_float(value):
+    """A number in 4 digits; 0 for what is none."""
+    return float(f"{value:.4g}") if math.isfinite(value) else 0.0
+
+
+def tokens_of(point):
+    return [
+        token
+        for problem in point["problems"]
+        for side in ("clean", "ads")
+        for token in problem[side]["tokens"]
+    ]
+
+
+def shift(token):
+    """log(ADS probability / clean probability), either of which may be 0."""
+    return math.log(max(token[2], 1e-9) / max(token[1], 1e-9))
