@@ -21,35 +21,44 @@ MAX_CONTRAST_POINTS = 8
 MAX_CONTRASTS_PER_ARM = 4
 MAX_CONTRAST_BYTES = 3_000_000
 NUM_NORMS = 10
+NUM_OPEN = 20  # a longer table of points is folded
 
-TOY_NOTE = """\
-The models have 345 thousand parameters, were made by demo/pretrain.py, and solve generated word problems: toy scale.
-The teacher's ability to recover from a corrupted trace was trained in on purpose; large reasoning models have it by \
-themselves.
-Not reproduced here: a student no better than the undistilled one at 70 % teacher accuracy.
-A negative lambda hurts the student too, so the sign of Delta is tested by the one-step test, not by student accuracy."""
-ANY_NOTE = """\
-Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.
-A fall of the raw accuracy is part of the price, even where forced answers hide it."""
-PAPER = (  # dataset, setting, teacher, student: arXiv 2504.13146
-    ("GSM8K", "greedy teacher", "91 %", "61 %"),
-    ("GSM8K", "undistilled, few-shot", "-", "31 %"),
-    ("GSM8K", "ADS", "70 %", "25 %"),
-    ("GSM8K", "ADS, small cost", "90 to 89 %", "65 to 56 %"),
-    ("MMLU", "temperature, 4 points of teacher", "68 %", "52 %"),
-    ("MMLU", "ADS, 4 points of teacher", "68 %", "40 %"),
+TOY_NOTE = (
+    "The models have 345 thousand parameters, were made by demo/pretrain.py, and solve generated word "
+    "problems: toy scale.",
+    "The teacher's ability to recover from a corrupted trace was trained in on purpose; large reasoning "
+    "models have it by themselves.",
+    "Not reproduced here: a student no better than the undistilled one at 70 % teacher accuracy.",
+    "A negative lambda hurts the student too, so the sign of Delta is tested by the one-step test, not by "
+    "student accuracy.",
+)
+ANY_NOTE = (
+    "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
+    "A fall of the raw accuracy is part of the price, even where forced answers hide it.",
+)
+PAPER = (  # setting, teacher, student: arXiv 2504.13146
+    ("GSM8K, greedy teacher", "91 %", "61 %"),
+    ("GSM8K, undistilled, few-shot", "-", "31 %"),
+    ("GSM8K, ADS", "70 %", "25 %"),
+    ("GSM8K, ADS, small cost", "90 to 89 %", "65 to 56 %"),
+    ("MMLU, 4 points of teacher by temperature", "68 %", "52 %"),
+    ("MMLU, 4 points of teacher by ADS", "68 %", "40 %"),
 )
 INTERVALS = """\
-Markers are settings, with 95 % intervals: Wilson's with one seed; with several the mean over seeds, with the larger of \
-the binomial variance and the variance between seeds; dots are the single seeds. Lines start at the same temperature \
-without Delta where that was run, and are what the comparison below interpolates. Dashed: the undistilled student."""
+Markers are settings with 95 % intervals: Wilson's with one seed; with several, those of the mean over seeds,
+from the binomial variance or the one between seeds, whichever is larger. Dots are single seeds. A line starts
+at the same temperature without Delta where that was run."""
 MATCHING = """\
-Each seed's points are joined by straight lines and read off at the given teacher accuracy, nowhere beyond their ends. \
-Brackets: 95 % intervals of the difference from a hierarchical bootstrap over seeds and, within a seed, over problems; \
-with two or three seeds it sees little of the spread between them."""
+Each seed's points are joined by straight lines and read off at the same teacher accuracy, never beyond their
+ends; an arm of one setting is compared at its own. Difference: temperature minus arm, in points, with its
+95 % interval from a hierarchical bootstrap over seeds and, within a seed, over problems. Two or three seeds
+show little of the spread between seeds."""
+READING = """\
+Each token is shaded by how much Delta changed its probability at its place, before truncation. Point at a
+token, tap it, or go there with Tab and the arrow keys."""
 ONE_STEP = """\
-The proxy takes one SGD step of the given length on the sampled traces; its loss on clean holdout traces changes by so \
-much. Above zero: traces that un-teach."""
+One step: the proxy takes one SGD step on the sampled traces, and its loss on clean holdout traces changes by
+so much; above zero, the traces un-teach."""
 
 
 def render(
@@ -70,7 +79,7 @@ def render(
     """The whole page as text; `cells` is the table of all points, `svgs` come from plots.inline_svgs."""
     settings = setting_cells(curves)
     sections = {
-        "Trade-off": first_section(curves, baselines, svgs["tradeoff"], is_toy),
+        "Trade-off": first_section(curves, baselines, matches, svgs["tradeoff"], is_toy),
         "Equal teacher accuracy": matched_section(matches),
         "Trace reader": reader_section(contrasts),
         "Knobs": panel_section("The knobs", "", svgs["knobs"]),
@@ -86,8 +95,7 @@ def render(
     warnings = [note for note in notes if note.startswith("WARNING")]
     parts = {
         "title": escape(title),
-        "finding": escape(tradeoff.finding(curves, matches)),
-        "controls": escape(tradeoff.controls(matches)),
+        "finding": sentence(tradeoff.finding(curves, matches)),
         "navigation": "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections),
         "sections": warning_section(warnings)
         + "".join(f'<section id="{anchors[name]}">{body}</section>\n' for name, body in sections.items()),
@@ -95,6 +103,11 @@ def render(
         "contrasts": embed_json(contrasts),
     }
     return fill(TEMPLATE.read_text(encoding="utf-8"), parts)
+
+
+def sentence(text):
+    """Escaped text in which no line ends before a percent sign."""
+    return escape(text).replace(" %", "&nbsp;%")
 
 
 def fill(template, parts):
@@ -121,46 +134,34 @@ def warning_section(warnings):
     return f'<section class="warning">{items}</section>\n'
 
 
-def first_section(curves, baselines, panels, is_toy):
-    """The trade-off, its legend, and beside it what to make of it."""
-    figures = figure_grid(panels)
-    notes = bullets("What this is and is not", TOY_NOTE if is_toy else ANY_NOTE)
+def first_section(curves, baselines, matches, panels, is_toy):
+    """The trade-off, its legend, and below it what to make of it."""
+    notes = "".join(f"<li>{escape(line)}</li>" for line in (TOY_NOTE if is_toy else ANY_NOTE))
+    paper = html_table([["", "teacher", "student"], *PAPER], "paper")
     return (
-        f'<div class="first"><div><h2>What a student learns, and what that costs the teacher</h2>'
-        f'{legend_list(curves, baselines)}{figures}<p class="caption">{INTERVALS}</p></div>'
-        f"<aside>{notes}{paper_table()}</aside></div>"
-    )
-
-
-def bullets(heading, text):
-    items = "".join(f"<li>{escape(line)}</li>" for line in text.splitlines())
-    return f'<div class="note"><h3>{heading}</h3><ul>{items}</ul></div>'
-
-
-def paper_table():
-    header = ["", "teacher", "student"]
-    lines = [[f"{dataset}: {setting}", teacher, student] for dataset, setting, teacher, student in PAPER]
-    return (
-        f"<div><h3>The paper, at 3 to 7 billion parameters</h3>{html_table([header, *lines], 'paper')}</div>"
+        f"{figure_grid(panels)}{legend_list(curves, baselines)}<p>{sentence(tradeoff.controls(matches))}</p>"
+        f'<p class="caption">{INTERVALS}</p><div class="panels">'
+        f'<div class="note"><h3>What this is and is not</h3><ul>{notes}</ul></div>'
+        f"<div><h3>The paper, with models of 3 to 7 billion parameters</h3>{paper}</div></div>"
     )
 
 
 def legend_list(curves, baselines):
     styles = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
-    entries = [
-        (c.arm, styles[s], c.label) for c, s in zip(curves, plots.line_styles(curves), strict=True)
-    ] + [("undistilled", "dashed", plots.baseline_label(row)) for row in baselines]
+    lines = zip(curves, plots.line_styles(curves), strict=True)
+    entries = [(curve.arm, styles[style], curve.label) for curve, style in lines]
+    entries += [("undistilled", "dashed", plots.baseline_label(row)) for row in baselines]
     items = [
-        f'<li><span class="swatch" style="border-top-style:{style};color:var(--{plots.variable(arm)})"></span>'
-        f"{escape(label)}</li>"
+        f'<li><span class="swatch" style="border-top-style:{style};color:var(--{plots.variable(arm)})">'
+        f"</span>{escape(label)}</li>"
         for arm, style, label in dict.fromkeys(entries)
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def figure_grid(panels, kind=""):
+def figure_grid(panels):
     figures = [f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in panels]
-    return f'<div class="panels {kind}">{"".join(figures)}</div>'
+    return f'<div class="panels">{"".join(figures)}</div>'
 
 
 def panel_section(heading, caption, panels, cells=()):
@@ -168,7 +169,7 @@ def panel_section(heading, caption, panels, cells=()):
     if not panels:
         return ""
     table = f'<div class="scroll">{html_table(cells)}</div>' if cells else ""
-    return f'<h2>{heading}</h2><p class="caption">{caption}</p>{figure_grid(panels, "tall")}{table}'
+    return f'<h2>{heading}</h2><p class="caption">{caption}</p>{figure_grid(panels)}{table}'
 
 
 def html_table(cells, kind=""):
@@ -193,37 +194,41 @@ def matched_section(matches):
 
 
 def matched_table(matches):
-    """By level, a line an arm: temperature's and the arm's students on a track from 0 to 100 %."""
-    lines = []
-    for level in dict.fromkeys(sorted((m.level for m in matches), reverse=True)):
-        for i, match in enumerate(m for m in matches if m.level == level):
-            lines.append(matched_line(match, is_first=i == 0))
-    header = "<th>teacher</th><th class='left'>arm</th><th class='left'>students: temperature, arm</th><th>points</th>"
+    """ADS by level, then the other arms: both students on a track from 0 to 100 %, and the difference."""
+    arms = list(dict.fromkeys(match.name for match in matches))
+    lines = map(matched_line, sorted(matches, key=lambda m: (arms.index(m.name), -(m.level or 0))))
+    header = '<th>teacher</th><th class="left">arm</th><th class="left">students</th><th>difference</th>'
     return f'<table class="matched"><thead><tr>{header}</tr></thead>{"".join(lines)}</table>'
 
 
-def matched_line(match, is_first):
-    shares = (match.temperature, match.student)
-    numbers = ", ".join("-" if share is None else f"{100 * share:.0f} %" for share in shares)
-    seeds = f", {match.num_seeds} seeds" if match.num_seeds > 1 else ""
-    difference = (
-        match.note if match.difference is None else f"<strong>{signed_points(match.difference)}</strong>"
-    )
+def matched_line(match):
+    students = [show_percent(share, 2) for share in (match.temperature, match.student)]
+    difference, interval = "-", match.note
+    if match.difference is not None:
+        difference = f"<strong>{show_points(match.difference)}</strong>"
     if match.low is not None:
-        difference += (
-            f"<br><span class='numbers'>[{signed_points(match.low)}, {signed_points(match.high)}]</span>"
-        )
-    elif match.difference is not None:
-        difference += f"<br><span class='numbers'>{escape(match.note)}</span>"
-    return (
-        f"<tr{' class=level' if is_first else ''}><td>{f'{100 * match.level:.3g} %' if is_first else ''}</td>"
-        f"<td class='left'>{escape(match.name)}</td><td class='left'>{track(match)}"
-        f"<span class='numbers'>{numbers}{seeds}</span></td><td>{difference}</td></tr>"
+        interval = f"[{show_points(match.low)}, {show_points(match.high)}]"
+    seeds = f"{match.num_seeds} seed{'' if match.num_seeds == 1 else 's'}"
+    cells = (
+        f"{show_percent(match.level)}<br>{small(seeds)}",
+        escape(match.name),
+        f"{track(match)}{small(', '.join(students))}",
+        f"{difference}<br>{small(interval)}",
     )
+    kinds = ("", ' class="left"', ' class="left"', "")
+    return f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
 
 
-def signed_points(value):
-    return f"{-100 * value:+.0f}".replace("-", "\N{MINUS SIGN}").replace("+0", "0")
+def small(text):
+    return f'<span class="numbers">{escape(text)}</span>'
+
+
+def show_percent(share, digits=3):
+    return "-" if share is None else f"{100 * share:.{digits}g}\N{NO-BREAK SPACE}%"
+
+
+def show_points(share):
+    return f"{round(100 * share)}".replace("-", "\N{MINUS SIGN}")
 
 
 def track(match):
@@ -240,7 +245,7 @@ def track(match):
 
 def trait_caption(curves):
     has_step = any(point.row.get("train_one_step_change") is not None for c in curves for point in c.points)
-    return f"Means over seeds, of the traces that students were trained on. {ONE_STEP if has_step else ''}"
+    return f"Of the traces that students were trained on; means over seeds. {ONE_STEP if has_step else ''}"
 
 
 def setting_cells(curves):
@@ -251,7 +256,7 @@ def setting_cells(curves):
             for rule, name in RULES.items()
             for who in ("teacher", "student")
         },
-        "median tokens": "train_num_tokens_p50",
+        "tokens": "train_num_tokens_p50",
         "finished": "train_finished",
         "nll": "train_teacher_nll",
         "student's loss": "model_holdout_loss",
@@ -292,8 +297,8 @@ def gradient_part(gradient):
     largest = sorted(norms.items(), key=lambda item: -item[1])[:NUM_NORMS]
     top = max((norm for _, norm in largest), default=0) or 1
     bars = "".join(
-        f'<span>{escape(str(name))}</span><div class="bar"><i style="width:{75 * norm / top:.1f}%"></i>'
-        f"{norm:.3g}</div>"
+        f"<span>{escape(str(name).removesuffix('.weight'))}</span>"
+        f'<div class="bar"><i style="width:{75 * norm / top:.1f}%"></i>{norm:.3g}</div>'
         for name, norm in largest
     )
     title = f"<h3>Largest norms of {len(norms)} tensors</h3>" if largest else ""
@@ -307,8 +312,10 @@ def show_scalar(value):
 def points_section(cells, legend, summary, notes):
     lines = "".join(f"<li>{escape(line)}</li>" for line in [*legend, *notes])
     table = f'<div class="scroll">{html_table(cells)}</div>' if cells else ""
+    is_open = " open" if len(cells) <= NUM_OPEN else ""
     return (
-        f'<h2>All points</h2><p class="caption">{escape(summary)}</p>{table}<ul class="caption">{lines}</ul>'
+        f'<h2>All points</h2><p class="caption">{escape(summary)}</p><details{is_open}>'
+        f'<summary>Table and notes</summary>{table}<ul class="caption">{lines}</ul></details>'
     )
 
 
@@ -320,10 +327,9 @@ def reader_section(contrasts):
         return ""
     factor = math.exp(contrasts["scale"])
     return f"""<h2>What Delta does to a trace</h2>
-<p class="caption">Each token is shaded by how much Delta changed its probability at its place, before truncation.
-Point at a token, tap it, or go there with Tab and the arrow keys.</p>
-<div class="scale"><span>less likely (&times; {1 / factor:.2g})</span><i></i><span>more likely (&times; {factor:.2g})</span>
-</div>
+<p class="caption">{READING}</p>
+<div class="scale"><span>less likely (&times; {1 / factor:.2g})</span><i></i>
+<span>more likely (&times; {factor:.2g})</span></div>
 <div class="controls"><label>Setting<select id="point"></select></label>
 <label>Problem<select id="problem"></select></label>
 <button type="button" id="previous" aria-label="Previous problem">&larr;</button>
@@ -354,7 +360,7 @@ def contrast_path(point):
 
 
 def choose_contrasts(found):
-    """At most a handful of (point, path): one seed of each setting, spread over lam, all arms that have any."""
+    """At most a handful of (point, path): one seed of a setting, spread over lam, from every arm."""
     settings = {}
     for point, path in found:
         if path and path.is_file():

@@ -21,7 +21,7 @@ TRAITS = {  # column: (title, axis label)
     "train_teacher_nll": ("How unlikely the traces are", "nats/token under the teacher"),
     "train_num_tokens_p50": ("Length of the traces", "median tokens"),
     "train_finished": ("Traces that finished", "share"),
-    "train_one_step_change": ("One step on the traces", "change of the proxy's holdout loss"),
+    "train_one_step_change": ("One step of the proxy on the traces", "change of holdout loss, nats/token"),
 }
 STYLE = {
     "svg.fonttype": "none",
@@ -140,16 +140,19 @@ def draw_curve(axis, rule, curve, style):
     )
     for bars in drawn[2]:
         bars.set_alpha(0.45)
-    label_ends(axis, curve, groups, x, y)
+    if len(groups) > 1:
+        label_ends(axis, curve, groups, x, y)
 
 
 def label_ends(axis, curve, groups, x, y):
-    """The knob's value beside the first and the last marker."""
+    """Arm and knob beside the marker of the lowest teacher accuracy, the knob beside the highest."""
     key = "lam" if groups[0][0]["lam"] else "tau"
-    for i in {0, len(groups) - 1}:
-        text = f"{SYMBOLS[key]} {tradeoff.show_setting(groups[i][0][key])}"
-        style = {"fontsize": 8, "color": COLOURS[curve.arm], "textcoords": "offset points", "zorder": 4}
-        axis.annotate(text, (x[i], y[i]), (5, 5), **style)
+    style = {"fontsize": 8.5, "color": COLOURS[curve.arm], "textcoords": "offset points", "zorder": 4}
+    lowest, highest = int(np.argmin(x)), int(np.argmax(x))
+    texts = [f"{SYMBOLS[key]} {tradeoff.show_setting(rows[0][key])}" for rows in groups]
+    below = (-4, 8) if curve.arm == "temperature" else (-4, -14)
+    axis.annotate(f"{curve.arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, **style)
+    axis.annotate(texts[highest], (x[highest], y[highest]), (8, -3), **style)
 
 
 def draw_gap(axis, gap):
@@ -206,9 +209,9 @@ def draw_knob(rule, key, curves, axis):
             axis.errorbar(
                 x, y, bars, marker=marker, color=colour, linestyle=style, markersize=5, elinewidth=0.8
             )
-            edge = int(np.argmax(x) if curve.arm != "negative lambda" else np.argmin(x))
-            place = {"textcoords": "offset points", "fontsize": 8, "ha": "left" if x[edge] >= 0 else "right"}
-            axis.annotate(who, (x[edge], y[edge]), (6 if x[edge] >= 0 else -6, -3), color=colour, **place)
+            end = int(np.argmax(x))
+            place = {"textcoords": "offset points", "fontsize": 8.5, "color": colour}
+            axis.annotate(who, (x[end], y[end]), (7, -3), **place)
     axis.margins(x=0.14)
     axis.set(xlabel=SYMBOLS[key])
     percent_axis(axis)
@@ -233,6 +236,8 @@ def draw_trait(column, label, curves, axis):
             x, y, is_own = zip(*sorted(line), strict=True)
             look = {"color": COLOURS[curve.arm], "marker": MARKERS[curve.arm], "linestyle": style}
             axis.plot(x, y, markersize=5, markevery=list(np.flatnonzero(is_own)), **look)
+    if column == "train_finished":
+        percent_axis(axis)
     if column == "train_one_step_change":
         axis.axhline(0, color=INK, linewidth=1)
     axis.xaxis.set_major_formatter(show_share)
@@ -254,8 +259,12 @@ def loss_lines(curve, part):
         steps = tuple(step for step, _ in line)
         setting = (point.row["tau"], point.row["lam"])
         lines.setdefault((settings.index(setting), steps), []).append([loss for _, loss in line])
-    last = max(1, len(settings) - 1)
-    return [(i / last, steps, np.mean(losses, axis=0)) for (i, steps), losses in lines.items() if steps]
+    last = len(settings) - 1
+    return [
+        (i / last if last else 1.0, steps, np.mean(losses, axis=0))
+        for (i, steps), losses in lines.items()
+        if steps
+    ]
 
 
 def draw_losses(part, curves, axis):

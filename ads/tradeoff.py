@@ -244,7 +244,7 @@ def replicate_of(point):
 
 
 def compare(pairs, levels, answers, missing=""):
-    """A Match per pair of curves, rule and level; a curve of one setting is compared at its own teacher accuracy.
+    """A Match per pair of curves, rule and level; a lone setting is compared at its own teacher accuracy.
 
     `levels`: {rule: teacher accuracies}. `answers`: {(path of a test's sidecar, rule): {problem id: correct}}
     of the tests whose answers are there; `missing` says why others are not.
@@ -261,7 +261,7 @@ def compare(pairs, levels, answers, missing=""):
 
 
 def compare_sides(sides, names, levels, draws, missing):
-    """Matches of the temperature arm and another, {replicate: points} each, under names = (rule, arm, name)."""
+    """Matches of the temperature arm and another, {replicate: points} each; names = (rule, arm, name)."""
     if not sides[1]:
         return []
     if max(map(len, sides[1].values())) < 2:
@@ -280,7 +280,7 @@ def compare_sides(sides, names, levels, draws, missing):
 
 
 def read_off(temperature, other, levels):
-    """(3, ..., L): teacher accuracy, temperature's student there, the other's; curves are x, y (2, ..., P)."""
+    """(3, ..., L): teacher accuracy, temperature's student, the other's; curves are x, y (2, ..., P)."""
     if levels is None:
         return np.stack([other[0], interpolate(*temperature, other[0]), other[1]])
     students = [interpolate(*curve, levels) for curve in (temperature, other)]
@@ -293,7 +293,8 @@ def pick(found, i):
 
 
 def match_at(names, level, measured, drawn, missing):
-    """The Match at one level, from {replicate: (3,)} measured and {replicate: (3, B)} drawn; nan: not reached."""
+    """The Match at one level from what was read off, {replicate: (3,)} and {replicate: (3, B)}; nan: not
+    reached."""
     paired = [key for key, values in measured.items() if np.isfinite(values).all()]
     found = np.array([measured[key] for key in paired or measured]).reshape(-1, 3).T
     means = [float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else None for v in found]
@@ -395,10 +396,10 @@ def finding(curves, matches):
     if best is None:
         return explain_no_finding(curves)
     points, ends = 100 * best.difference, (best.low, best.high)
+    temperature, student = (f"{100 * share:.0f} %" for share in (best.temperature, best.student))
     text = (
-        f"At a teacher accuracy of {100 * best.level:.3g} % ({RULES[best.rule]} answers), students trained on "
-        f"temperature-sampled traces reach {100 * best.temperature:.0f} %, students trained on ADS traces "
-        f"{100 * best.student:.0f} %"
+        f"At a teacher accuracy of {100 * best.level:.3g} % ({RULES[best.rule]} answers), "
+        f"temperature-sampled traces bring students to {temperature}, ADS traces to {student}"
     )
     size = f"{abs(points):.0f} points {'less' if points > 0 else 'more'}"
     if best.low is None:
@@ -425,7 +426,8 @@ def controls(matches):
     ]
     nearest = {m.name: m for m in sorted(others, key=lambda m: -abs(m.level - best.level))}
     text = [
-        f"{m.name} {100 * m.student:.0f} % against {100 * m.temperature:.0f} % (teacher {100 * m.level:.0f} %)"
+        f"{m.name} {100 * m.student:.0f} % against {100 * m.temperature:.0f} % "
+        f"(teacher {100 * m.level:.0f} %)"
         for m in sorted(nearest.values(), key=lambda m: ARMS.index(m.arm))
     ]
     return f"Controls, against temperature at the same teacher accuracy: {', '.join(text)}." if text else ""

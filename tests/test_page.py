@@ -4,11 +4,9 @@ import json
 import math
 
 import numpy as np
-import pytest
-from test_report import write_model, write_point, write_stage_1_and_2, write_student_test, write_traces
+from test_report import write_point, write_stage_1_and_2
 
-import report
-from ads import page, store
+from ads import store
 
 # A realistic experiment, after the figures of a prototype: (tau, lam, teacher, student, direction)
 DEMO = (
@@ -81,10 +79,70 @@ def make_losses(student, rng):
     return {"train": train, "holdout": holdout}
 
 
-WORDS = (
-    "Let us see . Tom starts with 2 3 . He buys 7 more , so 2 3 + 7 = 3 0 . Then he gives away 4 , so 3 0 - 4 = "
-    "2 6 . Now the number is doubled : 2 6 * 2 = 5 2 . So the answer is \\boxed{ 5 2 } ."
-).split()
+WORDS = [
+    "Let",
+    "us",
+    "see",
+    ".",
+    "Tom",
+    "starts",
+    "with",
+    "2",
+    "3",
+    ".",
+    "He",
+    "buys",
+    "7",
+    "more",
+    ",",
+    "so",
+    "2",
+    "3",
+    "+",
+    "7",
+    "=",
+    "3",
+    "0",
+    ".",
+    "Then",
+    "he",
+    "gives",
+    "away",
+    "4",
+    ",",
+    "so",
+    "3",
+    "0",
+    "-",
+    "4",
+    "=",
+    "2",
+    "6",
+    ".",
+    "Now",
+    "the",
+    "number",
+    "is",
+    "doubled",
+    ":",
+    "2",
+    "6",
+    "*",
+    "2",
+    "=",
+    "5",
+    "2",
+    ".",
+    "So",
+    "the",
+    "answer",
+    "is",
+    "\\boxed{",
+    "5",
+    "2",
+    "}",
+    ".",
+]
 
 
 def write_contrast(exp_dir, name, lam, rng, num_problems=5, text=None):

@@ -16,7 +16,7 @@ import pytest
 import report
 from ads import plots, store
 from ads.config import GenConfig, GradConfig, TrainConfig, to_dict
-from ads.tradeoff import is_complete, make_curves, wilson_interval
+from ads.tradeoff import make_curves, wilson_interval
 
 ROOT = Path(report.__file__).parent
 N = 1200
