@@ -183,9 +183,9 @@ def matched_section(matches):
     if not matches:
         return ""
     tables = [
-        f"<div><h3>{name} answers</h3>{matched_table([m for m in matches if m.rule == rule])}</div>"
+        f"<div><h3>{name.capitalize()} answers</h3>{matched_table(graded)}</div>"
         for rule, name in RULES.items()
-        if any(m.rule == rule for m in matches)
+        if (graded := [match for match in matches if match.rule == rule])
     ]
     return (
         "<h2>Students at equal teacher accuracy</h2>"

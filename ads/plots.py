@@ -60,7 +60,9 @@ def make_panels(curves, baselines, matches):
     for rule, name in RULES.items():
         gap = headline if headline and headline.rule == rule else None
         panels["tradeoff"].append(
-            Panel(f"{name} answers", functools.partial(draw_tradeoff, rule, curves, baselines, gap))
+            Panel(
+                f"{name} answers".capitalize(), functools.partial(draw_tradeoff, rule, curves, baselines, gap)
+            )
         )
         panels["knobs"] += knob_panels(rule, curves)
     for column, (title, label) in TRAITS.items():
@@ -238,6 +240,7 @@ def draw_trait(column, label, curves, axis):
             axis.plot(x, y, markersize=5, markevery=list(np.flatnonzero(is_own)), **look)
     if column == "train_finished":
         percent_axis(axis)
+        axis.set_ylim(top=1.003)
     if column == "train_one_step_change":
         axis.axhline(0, color=INK, linewidth=1)
     axis.xaxis.set_major_formatter(show_share)
