@@ -21,6 +21,7 @@ MAX_CONTRAST_POINTS = 8
 MAX_CONTRASTS_PER_ARM = 4
 MAX_CONTRAST_BYTES = 3_000_000
 NUM_NORMS = 10
+GLYPHS = {"o": "&#9679;", "s": "&#9632;", "v": "&#9660;", "D": "&#9670;", "^": "&#9650;", "_": ""}  # markers
 NUM_OPEN = 20  # a longer table of points is folded
 
 TOY_NOTE = (
@@ -152,8 +153,8 @@ def legend_list(curves, baselines):
     entries = [(curve.arm, styles[style], curve.label) for curve, style in lines]
     entries += [("undistilled", "dashed", plots.baseline_label(row)) for row in baselines]
     items = [
-        f'<li><span class="swatch" style="border-top-style:{style};color:var(--{plots.variable(arm)})">'
-        f"</span>{escape(label)}</li>"
+        f'<li><span style="color:var(--{plots.variable(arm)})"><span class="swatch" '
+        f'style="border-top-style:{style}"></span>{GLYPHS[plots.MARKERS[arm]]}</span> {escape(label)}</li>'
         for arm, style, label in dict.fromkeys(entries)
     ]
     return f'<ul class="legend">{"".join(items)}</ul>'
@@ -349,7 +350,7 @@ def load_contrasts(points):
     ]
     loaded = [point for point in loaded if point["problems"]]
     shifts = [abs(shift(token)) for point in loaded for token in tokens_of(point)]
-    scale = float(np.clip(np.percentile(shifts, 98), 0.5, 4)) if shifts else 1.0
+    scale = float(np.clip(np.percentile(shifts, 95), 0.3, 4)) if shifts else 1.0
     ads = [i for i, point in enumerate(loaded) if point["label"].startswith("ADS")]
     return {"points": loaded, "scale": round(scale, 3), "first": ads[len(ads) // 2] if ads else 0}
 
