@@ -151,7 +151,7 @@ def legend_list(curves, baselines):
     styles = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
     lines = zip(curves, plots.line_styles(curves), strict=True)
     entries = [(curve.arm, styles[style], curve.label) for curve, style in lines]
-    entries += [("undistilled", "dashed", plots.baseline_label(row)) for row in baselines]
+    entries += [("undistilled", "dashed", label) for label in plots.by_label(baselines)]
     items = [
         f'<li><span style="color:var(--{plots.variable(arm)})"><span class="swatch" '
         f'style="border-top-style:{style}"></span>{GLYPHS[plots.MARKERS[arm]]}</span> {escape(label)}</li>'

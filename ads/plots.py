@@ -89,12 +89,10 @@ def draw_tradeoff(rule, curves, baselines, gap, axis):
     """Student against teacher accuracy, a line an arm, seeds as dots, the undistilled student across."""
     for curve, style in zip(curves, line_styles(curves), strict=True):
         draw_curve(axis, rule, curve, style)
-    for row in baselines:
-        if f"student_{rule}_accuracy" in row:
-            share, low, high = (row[f"student_{rule}_{part}"] for part in ("accuracy", "low", "high"))
-            colour = COLOURS["undistilled"]
-            axis.axhline(share, color=colour, linestyle="--", linewidth=1.2, label=baseline_label(row))
-            axis.axhspan(low, high, color=colour, alpha=0.13, linewidth=0)
+    for label, rows in by_label(baselines, rule).items():
+        share, low, high = tradeoff.pooled(rows, f"student_{rule}")
+        axis.axhline(share, color=COLOURS["undistilled"], linestyle="--", linewidth=1.2, label=label)
+        axis.axhspan(low, high, color=COLOURS["undistilled"], alpha=0.13, linewidth=0)
     if gap:
         draw_gap(axis, gap)
     axis.set(xlabel="teacher accuracy", ylabel="student accuracy")
@@ -102,8 +100,15 @@ def draw_tradeoff(rule, curves, baselines, gap, axis):
     percent_axis(axis)
 
 
-def baseline_label(row):
-    return f"undistilled student, {row['student_few_shot']}-shot"
+def by_label(baselines, rule=None):
+    """{label: rows} of undistilled students; the seeds of one are one."""
+    differs = len(tradeoff.values_of(baselines, "student")) > 1
+    groups = {}
+    for row in baselines:
+        label = f"undistilled {row['student'] if differs else 'student'}, {row['student_few_shot']}-shot"
+        if rule is None or f"student_{rule}_accuracy" in row:
+            groups.setdefault(label, []).append(row)
+    return groups
 
 
 def line_styles(curves):

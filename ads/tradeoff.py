@@ -230,10 +230,10 @@ def common_range(pair, rule):
     return max(low for low, _ in ends), min(high for _, high in ends)
 
 
-def replicates(curve, rule):
-    """{replicate: points of a curve and its start} that were graded under a rule."""
+def replicates(points, rule):
+    """{replicate: points} of those that were graded under a rule."""
     groups = {}
-    for point in [*curve.start, *curve.points]:
+    for point in points:
         if graded([point.row], rule):
             groups.setdefault(replicate_of(point), []).append(point)
     return groups
@@ -244,7 +244,7 @@ def replicate_of(point):
 
 
 def compare(pairs, levels, answers, missing=""):
-    """A Match per pair of curves, rule and level; a lone setting is compared at its own teacher accuracy.
+    """A Match per pair of curves, rule and level; an arm of one setting is compared at its own accuracy.
 
     `levels`: {rule: teacher accuracies}. `answers`: {(path of a test's sidecar, rule): {problem id: correct}}
     of the tests whose answers are there; `missing` says why others are not.
@@ -255,17 +255,21 @@ def compare(pairs, levels, answers, missing=""):
     for rule in RULES:
         for temperature, curve in pairs:
             name = curve.arm if arms.count(curve.arm) == 1 else curve.label
-            sides = [replicates(temperature, rule), replicates(curve, rule)]
-            matches += compare_sides(sides, (rule, curve.arm, name), levels[rule], draws, missing)
+            is_lone = len(by_setting(curve.points)) == 1 and not (curve.arm == "ADS" and curve.start)
+            points = curve.points if is_lone else [*curve.start, *curve.points]
+            sides = [replicates(temperature.points, rule), replicates(points, rule)]
+            at = None if is_lone else levels[rule]
+            matches += compare_sides(sides, (rule, curve.arm, name), at, draws, missing)
     return matches
 
 
 def compare_sides(sides, names, levels, draws, missing):
-    """Matches of the temperature arm and another, {replicate: points} each; names = (rule, arm, name)."""
+    """Matches of the temperature arm and another, {replicate: points} each; names = (rule, arm, name).
+
+    Without levels, at the other's own teacher accuracy.
+    """
     if not sides[1]:
         return []
-    if max(map(len, sides[1].values())) < 2:
-        levels = None
     measured, drawn = {}, {}
     for key in [key for key in sides[1] if key in sides[0]]:
         groups = [side[key] for side in sides]
@@ -399,7 +403,7 @@ def finding(curves, matches):
     temperature, student = (f"{100 * share:.0f} %" for share in (best.temperature, best.student))
     text = (
         f"At a teacher accuracy of {100 * best.level:.3g} % ({RULES[best.rule]} answers), "
-        f"temperature-sampled traces bring students to {temperature}, ADS traces to {student}"
+        f"temperature-sampled traces bring students to {temperature}, {best.name} traces to {student}"
     )
     size = f"{abs(points):.0f} points {'less' if points > 0 else 'more'}"
     if best.low is None:

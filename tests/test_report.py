@@ -616,6 +616,9 @@ def test_an_arm_of_one_setting_is_compared_at_its_own_cost(tmp_path):
     write_point(exp_dir, "9", 0.3, 5.0, (0.85, 0.8), (0.5, 0.5), direction="random", parquet=True)
     (line,) = [m for m in matched_lines(run(exp_dir)[1]) if m[:1] == ("forced",) and "random" in m[3]]
     assert line[1:6] == (".850", ".580", "random direction", ".500", "0.080")
+    write_point(exp_dir, "8", 0.3, 0.0, (0.99, 0.99), (0.7, 0.7), parquet=True)  # where its curve starts
+    again = [m for m in matched_lines(run(exp_dir)[1]) if m[:1] == ("forced",) and "random" in m[3]]
+    assert [m[1:6] for m in again] == [line[1:6]]
 
 
 @pytest.mark.parametrize(
@@ -653,3 +656,12 @@ def test_one_step_is_a_column_only_when_it_was_measured(tmp_path, capsys):
     assert table_lines(output)["ADS", "0.6", "0.015"].endswith(" -")
     assert [row["train_one_step_change"] for row in csv_rows(exp_dir)] == ["", "", "", "0.0089", ""]
     assert "One step of the proxy" in (exp_dir / "report" / "report.html").read_text()
+
+
+def test_seeds_of_an_undistilled_student_are_one_line(tmp_path):
+    write_both_arms(tmp_path)
+    base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test", "few_shot": 4}
+    write_traces(tmp_path, "base2", 0.35, 0.27, few_shot_traces="clean.parquet", seed=43, **base)
+    grey = plots.COLOURS["undistilled"]
+    lines = [line for line in draw(tmp_path).axes[0].lines if line.get_color() == grey]
+    assert [line.get_ydata()[0] for line in lines] == [pytest.approx(0.33)]
