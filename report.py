@@ -65,7 +65,9 @@ def main(arguments):
     curves = tradeoff.make_curves(points)
     matches = compare_arms(curves, levels)
     print0(*text_table(rows), *notes, *map(tradeoff.show_match, matches), sep="\n")
-    print0(finding := tradeoff.finding(curves, matches))
+    finding = tradeoff.finding(curves, matches)
+    sentences = [finding, tradeoff.second_finding(matches), tradeoff.controls(matches)]
+    print0(*filter(None, sentences), sep="\n")
 
     utils.prepare_exp_dir(folder)
     with store.stage_lock(folder if folder.parent != exp_dirs[0] else exp_dirs[0], "report"):
@@ -73,7 +75,7 @@ def main(arguments):
         panels = plots.make_panels(curves, baselines, matches)
         plots.write_plots(folder, panels, plot_title(curves, baselines))
         store.write_text(
-            folder / "report.md", to_markdown(exp_dirs, experiments, rows, notes, finding, matches, panels)
+            folder / "report.md", to_markdown(exp_dirs, experiments, rows, notes, sentences, matches, panels)
         )
         store.write_text(
             folder / "report.html", to_page(experiments, points, baselines, notes, curves, matches, panels)
@@ -377,8 +379,8 @@ def defuse(value):
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
-def to_markdown(exp_dirs, experiments, points, notes, finding, matches, panels):
-    lines = ["# Results", "", inline(finding), ""]
+def to_markdown(exp_dirs, experiments, points, notes, sentences, matches, panels):
+    lines = ["# Results", "", *map(inline, filter(None, sentences)), ""]
     if points:
         header, *body = table(points)
         cells = [header, ["---"] + ["---:"] * (len(header) - 1), *body]

@@ -21,6 +21,7 @@ MAX_CONTRAST_POINTS = 8
 MAX_CONTRASTS_PER_ARM = 4
 MAX_CONTRAST_BYTES = 3_000_000
 NUM_NORMS = 10
+NBSP = "\N{NO-BREAK SPACE}"
 GLYPHS = {"o": "&#9679;", "s": "&#9632;", "v": "&#9660;", "D": "&#9670;", "^": "&#9650;", "_": ""}  # markers
 NUM_OPEN = 20  # a longer table of points is folded
 
@@ -97,6 +98,7 @@ def render(
     parts = {
         "title": escape(title),
         "finding": sentence(tradeoff.finding(curves, matches)),
+        "second": sentence(tradeoff.second_finding(matches)),
         "navigation": "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections),
         "sections": warning_section(warnings)
         + "".join(f'<section id="{anchors[name]}">{body}</section>\n' for name, body in sections.items()),
@@ -208,12 +210,12 @@ def matched_line(match):
     if match.difference is not None:
         difference = f"<strong>{show_points(match.difference)}</strong>"
     if match.low is not None:
-        interval = f"[{show_points(match.low)}, {show_points(match.high)}]"
+        interval = f"[{show_points(match.low)},{NBSP}{show_points(match.high)}]"
     seeds = f"{match.num_seeds} seed{'' if match.num_seeds == 1 else 's'}"
     cells = (
         f"{show_percent(match.level)}<br>{small(seeds)}",
         escape(match.name),
-        f"{track(match)}{small(', '.join(students))}",
+        f"{track(match)}{small(f',{NBSP}'.join(students))}",
         f"{difference}<br>{small(interval)}",
     )
     kinds = ("", ' class="left"', ' class="left"', "")
@@ -225,7 +227,7 @@ def small(text):
 
 
 def show_percent(share, digits=3):
-    return "-" if share is None else f"{100 * share:.{digits}g}\N{NO-BREAK SPACE}%"
+    return "-" if share is None else f"{100 * share:.{digits}g}{NBSP}%"
 
 
 def show_points(share):

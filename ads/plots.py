@@ -147,7 +147,7 @@ def draw_curve(axis, rule, curve, style):
     )
     for bars in drawn[2]:
         bars.set_alpha(0.45)
-    if len(groups) > 1:
+    if len(groups) > 1 and style == CURVE_STYLES[0]:
         label_ends(axis, curve, groups, x, y)
 
 

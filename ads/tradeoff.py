@@ -139,6 +139,12 @@ def curve_label(points, names):
     return ", ".join(parts)
 
 
+def short_label(curve):
+    """The label without the range of lam, as in "ADS (tau = 0.6)"."""
+    arm, *parts = curve.label.split(", ")
+    return f"{arm} ({', '.join(part for part in parts if not part.startswith(SYMBOLS['lam']))})"
+
+
 def by_setting(points):
     """{(tau, lam): rows of all seeds}, in order."""
     groups = {}
@@ -254,7 +260,7 @@ def compare(pairs, levels, answers, missing=""):
     matches = []
     for rule in RULES:
         for temperature, curve in pairs:
-            name = curve.arm if arms.count(curve.arm) == 1 else curve.label
+            name = curve.arm if arms.count(curve.arm) == 1 else short_label(curve)
             is_lone = len(by_setting(curve.points)) == 1 and not (curve.arm == "ADS" and curve.start)
             points = curve.points if is_lone else [*curve.start, *curve.points]
             sides = [replicates(temperature.points, rule), replicates(points, rule)]
@@ -391,6 +397,21 @@ def headline(matches):
         matched,
         key=lambda m: (order.index(m.rule), abs(m.level - HEADLINE_LEVEL), m.low is None),
         default=None,
+    )
+
+
+def second_finding(matches):
+    """A sentence on the headline's comparison by raw answers, where the headline is about forced ones."""
+    best = headline(matches)
+    rest = [m for m in matches if best and m.name == best.name and m.rule != best.rule]
+    other = headline(rest)
+    if other is None:
+        return ""
+    shares = f"{100 * other.temperature:.0f} % by temperature, {100 * other.student:.0f} % by {other.name}"
+    bounds = "" if other.low is None else f" [{100 * other.low:.0f}, {100 * other.high:.0f}]"
+    return (
+        f"By {RULES[other.rule]} answers, at a teacher accuracy of {100 * other.level:.3g} %: {shares}, "
+        f"a difference of {100 * other.difference:.0f} points{bounds}."
     )
 
 

@@ -350,6 +350,8 @@ def test_planted_markup_stays_text(browser, tmp_path):
     text = browser.execute_script("return document.body.innerText")
     assert text.count(name) >= 4  # table, tensor, statistic and its value
     assert "<img" not in (exp_dir / "report" / "report.md").read_text()
+    open_page(browser, path, 375)  # long names and reasons without an interval fit a phone, too
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
 
 
 def test_the_policy_stops_scripts_that_are_not_the_page_s(browser, demo):

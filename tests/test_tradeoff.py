@@ -148,3 +148,12 @@ def test_finding_says_what_the_interval_allows(ends, wanted):
 def test_finding_when_students_learn_more_from_ads():
     match = tradeoff.Match("af", "ADS", "ADS", 0.75, 0.57, 0.86, -0.29, -0.33, -0.25, 1, "")
     assert tradeoff.finding([], [match]).endswith(": 29 points more [25, 33].")
+
+
+def test_raw_answers_are_not_passed_over_in_silence():
+    forced = tradeoff.Match("af", "ADS", "ADS", 0.75, 0.86, 0.57, 0.29, 0.25, 0.33, 3, "")
+    raw = tradeoff.Match("raw", "ADS", "ADS", 0.65, 0.52, 0.51, 0.01, -0.02, 0.03, 3, "")
+    assert tradeoff.headline([raw, forced]) == forced
+    text = tradeoff.second_finding([raw, forced])
+    assert text.endswith("65 %: 52 % by temperature, 51 % by ADS, a difference of 1 points [-2, 3].")
+    assert tradeoff.second_finding([raw]) == tradeoff.second_finding([]) == ""
