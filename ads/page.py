@@ -79,16 +79,15 @@ def render(
     made_from,
 ):
     """The whole page as text; `cells` is the table of all points, `svgs` come from plots.inline_svgs."""
-    settings = setting_cells(curves)
+    settings, arms = setting_cells(curves), legend_list(curves, [])
+    pale = "The paler a line, the weaker its setting; means over seeds."
     sections = {
         "Trade-off": first_section(curves, baselines, matches, svgs["tradeoff"], is_toy),
         "Equal teacher accuracy": matched_section(matches),
         "Trace reader": reader_section(contrasts),
         "Knobs": panel_section("The knobs", "", svgs["knobs"]),
-        "Traces": panel_section("The training traces", trait_caption(curves), svgs["traces"], settings),
-        "Losses": panel_section(
-            "The students' losses", "The paler a line, the weaker its setting.", svgs["losses"]
-        ),
+        "Traces": panel_section("The training traces", trait_caption(curves), svgs["traces"], arms, settings),
+        "Losses": panel_section("The students' losses", pale, svgs["losses"], arms),
         "Gradient": gradient_section(gradients),
         "All points": points_section(cells, legend, summary, notes),
     }
@@ -167,12 +166,13 @@ def figure_grid(panels):
     return f'<div class="panels">{"".join(figures)}</div>'
 
 
-def panel_section(heading, caption, panels, cells=()):
+def panel_section(heading, caption, panels, arms="", cells=()):
     """Plots under a heading, and perhaps a table; nothing without plots."""
     if not panels:
         return ""
     table = f'<div class="scroll">{html_table(cells)}</div>' if cells else ""
-    return f'<h2>{heading}</h2><p class="caption">{caption}</p>{figure_grid(panels)}{table}'
+    caption = f'<p class="caption">{caption}</p>' if caption else ""
+    return f"<h2>{heading}</h2>{caption}{figure_grid(panels)}{arms}{table}"
 
 
 def html_table(cells, kind=""):

@@ -242,7 +242,7 @@ def draw_trait(column, label, curves, axis):
         if line:
             x, y, is_own = zip(*sorted(line), strict=True)
             look = {"color": COLOURS[curve.arm], "marker": MARKERS[curve.arm], "linestyle": style}
-            axis.plot(x, y, markersize=5, markevery=list(np.flatnonzero(is_own)), **look)
+            axis.plot(x, y, markersize=5, markevery=list(np.flatnonzero(is_own)), label=curve.label, **look)
     if column == "train_finished":
         percent_axis(axis)
         axis.set_ylim(top=1.003)
@@ -279,10 +279,9 @@ def draw_losses(part, curves, axis):
     """Losses of the students during training; the paler, the weaker the arm's knob."""
     for curve in curves:
         for strength, steps, losses in loss_lines(curve, part):
-            alpha = 0.3 + 0.7 * strength
-            axis.plot(
-                steps, losses, color=COLOURS[curve.arm], alpha=alpha, marker="." if len(steps) < 9 else ""
-            )
+            label = curve.label if strength == 1 else None
+            look = {"color": COLOURS[curve.arm], "alpha": 0.3 + 0.7 * strength, "label": label}
+            axis.plot(steps, losses, marker="." if len(steps) < 9 else "", **look)
     axis.set(xlabel="training step", ylabel="nats/token")
 
 
@@ -324,6 +323,7 @@ def write_plots(folder, panels, title):
                 for kind, metadata in (("png", {}), ("svg", {"Date": None})):
                     with store.atomic_path(folder / f"{name}.{kind}") as path:
                         figure.savefig(path, format=kind, dpi=160, metadata=metadata)
+                    figure.set_layout_engine("none")  # laid out once: it is half of the time
 
 
 def inline_svgs(panels):
@@ -350,7 +350,7 @@ def inline_svg(panel, prefix):
     svg = file.getvalue()[file.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
-    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*" ', r'<svg \1role="img" aria-hidden="true" ', svg)
+    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*" ', r'<svg \1aria-hidden="true" ', svg)
     svg = re.sub(r'^(<svg [^>]*?)height="[^"]*" ', r"\1", svg)
     svg = re.sub(r"(font: [\d.]+px|font: bold [\d.]+px|font: 700 [\d.]+px) [^;\"]*", r"\1 var(--font)", svg)
     return replace_colours(svg)
