@@ -261,7 +261,7 @@ def main_rule(curves):
 def loss_lines(curve, part):
     """[(strength 0..1, steps, mean loss over seeds)] of a curve's students; seeds with other steps apart."""
     lines = {}
-    settings = list(tradeoff.by_setting(curve.points))
+    settings = sorted(tradeoff.by_setting(curve.points), key=lambda knobs: (knobs[0], abs(knobs[1])))
     for point in curve.points:
         line = point.stages["model"].get("losses", {}).get(part) or []
         steps = tuple(step for step, _ in line)

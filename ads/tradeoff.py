@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ARMS = ("temperature", "ADS", "negative lambda", "random direction", "permuted", "undistilled")
+CONTROLS = {"random": "random direction", "permuted": "permuted"}  # direction: arm
 RULES = {"af": "forced", "raw": "raw"}
 SEEDS = ("seed", "student_seed")
 SETTINGS = ("data", "teacher", "student", "student_few_shot", *SEEDS, "eps", "top_k", "top_p")
@@ -64,9 +65,11 @@ def arm_of(config):
     direction = config.get("direction", "gradient")
     if not config["lam"]:
         return "temperature"
-    if direction != "gradient":
-        return "random direction" if direction == "random" else direction
-    return "ADS" if config["lam"] > 0 else "negative lambda"
+    if direction == "gradient":
+        return "ADS" if config["lam"] > 0 else "negative lambda"
+    if direction not in CONTROLS:
+        raise ValueError(f"direction={direction!r}: must be gradient or one of {', '.join(CONTROLS)}")
+    return CONTROLS[direction]
 
 
 def is_complete(row):

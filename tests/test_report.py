@@ -665,3 +665,11 @@ def test_seeds_of_an_undistilled_student_are_one_line(tmp_path):
     grey = plots.COLOURS["undistilled"]
     lines = [line for line in draw(tmp_path).axes[0].lines if line.get_color() == grey]
     assert [line.get_ydata()[0] for line in lines] == [pytest.approx(0.33)]
+
+
+def test_an_unknown_direction_is_an_error_that_names_it(tmp_path):
+    write_point(tmp_path, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), direction="<b>sideways")
+    code, _, errors = run(tmp_path)
+    assert code == 2 and errors.startswith(
+        "error: direction='<b>sideways': must be gradient or one of random"
+    )
