@@ -368,7 +368,7 @@ def compute_stats(cfg, rows):
 def accuracy(rows, column):
     """Share of correct rows with its 95 % Wilson interval."""
     num_correct = sum(row[column] for row in rows)
-    low, high = utils.wilson_interval(num_correct, len(rows))
+    low, high = grading.wilson_interval(num_correct, len(rows))
     return {
         "accuracy": round(num_correct / len(rows), 4),
         "low": round(low, 4),

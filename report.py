@@ -1,34 +1,39 @@
-"""Sidecars of an experiment, finished or not -> a table and EXP_DIR/report/{report.md,results.csv,tradeoff.*}
+"""Sidecars of an experiment, finished or not -> a table and EXP_DIR/report/: page, Markdown, CSV, plots
 
     python report.py runs/gsm8k
     python report.py runs/seed42 runs/seed43    # several seeds, or one sweep spread over machines
 
-The first folder's report/ is written. Stages are joined by the settings and path tails in their sidecars, as
-experiments get moved; the names of grid points are never parsed.
+Stages are joined by the settings and path tails in their sidecars, as experiments get moved; the names of
+grid points are never parsed. Intervals at equal teacher accuracy need the tests' .parquet files.
 """
 
 import argparse
 import csv
 import html
 import io
-import itertools
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import utils
-from ads import store
+from ads import page, plots, store, tradeoff
 from ads.config import LEAST_COSINE
+from ads.tradeoff import (
+    ARMS,
+    RULES,
+    SETTINGS,
+    Point,
+    differing,
+    is_complete,
+    show_number,
+    show_setting,
+    values_of,
+)
 from utils import print0, print_result
 
-SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")
+SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")  # and direction, which old sidecars lack
 TRACE_KEYS = ("exp_dir", "teacher", "is_teacher", "data_split", "few_shot", *SAMPLING_KEYS)
 MODEL_KEYS = ("student", "train_traces", "seed")
-RULES = {"af": "forced", "raw": "raw"}
-ARMS = ("temperature", "ADS", "undistilled")
-SETTINGS = ("data", "teacher", "student", "student_few_shot", "seed", "student_seed", "eps", "top_k", "top_p")
 NUMBERS = {  # heading in the table: column of results.csv
     "t.fin": "teacher_finished",
     "s.fin": "student_finished",
@@ -36,52 +41,71 @@ NUMBERS = {  # heading in the table: column of results.csv
     "tokens": "train_num_tokens_p50",
     "loss": "model_holdout_loss",
 }
+ONE_STEP = "train_one_step_change"
 LEGEND = """\
 forced, raw: accuracy on the n test problems with and without answer forcing [95 % interval]
 t.fin, s.fin: share of the teacher's and the student's test traces that finished
 nll, tokens: of the training traces, mean nats/token under the unadjusted teacher and median length
 loss: the student's on the holdout traces after training, nats/token"""
+ONE_STEP_LEGEND = (
+    "step: change of the proxy's holdout loss after one SGD step on the training traces, nats/token"
+)
 LEAST_FINISHED = 0.9
 NUM_NAMED = 4  # cases that one warning names
-COLOURS = {"temperature": "#0072B2", "ADS": "#D55E00"}  # Okabe and Ito's, safe for colour-blind readers
-LEGEND_WIDTH = 110  # characters
-MARKERS = "osD^vP*X"
-SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
-PLOT_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ads",
-    "text.parse_math": False,  # names may hold a dollar sign
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": "medium",
-    "figure.titlesize": "medium",
-}
 
 
 def main(arguments):
+    exp_dirs, folder, levels = parse_arguments(arguments)
+    experiments = [load_experiment(path) for path in exp_dirs]
+    if not any(map(sidecars_of, experiments)):
+        raise ValueError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
+    points, baselines = collect_points(experiments), collect_baselines(experiments)
+    rows = [point.row for point in points]
+    notes = [*baseline_lines(baselines), *gradient_lines(experiments), *warning_lines(experiments)]
+    curves = tradeoff.make_curves(points)
+    matches = compare_arms(curves, levels)
+    print0(*text_table(rows), *notes, *map(tradeoff.show_match, matches), sep="\n")
+    finding = tradeoff.finding(curves, matches)
+    sentences = [finding, tradeoff.second_finding(matches), tradeoff.controls(matches)]
+    print0(*filter(None, sentences), sep="\n")
+
+    utils.prepare_exp_dir(folder)
+    with store.stage_lock(folder if folder.parent != exp_dirs[0] else exp_dirs[0], "report"):
+        store.write_text(folder / "results.csv", to_csv([*rows, *baselines]))
+        panels = plots.make_panels(curves, baselines, matches)
+        plots.write_plots(folder, panels, plot_title(curves, baselines))
+        store.write_text(
+            folder / "report.md", to_markdown(exp_dirs, experiments, rows, notes, sentences, matches, panels)
+        )
+        store.write_text(
+            folder / "report.html", to_page(experiments, points, baselines, notes, curves, matches, panels)
+        )
+    paths = {"report": str(folder / "report.md"), "page": str(folder / "report.html")}
+    print0(*(f"{name}: {path}" for name, path in paths.items()), sep="\n")
+    print_result(**paths, finding=finding, num_points=len(rows), num_complete=sum(map(is_complete, rows)))
+
+
+def parse_arguments(arguments):
+    """(experiment folders, folder to write to, teacher accuracies to compare at or None)."""
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("exp_dirs", type=Path, nargs="+", metavar="EXP_DIR")
-    exp_dirs = parser.parse_args(arguments).exp_dirs
-    experiments = [load_experiment(path) for path in exp_dirs]
-    if not any(map(sidecars_of, experiments)):
-        raise ValueError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
-    rows = collect_rows(experiments)
-    points = [row for row in rows if row["arm"] != "undistilled"]
-    baselines = [row for row in rows if row["arm"] == "undistilled"]
-    notes = [*baseline_lines(baselines), *gradient_lines(experiments), *warning_lines(experiments)]
-    print0(*text_table(points), *notes, sep="\n")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report/ in the first EXP_DIR")
+    parser.add_argument("--at", metavar="0.85,0.75", help="teacher accuracies to compare the arms at")
+    parsed = parser.parse_args(arguments)
+    levels = None if parsed.at is None else parse_levels(parsed.at)
+    return parsed.exp_dirs, parsed.out or parsed.exp_dirs[0] / "report", levels
 
-    folder = exp_dirs[0] / "report"
-    utils.prepare_exp_dir(folder)
-    with store.stage_lock(exp_dirs[0], "report"):
-        store.write_text(folder / "results.csv", to_csv(rows))
-        write_plots(folder, points, baselines)
-        store.write_text(folder / "report.md", to_markdown(exp_dirs, experiments, points, notes))
-    path = str(folder / "report.md")
-    print0(f"report: {path}")
-    print_result(report=path, num_points=len(points), num_complete=sum(map(is_complete, points)))
+
+def parse_levels(text):
+    try:
+        levels = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        levels = ()
+    if not levels or not all(0 < level < 1 for level in levels):
+        raise ValueError(f"--at {text}: must be shares between 0 and 1, such as 0.85,0.75")
+    return levels
 
 
 # Sidecars, and which belong together
@@ -113,7 +137,7 @@ def load_sidecar(path, config_keys):
         raise ValueError(f"{path} is not a sidecar (no config, no stats): move it elsewhere")
     if missing := [key for key in config_keys if key not in sidecar["config"]]:
         raise ValueError(f"{path}: config has no {', '.join(missing)}: delete it to redo the stage")
-    return sidecar
+    return {**sidecar, "path": path}
 
 
 def sidecars_of(experiment):
@@ -127,9 +151,14 @@ def select(experiment, is_teacher, split):
 
 
 def sampling(trace):
-    """The settings that all traces of one grid point share; without lam eps plays no part."""
+    """The settings that all traces of one grid point share; without lam eps and direction play no part."""
     values = {key: trace["config"][key] for key in SAMPLING_KEYS}
-    return values | {"eps": values["eps"] if values["lam"] else None}
+    direction = trace["config"].get("direction", "gradient")
+    has_delta = bool(values["lam"])
+    return values | {
+        "eps": values["eps"] if has_delta else None,
+        "direction": direction if has_delta else None,
+    }
 
 
 def data_name(trace):
@@ -151,44 +180,52 @@ def model_behind(experiment, student_test):
     return name if is_final and is_ours else None
 
 
-# Rows
+# Points
 
 
-def collect_rows(experiments):
-    """A flat dict per grid point and undistilled student, by arm, tau, lam; exact repetitions once."""
-    rows = [row for e in experiments for row in [*point_rows(e), *baseline_rows(e)]]
-    unique = list({repr(row): row for row in rows}.values())
+def collect_points(experiments):
+    """The grid points of all experiments, by arm, tau, lam and seed; exact repetitions once."""
+    return in_order(point for e in experiments for point in points_of(e))
+
+
+def collect_baselines(experiments):
+    """The rows of the undistilled students."""
+    students = [s for e in experiments for s in select(e, False, "test") if model_behind(e, s) is None]
+    return [point.row for point in in_order(make_point(student=s) for s in students)]
+
+
+def in_order(points):
+    unique = {repr(point.row): point for point in reversed(list(points))}.values()
     order = ("tau", "lam", "seed")
-    return sorted(unique, key=lambda row: (ARMS.index(row["arm"]), *(row.get(key, 0) for key in order)))
+    return sorted(
+        reversed(unique), key=lambda p: (ARMS.index(p.row["arm"]), *(p.row.get(key, 0) for key in order))
+    )
 
 
-def point_rows(experiment):
+def points_of(experiment):
     """Training traces joined with their model, its test and the teacher's test, as far as these exist."""
     tests, students = select(experiment, True, "test"), select(experiment, False, "test")
     pairs = [(traces_behind(experiment, model), name) for name, model in experiment.models.items()]
     pairs = [(train, name) for train, name in pairs if train]
     used = [train for train, _ in pairs]
     pairs += [(train, None) for train in select(experiment, True, "train") if train not in used]
-    rows, shown = [], []
+    points, shown = [], []
     for train, name in pairs:
         model, same_point = experiment.models.get(name), [t for t in tests if sampling(t) == sampling(train)]
         for student in [s for s in students if name and model_behind(experiment, s) == name] or [None]:
             same = [t for t in same_point if student is None or data_name(t) == data_name(student)]
-            rows += [make_row(teacher=t, student=student, train=train, model=model) for t in same or [None]]
+            points += [
+                make_point(teacher=t, student=student, train=train, model=model) for t in same or [None]
+            ]
             shown += same
-    return rows + [make_row(teacher=test) for test in tests if test not in shown]
+    return points + [make_point(teacher=test) for test in tests if test not in shown]
 
 
-def baseline_rows(experiment):
-    students = select(experiment, False, "test")
-    return [make_row(student=s) for s in students if model_behind(experiment, s) is None]
-
-
-def make_row(teacher=None, student=None, train=None, model=None):
+def make_point(teacher=None, student=None, train=None, model=None):
     """What the sidecars of a point say; the numbers of a missing stage are missing."""
     row = {"arm": "undistilled"}
     if sampled := train or teacher:
-        row = {"arm": "ADS" if sampled["config"]["lam"] else "temperature", **sampling(sampled)}
+        row = {"arm": tradeoff.arm_of(sampled["config"]), **sampling(sampled)}
         row["teacher"] = short_name(sampled["config"]["teacher"])
     if test := student or teacher:
         row["data"] = data_name(test)
@@ -198,11 +235,11 @@ def make_row(teacher=None, student=None, train=None, model=None):
     if model:
         row |= {"student": short_name(model["config"]["student"]), "student_seed": model["config"]["seed"]}
     stages = {"teacher": teacher, "student": student, "train": train, "model": model}
+    stages = {stage: sidecar for stage, sidecar in stages.items() if sidecar}
     for stage, sidecar in stages.items():
-        if sidecar:
-            row |= flatten(stage, sidecar["stats"])
-            row |= flatten(f"{stage}_perturbation", sidecar.get("perturbation"))
-    return row
+        row |= flatten(stage, sidecar["stats"])
+        row |= flatten(f"{stage}_perturbation", sidecar.get("perturbation"))
+    return Point(row, stages)
 
 
 def flatten(prefix, value):
@@ -214,11 +251,6 @@ def flatten(prefix, value):
         if key != "tokens_per_second":
             flat |= flatten(f"{prefix}_{key}", part)
     return flat
-
-
-def is_complete(row):
-    """Whether teacher and student have both been tested."""
-    return "teacher_n" in row and "student_n" in row
 
 
 def short_name(path, num_parts=2):
@@ -235,7 +267,15 @@ def text_table(points):
     cells = table(points)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
-    return [shared_settings(points), lines[0], "-" * len(lines[0]), *lines[1:], LEGEND]
+    return [shared_settings(points), lines[0], "-" * len(lines[0]), *lines[1:], legend_of(points)]
+
+
+def legend_of(points):
+    return "\n".join([LEGEND, ONE_STEP_LEGEND] if has_one_step(points) else [LEGEND])
+
+
+def has_one_step(points):
+    return any(ONE_STEP in row for row in points)
 
 
 def table(points):
@@ -243,22 +283,13 @@ def table(points):
     settings = ["tau", "lam", *differing(points)]
     accuracies = [(who, rule) for who in ("teacher", "student") for rule in RULES]
     lines = [["arm", *settings, "n", *(f"{who} {RULES[rule]}" for who, rule in accuracies), *NUMBERS]]
+    lines[0] += ["step"] if has_one_step(points) else []
     for row in points:
         cells = [row["arm"], *(show_setting(row.get(key)) for key in settings), show_sizes([row], "/")]
         cells += [show_accuracy(row, f"{who}_{rule}") for who, rule in accuracies]
-        lines.append([*cells, *(show_number(row.get(column)) for column in NUMBERS.values())])
+        cells += [show_number(row.get(column)) for column in NUMBERS.values()]
+        lines.append([*cells, *([tradeoff.show_signed(row.get(ONE_STEP))] if has_one_step(points) else [])])
     return lines
-
-
-def values_of(rows, key):
-    return sorted({row[key] for row in rows if row.get(key) is not None})
-
-
-def differing(points):
-    """The settings in which points differ; the student's seed only where it is not the traces' seed."""
-    has_own_seed = any(row.get("student_seed", row["seed"]) != row["seed"] for row in points)
-    names = [key for key in SETTINGS if key != "student_seed" or has_own_seed]
-    return [key for key in names if len(values_of(points, key)) > 1]
 
 
 def shared_settings(rows):
@@ -271,16 +302,6 @@ def show_sizes(rows, separator):
     """The number of test problems; the least and the largest where numbers differ."""
     sizes = sorted({*values_of(rows, "teacher_n"), *values_of(rows, "student_n")})
     return separator.join(map(str, dict.fromkeys(sizes[:1] + sizes[-1:]))) or "-"
-
-
-def show_setting(value):
-    if value is None:
-        return "-"
-    return value if isinstance(value, str) else f"{value:g}"
-
-
-def show_number(value):
-    return f"{value:.3f}".removeprefix("0") if isinstance(value, float) else show_setting(value)
 
 
 def show_accuracy(row, name):
@@ -358,18 +379,21 @@ def defuse(value):
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
-def to_markdown(exp_dirs, experiments, points, notes):
-    lines = ["# Results", ""]
+def to_markdown(exp_dirs, experiments, points, notes, sentences, matches, panels):
+    lines = ["# Results", "", *map(inline, filter(None, sentences)), ""]
     if points:
         header, *body = table(points)
         cells = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
         lines += [inline(shared_settings(points)), ""]
         lines += [f"| {' | '.join(map(inline, line))} |" for line in cells]
-        lines += ["", *(f"- {inline(line)}" for line in LEGEND.splitlines()), ""]
+        lines += ["", *(f"- {inline(line)}" for line in legend_of(points).splitlines()), ""]
     lines += [f"- {inline(note)}" for note in notes]
-    lines += ["", "![Student accuracy against teacher accuracy](tradeoff.png)", ""]
-    lines += ["Made by", "", f"    {shlex.join(['python', 'report.py', *map(str, exp_dirs)])}", ""]
-    return "\n".join([*lines, provenance(experiments), ""])
+    if matches:
+        lines += ["", "At equal teacher accuracy (95 % bootstrap intervals):", ""]
+        lines += [f"- {inline(tradeoff.show_match(match))}" for match in matches]
+    lines += ["", *(f"![{name}]({name}.png)" for name, drawn in panels.items() if drawn)]
+    lines += ["", "Made by", "", f"    {shlex.join(['python', 'report.py', *map(str, exp_dirs)])}", ""]
+    return "\n".join([*lines, f"from {inline(provenance(experiments))}", ""])
 
 
 def provenance(experiments):
@@ -379,7 +403,7 @@ def provenance(experiments):
     names = dict.fromkeys(name for versions in made_with for name in versions)
     text = [f"{name} {' and '.join(map(str, values_of(made_with, name)))}" for name in names]
     hours = sum(s.get("seconds", 0) for s in sidecars) / 3600
-    return f"from {len(sidecars)} stages that took {hours:.1f} hours: {inline(', '.join(text))}."
+    return f"{len(sidecars)} stages that took {hours:.1f} hours: {', '.join(text)}."
 
 
 def inline(text):
@@ -387,92 +411,66 @@ def inline(text):
     return html.escape(text, quote=False).replace("|", "\\|").replace("`", "'")
 
 
-# Plots
+# The comparison and the page
 
 
-def write_plots(folder, points, baselines):
-    """tradeoff.png and tradeoff.svg, byte for byte the same for the same rows."""
-    import matplotlib
+def compare_arms(curves, levels):
+    """The arms at equal teacher accuracies: those given, else the usual ones."""
+    pairs = tradeoff.pair_up(curves)
+    chosen = {rule: levels or tradeoff.choose_levels(pairs, rule) for rule in RULES}
+    stages = [p.stages[who] for c in curves for p in [*c.start, *c.points] for who in ("teacher", "student")]
+    answers, missing = {}, []
+    for stage in {stage["path"]: stage for stage in stages}.values() if pairs else ():
+        found, problem = read_answers(stage)
+        answers |= {(stage["path"], rule): correct for rule, correct in found.items()}
+        missing += [problem] if problem else []
+    return tradeoff.compare(pairs, chosen, answers, missing[0] if missing else "")
 
-    with matplotlib.rc_context(PLOT_STYLE):
-        figure = draw_tradeoff([row for row in points if is_complete(row)], baselines)
-        for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-            with store.atomic_path(folder / f"tradeoff.{kind}") as path:
-                figure.savefig(path, format=kind, dpi=200, metadata=metadata)
+
+def read_answers(stage):
+    """({rule: {problem id: correct}}, why there are none) of a test, from the parquet beside its sidecar."""
+    path = stage["path"].with_suffix(".parquet")
+    name = f"{path.parent.name}/{path.name}"
+    if not path.is_file():
+        return {}, f"{name} is not there"
+    try:
+        table = utils.read_columns(path, ("id", *(f"is_{rule}_correct" for rule in RULES)))
+    except ValueError as error:
+        return {}, str(error)
+    answers = {}
+    for rule in RULES:
+        correct = table[f"is_{rule}_correct"]
+        if stage["stats"].get(rule) and None not in correct:
+            if sum(correct) != stage["stats"][rule]["num_correct"]:
+                return {}, f"{name} does not hold the answers that its sidecar counts"
+            answers[rule] = dict(zip(table["id"], correct, strict=True))
+    return answers, ""
 
 
-def draw_tradeoff(points, baselines):
-    """Figure of student against teacher accuracy, a panel for forced and one for raw answers."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    panels = figure.subplots(1, len(RULES), sharex=True, sharey=True)
-    legend = {}
-    for axis, rule in zip(panels, RULES, strict=True):
-        draw_panel(axis, rule, points, baselines)
-        handles, labels = axis.get_legend_handles_labels()
-        legend |= dict(zip(labels, handles, strict=True))
-    panels[0].set_ylabel("student accuracy")
-    tested = points or baselines
+def plot_title(curves, baselines):
+    tested = [point.row for curve in curves for point in curve.points] or baselines
     data = ", ".join(values_of(tested, "data")) or "no test has finished"
-    figure.suptitle(f"{data}: n = {show_sizes(tested, ' to ')} problems, 95 % intervals")
-    num_columns = min(3, LEGEND_WIDTH // max(map(len, legend), default=1)) or 1
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=num_columns, frameon=False)
-    return figure
+    return f"{data}: n = {show_sizes(tested, ' to ')} problems, 95 % intervals"
 
 
-def draw_panel(axis, rule, points, baselines):
-    from matplotlib.ticker import PercentFormatter
-
-    for (label, curve), marker in zip(curves(points).items(), itertools.cycle(MARKERS), strict=False):
-        draw_curve(axis, rule, curve, color=COLOURS[curve[0]["arm"]], marker=marker, label=label)
-    for row in baselines:
-        if f"student_{rule}_accuracy" in row:
-            share, low, high = (row[f"student_{rule}_{part}"] for part in ("accuracy", "low", "high"))
-            label = f"undistilled student, {row['student_few_shot']}-shot"
-            axis.axhline(share, color="0.35", linestyle="--", linewidth=1.2, label=label)
-            axis.axhspan(low, high, color="0.35", alpha=0.12, linewidth=0)
-    axis.set(title=f"{RULES[rule]} accuracy", xlabel="teacher accuracy")
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.grid(color="0.9", linewidth=0.6)
-
-
-def curves(points):
-    """{legend label: rows in the order of the arm's knob}; the points come sorted by arm, tau and lam."""
-    groups, names = {}, differing(points)
-    for row in points:
-        tau = row["tau"] if row["arm"] == "ADS" else None
-        groups.setdefault((row["arm"], tau, *(row.get(name) for name in names)), []).append(row)
-    return {curve_label(curve, names): curve for curve in groups.values()}
-
-
-def curve_label(curve, names):
-    """The arm, the range of its knob, and the settings in which curves differ."""
-    row, last = curve[0], curve[-1]
-    parts = [row["arm"]]
-    for key in ("tau", "lam") if row["arm"] == "ADS" else ("tau",):
-        parts.append(f"{SYMBOLS[key]} = {' to '.join(map(show_setting, sorted({row[key], last[key]})))}")
-    parts += [f"{name} {show_setting(row[name])}" for name in names if row.get(name) is not None]
-    return ", ".join(parts)
-
-
-def draw_curve(axis, rule, curve, **style):
-    """A line with error bars both ways through the points that were graded under `rule`."""
-    curve = [row for row in curve if f"teacher_{rule}_accuracy" in row and f"student_{rule}_accuracy" in row]
-    if not curve:
-        return
-    x, x_bars = error_bars(curve, f"teacher_{rule}")
-    y, y_bars = error_bars(curve, f"student_{rule}")
-    drawn = axis.errorbar(x, y, y_bars, x_bars, markersize=5, linewidth=1.4, elinewidth=0.8, **style)
-    for bars in drawn[2]:
-        bars.set_alpha(0.4)
-
-
-def error_bars(curve, name):
-    """Shares (P,) of a curve's P points and their distances (2, P) to the bounds of the intervals."""
-    values = np.array([[row[f"{name}_{part}"] for row in curve] for part in ("accuracy", "low", "high")])
-    return values[0], abs(values[1:] - values[0])
+def to_page(experiments, points, baselines, notes, curves, matches, panels):
+    """report.html."""
+    rows = [point.row for point in points]
+    return page.render(
+        title=plot_title(curves, baselines),
+        curves=curves,
+        baselines=baselines,
+        matches=matches,
+        svgs=plots.inline_svgs(panels),
+        cells=table(rows) if rows else [],
+        legend=legend_of(rows).splitlines(),
+        summary=shared_settings(rows) if rows else "no grid point has finished a stage",
+        notes=notes,
+        gradients=list({repr(g["stats"]): g for e in experiments for g in e.gradients.values()}.values()),
+        contrasts=page.load_contrasts(points),
+        is_toy=any(name.startswith("arithmetic_") for name in values_of([*rows, *baselines], "data")),
+        made_from=provenance(experiments),
+    )
 
 
 if __name__ == "__main__":

@@ -205,13 +205,25 @@ def read_lines(path):
 
 def read_parquet(path):
     """The rows of a parquet file as dicts; ValueError when it is damaged."""
+    return read_table(path).to_pylist()
+
+
+def read_columns(path, columns):
+    """{name: values} of some columns of a parquet file; ValueError when it is damaged or lacks one."""
+    table = read_table(path, list(columns))
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}")
+    return table.to_pydict()
+
+
+def read_table(path, columns=None):
     import pyarrow
     import pyarrow.parquet
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.read_table(path, columns=columns)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
@@ -422,13 +434,3 @@ def quiet_libraries():
 def print_result(**values):
     """The one JSON line that ends a script."""
     print0(json.dumps(values))
-
-
-def wilson_interval(num_correct, num_total, z=1.959964):
-    """95 % Wilson score interval of a proportion, as (low, high)."""
-    if not num_total:
-        return 0.0, 1.0
-    share = num_correct / num_total
-    center = (share + z**2 / (2 * num_total)) / (1 + z**2 / num_total)
-    half = z / (1 + z**2 / num_total) * (share * (1 - share) / num_total + z**2 / (4 * num_total**2)) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)

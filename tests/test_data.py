@@ -7,6 +7,7 @@ import pytest
 from conftest import shared_path
 
 import utils
+from ads.tradeoff import wilson_interval
 
 
 def write_lines(path, rows):
@@ -158,4 +159,4 @@ def test_real_math_subset_covers_all_subjects():
 )
 def test_wilson_interval(num_correct, num_total, low, high):
     """Reference values of Wilson's score interval."""
-    assert utils.wilson_interval(num_correct, num_total) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(num_correct, num_total) == pytest.approx((low, high), abs=1e-4)

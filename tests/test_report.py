@@ -1,6 +1,7 @@
 """report.py on folders of sidecars, as gentraces.py, save_grad.py and distill.py write them."""
 
 import csv
+import html
 import json
 import re
 import shutil
@@ -8,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import report
-import utils
-from ads import store
+from ads import plots, store, tradeoff
 from ads.config import GenConfig, GradConfig, TrainConfig, to_dict
+from ads.tradeoff import make_curves, wilson_interval
 
 ROOT = Path(report.__file__).parent
 N = 1200
@@ -21,8 +25,9 @@ TEACHER, STUDENT, PROXY = "owner/teacher-7B", "owner/student-3B", "owner/proxy-1
 PERTURBATION = {"share_changed": 0.99, "cosine": 0.9995, "relative_norm": 1.0}
 
 
-def write_traces(exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=None, **config):
-    """A trace sidecar; forced and raw are shares (forced may be None: no answer forcing)."""
+def write_traces(exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=None, parquet=False, **config):
+    """A trace sidecar, and perhaps its answers; forced and raw are shares (forced may be None: no answer
+    forcing)."""
     cfg = GenConfig(exp_dir=str(exp_dir), trace_name=name, **{"teacher": TEACHER, **config})
     stats = {
         "n": n,
@@ -40,23 +45,37 @@ def write_traces(exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=No
     store.write_sidecar(
         cfg.sidecar_path, to_dict(cfg), {"teacher": f"hub:{cfg.teacher}"}, stats, 360, **notes
     )
+    if parquet:
+        write_answers(cfg.parquet_path, stats)
+
+
+def write_answers(path, stats):
+    """id and is_*_correct of each problem: the easy ones are right, by a difficulty that all tests share."""
+    n, columns = stats["n"], {}
+    noise = np.random.default_rng(sum(path.stem.encode())).normal(size=n)
+    order = np.argsort(np.random.default_rng(0).normal(size=n) + 0.5 * noise)
+    for rule in ("raw", "af"):
+        num_correct = stats[rule]["num_correct"] if stats[rule] else 0
+        correct = np.isin(np.arange(n), order[:num_correct])
+        columns[f"is_{rule}_correct"] = correct.tolist() if stats[rule] else [None] * n
+    table = {"id": [f"gsm8k/test/{i}" for i in range(n)], **columns}
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
 
 
 def accuracy(share, n):
     num_correct = round(share * n)
-    low, high = utils.wilson_interval(num_correct, n)
+    low, high = wilson_interval(num_correct, n)
     numbers = {"accuracy": num_correct / n, "low": low, "high": high}
     return {key: round(value, 4) for key, value in numbers.items()} | {"num_correct": num_correct}
 
 
-def write_model(exp_dir, name, train_name, student=STUDENT, **config):
+def write_model(exp_dir, name, train_name, student=STUDENT, losses=None, **config):
     path = f"{exp_dir}/traces/{train_name}.parquet"
     cfg = TrainConfig(exp_dir=str(exp_dir), model_name=name, student=student, train_traces=path, **config)
     stats = {"n": 5231, "num_cut": 0, "num_steps": 981, "train_loss": 0.21, "holdout_loss_start": 0.9}
     stats["holdout_loss"] = 0.4567
-    store.write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), {}, stats, 720, losses={"train": [[1, 0.5]], "holdout": []}
-    )
+    losses = losses or {"train": [[1, 0.5]], "holdout": []}
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 720, losses=losses)
 
 
 def write_student_test(exp_dir, name, model, forced, raw, **more):
@@ -67,53 +86,57 @@ def write_student_test(exp_dir, name, model, forced, raw, **more):
         forced,
         raw,
         is_teacher=False,
-        teacher=teacher,
-        data_split="gsm8k_test",
         tau=0.0,
-        **more,
+        **{"teacher": teacher, "data_split": "gsm8k_test", **more},
     )
 
 
-def write_point(exp_dir, name, tau, lam, teacher_shares, student_shares, stages=4, **more):
+def write_point(
+    exp_dir, name, tau, lam, teacher_shares, student_shares, stages=4, dataset="gsm8k", losses=None, **more
+):
     """The first `stages` stages of a grid point; shares are (forced, raw)."""
     if lam:
         more |= {"grad_path": f"{exp_dir}/student_grads.safetensors", "proxy_student": PROXY}
     sampled = {"tau": tau, "lam": lam, **more}
-    write_traces(exp_dir, f"a{name}", *teacher_shares, data_split="gsm8k_train", **sampled)
+    write_traces(exp_dir, f"a{name}", *teacher_shares, **sampled | {"data_split": f"{dataset}_train"})
+    test = {"data_split": f"{dataset}_test"}
+    test |= {key: more[key] for key in ("parquet", "n") if key in more}
     if stages >= 2:
-        write_model(exp_dir, f"b{name}", f"a{name}", seed=more.get("seed", 42))
+        write_model(exp_dir, f"b{name}", f"a{name}", seed=more.get("seed", 42), losses=losses)
     if stages >= 3:
-        write_student_test(exp_dir, f"c{name}", f"b{name}", *student_shares)
+        write_student_test(exp_dir, f"c{name}", f"b{name}", *student_shares, **test)
     if stages >= 4:
-        write_traces(exp_dir, f"d{name}", *teacher_shares, data_split="gsm8k_test", **sampled)
+        stats = {k: v for k, v in dict(more.get("more_stats", ())).items() if k != "one_step"}
+        write_traces(exp_dir, f"d{name}", *teacher_shares, **sampled | test | {"more_stats": stats})
 
 
-def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25)):
-    write_traces(exp_dir, "clean", 0.91, 0.9, data_split="gsm8k_holdout")
+def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N):
+    write_traces(exp_dir, "clean", 0.91, 0.9, data_split=f"{dataset}_holdout")
     cfg = GradConfig(
         exp_dir=str(exp_dir), proxy_student=PROXY, holdout_traces=f"{exp_dir}/traces/clean.parquet"
     )
     stats = {"n": 2242, "num_left_out": 0, "loss": 0.412345, "grad_norm": 7.412345, "num_response_tokens": 9}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms={"lm_head.weight": 1.0})
-    base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test"}
+    norms = {"lm_head.weight": 1.0} | {f"model.layers.{i}.mlp.up_proj.weight": 0.9**i for i in range(12)}
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms)
+    base = {"is_teacher": False, "teacher": STUDENT, "data_split": f"{dataset}_test", "n": n}
     write_traces(exp_dir, "base", *baseline, few_shot=4, few_shot_traces="clean.parquet", **base)
 
 
-def write_both_arms(exp_dir):
+def write_both_arms(exp_dir, **more):
     """Two points an arm, written in no order, under names that say nothing."""
     write_stage_1_and_2(exp_dir)
-    write_point(exp_dir, "1", 0.6, 0.03, (0.70, 0.50), (0.25, 0.20))
-    write_point(exp_dir, "2", 1.4, 0.0, (0.80, 0.75), (0.55, 0.50))
-    write_point(exp_dir, "3", 0.6, 0.015, (0.84, 0.70), (0.49, 0.41))
-    write_point(exp_dir, "4", 0.6, 0.0, (0.90, 0.88), (0.61, 0.58))
+    write_point(exp_dir, "1", 0.6, 0.03, (0.70, 0.50), (0.25, 0.20), **more)
+    write_point(exp_dir, "2", 1.4, 0.0, (0.80, 0.75), (0.55, 0.50), **more)
+    write_point(exp_dir, "3", 0.6, 0.015, (0.84, 0.70), (0.49, 0.41), **more)
+    write_point(exp_dir, "4", 0.6, 0.0, (0.90, 0.88), (0.61, 0.58), **more)
     return exp_dir
 
 
-def run(*exp_dirs):
+def run(*arguments):
     """(exit code, stdout, stderr) of the script, as a user runs it."""
-    command = [sys.executable, str(ROOT / "report.py"), *map(str, exp_dirs)]
+    command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=exp_dirs[0].parent if exp_dirs else None
+        command, capture_output=True, text=True, cwd=arguments[0].parent if arguments else None
     )
     return result.returncode, result.stdout, result.stderr
 
@@ -130,8 +153,18 @@ def csv_rows(exp_dir):
 
 
 def rows_of(*exp_dirs):
-    rows = report.collect_rows([report.load_experiment(path) for path in exp_dirs])
-    return [r for r in rows if r["arm"] != "undistilled"], [r for r in rows if r["arm"] == "undistilled"]
+    experiments = [report.load_experiment(path) for path in exp_dirs]
+    return [p.row for p in report.collect_points(experiments)], report.collect_baselines(experiments)
+
+
+def curves_of(*exp_dirs):
+    return make_curves(report.collect_points([report.load_experiment(path) for path in exp_dirs]))
+
+
+def draw(*exp_dirs):
+    """The figure of the trade-off."""
+    panels = plots.make_panels(curves_of(*exp_dirs), rows_of(*exp_dirs)[1], [])
+    return plots.compose(panels["tradeoff"], "")
 
 
 def drawn_points(figure):
@@ -164,10 +197,17 @@ def test_a_finished_experiment_as_a_user_runs_it(tmp_path):
     assert "gradient of owner/proxy-1B: n 2242, loss .412 nats/token, ||g|| 7.412" in lines
     assert "WARNING" not in output
     path = exp_dir / "report" / "report.md"
-    assert lines[-2] == f"report: {path}"
-    assert json.loads(lines[-1]) == {"report": str(path), "num_points": 4, "num_complete": 4}
+    assert lines[-3] == f"report: {path}"
+    result = json.loads(lines[-1])
+    finding = result.pop("finding")
+    page = path.with_suffix(".html")
+    assert result == {"report": str(path), "page": str(page), "num_points": 4, "num_complete": 4}
+    assert finding in lines and finding in path.read_text()
     names = {file.name for file in path.parent.iterdir()}
-    assert names == {"report.md", "results.csv", "tradeoff.png", "tradeoff.svg"}
+    drawn = {
+        f"{name}.{kind}" for name in ("tradeoff", "knobs", "traces", "losses") for kind in ("png", "svg")
+    }
+    assert names == {"report.md", "report.html", "results.csv", *drawn}
 
 
 def test_a_folder_that_is_not_there_and_one_without_sidecars(tmp_path):
@@ -352,14 +392,15 @@ def test_tests_on_different_data_are_not_compared(tmp_path):
     assert found == {("gsm8k_test", N, N), ("mmlu_test", 77, None)}
 
 
-def test_two_students_of_one_grid_point_are_two_rows_and_curves(tmp_path):
+def test_two_students_of_one_grid_point_are_two_rows_and_one_setting(tmp_path):
     write_point(tmp_path, "1", 0.6, 0.0, (0.9, 0.9), (0.6, 0.6))
     write_model(tmp_path, "again", "a1", seed=7)
     write_student_test(tmp_path, "e", "again", 0.5, 0.5)
     points, _ = rows_of(tmp_path)
     assert [(row["student_seed"], row["student_af_accuracy"]) for row in points] == [(7, 0.5), (42, 0.6)]
     assert [row["teacher_af_accuracy"] for row in points] == [0.9, 0.9]
-    assert [label.split(", ")[-1] for label in report.curves(points)] == ["student_seed 7", "student_seed 42"]
+    (curve,) = curves_of(tmp_path)
+    assert list(tradeoff.by_setting(curve.points)) == [(0.6, 0)] and len(curve.points) == 2
 
 
 def test_a_distilled_student_whose_model_is_gone_is_no_baseline(tmp_path, capsys):
@@ -400,9 +441,8 @@ def test_several_folders_keep_seeds_apart_and_drop_copies(tmp_path):
     assert not (second / "report").exists()
     assert [row["seed"] for row in rows] == ["42", "42", "44", "42", "42", "43", ""]
     assert [row["teacher_af_accuracy"] for row in rows if row["lam"] == "0.03"] == ["0.7", "0.72"]
-    points = [row for row in rows_of(first, second, copy)[0] if report.is_complete(row)]
-    labels = list(report.curves(points))
-    assert [label.rpartition(", ")[2] for label in labels] == ["seed 42", "seed 42", "seed 43"]
+    seeds = [[point.row["seed"] for point in curve.points] for curve in curves_of(first, second, copy)]
+    assert seeds == [[42, 42], [42, 42, 43]]
 
 
 def test_the_same_point_with_other_numbers_is_kept(tmp_path):
@@ -417,37 +457,38 @@ def test_the_same_point_with_other_numbers_is_kept(tmp_path):
 
 def test_figure_shows_every_complete_point_with_its_intervals(tmp_path):
     exp_dir = write_both_arms(tmp_path / "x")
-    points, baselines = rows_of(exp_dir)
-    figure = report.draw_tradeoff(points, baselines)
+    figure = draw(exp_dir)
     assert drawn_points(figure) == [
         [[(0.90, 0.61), (0.80, 0.55)], [(0.84, 0.49), (0.70, 0.25)]],
         [[(0.88, 0.58), (0.75, 0.50)], [(0.70, 0.41), (0.50, 0.20)]],
     ]
+    line = figure.axes[0].lines[2]  # of ADS: it begins at the same tau without Delta
+    assert list(zip(*line.get_data(), strict=True)) == [(0.70, 0.25), (0.84, 0.49), (0.90, 0.61)]
     ads = figure.axes[0].containers[1]
     across, up = (bars.get_segments()[1] for bars in ads.lines[2])
-    low, high = utils.wilson_interval(300, N)
+    low, high = wilson_interval(300, N)
     assert across[:, 1] == pytest.approx(0.25) and up[:, 1] == pytest.approx([low, high], abs=1e-4)
-    lines = [line for axis in figure.axes for line in axis.lines if line.get_linestyle() == "--"]
+    grey = plots.COLOURS["undistilled"]
+    lines = [line for axis in figure.axes for line in axis.lines if line.get_color() == grey]
     assert [line.get_ydata()[0] for line in lines] == [0.31, 0.25]
 
 
 def test_several_tau_of_ads_are_several_curves(tmp_path):
     for i, (tau, lam) in enumerate([(0.6, 0.01), (0.9, 0.02), (0.6, 0.03), (0.9, 0.01)]):
         write_point(tmp_path, str(i), tau, lam, (0.8 - lam, 0.5), (0.5 - lam, 0.2))
-    points, baselines = rows_of(tmp_path)
-    assert [(row["tau"], row["lam"]) for row in points] == [
+    assert [(row["tau"], row["lam"]) for row in rows_of(tmp_path)[0]] == [
         (0.6, 0.01),
         (0.6, 0.03),
         (0.9, 0.01),
         (0.9, 0.02),
     ]
-    figure = report.draw_tradeoff(points, baselines)
+    figure = draw(tmp_path)
     assert [[x for x, _ in curve] for curve in drawn_points(figure)[0]] == [
         pytest.approx([0.79, 0.77]),
         pytest.approx([0.79, 0.78]),
     ]
-    first, second = (container.lines[0] for container in figure.axes[0].containers)
-    assert first.get_color() == second.get_color() and first.get_marker() != second.get_marker()
+    first, second = figure.axes[0].lines[0], figure.axes[0].lines[2]
+    assert first.get_color() == second.get_color() and first.get_linestyle() != second.get_linestyle()
 
 
 def test_without_answer_forcing_only_raw_is_shown(tmp_path, capsys):
@@ -458,7 +499,7 @@ def test_without_answer_forcing_only_raw_is_shown(tmp_path, capsys):
     cells = re.split(r" {2,}", table_lines(output)["ADS", "0.6", "0.03"])
     assert cells[1:5] == ["-", ".500 [.472, .528]", "-", ".200 [.178, .224]"]
     assert "forced -, raw .200" in output
-    assert drawn_points(report.draw_tradeoff(*rows_of(tmp_path))) == [[], [[(0.5, 0.2)]]]
+    assert drawn_points(draw(tmp_path)) == [[], [[(0.5, 0.2)]]]
 
 
 @pytest.mark.parametrize(
@@ -485,7 +526,8 @@ def test_doubtful_numbers_are_said(tmp_path, capsys, stats, perturbation, wanted
     report.main([str(tmp_path)])
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
     assert warnings == [f"WARNING: {wanted}"]
-    assert wanted in (tmp_path / "report" / "report.md").read_text()
+    for name in ("report.md", "report.html"):
+        assert html.escape(wanted) in (tmp_path / "report" / name).read_text()
 
 
 def test_one_warning_names_the_worst_few(tmp_path):
@@ -503,3 +545,131 @@ def test_a_model_whose_traces_are_gone_is_left_out_and_said(tmp_path):
     assert len(baselines) == 1
     (line,) = report.warning_lines([report.load_experiment(exp_dir)])
     assert line == "WARNING: models left out, the sidecars of their training traces are not here: b2"
+
+
+# Arms, equal teacher accuracy, new inputs
+
+
+@pytest.mark.parametrize(
+    "lam,direction,arm",
+    [
+        (0.0, "random", "temperature"),
+        (0.03, "gradient", "ADS"),
+        (-0.03, "gradient", "negative lambda"),
+        (-0.03, "random", "random direction"),
+        (0.03, "permuted", "permuted"),
+        (0.03, None, "ADS"),
+    ],
+)
+def test_arm_of_a_point(tmp_path, lam, direction, arm):
+    """Without lam the direction plays no part; sidecars older than the controls do not name one."""
+    more = {"direction": direction} if direction else {}
+    write_point(tmp_path, "1", 0.6, lam, (0.7, 0.5), (0.25, 0.2), **more)
+    if direction is None:
+        for path in tmp_path.glob("traces/*.yaml"):
+            store.write_text(path, path.read_text().replace("  direction: gradient\n", ""))
+    ((row,), _) = rows_of(tmp_path)
+    assert row["arm"] == arm and tradeoff.is_complete(row)
+
+
+def test_a_teacher_test_in_another_direction_is_another_point(tmp_path):
+    settings = {"tau": 0.6, "lam": 0.03, "grad_path": "g", "proxy_student": PROXY}
+    write_traces(tmp_path, "a", 0.9, 0.9, data_split="gsm8k_train", **settings)
+    write_traces(tmp_path, "b", 0.8, 0.8, data_split="gsm8k_test", direction="random", **settings)
+    assert sorted(row["arm"] for row in rows_of(tmp_path)[0]) == ["ADS", "random direction"]
+
+
+def matched_lines(output):
+    pattern = r"^(forced|raw), teacher (\S+): temperature (\S+), (.+?) (\S+?)(?:, difference (\S+) (.*))?$"
+    return [found.groups() for found in re.finditer(pattern, output, re.MULTILINE)]
+
+
+def test_arms_are_compared_at_equal_teacher_accuracy(tmp_path):
+    """By hand at .82: temperature .90 to .80 gives .61 to .55, ADS .84 to .70 gives .49 to .25."""
+    exp_dir = write_both_arms(tmp_path / "x", parquet=True)
+    code, output, errors = run(exp_dir, "--at", "0.82,0.6")
+    assert (code, errors) == (0, "")
+    forced, unreached, *_ = matched_lines(output)
+    student = 0.49 - (0.84 - 0.82) / (0.84 - 0.70) * (0.49 - 0.25)
+    wanted = ("forced", ".820", ".562", "ADS", f"{student:.3f}"[1:], f"{0.562 - student:.3f}")
+    assert forced[:6] == wanted
+    low, high = map(float, re.match(r"\[(\S+), (\S+)\], 1 seed$", forced[6]).groups())
+    assert low < 0.562 - student < high and 0.01 < high - low < 0.2
+    assert unreached[:3] == ("forced", ".600", "-") and "not reached by both" in output
+    finding = json.loads(output.splitlines()[-1])["finding"]
+    assert "82 % (forced answers)" in finding and "to 56 %, ADS traces to 46 %: 11 points less [" in finding
+    assert finding in (exp_dir / "report" / "report.md").read_text()
+
+
+def test_without_answers_there_is_no_interval_and_a_reason(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    _, output, _ = run(exp_dir, "--at", "0.82")
+    assert "difference 0.106 (no interval: traces/d4.parquet is not there), 1 seed" in output
+    write_answers(
+        exp_dir / "traces" / "d4.parquet", {"n": 9, "raw": accuracy(0.9, 9), "af": accuracy(0.9, 9)}
+    )
+    assert "d4.parquet does not hold the answers that its sidecar counts" in run(exp_dir, "--at", "0.82")[1]
+
+
+def test_an_arm_of_one_setting_is_compared_at_its_own_cost(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x", parquet=True)
+    write_point(exp_dir, "9", 0.3, 5.0, (0.85, 0.8), (0.5, 0.5), direction="random", parquet=True)
+    (line,) = [m for m in matched_lines(run(exp_dir)[1]) if m[:1] == ("forced",) and "random" in m[3]]
+    assert line[1:6] == (".850", ".580", "random direction", ".500", "0.080")
+    write_point(exp_dir, "8", 0.3, 0.0, (0.99, 0.99), (0.7, 0.7), parquet=True)  # where its curve starts
+    again = [m for m in matched_lines(run(exp_dir)[1]) if m[:1] == ("forced",) and "random" in m[3]]
+    assert [m[1:6] for m in again] == [line[1:6]]
+
+
+@pytest.mark.parametrize(
+    "stages,wanted",
+    [(3, "No point of temperature or ADS is complete yet"), (4, "No point of temperature is complete yet")],
+)
+def test_finding_says_when_there_is_nothing_to_compare(tmp_path, stages, wanted):
+    write_point(tmp_path, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), stages)
+    assert json.loads(run(tmp_path)[1].splitlines()[-1])["finding"].startswith(wanted)
+
+
+@pytest.mark.parametrize("at", ["", "75", "0.8,x", "0.8,", "1.0", "nan"])
+def test_a_level_that_is_no_share_is_an_error(tmp_path, at):
+    code, _, errors = run(write_both_arms(tmp_path / "x"), "--at", at)
+    assert code == 2 and errors.startswith("error: --at") and "0.85,0.75" in errors
+
+
+def test_out_names_the_folder(tmp_path):
+    exp_dir, folder = write_both_arms(tmp_path / "x"), tmp_path / "elsewhere" / "r"
+    code, _, errors = run(exp_dir, "--out", folder)
+    assert (code, errors, (exp_dir / "report").exists()) == (0, "", False)
+    assert {"report.html", "report.md", "results.csv"} <= {path.name for path in folder.iterdir()}
+
+
+def test_one_step_is_a_column_only_when_it_was_measured(tmp_path, capsys):
+    exp_dir = write_both_arms(tmp_path / "x")
+    report.main([str(exp_dir)])
+    assert " step" not in capsys.readouterr().out.splitlines()[1]
+    one_step = {"n": 300, "step_length": 0.1, "loss_before": 0.6, "loss_after": 0.6089, "change": 0.0089}
+    write_point(exp_dir, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), more_stats={"one_step": one_step})
+    report.main([str(exp_dir)])
+    output = capsys.readouterr().out
+    assert output.splitlines()[1].endswith("  step")
+    assert table_lines(output)["ADS", "0.6", "0.03"].endswith("+0.0089")
+    assert table_lines(output)["ADS", "0.6", "0.015"].endswith(" -")
+    assert [row["train_one_step_change"] for row in csv_rows(exp_dir)] == ["", "", "", "0.0089", ""]
+    assert "One step of the proxy" in (exp_dir / "report" / "report.html").read_text()
+
+
+def test_seeds_of_an_undistilled_student_are_one_line(tmp_path):
+    write_both_arms(tmp_path)
+    base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test", "few_shot": 4}
+    write_traces(tmp_path, "base2", 0.35, 0.27, few_shot_traces="clean.parquet", seed=43, **base)
+    grey = plots.COLOURS["undistilled"]
+    lines = [line for line in draw(tmp_path).axes[0].lines if line.get_color() == grey]
+    assert [line.get_ydata()[0] for line in lines] == [pytest.approx(0.33)]
+
+
+def test_an_unknown_direction_is_an_error_that_names_it(tmp_path):
+    write_point(tmp_path, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), direction="<b>sideways")
+    code, _, errors = run(tmp_path)
+    assert code == 2 and errors.startswith(
+        "error: direction='<b>sideways': must be gradient or one of random"
+    )

@@ -1,0 +1,430 @@
+"""report.html: one file without any link to another, from the curves, their comparison and the plots.
+
+Whatever a model, a dataset or a name says becomes text: escaped here, or a text node of the page's script.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from ads import plots, tradeoff
+from ads.tradeoff import RULES, show_number, show_setting, show_signed
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+MAX_CONTRAST_POINTS = 8
+MAX_CONTRASTS_PER_ARM = 4
+MAX_CONTRAST_BYTES = 3_000_000
+NUM_NORMS = 10
+NBSP = "\N{NO-BREAK SPACE}"
+GLYPHS = {"o": "&#9679;", "s": "&#9632;", "v": "&#9660;", "D": "&#9670;", "^": "&#9650;", "_": ""}  # markers
+NUM_OPEN = 20  # a longer table of points is folded
+
+TOY_NOTE = (
+    "The models have 345 thousand parameters, were made by demo/pretrain.py, and solve generated word "
+    "problems: toy scale.",
+    "The teacher's ability to recover from a corrupted trace was trained in on purpose; large reasoning "
+    "models have it by themselves.",
+    "Not reproduced here: a student no better than the undistilled one at 70 % teacher accuracy.",
+    "A negative lambda hurts the student too, so the sign of Delta is tested by the one-step test, not by "
+    "student accuracy.",
+)
+ANY_NOTE = (
+    "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
+    "A fall of the raw accuracy is part of the price, even where forced answers hide it.",
+)
+PAPER = (  # setting, teacher, student: arXiv 2504.13146
+    ("GSM8K, greedy teacher", "91 %", "61 %"),
+    ("GSM8K, undistilled, few-shot", "-", "31 %"),
+    ("GSM8K, ADS", "70 %", "25 %"),
+    ("GSM8K, ADS, small cost", "90 to 89 %", "65 to 56 %"),
+    ("MMLU, 4 points of teacher by temperature", "68 %", "52 %"),
+    ("MMLU, 4 points of teacher by ADS", "68 %", "40 %"),
+)
+INTERVALS = """\
+Markers are settings with 95 % intervals: Wilson's with one seed; with several, those of the mean over seeds,
+from the binomial variance or the one between seeds, whichever is larger. Dots are single seeds. A line starts
+at the same temperature without Delta where that was run."""
+MATCHING = """\
+Each seed's points are joined by straight lines and read off at the same teacher accuracy, never beyond their
+ends; an arm of one setting is compared at its own. Difference: temperature minus arm, in points, with its
+95 % interval from a hierarchical bootstrap over seeds and, within a seed, over problems. Two or three seeds
+show little of the spread between seeds."""
+READING = """\
+Each token is shaded by how much Delta changed its probability at its place, before truncation. Point at a
+token, tap it, or go there with Tab and the arrow keys."""
+ONE_STEP = """\
+One step: the proxy takes one SGD step on the sampled traces, and its loss on clean holdout traces changes by
+so much; above zero, the traces un-teach."""
+
+
+def render(
+    title,
+    curves,
+    baselines,
+    matches,
+    svgs,
+    cells,
+    legend,
+    summary,
+    notes,
+    gradients,
+    contrasts,
+    is_toy,
+    made_from,
+):
+    """The whole page as text; `cells` is the table of all points, `svgs` come from plots.inline_svgs."""
+    settings, arms = setting_cells(curves), legend_list(curves, [])
+    pale = "The paler a line, the weaker its setting; means over seeds."
+    sections = {
+        "Trade-off": first_section(curves, baselines, matches, svgs["tradeoff"], is_toy),
+        "Equal teacher accuracy": matched_section(matches),
+        "Trace reader": reader_section(contrasts),
+        "Knobs": panel_section("The knobs", "", svgs["knobs"]),
+        "Traces": panel_section("The training traces", trait_caption(curves), svgs["traces"], arms, settings),
+        "Losses": panel_section("The students' losses", pale, svgs["losses"], arms),
+        "Gradient": gradient_section(gradients),
+        "All points": points_section(cells, legend, summary, notes),
+    }
+    sections = {name: body for name, body in sections.items() if body}
+    anchors = {name: name.lower().replace(" ", "-") for name in sections}
+    warnings = [note for note in notes if note.startswith("WARNING")]
+    parts = {
+        "title": escape(title),
+        "finding": sentence(tradeoff.finding(curves, matches)),
+        "second": sentence(tradeoff.second_finding(matches)),
+        "navigation": "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections),
+        "sections": warning_section(warnings)
+        + "".join(f'<section id="{anchors[name]}">{body}</section>\n' for name, body in sections.items()),
+        "made_from": escape(made_from),
+        "contrasts": embed_json(contrasts),
+    }
+    return fill(TEMPLATE.read_text(encoding="utf-8"), parts)
+
+
+def sentence(text):
+    """Escaped text in which no line ends before a percent sign."""
+    return escape(text).replace(" %", "&nbsp;%")
+
+
+def fill(template, parts):
+    """The template with its {{names}} replaced, in one pass: inserted text is not looked at again."""
+    script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = parts | {"script_hash": digest}
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+
+
+def embed_json(value):
+    """JSON that may stand in a <script> element: no character of it can end the element or open a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# Sections
+
+
+def warning_section(warnings):
+    if not warnings:
+        return ""
+    items = "".join(f"<p>{escape(line)}</p>" for line in warnings)
+    return f'<section class="warning">{items}</section>\n'
+
+
+def first_section(curves, baselines, matches, panels, is_toy):
+    """The trade-off, its legend, and below it what to make of it."""
+    notes = "".join(f"<li>{escape(line)}</li>" for line in (TOY_NOTE if is_toy else ANY_NOTE))
+    paper = html_table([["", "teacher", "student"], *PAPER], "paper")
+    return (
+        f"{figure_grid(panels)}{legend_list(curves, baselines)}<p>{sentence(tradeoff.controls(matches))}</p>"
+        f'<p class="caption">{INTERVALS}</p><div class="panels">'
+        f'<div class="note"><h3>What this is and is not</h3><ul>{notes}</ul></div>'
+        f"<div><h3>The paper, with models of 3 to 7 billion parameters</h3>{paper}</div></div>"
+    )
+
+
+def legend_list(curves, baselines):
+    styles = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
+    lines = zip(curves, plots.line_styles(curves), strict=True)
+    entries = [(curve.arm, styles[style], curve.label) for curve, style in lines]
+    entries += [("undistilled", "dashed", label) for label in plots.by_label(baselines)]
+    items = [
+        f'<li><span style="color:var(--{plots.variable(arm)})"><span class="swatch" '
+        f'style="border-top-style:{style}"></span>{GLYPHS[plots.MARKERS[arm]]}</span> {escape(label)}</li>'
+        for arm, style, label in dict.fromkeys(entries)
+    ]
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def figure_grid(panels):
+    figures = [f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in panels]
+    return f'<div class="panels">{"".join(figures)}</div>'
+
+
+def panel_section(heading, caption, panels, arms="", cells=()):
+    """Plots under a heading, and perhaps a table; nothing without plots."""
+    if not panels:
+        return ""
+    table = f'<div class="scroll">{html_table(cells)}</div>' if cells else ""
+    caption = f'<p class="caption">{caption}</p>' if caption else ""
+    return f"<h2>{heading}</h2>{caption}{figure_grid(panels)}{arms}{table}"
+
+
+def html_table(cells, kind=""):
+    """A table whose first line of cells is its header."""
+    header, *body = [[escape(cell) for cell in line] for line in cells]
+    lines = "".join(f"<tr><td>{'</td><td>'.join(line)}</td></tr>" for line in body)
+    return f'<table class="{kind}"><thead><tr><th>{"</th><th>".join(header)}</th></tr></thead>{lines}</table>'
+
+
+def matched_section(matches):
+    if not matches:
+        return ""
+    tables = [
+        f"<div><h3>{name.capitalize()} answers</h3>{matched_table(graded)}</div>"
+        for rule, name in RULES.items()
+        if (graded := [match for match in matches if match.rule == rule])
+    ]
+    return (
+        "<h2>Students at equal teacher accuracy</h2>"
+        f'<p class="caption">{MATCHING}</p><div class="panels">{"".join(tables)}</div>'
+    )
+
+
+def matched_table(matches):
+    """ADS by level, then the other arms: both students on a track from 0 to 100 %, and the difference."""
+    arms = list(dict.fromkeys(match.name for match in matches))
+    lines = map(matched_line, sorted(matches, key=lambda m: (arms.index(m.name), -(m.level or 0))))
+    header = '<th>teacher</th><th class="left">arm</th><th class="left">students</th><th>difference</th>'
+    return f'<table class="matched"><thead><tr>{header}</tr></thead>{"".join(lines)}</table>'
+
+
+def matched_line(match):
+    students = [show_percent(share, 2) for share in (match.temperature, match.student)]
+    difference, interval = "-", match.note
+    if match.difference is not None:
+        difference = f"<strong>{show_points(match.difference)}</strong>"
+    if match.low is not None:
+        interval = f"[{show_points(match.low)},{NBSP}{show_points(match.high)}]"
+    seeds = f"{match.num_seeds} seed{'' if match.num_seeds == 1 else 's'}"
+    cells = (
+        f"{show_percent(match.level)}<br>{small(seeds)}",
+        escape(match.name),
+        f"{track(match)}{small(f',{NBSP}'.join(students))}",
+        f"{difference}<br>{small(interval)}",
+    )
+    kinds = ("", ' class="left"', ' class="left"', "")
+    return f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
+
+
+def small(text):
+    return f'<span class="numbers">{escape(text)}</span>'
+
+
+def show_percent(share, digits=3):
+    return "-" if share is None else f"{100 * share:.{digits}g}{NBSP}%"
+
+
+def show_points(share):
+    return f"{round(100 * share)}".replace("-", "\N{MINUS SIGN}")
+
+
+def track(match):
+    """Two dots on a line from 0 to 100 %."""
+    ends = [(match.temperature, "temperature"), (match.student, match.arm)]
+    ends = [(100 * share, plots.variable(arm)) for share, arm in ends if share is not None]
+    bar = ""
+    if len(ends) == 2:
+        low, high = sorted(share for share, _ in ends)
+        bar = f'<i style="left:{low:.1f}%;width:{high - low:.1f}%"></i>'
+    dots = [f'<b style="left:{share:.1f}%;background:var(--{name})"></b>' for share, name in ends]
+    return f'<div class="track" aria-hidden="true">{bar}{"".join(dots)}</div>'
+
+
+def trait_caption(curves):
+    has_step = any(point.row.get("train_one_step_change") is not None for c in curves for point in c.points)
+    return f"Of the traces that students were trained on; means over seeds. {ONE_STEP if has_step else ''}"
+
+
+def setting_cells(curves):
+    """Cells of a line per setting: means over seeds."""
+    columns = {
+        **{
+            f"{who} {name}": f"{who}_{rule}_accuracy"
+            for rule, name in RULES.items()
+            for who in ("teacher", "student")
+        },
+        "tokens": "train_num_tokens_p50",
+        "finished": "train_finished",
+        "nll": "train_teacher_nll",
+        "student's loss": "model_holdout_loss",
+        "one step": "train_one_step_change",
+    }
+    rows = [point.row for curve in curves for point in curve.points]
+    columns = {name: column for name, column in columns.items() if any(column in row for row in rows)}
+    lines = [["arm", "\N{GREEK SMALL LETTER TAU}", "\N{GREEK SMALL LETTER LAMDA}", "seeds", *columns]]
+    for curve in curves:
+        for (tau, lam), group in tradeoff.by_setting(curve.points).items():
+            cells = [curve.arm, show_setting(tau), show_setting(lam), str(len(group))]
+            lines.append([*cells, *(show_mean(group, column) for column in columns.values())])
+    return lines
+
+
+def show_mean(rows, column):
+    values = [row[column] for row in rows if row.get(column) is not None]
+    if not values:
+        return "-"
+    mean = float(np.mean(values))
+    if column == "train_one_step_change":
+        return show_signed(mean)
+    return f"{mean:.0f}" if column == "train_num_tokens_p50" else show_number(mean)
+
+
+def gradient_section(gradients):
+    return "<h2>The proxy's gradient</h2>" + "".join(map(gradient_part, gradients)) if gradients else ""
+
+
+def gradient_part(gradient):
+    """Whatever scalars the sidecar has, and the largest norms."""
+    scalars = {k: v for k, v in gradient["stats"].items() if isinstance(v, int | float | str)}
+    pairs = "".join(
+        f"<div><dt>{escape(str(key).replace('_', ' '))}</dt><dd>{escape(show_scalar(value))}</dd></div>"
+        for key, value in scalars.items()
+    )
+    norms = gradient.get("norms") or {}
+    largest = sorted(norms.items(), key=lambda item: -item[1])[:NUM_NORMS]
+    top = max((norm for _, norm in largest), default=0) or 1
+    bars = "".join(
+        f"<span>{escape(str(name).removesuffix('.weight'))}</span>"
+        f'<div class="bar"><i style="width:{75 * norm / top:.1f}%"></i>{norm:.3g}</div>'
+        for name, norm in largest
+    )
+    title = f"<h3>Largest norms of {len(norms)} tensors</h3>" if largest else ""
+    return f'<dl>{pairs}</dl>{title}<div class="bars">{bars}</div>'
+
+
+def show_scalar(value):
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def points_section(cells, legend, summary, notes):
+    lines = "".join(f"<li>{escape(line)}</li>" for line in [*legend, *notes])
+    table = f'<div class="scroll">{html_table(cells)}</div>' if cells else ""
+    is_open = " open" if len(cells) <= NUM_OPEN else ""
+    return (
+        f'<h2>All points</h2><p class="caption">{escape(summary)}</p><details{is_open}>'
+        f'<summary>Table and notes</summary>{table}<ul class="caption">{lines}</ul></details>'
+    )
+
+
+# The trace reader
+
+
+def reader_section(contrasts):
+    if not contrasts["points"]:
+        return ""
+    factor = math.exp(contrasts["scale"])
+    return f"""<h2>What Delta does to a trace</h2>
+<p class="caption">{READING}</p>
+<div class="scale"><span>less likely (&times; {1 / factor:.2g})</span><i></i>
+<span>more likely (&times; {factor:.2g})</span></div>
+<div class="controls"><label>Setting<select id="point"></select></label>
+<label>Problem<select id="problem"></select></label>
+<button type="button" id="previous" aria-label="Previous problem">&larr;</button>
+<button type="button" id="next" aria-label="Next problem">&rarr;</button></div>
+<noscript><p>The traces are shown by a script inside this file.</p></noscript>
+<div class="problem" id="problem-text"></div>
+<details><summary class="caption">Solution</summary><div class="problem" id="solution-text"></div></details>
+<div class="traces" id="traces-box"></div>"""
+
+
+def load_contrasts(points):
+    """{points, scale, first} of a handful of points that stored clean and ADS traces side by side."""
+    chosen = choose_contrasts([(point, contrast_path(point)) for point in points])
+    budget = MAX_CONTRAST_BYTES // max(1, len(chosen))
+    loaded = [
+        {"label": contrast_label(point), "problems": read_contrast(path, budget)} for point, path in chosen
+    ]
+    loaded = [point for point in loaded if point["problems"]]
+    shifts = [abs(shift(token)) for point in loaded for token in tokens_of(point)]
+    scale = float(np.clip(np.percentile(shifts, 95), 0.3, 4)) if shifts else 1.0
+    ads = [i for i, point in enumerate(loaded) if point["label"].startswith("ADS")]
+    return {"points": loaded, "scale": round(scale, 3), "first": ads[len(ads) // 2] if ads else 0}
+
+
+def contrast_path(point):
+    path = point.stages["train"]["path"] if "train" in point.stages else None
+    return path and path.with_name(f"{path.stem}.contrast.json")
+
+
+def choose_contrasts(found):
+    """At most a handful of (point, path): one seed of a setting, spread over lam, from every arm."""
+    settings = {}
+    for point, path in found:
+        if path and path.is_file():
+            key = [point.row.get(name) for name in ("arm", "tau", "lam", "eps", "data", "teacher")]
+            settings.setdefault(tuple(key), (point, path))
+    arms = {}
+    for key, value in settings.items():
+        arms.setdefault(key[0], []).append(value)
+    spread = [
+        [
+            group[i]
+            for i in sorted({*np.linspace(0, len(group) - 1, MAX_CONTRASTS_PER_ARM).round().astype(int)})
+        ]
+        for group in arms.values()
+    ]
+    return [value for group in spread for value in group][:MAX_CONTRAST_POINTS]
+
+
+def contrast_label(point):
+    row = point.row
+    knobs = [f"{tradeoff.SYMBOLS[key]} {show_setting(row[key])}" for key in ("lam", "tau")]
+    return f"{row['arm']}: {', '.join(knobs)}, seed {row['seed']}"
+
+
+def read_contrast(path, budget):
+    """The problems of a file, as many as fit the budget of bytes; ValueError if it is something else."""
+    problems = []
+    try:
+        for problem in json.loads(path.read_text(encoding="utf-8"))["problems"]:
+            texts = {key: str(problem[key]) for key in ("id", "problem", "solution")}
+            problems.append(texts | {side: read_side(problem[side]) for side in ("clean", "ads")})
+            budget -= len(json.dumps(problems[-1]))
+            if budget < 0:
+                problems.pop()
+                break
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of contrasted traces: delete it") from error
+    return problems
+
+
+def read_side(side):
+    tokens = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
+    if any(len(token) != 4 for token in tokens):
+        raise ValueError("a token has other than 3 numbers")
+    return {"finished": bool(side["finished"]), "is_correct": bool(side["is_correct"]), "tokens": tokens}
+
+
+def short_float(value):
+    """A number in 4 digits; 0 for what is none."""
+    return float(f"{value:.4g}") if math.isfinite(value) else 0.0
+
+
+def tokens_of(point):
+    return [
+        token
+        for problem in point["problems"]
+        for side in ("clean", "ads")
+        for token in problem[side]["tokens"]
+    ]
+
+
+def shift(token):
+    """log(ADS probability / clean probability), either of which may be 0."""
+    return math.log(max(token[2], 1e-9) / max(token[1], 1e-9))

@@ -1,0 +1,435 @@
+"""report.html in a real browser, from file://, and what a planted text could do there."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from test_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
+
+import report
+from ads import page, store
+from ads.tradeoff import Point
+
+# A realistic experiment, after the figures of a prototype: (tau, lam, teacher, student, direction)
+DEMO = (
+    (0.5, 0.0, 0.95, 0.925, "gradient"),
+    (0.7, 0.0, 0.89, 0.89, "gradient"),
+    (0.8, 0.0, 0.79, 0.90, "gradient"),
+    (0.9, 0.0, 0.735, 0.84, "gradient"),
+    (1.0, 0.0, 0.605, 0.84, "gradient"),
+    (0.4, 0.15, 0.94, 0.87, "gradient"),
+    (0.4, 0.25, 0.92, 0.77, "gradient"),
+    (0.4, 0.35, 0.885, 0.66, "gradient"),
+    (0.4, 0.5, 0.86, 0.65, "gradient"),
+    (0.4, 0.7, 0.71, 0.54, "gradient"),
+    (0.4, 0.9, 0.525, 0.36, "gradient"),
+    (0.4, 7.0, 0.83, 0.84, "random"),
+    (0.4, 0.7, 0.80, 0.82, "permuted"),
+    (0.4, -0.35, 0.65, 0.57, "gradient"),
+)
+ONE_STEP = {"temperature": -0.015, "ADS": 0.009, "negative": -0.0146, "random": -0.014, "permuted": -0.0138}
+
+
+def write_demo(folder, seeds=(1, 2, 3), num_problems=600):
+    """Folders of one experiment per seed, complete with answers, losses, one-step test and contrasts."""
+    for seed in seeds:
+        write_demo_seed(folder / f"seed{seed}", seed, num_problems)
+    return [folder / f"seed{seed}" for seed in seeds]
+
+
+def write_demo_seed(exp_dir, seed, num_problems):
+    rng = np.random.default_rng(seed)
+    write_stage_1_and_2(exp_dir, baseline=(0.07, 0.06), dataset="arithmetic", n=num_problems)
+    for i, (tau, lam, teacher, student, direction) in enumerate(DEMO):
+        shares = [float(np.clip(share + rng.normal(0, 0.015), 0, 1)) for share in (teacher, student)]
+        kind = direction if direction != "gradient" else "ADS" if lam > 0 else "negative"
+        change = ONE_STEP[kind if lam else "temperature"] * (1 + 0.2 * rng.normal())
+        stats = {
+            "teacher_nll": 0.06 + 0.5 * (1 - teacher),
+            "num_tokens": {"p10": 30, "p50": 44 + round(12 * (1 - teacher)), "p90": 60, "p100": 80},
+            "one_step": {
+                "n": 300,
+                "step_length": 0.1,
+                "loss_before": 0.61,
+                "loss_after": 0.61 + change,
+                "change": change,
+            },
+        }
+        more = {"direction": direction, "seed": seed, "dataset": "arithmetic", "n": num_problems}
+        write_point(
+            exp_dir,
+            str(i),
+            tau,
+            lam,
+            (shares[0], shares[0] - 0.02),
+            (shares[1], shares[1] - 0.03),
+            losses=make_losses(student, rng),
+            more_stats=stats,
+            parquet=True,
+            **more,
+        )
+        if lam:
+            write_contrast(exp_dir, f"a{i}", lam if direction == "gradient" else 0.4, rng)
+
+
+def make_losses(student, rng):
+    steps = range(7, 76, 7)
+    train = [[s, float(1.1 * math.exp(-s / 20) + 0.25 + rng.normal(0, 0.01))] for s in steps]
+    holdout = [
+        [s, float(0.9 * math.exp(-s / 25) + 0.3 + 0.5 * (1 - student) * s / 75)] for s in (0, 19, 38, 57, 75)
+    ]
+    return {"train": train, "holdout": holdout}
+
+
+TRACE = "Tom starts with 2 3 . He buys 7 , so 2 3 + 7 = 3 0 .\nSo the answer is \\boxed{ 3 0 } ."
+
+
+def write_contrast(exp_dir, name, lam, rng, num_problems=5, trace=TRACE, problem=""):
+    problems = [
+        {
+            "id": f"arithmetic/train/{i}",
+            "problem": problem or f"Tom has {20 + i} apples and buys 7. How many apples has he now?",
+            "solution": f"#### {27 + i}",
+            "clean": make_side(lam, rng, trace),
+            "ads": make_side(lam, rng, trace),
+        }
+        for i in range(num_problems)
+    ]
+    path = exp_dir / "traces" / f"{name}.contrast.json"
+    store.write_text(path, json.dumps({"trace_name": name, "problems": problems}))
+    return problems
+
+
+def make_side(lam, rng, trace):
+    """Tokens of one word each; the ADS probability as with one alternative of Delta 0."""
+    tokens = []
+    for word in trace.split(" "):
+        clean, delta = float(rng.beta(5, 0.6)), float(rng.normal())
+        weight = clean * math.exp(lam * delta)
+        tokens.append([f"{word} ", clean, weight / (weight + 1 - clean), delta])
+    return {"finished": True, "is_correct": bool(rng.random() < 0.7), "tokens": tokens}
+
+
+# In the browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium that keeps its console and its requests."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("chromium and chromedriver are not installed: the page is not opened")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The page of a whole experiment with two seeds."""
+    exp_dirs = write_demo(tmp_path_factory.mktemp("demo"), seeds=(1, 2), num_problems=200)
+    report.main(list(map(str, exp_dirs)))
+    return exp_dirs[0] / "report" / "report.html"
+
+
+def open_page(browser, path, width=1200):
+    """(console messages, addresses requested) of loading a page at a width."""
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get("about:blank")
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(path.as_uri())
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return [entry["message"] for entry in browser.get_log("browser")], sent
+
+
+def find(browser, selector):
+    return browser.find_elements("css selector", selector)
+
+
+def choose(browser, selector, number):
+    from selenium.webdriver.support.select import Select
+
+    Select(find(browser, selector)[0]).select_by_index(number)
+
+
+def shown(browser):
+    """(problem, texts of the traces' tokens) that the reader shows."""
+    script = (
+        "return [...document.querySelectorAll('.trace')].map(t => [...t.children].map(s => s.textContent))"
+    )
+    return find(browser, "#problem-text")[0].text, browser.execute_script(script)
+
+
+def contrast_of(browser, demo, number=0):
+    """The stored problem behind what the reader shows first."""
+    label = find(browser, ".side h3")[1].text
+    lam = float(label.split("\N{GREEK SMALL LETTER LAMDA} ")[1].split(",")[0])
+    (point,) = [i for i, point in enumerate(DEMO) if point[1] == lam and point[4] == "gradient"]
+    path = demo.parents[1] / "traces" / f"a{point}.contrast.json"
+    return json.loads(path.read_text())["problems"][number]
+
+
+def test_page_opens_without_a_complaint_and_asks_for_nothing(browser, demo):
+    messages, sent = open_page(browser, demo)
+    assert messages == []
+    assert sent == [demo.as_uri()]
+
+
+def test_page_shows_every_plot_and_section(browser, demo):
+    open_page(browser, demo)
+    headings = [heading.text for heading in find(browser, "h1, h2")]
+    assert headings[0].startswith("At a teacher accuracy of 75") and headings[1:] == [
+        "Students at equal teacher accuracy",
+        "What Delta does to a trace",
+        "The knobs",
+        "The training traces",
+        "The students' losses",
+        "The proxy's gradient",
+        "All points",
+    ]
+    svgs = find(browser, "figure svg")
+    assert len(svgs) == 2 + 4 + 4 + 2
+    assert all(svg.size["width"] > 300 and svg.size["height"] > 200 for svg in svgs)
+    ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) > 100 and len(set(ids)) == len(ids)
+    used = "return [...document.querySelectorAll('use')].map(e => e.getAttribute('xlink:href'))"
+    assert {link.removeprefix("#") for link in browser.execute_script(used)} <= set(ids)
+    assert "teacher accuracy" in svgs[0].get_attribute("textContent")
+
+
+@pytest.mark.parametrize("width", [320, 375, 1200])
+def test_page_is_never_wider_than_the_screen(browser, demo, width):
+    open_page(browser, demo, width)
+    size = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    needed, there = browser.execute_script(size)
+    assert needed <= there <= width
+    first_plot = find(browser, "figure svg")[0].rect
+    assert first_plot["y"] + first_plot["height"] < 800  # the trade-off is on the first screen
+
+
+def test_reader_shows_whole_traces_and_another_problem_and_setting(browser, demo):
+    open_page(browser, demo)
+    problem, (clean, ads) = shown(browser)
+    stored = contrast_of(browser, demo)
+    assert problem == stored["problem"]
+    assert clean == [token[0] for token in stored["clean"]["tokens"]] and "".join(ads).strip() == TRACE
+    choose(browser, "#problem", 3)
+    assert "23 apples" in shown(browser)[0]
+    find(browser, "#next")[0].click()
+    find(browser, "#next")[0].click()
+    assert "20 apples" in shown(browser)[0]
+    find(browser, "#previous")[0].click()
+    assert "24 apples" in shown(browser)[0]
+    labels = [option.text for option in find(browser, "#point option")]
+    assert {label.split(":")[0] for label in labels} == {
+        "ADS",
+        "negative lambda",
+        "random direction",
+        "permuted",
+    }
+    choose(browser, "#point", len(labels) - 1)
+    assert find(browser, ".side h3")[1].text.startswith(labels[-1]) and "24 apples" in shown(browser)[0]
+
+
+def tooltip_numbers(browser):
+    (tooltip,) = find(browser, "#tooltip")
+    return tooltip.text.splitlines() if tooltip.is_displayed() else None
+
+
+def wanted_numbers(token):
+    text, clean, ads, delta = token
+    return [
+        json.dumps(text),
+        f"clean probability {100 * clean:#.3g} %",
+        f"ADS probability {100 * ads:#.3g} %",
+        f"change \N{MULTIPLICATION SIGN} {ads / clean:#.3g}",
+        f"Delta {delta:#.3g} nats",
+    ]
+
+
+def close_numbers(found, wanted):
+    """Texts alike but for the last of three digits: the page holds four, and rounds again."""
+    assert [line.split()[0] for line in found] == [line.split()[0] for line in wanted]
+    numbers = [
+        [float(w) for w in line.split() if w.strip("-").replace(".", "", 1).isdigit()] for line in found[1:]
+    ]
+    others = [
+        [float(w) for w in line.split() if w.strip("-").replace(".", "", 1).isdigit()] for line in wanted[1:]
+    ]
+    assert all(len(n) == 1 for n in numbers) and sum(numbers, []) == pytest.approx(sum(others, []), rel=0.01)
+
+
+def test_tooltip_shows_the_numbers_to_mouse_keyboard_and_finger(browser, demo):
+    from selenium.webdriver import ActionChains, Keys
+
+    open_page(browser, demo)
+    tokens = contrast_of(browser, demo)["clean"]["tokens"]
+    spans = find(browser, ".trace")[0].find_elements("css selector", ".token")
+    assert tooltip_numbers(browser) is None
+    ActionChains(browser).move_to_element(spans[2]).perform()
+    close_numbers(tooltip_numbers(browser), wanted_numbers(tokens[2]))
+    ActionChains(browser).move_to_element(find(browser, "#problem-text")[0]).perform()
+    assert tooltip_numbers(browser) is None
+
+    find(browser, "summary")[0].send_keys(Keys.TAB)
+    close_numbers(tooltip_numbers(browser), wanted_numbers(tokens[0]))
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    close_numbers(tooltip_numbers(browser), wanted_numbers(tokens[1]))
+    browser.switch_to.active_element.send_keys(Keys.END)
+    close_numbers(tooltip_numbers(browser), wanted_numbers(tokens[-1]))
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert tooltip_numbers(browser) is None
+
+    open_page(browser, demo, 375)
+    spans = find(browser, ".trace")[0].find_elements("css selector", ".token")
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", spans[5])
+    box = browser.execute_script("return arguments[0].getBoundingClientRect().toJSON()", spans[5])
+    touch = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [touch]})
+    browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    close_numbers(tooltip_numbers(browser), wanted_numbers(tokens[5]))
+    tooltip = find(browser, "#tooltip")[0].rect
+    assert tooltip["x"] >= 0 and tooltip["x"] + tooltip["width"] <= 375
+
+
+def test_tokens_are_shaded_by_the_change_of_their_probability(browser, demo):
+    open_page(browser, demo)
+    spans = find(browser, ".trace")[1].find_elements("css selector", ".token")
+    tokens = contrast_of(browser, demo)["ads"]["tokens"]
+    shifts = [math.log(ads / clean) for _, clean, ads, _ in tokens]
+    for span, shift in zip(spans, shifts, strict=True):
+        red, _, blue, *alpha = map(float, span.value_of_css_property("background-color")[5:-1].split(","))
+        assert (red > blue) == (shift > 0) or alpha[0] < 0.01
+    alphas = [float(span.value_of_css_property("background-color").rpartition(",")[2][:-1]) for span in spans]
+    assert np.corrcoef(alphas, np.abs(shifts))[0, 1] > 0.9
+
+
+def test_print_leaves_out_what_only_a_screen_can_do(browser, demo):
+    open_page(browser, demo)
+    assert find(browser, ".controls")[0].is_displayed()
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert not find(browser, ".controls")[0].is_displayed() and find(browser, ".trace")[0].is_displayed()
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+PLANTED = "</script><script>window.planted = 1</script><img src=x onerror='window.planted = 2'>{{title}}&lt;"
+
+
+def test_planted_markup_stays_text(browser, tmp_path):
+    """In problem, trace, names of models, tensors and stats: no element is made, nothing runs."""
+    exp_dir = write_both_arms(tmp_path / "x")
+    name = "<img src=x onerror=window.planted=3>{{finding}}"
+    write_point(exp_dir, "5", 0.6, 0.02, (0.8, 0.6), (0.5, 0.4), teacher=name, more_stats={"finished": 0.5})
+    stored = write_contrast(exp_dir, "a5", 0.02, np.random.default_rng(0), 2, PLANTED, PLANTED)
+    (exp_dir / "traces" / "a5.yaml").rename(exp_dir / "traces" / f"{name}.yaml".replace("/", ""))
+    write_point(exp_dir, "5", 0.6, 0.02, (0.8, 0.6), (0.5, 0.4), teacher=name)
+    sidecar = exp_dir / "student_grads.yaml"
+    stats = store.read_yaml(sidecar)
+    stats["norms"][name] = 99.0
+    stats["stats"][name] = name
+    store.write_text(sidecar, json.dumps(stats))
+    report.main([str(exp_dir)])
+    path = exp_dir / "report" / "report.html"
+    messages, sent = open_page(browser, path)
+    assert (messages, sent) == ([], [path.as_uri()])
+    assert browser.execute_script("return window.planted") is None
+    assert find(browser, "img") == [] and len(find(browser, "script")) == 2
+    problem, (clean, _) = shown(browser)
+    assert problem == PLANTED and "".join(clean) == "".join(t[0] for t in stored[0]["clean"]["tokens"])
+    text = browser.execute_script("return document.body.innerText")
+    assert text.count(name) >= 4  # table, tensor, statistic and its value
+    assert "<img" not in (exp_dir / "report" / "report.md").read_text()
+    open_page(browser, path, 375)  # long names and reasons without an interval fit a phone, too
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
+
+
+def test_the_policy_stops_scripts_that_are_not_the_page_s(browser, demo):
+    open_page(browser, demo)
+    plant = "const s = document.createElement('script'); s.textContent = 'window.planted = 1';"
+    browser.execute_script(f"{plant} document.body.append(s)")
+    assert browser.execute_script("return window.planted") is None
+
+
+def test_page_of_an_experiment_that_has_just_begun(browser, tmp_path):
+    write_traces(tmp_path, "clean", 0.9, 0.9, data_split="gsm8k_holdout")
+    report.main([str(tmp_path)])
+    path = tmp_path / "report" / "report.html"
+    assert open_page(browser, path, 375) == ([], [path.as_uri()])
+    assert find(browser, "h1")[0].text.startswith("No point of temperature or ADS is complete yet")
+    assert find(browser, "#point") == [] and len(find(browser, "figure svg")) == 2
+
+
+# Without a browser
+
+
+def test_only_the_demo_is_called_a_toy(demo, tmp_path):
+    assert all(page.escape(line) in demo.read_text() for line in page.TOY_NOTE)
+    report.main([str(write_both_arms(tmp_path / "x"))])
+    text = (tmp_path / "x" / "report" / "report.html").read_text()
+    assert page.escape(page.TOY_NOTE[0]) not in text and page.escape(page.ANY_NOTE[0]) in text
+    assert "65 to 56 %" in text
+
+
+def test_page_has_the_same_bytes_again(demo):
+    before = demo.read_bytes()
+    report.main([str(demo.parents[1]), str(demo.parents[2] / "seed2")])
+    assert demo.read_bytes() == before
+
+
+def points_with(*paths):
+    rows = [{"arm": "ADS", "tau": 0.4, "lam": 0.1 * i, "seed": 1} for i in range(len(paths))]
+    return [Point(row, {"train": {"path": path}}) for row, path in zip(rows, paths, strict=True)]
+
+
+def test_contrasts_are_few_spread_and_small(tmp_path, monkeypatch):
+    for i in range(9):
+        write_contrast(tmp_path, f"a{i}", 0.1, np.random.default_rng(i), num_problems=40)
+    points = points_with(*(tmp_path / "traces" / f"a{i}.yaml" for i in range(10)))  # the last has no file
+    lams = [c["label"].split(",")[0].split()[-1] for c in page.load_contrasts(points)["points"]]
+    assert lams == ["0", "0.3", "0.5", "0.8"]
+    monkeypatch.setattr(page, "MAX_CONTRAST_BYTES", 40_000)
+    loaded = page.load_contrasts(points)
+    assert 20_000 < len(page.embed_json(loaded)) <= 40_000
+    assert all(0 < len(point["problems"]) < 40 for point in loaded["points"])
+
+
+def test_contrasts_with_odd_numbers_and_files_that_are_none(tmp_path):
+    problems = write_contrast(tmp_path, "a", 0.1, np.random.default_rng(0), num_problems=1)
+    problems[0]["ads"]["tokens"][0][1:] = [0.0, 0.0, math.nan]
+    path = tmp_path / "traces" / "a.contrast.json"
+    path.write_text(json.dumps({"problems": problems}))
+    (point,) = page.load_contrasts(points_with(path.with_name("a.yaml")))["points"]
+    assert point["problems"][0]["ads"]["tokens"][0][1:] == [0.0, 0.0, 0.0]
+    for text in ("{", "[]", '{"problems": [{"id": 1}]}', '{"problems": [3]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="a.contrast.json is not a file of contrasted traces"):
+            page.load_contrasts(points_with(path.with_name("a.yaml")))
+
+
+@pytest.mark.parametrize("text", ["</script>", "<!--<script>", "]]>", "\u2028", "&lt;", "\ud800"])
+def test_embedded_json_cannot_end_its_element(text):
+    embedded = page.embed_json({"x": text})
+    assert embedded.isascii() and not set("<>&") & set(embedded)
+    assert json.loads(embedded) == {"x": text}
+
+
+def test_losses_and_traits_are_those_of_the_sidecars(demo):
+    rows, _ = rows_of(demo.parents[1])
+    cells = page.setting_cells(report.tradeoff.make_curves([Point(row, {}) for row in rows]))
+    by_knobs = {tuple(line[:3]): dict(zip(cells[0], line, strict=True)) for line in cells[1:]}
+    assert len(by_knobs) == len(DEMO)
+    row = next(row for row in rows if row["lam"] == 0.35)
+    line = by_knobs["ADS", "0.4", "0.35"]
+    assert line["one step"] == f"{row['train_one_step_change']:+.4f}" and line["seeds"] == "1"
+    assert line["tokens"] == str(row["train_num_tokens_p50"])
