@@ -120,7 +120,7 @@ def test_bad_files_are_one_line_errors(tmp_path, text, words):
 
 def test_unknown_dataset_and_missing_local_file(tmp_path):
     with pytest.raises(
-        ValueError, match="neither a known dataset \\(gsm8k, hendrycks_math, mmlu\\) nor a folder"
+        ValueError, match="neither a known dataset \\(arithmetic, gsm8k, hendrycks_math, mmlu\\) nor a folder"
     ):
         utils.load_problems("gsm9k_test")
     with pytest.raises(FileNotFoundError, match="mmlu_test.jsonl.gz does not exist"):
