@@ -112,18 +112,23 @@ def tell(rng, start, steps):
     return " ".join([*parts, pick(rng, CLOSINGS).format(**names)])
 
 
-def work_out(start, steps, rng=None, slips=0.0):
+def work_out(start, steps, rng=None, slips=0.0, errors=0.0):
     """(trace ending in a boxed answer, the results in it as (first, end) character spans).
 
-    At a share `slips` of the steps (drawn from rng) a wrong result is written, noticed and corrected.
+    At a share `slips` of the steps (drawn from rng) a wrong result is written, noticed and corrected; at a
+    share `errors` a wrong one is written and worked on with.
     """
     text, spans, value = BEGUN.format(value=start), [], start
-    for step in steps:
+    for i, step in enumerate(steps):
         result = step.apply(value)
         text += f" {WORKED[step.kind].format(amount=step.amount)}"
         if slips and rng.random() < slips:
             text += f" {step.equation(value)} {wrong(rng, result)} . {NOTICED}"
         text += f" {step.equation(value)} "
+        if errors and rng.random() < errors:
+            other = wrong(rng, result)
+            is_last = i + 1 == len(steps)
+            result = other if is_last or 0 <= steps[i + 1].apply(other) <= LARGEST else result
         spans.append((len(text), len(text) + len(str(result))))
         text += f"{result} ."
         value = result

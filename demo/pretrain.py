@@ -4,8 +4,8 @@
     python demo/pretrain.py out=/tmp/models seed=1 scale=0.01    # a hundredth of the steps
 
 The teacher is trained on worked problems, then to recover from a corrupted trace: large reasoning models can,
-and antidistillation relies on it. Proxy and student know the phrasing and short problems, but mostly answer
-without working. One process of one thread per model, up to the number of cores. Interrupted, it goes on from
+and antidistillation relies on it. Proxy and student know how traces go, but their arithmetic is unreliable, and
+mostly they answer without working. One process of one thread per model, up to the number of cores. Interrupted, it goes on from
 its last checkpoint (OUT/unfinished).
 """
 
@@ -51,6 +51,7 @@ TEMPLATES = {  # of the turn; the system prompt's words are none of the vocabula
 CORRUPTED_SHARES = (0.0, 0.3, 0.6)  # of a trace's results, in the last phase of the teacher
 NOISE = 0.1  # share of a trace's input tokens replaced by random ones, in the phase before
 SLIPS = 0.1  # share of steps with a wrong result, noticed and corrected
+ERRORS = 0.4  # share of steps with a wrong result, in the documents of proxy and student
 DIRECT = 0.6  # share of a base's last documents that answer without working
 FORCED = 0.1  # share of documents that end in the forced answer
 NUM_EVALUATED = 300
@@ -66,7 +67,7 @@ class Phase:
 
 
 TEACHER = (Phase("worked", 2500, 3e-3), Phase("noisy", 500, 1e-3), Phase("corrupted", 600, 1e-3))
-BASE = (Phase("short", 2000, 3e-3), Phase("direct", 700, 1e-3))
+BASE = (Phase("unreliable", 1500, 3e-3), Phase("direct", 500, 1e-3))
 PHASES = {"teacher": TEACHER, "proxy": BASE, "student": BASE}
 # Not qwen2: the library takes the tokenizer of a qwen2 folder for Qwen's own, whatever its files say.
 ARCHITECTURES = {
@@ -156,8 +157,8 @@ def new_model(name, tokenizer, seed):
 
 @dataclass(frozen=True)
 class Document:
-    """A problem (none: the response is all there is), a worked response, and in it, as (first, end) character
-    spans, the results that may be corrupted and what is not to be learned."""
+    """A problem, a response, and in it, as (first, end) character spans, the results that may be corrupted and
+    what is not to be learned."""
 
     problem: str
     response: str
@@ -167,12 +168,11 @@ class Document:
 
 def draw_document(rng, kind):
     """One training document of a phase."""
-    start, steps = draw_pretraining(rng, 1 + int(rng.random() * (2 if kind == "short" else 4)))
-    if kind == "short" and rng.random() < 0.3:
-        return Document("", bare_equation(start, steps[0]), [], [])
+    start, steps = draw_pretraining(rng, 1 + int(rng.random() * 4))
     problem = arithmetic.tell(rng, start, steps)
-    slips = 0.0 if kind in ("short", "direct") else SLIPS
-    trace, results = arithmetic.work_out(start, steps, rng, slips)
+    is_base = kind in ("unreliable", "direct")
+    shares = {"errors": ERRORS} if is_base else {"slips": SLIPS}
+    trace, results = arithmetic.work_out(start, steps, rng, **shares)
     answer = trace[trace.rindex("{ ") + 2 :]  # of the box: value, brace, full stop
     if kind == "direct" and rng.random() < DIRECT:
         if rng.random() < FORCED:
@@ -182,12 +182,6 @@ def draw_document(rng, kind):
         given = (len(trace), len(trace) + len(chat.FORCE_TEXT))
         return Document(problem, f"{trace}{chat.FORCE_TEXT} {answer}", results, [given])
     return Document(problem, trace, results, [])
-
-
-def bare_equation(start, step):
-    """A step as traces word it."""
-    trace, _ = arithmetic.work_out(start, (step,))
-    return trace[len(arithmetic.BEGUN.format(value=start)) + 1 : trace.index(" the answer")]
 
 
 def draw_pretraining(rng, num_steps):
@@ -200,7 +194,7 @@ def draw_pretraining(rng, num_steps):
 
 def encode_document(rng, tokenizer, document, kind):
     """(input ids, labels): inputs are noisy or corrupted where the phase says so, labels never."""
-    prompt = chat.prompt_ids(tokenizer, document.problem) if document.problem else []
+    prompt = chat.prompt_ids(tokenizer, document.problem)
     encoded = tokenizer(document.response, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"] + [tokenizer.eos_token_id], encoded["offset_mapping"]
     labels, inputs = list(ids), list(ids)
