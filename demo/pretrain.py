@@ -4,9 +4,9 @@
     python demo/pretrain.py out=/tmp/models seed=1 scale=0.01    # a hundredth of the steps
 
 The teacher is trained on worked problems, then to recover from a corrupted trace: large reasoning models can,
-and antidistillation relies on it. Proxy and student know how traces go, but their arithmetic is unreliable, and
-mostly they answer without working. One process of one thread per model, up to the number of cores. Interrupted, it goes on from
-its last checkpoint (OUT/unfinished).
+and antidistillation relies on it. Proxy and student know how traces go, but their arithmetic is unreliable,
+and mostly they answer without working. One process of one thread per model, up to the number of cores.
+Interrupted, it goes on from its last checkpoint (OUT/unfinished).
 """
 
 import json
@@ -157,8 +157,8 @@ def new_model(name, tokenizer, seed):
 
 @dataclass(frozen=True)
 class Document:
-    """A problem, a response, and in it, as (first, end) character spans, the results that may be corrupted and
-    what is not to be learned."""
+    """A problem, a response, and in it, as (first, end) character spans, the results, which may be corrupted,
+    and what is given, which is not to be learned."""
 
     problem: str
     response: str

@@ -57,12 +57,27 @@ def test_slips_are_corrected_and_spans_are_the_results():
     rng = random.Random(0)
     for _ in range(100):
         start, steps = arithmetic.draw_computation(rng, 3)
-        text, spans = arithmetic.work_out(rng, start, steps, slips=0.5)
+        text, spans = arithmetic.work_out(start, steps, rng, slips=0.5)
         values = [start]
         for step in steps:
             values.append(step.apply(values[-1]))
         assert [text[first:end] for first, end in spans] == [str(value) for value in values[1:]]
         assert text.endswith(f"\\boxed{{ {values[-1]} }} .")
+
+
+def test_errors_are_worked_on_with():
+    rng, num_wrong, num_steps = random.Random(0), 0, 0
+    for _ in range(200):
+        start, steps = arithmetic.draw_computation(rng, 3)
+        text, spans = arithmetic.work_out(start, steps, rng, errors=0.4)
+        equations = re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", text)
+        written = [start, *(int(text[first:end]) for first, end in spans)]
+        assert [int(a) for a, *_ in equations] == written[:-1] and int(equations[-1][3]) == written[-1]
+        assert all(0 <= value <= 99 for value in written)
+        assert text.endswith(f"\\boxed{{ {written[-1]} }} .")
+        num_wrong += sum(s.apply(a) != b for s, a, b in zip(steps, written, written[1:], strict=False))
+        num_steps += len(steps)
+    assert 0.2 < num_wrong / num_steps < 0.45
 
 
 @pytest.mark.parametrize("split", ("train", "test"))

@@ -59,7 +59,7 @@ def test_the_teacher_knows_how_and_the_student_does_not_yet():
 
 def test_no_document_holds_a_computation_of_the_experiment():
     rng = pretrain.random.Random(0)
-    for kind in ("worked", "short", "direct"):
+    for kind in ("worked", "unreliable", "direct"):
         for _ in range(200):
             start, steps = pretrain.draw_pretraining(rng, 3)
             assert arithmetic.split_of(start, steps) == "pretrain"
