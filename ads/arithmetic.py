@@ -93,6 +93,15 @@ def draw_computation(rng, num_steps):
     return start, tuple(steps)
 
 
+def stays_within(value, steps):
+    """Whether a value and all that the steps make of it are within 0..LARGEST."""
+    for step in steps:
+        if not 0 <= value <= LARGEST:
+            return False
+        value = step.apply(value)
+    return 0 <= value <= LARGEST
+
+
 def draw_step(rng):
     kind = pick(rng, ("add", "subtract", "add", "subtract", "double", "triple"))
     return Step(kind, {"double": 2, "triple": 3}.get(kind) or 2 + int(rng.random() * 8))
@@ -125,10 +134,8 @@ def work_out(start, steps, rng=None, slips=0.0, errors=0.0):
         if slips and rng.random() < slips:
             text += f" {step.equation(value)} {wrong(rng, result)} . {NOTICED}"
         text += f" {step.equation(value)} "
-        if errors and rng.random() < errors:
-            other = wrong(rng, result)
-            is_last = i + 1 == len(steps)
-            result = other if is_last or 0 <= steps[i + 1].apply(other) <= LARGEST else result
+        if errors and rng.random() < errors and stays_within(other := wrong(rng, result), steps[i + 1 :]):
+            result = other
         spans.append((len(text), len(text) + len(str(result))))
         text += f"{result} ."
         value = result
