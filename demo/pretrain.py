@@ -66,7 +66,7 @@ class Phase:
     lr: float
 
 
-TEACHER = (Phase("worked", 2500, 3e-3), Phase("noisy", 500, 1e-3), Phase("corrupted", 600, 1e-3))
+TEACHER = (Phase("worked", 2000, 3e-3), Phase("noisy", 500, 1e-3), Phase("corrupted", 1600, 1e-3))
 BASE = (Phase("unreliable", 1500, 3e-3), Phase("direct", 500, 1e-3))
 PHASES = {"teacher": TEACHER, "proxy": BASE, "student": BASE}
 # Not qwen2: the library takes the tokenizer of a qwen2 folder for Qwen's own, whatever its files say.
