@@ -77,7 +77,7 @@ choose_processes() {
     num_gpus=${#visible[@]}
   fi
   if [[ -z "$NPROC" && "$num_gpus" == 0 && "$dry_run" == 0 ]]; then
-    fail "no CUDA device: the experiment samples with 7B and 3B models; for small local models on the CPU set NPROC=1 (README, Without a GPU)"
+    fail "no CUDA device: the experiment samples with 7B and 3B models; run pipeline_demo.sh (tiny models, minutes on a CPU), or set NPROC=1 for small models of your own"
   fi
   NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}"
   [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC='$NPROC': must be a whole number from 1"

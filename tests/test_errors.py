@@ -149,9 +149,22 @@ TABLE = (
     (GEN + "teacher=/no/such/model", "neither a folder nor the name of a model on the hub"),
     (GEN + "teacher={cut_model}", "could not be loaded"),
     (GEN + "teacher={nan_model}", "response token 0: the teacher's logits are not finite"),
+    (GEN + "direction=sideways", "direction='sideways': must be one of gradient, random, permuted"),
+    (GEN + "num_contrasts=-1", "num_contrasts=-1: must be at least 0"),
+    (GEN + "one_step=-0.1", "one_step=-0.1: must be at least 0"),
+    (GEN + "one_step=0.1 proxy_student={proxy}", "holdout_traces is not set: give the stage 1 traces"),
+    (GEN + "one_step=0.1 holdout_traces=x.parquet", "proxy_student is not set: give the model that takes"),
+    (
+        GEN + "one_step=0.1 proxy_student={proxy} holdout_traces=x.parquet",
+        "x.parquet does not exist: make it with gentraces.py",
+    ),
+    (
+        GEN + "one_step=0.1 proxy_student={other_vocabulary} holdout_traces={sums}/test.jsonl",
+        "teacher and proxy use different vocabularies",
+    ),
     (
         GEN + "data_split=gsm9k_test",
-        "'gsm9k' is neither a known dataset (gsm8k, hendrycks_math, mmlu) nor a folder",
+        "'gsm9k' is neither a known dataset (arithmetic, gsm8k, hendrycks_math, mmlu) nor a folder",
     ),
     (GEN + "data_split={sums}_validation", "SPLIT one of train, holdout, test"),
     (GEN + "data_split=gsm8k_test data_dir={sums}", "gsm8k_platinum_test.jsonl.gz does not exist"),
@@ -202,7 +215,7 @@ def bash(*words, **environment):
 @pytest.mark.parametrize(
     "environment,options,words",
     (
-        ({"CUDA_VISIBLE_DEVICES": ""}, (), "no CUDA device"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, (), "run pipeline_demo.sh"),
         ({"NPROC": "two"}, (), "NPROC='two': must be a whole number from 1"),
         ({"NPROC": "1"}, ("--dryrun",), "unknown argument '--dryrun': known is --dry-run"),
     ),

@@ -73,10 +73,19 @@ def test_gradient_batch_size_and_checkpointing_change_nothing(model_folders, exp
 
 
 def test_two_processes_and_other_batches_give_the_same_traces(model_folders, problem_folder, exp, tmp_path):
-    more = ads_arguments(model_folders, exp)
+    holdout = f"holdout_traces={exp}/traces/holdout.parquet"
+    more = [*ads_arguments(model_folders, exp), holdout, "one_step=0.1", "num_contrasts=3"]
     gentraces(model_folders, problem_folder, tmp_path, "one", *more, "batch_size=3")
     gentraces(model_folders, problem_folder, tmp_path, "two", *more, "batch_size=4", num_processes=2)
-    assert store.read_yaml(tmp_path / "traces" / "two.yaml")["world_size"] == 2
+    one, two = (store.read_yaml(tmp_path / "traces" / f"{name}.yaml") for name in ("one", "two"))
+    assert two["world_size"] == 2 and one["stats"]["one_step"]["change"] != 0
+    assert two["stats"]["one_step"] == pytest.approx(one["stats"]["one_step"], abs=3e-6)
+    one, two = (
+        json.loads((tmp_path / "traces" / f"{name}.contrast.json").read_text()) for name in ("one", "two")
+    )
+    assert len(one["problems"]) == 3
+    for a, b in zip(one["problems"], two["problems"], strict=True):
+        assert [token[0] for token in a["ads"]["tokens"]] == [token[0] for token in b["ads"]["tokens"]]
     for one, two in zip(rows_of(tmp_path, "one"), rows_of(tmp_path, "two"), strict=True):
         assert one.pop("teacher_nll") == pytest.approx(two.pop("teacher_nll"), rel=1e-5)
         assert one == two
