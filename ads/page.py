@@ -28,11 +28,12 @@ NUM_OPEN = 20  # a longer table of points is folded
 TOY_NOTE = (
     "The models have 345 thousand parameters, were made by demo/pretrain.py, and solve generated word "
     "problems: toy scale.",
-    "The teacher's ability to recover from a corrupted trace was trained in on purpose; large reasoning "
-    "models have it by themselves.",
-    "Not reproduced here: a student no better than the undistilled one at 70 % teacher accuracy.",
-    "A negative lambda hurts the student too, so the sign of Delta is tested by the one-step test, not by "
-    "student accuracy.",
+    "Two things were trained in on purpose. The teacher recovers from wrong results in its trace; large "
+    "reasoning models do so by themselves. The arithmetic of proxy and student is unreliable, as 40 % of the "
+    "results they were pretrained on are wrong: what a student can do hangs on the traces it is taught with.",
+    "Proxy and student are alike but for architecture and tokenizer. The effect is larger than the paper's.",
+    "Any systematic shift of the traces hurts a student, a random direction or a negative lambda too; hence "
+    "the one-step test, which tests the sign of Delta.",
 )
 ANY_NOTE = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",

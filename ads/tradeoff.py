@@ -260,8 +260,14 @@ def compare(pairs, levels, answers, missing=""):
             points = curve.points if is_lone else [*curve.start, *curve.points]
             sides = [replicates(temperature.points, rule), replicates(points, rule)]
             at = None if is_lone else levels[rule]
-            matches += compare_sides(sides, (rule, curve.arm, name), at, draws, missing)
+            found = compare_sides(sides, (rule, curve.arm, name), at, draws, missing)
+            matches += found if curve.arm == "ADS" else without_gaps(found)
     return matches
+
+
+def without_gaps(matches):
+    """The matches of a control where both arms are; one of them, which says so, where they never are."""
+    return [match for match in matches if match.num_seeds] or matches[:1]
 
 
 def compare_sides(sides, names, levels, draws, missing):

@@ -157,3 +157,13 @@ def test_raw_answers_are_not_passed_over_in_silence():
     text = tradeoff.second_finding([raw, forced])
     assert text.endswith("65 %: 52 % by temperature, 51 % by ADS, a difference of 1 points [-2, 3].")
     assert tradeoff.second_finding([raw]) == tradeoff.second_finding([]) == ""
+
+
+def test_a_control_is_shown_where_both_arms_reach_or_once_where_they_never_do():
+    matches = [match(num_seeds=n) for n in (0, 2, 0)]
+    assert tradeoff.without_gaps(matches) == [matches[1]]
+    assert tradeoff.without_gaps([matches[0], matches[2]]) == [matches[0]]
+
+
+def match(num_seeds):
+    return tradeoff.Match("af", "permuted", "permuted", 0.8, None, None, None, None, None, num_seeds, "")
