@@ -32,8 +32,8 @@ TOY_NOTE = (
     "reasoning models do so by themselves. The arithmetic of proxy and student is unreliable, as 40 % of the "
     "results they were pretrained on are wrong: what a student can do hangs on the traces it is taught with.",
     "Proxy and student are alike but for architecture and tokenizer. The effect is larger than the paper's.",
-    "Any systematic shift of the traces hurts a student, a random direction or a negative lambda too; hence "
-    "the one-step test, which tests the sign of Delta.",
+    "A random direction shifts the traces systematically too, and may hurt the student; Delta permuted at "
+    "every step, the paper's control, does not. The sign of Delta is tested by the one-step test.",
 )
 ANY_NOTE = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
