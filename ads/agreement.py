@@ -89,13 +89,17 @@ def central(model, moved, compressed, eps, sequences):
 
 
 def logits_at(model, sequence):
-    """Logits (P, V) that foretell evenly spaced response tokens of a sequence."""
+    """Logits (P, V) at the places of a sequence."""
     device = model.get_input_embeddings().weight.device
-    num_tokens = len(sequence.ids) - sequence.num_prompt_tokens
-    spaced = torch.linspace(0, num_tokens - 1, min(num_tokens, NUM_POSITIONS), device=device)
-    places_P = spaced.round().long() + sequence.num_prompt_tokens - 1
     ids_1T = torch.tensor([sequence.ids], device=device)
-    return model(input_ids=ids_1T, use_cache=False, logits_to_keep=places_P).logits[0]
+    return model(input_ids=ids_1T, use_cache=False, logits_to_keep=places(sequence, device)).logits[0]
+
+
+def places(sequence, device):
+    """Evenly spaced positions (P,) that foretell response tokens, the first and the last among them."""
+    num_tokens = len(sequence.ids) - sequence.num_prompt_tokens
+    spaced_P = torch.linspace(0, num_tokens - 1, min(num_tokens, NUM_POSITIONS), device=device)
+    return spaced_P.round().long() + sequence.num_prompt_tokens - 1
 
 
 def agreement(delta_PV, truth_PV, log_probs_PV):
