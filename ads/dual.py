@@ -199,8 +199,10 @@ def log_probs(logits_BV, tangents_BV):
     d log p(x) = dz(x) - sum over y of p(y) dz(y), for logits z.
     """
     log_probs_BV = torch.log_softmax(logits_BV, -1)
-    mean_B1 = (log_probs_BV.exp() * tangents_BV).sum(-1, keepdim=True)
-    return log_probs_BV, tangents_BV - mean_B1
+    probs_BV = log_probs_BV.exp()
+    for _ in range(2):  # what all logits share is large and rounds; the second time the rest of it goes
+        tangents_BV = tangents_BV - (probs_BV * tangents_BV).sum(-1, keepdim=True)
+    return log_probs_BV, tangents_BV
 
 
 def dual_attention(

@@ -298,7 +298,7 @@ def test_agreement_is_what_it_says():
             errors.append(((d - t) / t).abs())
     correlation = torch.stack(correlations)
     found = agreement.agreement(delta, truth, log_p)
-    assert len(correlation) == 19 and 0.8 < found["correlation"] < 0.99
+    assert 10 < len(correlation) < 20 and 0.8 < found["correlation"] < 0.99
     assert found["correlation"] == pytest.approx(correlation.mean().item(), abs=1e-4)
     assert found["correlation_p10"] == pytest.approx(correlation.quantile(0.1).item(), abs=1e-4)
     assert found["sine"] == pytest.approx((1 - correlation**2).sqrt().mean().item(), abs=1e-4)
