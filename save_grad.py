@@ -76,13 +76,13 @@ def accumulate(cfg, model, sequences, world):
     """
     from ads import gradient
 
-    mine = sequences[world.rank :: world.size]
-    step = 2 if cfg.num_diagnosed and len(sequences) >= 2 * world.size else 1
+    step = 2 if cfg.num_diagnosed and len(sequences) >= 2 else 1
     loss, half = 0.0, None
     for first in range(step):
         if first:
             half = gradient.compress(model, cfg.grad_rank or 16, cfg.seed, is_share=True)
-        loss += gradient.add_gradient_(model, mine[first::step], len(sequences), cfg.batch_size, progress_bar)
+        mine = sequences[first::step][world.rank :: world.size]  # the same halves for any number of processes
+        loss += gradient.add_gradient_(model, mine, len(sequences), cfg.batch_size, progress_bar)
     if world.size > 1:
         gradient.all_reduce_(model)
     return world.sum(loss), half
