@@ -78,10 +78,11 @@ def generate_traces(cfg, inputs, world):
 
 
 def resolve_numerics(cfg, device):
-    """What dtype "auto" stands for on this machine: parts made in another one are not gone on with."""
+    """What dtypes "auto" stands for on this machine: parts made in another one are not gone on with."""
     from ads.models import resolve_dtype
 
-    return {"resolved_dtype": str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.")}
+    dtypes = {"resolved_dtype": cfg.dtype} | ({"resolved_proxy_dtype": cfg.proxy_dtype} if cfg.lam else {})
+    return {key: str(resolve_dtype(name, device)).removeprefix("torch.") for key, name in dtypes.items()}
 
 
 def leave_out_unanswered(problems):
@@ -144,7 +145,7 @@ def check_vocabulary(cfg, tokenizer):
 
 
 def load_models(cfg, tokenizer, vocabulary, world):
-    """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, the perturbed proxies."""
+    """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, what gives Delta."""
     from ads.engine import Models
     from ads.models import CachedModel, load_model
 
@@ -158,31 +159,43 @@ def load_models(cfg, tokenizer, vocabulary, world):
 
 
 def load_proxy(cfg, tokenizer, vocabulary, device):
-    """(CentralDifference, notes): theta +- eps g, checked against gradient file and vocabulary."""
+    """(what gives Delta, notes): theta +- eps g or, with eps = 0, one proxy in dual numbers."""
     from ads import gradient, proxy
     from ads.models import load_model
 
     grad_path = Path(cfg.grad_path)
     file = gradient.open_checked(grad_path, store.fingerprint_model(cfg.proxy_student))
-    print0(f"loading {cfg.proxy_student} twice, as theta +- {cfg.eps:g} g (direction: {cfg.direction})")
-    plus, minus = (
-        load_model(cfg.proxy_student, cfg.proxy_dtype, device, cfg.attn_implementation) for _ in range(2)
-    )
-    gradient.check_matches(file, grad_path, plus)
-    chat.check_rows(tokenizer, plus.get_input_embeddings().weight.shape[0], cfg.proxy_student)
-    read_gradient = file.get_tensor
+    way = f"twice, as theta +- {cfg.eps:g} g" if cfg.eps else "once, to differentiate along g"
+    print0(f"loading {cfg.proxy_student} {way} (direction: {cfg.direction})")
+    models = [
+        load_model(cfg.proxy_student, cfg.proxy_dtype, device, cfg.attn_implementation)
+        for _ in range(2 if cfg.eps else 1)
+    ]
+    gradient.check_matches(file, grad_path, models[0])
+    chat.check_rows(tokenizer, models[0].get_input_embeddings().weight.shape[0], cfg.proxy_student)
+    read_gradient = functools.partial(gradient.read, file)
     if cfg.direction == "random":
-        read_gradient = functools.partial(gradient.random_tensor, file.get_tensor, cfg.seed)
-    realised = proxy.perturb_(plus, minus, read_gradient, cfg.eps)
+        read_gradient = functools.partial(gradient.random_tensor, read_gradient, cfg.seed)
+    shared_V = id_mask(tokenizer, vocabulary.shared_ids, device)
+    notes = {
+        "grad_rank": int(file.metadata().get("grad_rank", 0)),
+        "ids_without_delta": [list(entry) for entry in vocabulary.differing],
+    }
+    if cfg.eps == 0:
+        return proxy.ExactDerivative(models[0], read_gradient, shared_V), notes
+    notes["perturbation"] = perturb_(cfg, models, read_gradient)
+    return proxy.CentralDifference(*models, cfg.eps, shared_V), notes
+
+
+def perturb_(cfg, models, read_gradient):
+    """Make the two proxies theta +- eps g; figures of what was stored of eps g."""
+    from ads import proxy
+
+    realised = proxy.perturb_(*models, read_gradient, cfg.eps)
     print0(f"perturbation as stored: {proxy.describe(realised)}")
     if warning := proxy.warning(realised, cfg.eps, cfg.proxy_dtype):
         print0(warning)
-    shared_V = id_mask(tokenizer, vocabulary.shared_ids, device)
-    notes = {
-        "perturbation": proxy.describe(realised),
-        "ids_without_delta": [list(entry) for entry in vocabulary.differing],
-    }
-    return proxy.CentralDifference(plus, minus, cfg.eps, shared_V), notes
+    return proxy.describe(realised)
 
 
 def id_mask(tokenizer, ids, device):

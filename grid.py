@@ -3,7 +3,7 @@ command line or in a file).
 
 python grid.py                                   # the default grid
 python grid.py --shard 0/4                       # every fourth point, for one of four machines
-python grid.py --points 0.6,0,0 0.6,0.03,1e-3    # these points alone
+python grid.py --points 0.6,0,0 0.6,0.03,0       # these points alone
 python grid.py --file runs/x/matched.txt         # those that search.py found
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from ads.config import DIRECTIONS
 
 # The paper's models reach 70 % teacher accuracy on GSM8K at lam of about 0.03.
-EPS = "1e-3"
+EPS = "0"  # the exact derivative (docs/delta.md); above 0: central difference
 TEMPERATURE_ARM = [(f"{0.6 + 0.2 * i:.1f}", "0", "0") for i in range(13)]
 ADS_ARM = [("0.6", f"{0.003 * i:.3f}", EPS) for i in range(1, 21)]
 ARMS = TEMPERATURE_ARM + ADS_ARM

@@ -48,11 +48,8 @@ def compute_gradient(cfg, inputs, world):
         model.train()  # checkpointing is skipped in eval mode
         switch_off_dropout_(model)
 
-    mine = sequences[world.rank :: world.size]
-    loss = gradient.add_gradient_(model, mine, len(sequences), cfg.batch_size, progress_bar)
-    if world.size > 1:
-        gradient.all_reduce_(model)
-    loss = world.sum(loss)
+    loss, half = accumulate(cfg, model, sequences, world)
+    seconds = {"gradient": time.time() - start}
     norms = gradient.norms(model)
     stats = {
         "n": len(sequences),
@@ -62,7 +59,61 @@ def compute_gradient(cfg, inputs, world):
         "num_response_tokens": sum(len(s.ids) - s.num_prompt_tokens for s in sequences),
     }
     if world.is_main:
-        save(cfg, inputs, model, stats, norms, vocabulary, time.time() - start)
+        compressed, energy = compress(cfg, model, norms, seconds)
+        found = diagnose(cfg, model, compressed, half, sequences, seconds)
+        more = {
+            "energy": energy,
+            "diagnostics": found,
+            "seconds_of": {k: round(v, 2) for k, v in seconds.items()},
+        }
+        save(cfg, inputs, compressed, stats, norms, vocabulary, time.time() - start, more)
+
+
+def accumulate(cfg, model, sequences, world):
+    """(mean loss, half): the mean gradient is left in the parameters' .grad.
+
+    half is the compressed share of every other sequence, for the diagnostics; None where they are off.
+    """
+    from ads import gradient
+
+    step = 2 if cfg.num_diagnosed and len(sequences) >= 2 else 1
+    loss, half = 0.0, None
+    for first in range(step):
+        if first:
+            half = gradient.compress(model, cfg.grad_rank or 16, cfg.seed, is_share=True)
+        mine = sequences[first::step][world.rank :: world.size]  # the same halves for any number of processes
+        loss += gradient.add_gradient_(model, mine, len(sequences), cfg.batch_size, progress_bar)
+    if world.size > 1:
+        gradient.all_reduce_(model)
+    return world.sum(loss), half
+
+
+def compress(cfg, model, norms, seconds):
+    """(gradients as they are stored, {parameter name: share of the squared norm kept})."""
+    from ads import gradient
+
+    start = time.time()
+    compressed = gradient.compress(model, cfg.grad_rank, cfg.seed)
+    seconds["compression"] = time.time() - start
+    kept = {name: gradient.square_norm(g) for name, g in compressed.items()}
+    energy = {name: round(kept[name] / norm**2, 5) if norm else 1.0 for name, norm in norms.items()}
+    energy["all"] = round(sum(kept.values()) / gradient.total_norm(norms) ** 2, 5)
+    print0(f"grad_rank {cfg.grad_rank or 'full'}: {energy['all']:.4f} of the gradient's squared norm is kept")
+    return compressed, energy
+
+
+def diagnose(cfg, model, compressed, half, sequences, seconds):
+    """Delta's agreement with the exact one, printed; None where it is switched off."""
+    from ads import agreement
+
+    if not cfg.num_diagnosed:
+        return None
+    start = time.time()
+    chosen = utils.take_subset(sequences, cfg.num_diagnosed, cfg.seed)
+    found = agreement.diagnose(cfg, model.eval(), compressed, half, chosen)
+    seconds["diagnostics"] = time.time() - start
+    print0(*agreement.table(found, cfg.eps), sep="\n")
+    return found
 
 
 def load_sequences(cfg):
@@ -120,7 +171,7 @@ def progress_bar(batches):
     return tqdm(batches, desc="gradient", unit="batch", disable=not utils.is_main_process(), mininterval=2)
 
 
-def save(cfg, inputs, model, stats, norms, vocabulary, seconds):
+def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
     """The gradient with what it belongs to inside it, then the sidecar."""
     from ads import gradient
 
@@ -129,9 +180,10 @@ def save(cfg, inputs, model, stats, norms, vocabulary, seconds):
         "proxy_fingerprint": inputs["proxy_student"],
         "holdout_fingerprint": inputs["holdout_traces"],
         "loss_weighting": LOSS_WEIGHTING,
+        "grad_rank": str(cfg.grad_rank),
         **{key: str(value) for key, value in stats.items()},
     }
-    gradient.save(cfg.grad_path, model, metadata)
+    gradient.save(cfg.grad_path, compressed, metadata)
     store.write_sidecar(
         cfg.sidecar_path,
         to_dict(cfg),
@@ -141,6 +193,7 @@ def save(cfg, inputs, model, stats, norms, vocabulary, seconds):
         loss_weighting=LOSS_WEIGHTING,
         differing_tokens=[list(entry) for entry in vocabulary],
         norms={name: float(f"{norm:.6g}") for name, norm in norms.items()},
+        **more,
     )
     print_result(grad_path=str(cfg.grad_path), sidecar=str(cfg.sidecar_path), **stats)
 

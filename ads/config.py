@@ -35,13 +35,13 @@ class GenConfig:
     attn_implementation: str = "auto"
     tau: float = 0.0
     lam: float = 0.0
-    eps: float = 1e-3
+    eps: float = 0.0
     direction: str = "gradient"
     top_k: int = 50
     top_p: float = 0.95
     proxy_student: str | None = field(default=None, metadata=NOT_COMPARED)
     grad_path: str | None = field(default=None, metadata=NOT_COMPARED)
-    proxy_dtype: str = "float32"
+    proxy_dtype: str = "auto"
     one_step: float = 0.0
     one_step_samples: int = 300
     holdout_traces: str | None = field(default=None, metadata=NOT_COMPARED)
@@ -97,6 +97,7 @@ class GenConfig:
         check_seed(self.seed)
         check_split("data_split", self.data_split)
         check_at_least("tau", self.tau, 0)
+        check_at_least("eps", self.eps, 0)
         check_at_least("top_k", self.top_k, 0)
         check_at_least("few_shot", self.few_shot, 0)
         check_at_least("batch_size", self.batch_size, 1)
@@ -129,8 +130,6 @@ class GenConfig:
             raise ValueError(f"lam={self.lam}: needs grad_path, the file that save_grad.py writes")
         if not self.proxy_student:
             raise ValueError(f"lam={self.lam}: needs proxy_student, the model whose gradient grad_path holds")
-        if self.eps <= 0:
-            raise ValueError(f"eps={self.eps}: the central difference needs a step above 0, such as 1e-3")
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,10 @@ class GradConfig:
     attn_implementation: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata=NOT_COMPARED)
     batch_size: int = field(default=1, metadata=NOT_COMPARED)
+    grad_rank: int = 16
+    num_diagnosed: int = field(default=4, metadata=NOT_COMPARED)
+    eps: float = field(default=0.0, metadata=NOT_COMPARED)
+    proxy_dtype: str = field(default="auto", metadata=NOT_COMPARED)
     seed: int = 42
 
     @property
@@ -163,8 +166,12 @@ class GradConfig:
         check_given("holdout_traces", self.holdout_traces, "the stage 1 traces, EXP_DIR/traces/NAME.parquet")
         check_seed(self.seed)
         check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("grad_rank", self.grad_rank, 0)
+        check_at_least("num_diagnosed", self.num_diagnosed, 0)
+        check_at_least("eps", self.eps, 0)
         check_at_least("max_length", self.max_length, 2)
         check_optional_at_least("max_samples", self.max_samples, 1)
+        check_one_of("proxy_dtype", self.proxy_dtype, DTYPES)
         check_one_of("attn_implementation", self.attn_implementation, ATTENTION[:3])
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ads import sampling
 from ads.models import CachedModel
-from ads.proxy import CentralDifference
+from ads.proxy import CentralDifference, ExactDerivative
 
 PREFILL_TOKENS = 16384  # prompts are prefilled in groups of at most this many tokens (padding included)
 GOING_ON, ENDED, BAD_TEACHER, BAD_PROXY = range(4)
@@ -39,11 +39,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Models:
-    """What decodes: a teacher (models.CachedModel), a proxy (proxy.CentralDifference) or None, the bool mask
+    """What decodes: a teacher (models.CachedModel), a proxy (of proxy.py) or None, the bool mask
     of ids that may be sampled, and the ids that end a row."""
 
     teacher: CachedModel
-    proxy: CentralDifference | None
+    proxy: CentralDifference | ExactDerivative | None
     allowed_V: torch.Tensor
     eos: frozenset[int]
 

@@ -14,6 +14,77 @@ from safetensors.torch import save_file
 
 from ads import sampling, store
 
+OVERSAMPLING = 8  # more columns than the rank in the sketch of a matrix
+NUM_POWER_ITERATIONS = 2  # they sharpen the sketch where singular values fall off slowly
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A matrix (M, N) of rank R as left (M, R) @ right (R, N)."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    @property
+    def T(self):  # noqa: N802 (as of a tensor)
+        return Factors(self.right.T, self.left.T)
+
+    def to(self, target):
+        return Factors(self.left.to(target), self.right.to(target))
+
+
+def dense(g):
+    """A parameter's gradient, which may be Factors, as one tensor."""
+    return g.left @ g.right if isinstance(g, Factors) else g
+
+
+def square_norm(g):
+    """The squared Euclidean norm (float64) of a tensor or of Factors."""
+    if isinstance(g, Factors):
+        left, right = g.left.double(), g.right.double()
+        return ((left.T @ left) * (right @ right.T)).sum().item()
+    return g.square().sum(dtype=torch.float64).item()
+
+
+def compress(model, rank, seed, is_share=False):
+    """{parameter name: its gradient}: Factors of at most `rank` where that takes less room, else the tensor.
+
+    float32, on the model's device. rank 0 keeps everything whole, which is no copy. is_share: what the
+    processes hold is summed, one parameter at a time, into a copy.
+    """
+    compressed = {}
+    for name, p in model.named_parameters():
+        g = (torch.zeros_like(p) if p.grad is None else p.grad).float()
+        if is_share:
+            g = g.clone()
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(g)
+        compressed[name] = factorise(g, rank, seed, name) if saves_room(g.shape, rank) else g
+    return compressed
+
+
+def saves_room(shape, rank):
+    return len(shape) == 2 and 0 < rank * sum(shape) < shape[0] * shape[1]
+
+
+def factorise(matrix, rank, seed, name):
+    """The best approximation of a matrix of at most that rank: a truncated SVD, in Factors.
+
+    Large matrices are sketched by power iterations from a random start, by (seed, name) (Halko et al., SIAM
+    Review 2011); small ones are decomposed as they are.
+    """
+    basis = None
+    if min(matrix.shape) > 4 * rank:
+        generator = torch.Generator().manual_seed(sampling.row_key(seed, name) & (2**63 - 1))
+        start = torch.randn(matrix.shape[1], rank + OVERSAMPLING, generator=generator)
+        basis = torch.linalg.qr(matrix @ start.to(matrix)).Q
+        for _ in range(NUM_POWER_ITERATIONS):
+            basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    left, values, right = torch.linalg.svd(matrix if basis is None else basis.T @ matrix, full_matrices=False)
+    scale = values[:rank].sqrt()  # shared out, so that 16 bits hold either factor
+    left = left[:, :rank] * scale
+    return Factors(left if basis is None else basis @ left, scale[:, None] * right[:rank])
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -92,9 +163,16 @@ def descend_(model, step_length):
 
 
 def random_tensor(read_gradient, seed, name):
-    """A random direction for one parameter, by (seed, name), as long as its gradient (float32)."""
+    """A random direction for one parameter, by (seed, name), as long as its gradient and of its form.
+
+    Factors give random Factors: a direction of the same rank, neither cheaper nor dearer than g.
+    """
     g = read_gradient(name)
     generator = torch.Generator().manual_seed(sampling.row_key(seed, name) & (2**63 - 1))
+    if isinstance(g, Factors):
+        left, right = (torch.randn(f.shape, generator=generator) for f in (g.left, g.right))
+        length = math.sqrt(square_norm(g) / square_norm(Factors(left, right)))
+        return Factors(left * length, right)
     direction = torch.randn(g.shape, generator=generator)
     return direction * (g.norm() / direction.norm())
 
@@ -119,18 +197,28 @@ def total_norm(norms_by_name):
     return math.sqrt(sum(norm**2 for norm in norms_by_name.values()))
 
 
-def save(path, model, metadata):
-    """Write every parameter's gradient (float32) and `metadata` (strings) to a safetensors file."""
-    tensors = {
-        name: (torch.zeros_like(p) if p.grad is None else p.grad).float().cpu().contiguous()
-        for name, p in model.named_parameters()
-    }
+def save(path, compressed, metadata):
+    """Write gradients (see `compress`) and `metadata` (strings) to a safetensors file.
+
+    Factors of NAME are stored as NAME.left and NAME.right.
+    """
+    tensors = {}
+    for name, g in compressed.items():
+        parts = {".left": g.left, ".right": g.right} if isinstance(g, Factors) else {"": g}
+        tensors |= {name + part: tensor.cpu().contiguous() for part, tensor in parts.items()}
     with store.atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
+def read(file, name):
+    """The gradient of one parameter from an open gradient file: a float32 tensor or Factors."""
+    if name in file.keys():  # noqa: SIM118 (no mapping)
+        return file.get_tensor(name)
+    return Factors(file.get_tensor(f"{name}.left"), file.get_tensor(f"{name}.right"))
+
+
 def open_checked(path, proxy_fingerprint):
-    """Open a gradient file (safe_open: get_tensor reads one parameter's gradient).
+    """Open a gradient file (safe_open; see `read`).
 
     Raises FileNotFoundError when it is missing, ValueError when it is cut short, was not written by
     save_grad.py, or is the gradient of a model with other contents.
@@ -156,7 +244,7 @@ def open_checked(path, proxy_fingerprint):
 def check_matches(file, path, model):
     """ValueError unless the gradient file has exactly the model's parameters, in their shapes."""
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
-    stored = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    stored = stored_shapes(file)
     wrong = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
     if wrong:
         name = wrong[0]
@@ -164,3 +252,13 @@ def check_matches(file, path, model):
             f"gradient {path} does not fit the proxy: {name} is {stored.get(name)} in the file, "
             f"{shapes.get(name)} in the model ({len(wrong)} parameters differ)"
         )
+
+
+def stored_shapes(file):
+    """{parameter name: shape} of a gradient file."""
+    shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    for left in [name for name in shapes if name.endswith(".left")]:
+        name = left.removesuffix(".left")
+        right = shapes.pop(f"{name}.right", [0, 0])
+        shapes[name] = [shapes.pop(left)[0], right[1]]
+    return shapes

@@ -101,8 +101,8 @@ class SlotCache(Cache):
 class CachedModel:
     """A causal language model with its slots. Returns next-token logits, never those of other positions."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, model, make_cache=SlotCache):
+        self.model, self.make_cache = model, make_cache
         self.windows = attention_windows(model.config)
         self.cache = None
         self.device = model.get_input_embeddings().weight.device
@@ -110,13 +110,13 @@ class CachedModel:
 
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
-        self.cache = SlotCache(num_slots, num_positions)
+        self.cache = self.make_cache(num_slots, num_positions)
 
     def move(self, source, target, length):
         """Copy the first `length` positions of one slot over another."""
         self.cache.move(source, target, length)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, prompts, first_slot):
         """Fill slots from first_slot on with prompts (lists of ids); logits (B, V) after the last token.
 
@@ -132,7 +132,7 @@ class CachedModel:
         key_positions_BT = positions_BT.masked_fill(positions_BT < 0, width)
         return self.forward(ids_BT, positions_BT.clamp(min=0), key_positions_BT, place)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, tokens_N, lengths_N, longest):
         """Append one token to each active slot and return the logits (N, V) that follow it.
 

@@ -2,14 +2,18 @@
 
     Delta(x) = [log p(x; theta + eps g) - log p(x; theta - eps g)] / (2 eps)          paper eq. 10
 
+eps above 0: CentralDifference, two proxies. eps = 0: ExactDerivative, the limit, one proxy in dual numbers.
+Both accept g in full or in factors (gradient.Factors).
+
 Shapes: V vocabulary (the teacher's token ids), B rows.
 """
 
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
-from ads import sampling
+from ads import dual, gradient, sampling
 from ads.config import LEAST_COSINE
 from ads.models import CachedModel
 
@@ -55,19 +59,58 @@ class CentralDifference:
         return torch.where(self.shared_V, delta_BV, 0.0)
 
 
+class ExactDerivative:
+    """One proxy in dual numbers, in lockstep with the teacher's slots: the limit of eps to 0."""
+
+    def __init__(self, model, read_gradient, shared_V):
+        """model is taken over; read_gradient(name) is g of a parameter, a tensor or Factors.
+
+        Raises ValueError when the gradient is zero or not finite.
+        """
+        names = [name for name, _ in model.named_parameters()]
+        check_length(sum(gradient.square_norm(read_gradient(name)) for name in names))
+        self.dual = CachedModel(dual.DualModel(model, read_gradient), dual.DualCache)
+        self.shared_V = shared_V
+
+    def allocate(self, num_slots, num_positions):
+        self.dual.allocate(num_slots, num_positions)
+
+    def prefill(self, prompts, first_slot):
+        """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
+        with dual.derivatives():
+            return exact_delta(self.dual.prefill(prompts, first_slot), self.shared_V)
+
+    def step(self, tokens_N, lengths_N, longest):
+        """Delta (N, V) for the token that follows; see CachedModel.step."""
+        with dual.derivatives():
+            return exact_delta(self.dual.step(tokens_N, lengths_N, longest), self.shared_V)
+
+    def move(self, source, target, length):
+        self.dual.move(source, target, length)
+
+
+def exact_delta(logits_BR, shared_V):
+    """Derivative of log-probabilities over the shared ids (nats per unit of g); 0 elsewhere (B, V)."""
+    logits_BR, tangents_BR = unpack_dual(logits_BR)
+    num_ids = len(shared_V)
+    shared_BV = logits_BR[:, :num_ids].float().masked_fill(~shared_V, -torch.inf)
+    _, delta_BV = dual.log_probs(shared_BV, tangents_BR[:, :num_ids].float())
+    return torch.where(shared_V, delta_BV, 0.0)
+
+
 @torch.no_grad()
 def perturb_(plus, minus, read_gradient, eps):
     """Turn two copies of the proxy into theta + eps g and theta - eps g; returns the realised Perturbation.
 
-    read_gradient(name) gives the float32 gradient of a parameter (see gradient.open_checked). The sum is made
-    in float32 and rounded once to the models' dtype, so eps g is lost only as far as that dtype cannot hold
+    read_gradient(name) gives the float32 gradient of a parameter, a tensor or Factors. The sum is made in
+    float32 and rounded once to the models' dtype, so eps g is lost only as far as that dtype cannot hold
     it. Raises ValueError when the gradient is zero or not finite.
     """
     changed = wanted = dot = norm_stored = norm_wanted = 0.0
     minus_parameters = dict(minus.named_parameters())
     for name, plus_parameter in plus.named_parameters():
         minus_parameter = minus_parameters[name]
-        g = read_gradient(name).to(plus_parameter.device)
+        g = gradient.dense(read_gradient(name).to(plus_parameter.device))
         above, below = plus_parameter.float() + eps * g, minus_parameter.float() - eps * g
         plus_parameter.copy_(above)
         minus_parameter.copy_(below)
@@ -77,15 +120,19 @@ def perturb_(plus, minus, read_gradient, eps):
         dot += (stored * g).sum(dtype=torch.float64).item()
         norm_stored += stored.square().sum(dtype=torch.float64).item()
         norm_wanted += g.square().sum(dtype=torch.float64).item()
-    if not 0 < norm_wanted < float("inf"):
-        raise ValueError(
-            f"the gradient is {'zero' if norm_wanted == 0 else 'not finite'}: make it with save_grad.py"
-        )
+    check_length(norm_wanted)
     return Perturbation(
         share_changed=changed / wanted,
         cosine=dot / (norm_stored * norm_wanted) ** 0.5 if norm_stored else 0.0,
         relative_norm=(norm_stored / norm_wanted) ** 0.5 / (2 * eps),
     )
+
+
+def check_length(square_norm):
+    if not 0 < square_norm < float("inf"):
+        raise ValueError(
+            f"the gradient is {'zero' if square_norm == 0 else 'not finite'}: make it with save_grad.py"
+        )
 
 
 def warning(perturbation, eps, dtype):

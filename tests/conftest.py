@@ -25,7 +25,12 @@ def tiny_config(kind, vocab_size):
         return AutoConfig.for_model(
             kind, vocab_size=vocab_size, intermediate_size=64, rotary_pct=0.5, **SIZES, **special
         )
+    if kind == "gpt2":  # learned positions, layer norms, biases, transposed weights
+        return AutoConfig.for_model(kind, vocab_size=vocab_size, **SIZES, **special)
     sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+    if kind == "gemma2":  # caps its attention scores too
+        caps = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        return AutoConfig.for_model(kind, vocab_size=vocab_size, sliding_window=8, **caps, **sizes, **special)
     if kind == "gemma3_text":
         window = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
         return AutoConfig.for_model(

@@ -87,7 +87,7 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
         (["trace_name=../x"], "must be a plain file name"),
         (["lam=0.1"], "needs grad_path"),
         (["lam=0.1", "grad_path=g"], "needs proxy_student"),
-        (["lam=0.1", "grad_path=g", "proxy_student=p", "eps=0"], "eps=0.0: the central difference needs"),
+        (["lam=0.1", "grad_path=g", "proxy_student=p", "eps=-1"], "eps=-1.0: must be at least 0"),
         (["lam=0.1", "grad_path=g", "proxy_student=p", "is_teacher=false"], "only a teacher"),
         (["few_shot=2"], "set few_shot_traces"),
         (["tau"], "write key=value"),

@@ -117,7 +117,7 @@ TABLE = (
     (GEN + "max_samples=0", "max_samples=0: must be at least 1"),
     (GEN + "trace_name=a/b", "trace_name='a/b': must be a plain file name"),
     (GEN + "lam=0.1", "lam=0.1: needs grad_path"),
-    (ADS + "eps=0", "eps=0.0: the central difference needs a step above 0"),
+    (ADS + "eps=-1", "eps=-1.0: must be at least 0"),
     (ADS + "grad_path={exp}/none", "none does not exist: make it with save_grad.py"),
     (ADS + "grad_path={cut_grad}", "cut_grad.safetensors is damaged"),
     (ADS + "grad_path={nan_grad}", "the gradient is not finite: make it with save_grad.py"),

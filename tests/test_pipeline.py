@@ -136,11 +136,13 @@ def test_settings_of_late_stages_are_checked_before_the_first_runs(
 def test_a_failing_point_does_not_stop_the_sweep(experiment, model_folders, problem_folder):
     """It is named at the end, and the exit code is 1."""
     exp_dir, _ = experiment
-    points = "--points 0.8,0.1,0 0.8,0,0"
+    points = "--points 0.8,0.1,1e30 0.8,0,0"
     result = run_pipeline(model_folders, problem_folder, exp_dir, GRID_ARGS=points, check=False)
     assert result.returncode == 1
-    assert "eps=0.0: the central difference needs a step above 0" in result.stderr
-    assert "FAILED (1 of 2 points" in result.stderr and "tau0.8_lam0.1_eps0" in result.stderr.splitlines()[-1]
+    assert "the proxy's Delta are not finite" in result.stderr + result.stdout
+    assert (
+        "FAILED (1 of 2 points" in result.stderr and "tau0.8_lam0.1_eps1e30" in result.stderr.splitlines()[-1]
+    )
     assert result.stdout.count("done    ") == 7 and "total time" in result.stdout
 
 

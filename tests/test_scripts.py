@@ -41,9 +41,10 @@ def exp(model_folders, problem_folder, tmp_path_factory):
     return exp_dir
 
 
-def save_grad(models, exp_dir, holdout_of=None, **keywords):
+def save_grad(models, exp_dir, *more, holdout_of=None, **keywords):
     traces = f"holdout_traces={holdout_of or exp_dir}/traces/holdout.parquet"
-    run_script("save_grad.py", f"exp_dir={exp_dir}", f"proxy_student={models['proxy']}", traces, **keywords)
+    arguments = [f"exp_dir={exp_dir}", f"proxy_student={models['proxy']}", traces, *more]
+    return run_script("save_grad.py", *arguments, **keywords)
 
 
 def ads_arguments(models, exp_dir):
@@ -52,22 +53,34 @@ def ads_arguments(models, exp_dir):
 
 def test_two_processes_give_the_gradient_of_one(model_folders, exp, tmp_path):
     """The reference threw its all-reduce away: the scale of g depended on the number of GPUs."""
-    save_grad(model_folders, tmp_path, holdout_of=exp, num_processes=2)
-    one, two = (load_file(folder / "student_grads.safetensors") for folder in (exp, tmp_path))
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder, num_processes in zip(folders, (1, 2), strict=True):
+        save_grad(model_folders, folder, "grad_rank=0", holdout_of=exp, num_processes=num_processes)
+    one, two = (load_file(folder / "student_grads.safetensors") for folder in folders)
     norm = sum(g.square().sum() for g in one.values()).sqrt()
     difference = sum((one[k] - two[k]).square().sum() for k in one).sqrt()
     assert difference / norm < 1e-6
-    stats = [store.read_yaml(folder / "student_grads.yaml") for folder in (exp, tmp_path)]
+    stats = [store.read_yaml(folder / "student_grads.yaml") for folder in folders]
+    for key in ("exact", "split_half"):
+        found = [s["diagnostics"][key]["correlation"] for s in stats]
+        assert found[0] == pytest.approx(found[1], abs=1e-4), key
     assert stats[0]["stats"]["loss"] == pytest.approx(stats[1]["stats"]["loss"], rel=1e-6)
     assert (stats[0]["world_size"], stats[1]["world_size"]) == (1, 2)
     assert stats[0]["stats"]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
 def test_gradient_batch_size_and_checkpointing_change_nothing(model_folders, exp, tmp_path):
-    arguments = [f"exp_dir={tmp_path}", f"proxy_student={model_folders['proxy']}", "batch_size=5"]
-    traces = f"holdout_traces={exp}/traces/holdout.parquet"
-    run_script("save_grad.py", *arguments, traces, "gradient_checkpointing=true")
-    one, two = (load_file(folder / "student_grads.safetensors") for folder in (exp, tmp_path))
+    folders = tmp_path / "one", tmp_path / "two"
+    save_grad(model_folders, folders[0], "grad_rank=0", "num_diagnosed=0", holdout_of=exp)
+    save_grad(
+        model_folders,
+        folders[1],
+        "grad_rank=0",
+        "batch_size=5",
+        "gradient_checkpointing=true",
+        holdout_of=exp,
+    )
+    one, two = (load_file(folder / "student_grads.safetensors") for folder in folders)
     for name, g in one.items():
         assert torch.allclose(g, two[name], rtol=1e-4, atol=1e-6 * g.abs().max().item()), name
 
@@ -107,7 +120,8 @@ def test_trace_columns(exp, problem_folder):
 
 
 def test_sidecar_stats_and_perturbation(model_folders, problem_folder, exp):
-    gentraces(model_folders, problem_folder, exp, "ads", *ads_arguments(model_folders, exp))
+    more = [*ads_arguments(model_folders, exp), "eps=1e-3"]
+    gentraces(model_folders, problem_folder, exp, "ads", *more)
     sidecar = store.read_yaml(exp / "traces" / "ads.yaml")
     assert sidecar["stats"]["n"] == 12 and sidecar["stats"]["raw"]["high"] > 0
     assert sidecar["perturbation"]["cosine"] > 0.99
