@@ -29,7 +29,7 @@ TOY_NOTE = (
     "The models have 345 thousand parameters, were made by demo/pretrain.py, and solve generated word "
     "problems: toy scale.",
     "Two things were trained in on purpose. The teacher recovers from wrong results in its trace; large "
-    "reasoning models do so by themselves. The arithmetic of proxy and student is unreliable, as 20 % of the "
+    "reasoning models do so by themselves. The arithmetic of proxy and student is unreliable, as a fifth of the "
     "results they were pretrained on are wrong: what a student can do hangs on the traces it is taught with.",
     "Proxy and student are alike but for architecture and tokenizer. The effect is larger than the paper's.",
     "A random direction shifts the traces systematically too, and may hurt the student; Delta permuted at "

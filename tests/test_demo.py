@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 import utils
 from ads import arithmetic, chat, store
@@ -154,3 +154,11 @@ def test_demo_with_few_problems_runs_to_its_report(tmp_path):
         row["problem"] for row in arithmetic.generate("test", seed=7, count=24)
     ]
     assert (tmp_path / "report" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "argument,words", (("seed=x", "seed=x, scale=1.0: must be"), ("sed=1", "write key=value"))
+)
+def test_pretrain_refuses_what_it_does_not_know(argument, words):
+    found = run_script("demo/pretrain.py", argument, check=False)
+    assert found.returncode == 2 and words in found.stderr and "Traceback" not in found.stderr
