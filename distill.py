@@ -9,6 +9,7 @@ Settings: train_config.yaml, then key=value. --check only says whether the stage
 """
 
 import functools
+import json
 import math
 import os
 import shutil
@@ -194,9 +195,18 @@ def pad_right(examples, pad_id):
 
 
 def newest_checkpoint(model_path):
-    """The last checkpoint written to its end (trainer_state.json comes last), or None."""
-    complete = [path.parent for path in model_path.glob("checkpoint-*/trainer_state.json")]
+    """The last checkpoint written to its end, or None."""
+    complete = [path.parent for path in model_path.glob("checkpoint-*/trainer_state.json") if is_json(path)]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def is_json(path):
+    """Whether a file holds JSON to its end: trainer_state.json comes last, and a kill may cut it."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def save_student(cfg, model, tokenizer, device):

@@ -36,10 +36,14 @@ trap 'stop 143' TERM
 # stop CODE: end what runs in the background, which the terminal's Ctrl-C does not reach, and leave.
 stop() {
   trap '' INT TERM
-  local running
-  running="$(jobs -p)"
-  # shellcheck disable=SC2086 # one word per process
-  [[ -z "$running" ]] || kill $running 2>/dev/null || true
+  local attempt running
+  for attempt in 1 2 3 4 5; do # one that has just been started may miss the first
+    running="$(jobs -pr)"
+    [[ -n "$running" ]] || break
+    # shellcheck disable=SC2086 # one word per process
+    kill $running 2>/dev/null || true
+    sleep 0.2
+  done
   wait
   exit "$1"
 }

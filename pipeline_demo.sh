@@ -2,7 +2,7 @@
 # The whole experiment on the tiny models in demo/models and generated word problems: minutes on a CPU, no GPU, no
 # network beyond the package index. The same stages, scripts and files as pipeline.sh.
 #
-#   bash pipeline_demo.sh              one seed, 15 grid points
+#   bash pipeline_demo.sh              one seed, 16 grid points
 #   SEEDS=3 bash pipeline_demo.sh      three seeds: fresh problems, fresh random numbers
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -18,8 +18,8 @@ export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}"
 export TRAIN_ARGS="lora_r=16 lora_alpha=16 lr=3e-3 num_epochs=2 per_device_batch_size=16 warmup=0 ${TRAIN_ARGS:-}"
 export GRID_ARGS="${GRID_ARGS:---points
   0.4,0,0 1.2,0,0 1.35,0,0 1.5,0,0 1.65,0,0
-  0.4,3,1e-3 0.4,5,1e-3 0.4,7,1e-3 0.4,9,1e-3 0.4,12,1e-3 0.4,16,1e-3
-  0.4,80,1e-3,random 0.4,100,1e-3,random 0.4,-7,1e-3 0.4,6,1e-3,permuted}"
+  0.4,5,1e-3 0.4,8,1e-3 0.4,11,1e-3 0.4,14,1e-3 0.4,18,1e-3 0.4,24,1e-3
+  0.4,85,1e-3,random 0.4,105,1e-3,random 0.4,130,1e-3,random 0.4,-8,1e-3 0.4,7,1e-3,permuted}"
 export ACCELERATE_USE_CPU=true # these models are too small for a GPU, and results should not hang on having one
 
 # The first seed's experiment is the folder itself; its report/ shows all seeds.

@@ -415,7 +415,7 @@ def run_script(main):
         leave_world()
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         raised_at = traceback.extract_tb(error.__traceback__)[-1]
-        is_ours = Path(raised_at.filename).resolve().parent in (ROOT, ROOT / "ads")
+        is_ours = Path(raised_at.filename).resolve().parent in (ROOT, ROOT / "ads", ROOT / "demo")
         if not (is_ours and raised_at.line.startswith("raise")):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)

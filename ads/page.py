@@ -29,8 +29,8 @@ TOY_NOTE = (
     "The models have 345 thousand parameters, were made by demo/pretrain.py, and solve generated word "
     "problems: toy scale.",
     "Two things were trained in on purpose. The teacher recovers from wrong results in its trace; large "
-    "reasoning models do so by themselves. The arithmetic of proxy and student is unreliable, as 40 % of the "
-    "results they were pretrained on are wrong: what a student can do hangs on the traces it is taught with.",
+    "reasoning models do so by themselves. The arithmetic of proxy and student is unreliable, as a fifth of "
+    "the results they were pretrained on are wrong: what a student can do hangs on what it is taught with.",
     "Proxy and student are alike but for architecture and tokenizer. The effect is larger than the paper's.",
     "A random direction shifts the traces systematically too, and may hurt the student; Delta permuted at "
     "every step, the paper's control, does not. The sign of Delta is tested by the one-step test.",

@@ -23,6 +23,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import utils
 from ads import arithmetic, chat, sampling, store
 from utils import print_result
@@ -51,7 +53,7 @@ TEMPLATES = {  # of the turn; the system prompt's words are none of the vocabula
 CORRUPTED_SHARES = (0.0, 0.3, 0.6)  # of a trace's results, in the last phase of the teacher
 NOISE = 0.1  # share of a trace's input tokens replaced by random ones, in the phase before
 SLIPS = 0.1  # share of steps with a wrong result, noticed and corrected
-ERRORS = 0.4  # share of steps with a wrong result, in the documents of proxy and student
+ERRORS = 0.2  # share of steps with a wrong result, in the documents of proxy and student
 DIRECT = 0.6  # share of a base's last documents that answer without working
 FORCED = 0.1  # share of documents that end in the forced answer
 NUM_EVALUATED = 300
@@ -84,7 +86,10 @@ def main(arguments):
         if key not in settings or not equals:
             raise ValueError(f"argument {argument!r}: write key=value with one of {', '.join(settings)}")
         settings[key] = value
-    out, seed, scale = Path(settings["out"]), int(settings["seed"]), float(settings["scale"])
+    try:
+        out, seed, scale = Path(settings["out"]), int(settings["seed"]), float(settings["scale"])
+    except ValueError:
+        raise ValueError(f"seed={settings['seed']}, scale={settings['scale']}: must be numbers") from None
     jobs = [(name, out, seed, scale) for name in PHASES]
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count())) as pool:
         reached = pool.starmap(make_model, jobs, chunksize=1)
@@ -321,6 +326,5 @@ def evaluate(model, tokenizer, seed):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes to come
     utils.run_script(main)

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
+import distill
 from ads import chat, store
 
 SMALL = ["max_length=140", "max_prompt_length=115", "batch_size=5", "tau=0.8"]
@@ -148,13 +149,15 @@ def test_a_finished_stage_is_skipped_at_once(model_folders, problem_folder, exp)
     assert "nothing to do" in again.stdout and time.time() - start < 3
 
 
-def kill_when(path_pattern, folder, script, *arguments):
-    """Start a script and SIGKILL it as soon as a file matches; returns whether it was still running."""
+def kill_when(path_pattern, folder, script, *arguments, delay=0.0):
+    """Start a script and SIGKILL it `delay` seconds after a file matches; returns whether it was still
+    running."""
     command = [sys.executable, str(ROOT / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     while process.poll() is None and not list(folder.glob(path_pattern)):
         time.sleep(0.01)
+    time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     return process.wait() == -signal.SIGKILL
 
@@ -235,20 +238,27 @@ def test_merged_student_has_the_holdout_loss_of_training(student, exp, model_fol
 
 def test_killed_distillation_resumes_from_its_checkpoint(student, model_folders, exp, tmp_path):
     arguments = distill_arguments(model_folders, tmp_path, exp)
-    assert kill_when("models/student/checkpoint-6/trainer_state.json", tmp_path, "distill.py", *arguments)
-    (tmp_path / "models" / "student" / "checkpoint-9").mkdir(
-        exist_ok=True
-    )  # as if the kill had cut this one short
+    state = "models/student/checkpoint-6/trainer_state.json"
+    assert kill_when(state, tmp_path, "distill.py", *arguments, delay=0.15)
+    newest = distill.newest_checkpoint(tmp_path / "models" / "student")  # 6, or 9 where this ran slowly
+    cut = tmp_path / "models" / "student" / f"checkpoint-{int(newest.rsplit('-', 1)[1]) + 3}"
+    cut.mkdir(exist_ok=True)  # as if the kill had cut this one short
     resumed = run_script("distill.py", *arguments)
-    assert (
-        "resuming from" in resumed.stdout and "checkpoint-9" not in resumed.stdout.split("resuming")[1][:200]
-    )
+    assert f"resuming from {newest}\n" in resumed.stdout
     ours, whole = (
         load_file(folder / "final" / "model.safetensors")
         for folder in (tmp_path / "models" / "student", student)
     )
     for name, weight in whole.items():
         assert torch.allclose(weight, ours[name], atol=1e-6), name
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed_from(tmp_path):
+    """Under load a kill once hit the writing of trainer_state.json, and resuming raised for ever."""
+    for step, text in ((3, '{"global_step": 3}'), (6, '{"global_step": 6'), (9, "")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert distill.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
 def test_full_fine_tuning_with_two_processes(model_folders, exp, tmp_path):
