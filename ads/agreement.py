@@ -11,7 +11,6 @@ import copy
 import functools
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
 
 from ads import dual, gradient
 from ads.models import load_model, resolve_dtype
@@ -68,8 +67,7 @@ def twin(model):
 def exact(model, read_gradient, sequences):
     """(Delta, log p), both float32 (P, V), by forward-mode differentiation; the model is taken over."""
     dual_model = dual.DualModel(model, read_gradient)
-    with dual.derivatives():
-        pairs = [unpack_dual(logits_at(dual_model, s)) for s in sequences]
+    pairs = [dual.halves(logits_at(dual_model, s).as_subclass(torch.Tensor)) for s in sequences]
     logits_PV, tangents_PV = (torch.cat(parts).float() for parts in zip(*pairs, strict=True))
     log_probs_PV, delta_PV = dual.log_probs(logits_PV, tangents_PV)
     return delta_PV, log_probs_PV
@@ -92,7 +90,8 @@ def logits_at(model, sequence):
     """Logits (P, V) at the places of a sequence."""
     device = model.get_input_embeddings().weight.device
     ids_1T = torch.tensor([sequence.ids], device=device)
-    return model(input_ids=ids_1T, use_cache=False, logits_to_keep=places(sequence, device)).logits[0]
+    logits = model(input_ids=ids_1T, use_cache=False, logits_to_keep=places(sequence, device)).logits
+    return logits.flatten(0, 1)
 
 
 def places(sequence, device):

@@ -1,55 +1,61 @@
 """A causal language model in dual numbers: each activation with its derivative along g, one set of weights.
 
-torch's forward-mode AD takes the derivative of whatever the library's forward does, so any causal LM will do:
-norms, rotary embeddings, activations, gates, soft caps, residuals. Only what reads much memory is written
-out:
+The library's own forward runs on tensors that hold values and derivatives one above the other:
+
+    Dual, (2B, ...)      rows 0..B-1: values x              rows B..2B-1: derivatives dx
+    Weight               a parameter W                       its `tangent` dW, a tensor or Factors
+
+Reshaping, adding, scaling by constants treat all rows alike and run as they are, once. Few operations need
+more (RULES):
 
     linear layer   y = W x + b   [W x; W dx] is one product of twice the rows, so W is read once;
                                  dy = W dx + dW x + db, where dW x is two thin products if dW = left right
     embedding      y = E[i]      dy = dE[i], made for the rows asked for alone
-    attention      y = P v       keys and values lie in two caches; each is read once for value and derivative
+    product        z = x y       dz = x dy + y dx; and powers and roots of norms
+    attention      y = P v       keys and values, each read once for value and derivative
 
-(Stacking [x; dx] by hand in a tensor subclass would save some copies, and need a rule for each operation of
-each architecture.)
-
-Two facts about torch.autograd.forward_ad: inference mode drops derivatives without a word, hence
-`derivatives`; and make_dual copies the tangent unless it is laid out as the value is, storage included, which
-the two caches are.
+All others (softmax, layer norm, activations, soft caps, ...) are differentiated by torch's forward-mode AD,
+one operation at a time: any causal LM will do. (The whole forward under forward-mode AD is the rival: less
+code and, when decoding, twice the time beside the linear layers, most of it on the host.)
 
 Shapes: B rows, T tokens given, L positions attended to, H heads of queries, K of keys, G = H / K, D head
 width, I and O a linear layer's inputs and outputs, N = B T.
 """
 
-import contextlib
 import functools
 
 import torch
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
-from torch.nn.functional import embedding, linear
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-from transformers.pytorch_utils import Conv1D
 
 from ads.gradient import Factors, dense
-from ads.models import SlotCache
+from ads.models import Placement, SlotCache
 
 ATTENTION = "dual"
-SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
-PRODUCTS = {torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__}
+IN_PLACE = ("__iadd__", "add_")
 # what some architectures add to the scores, which dual_attention does not
 NOT_COVERED = ("s_aux", "sinks", "position_bias", "block_indices", "indices")
 
 
-@contextlib.contextmanager
-def derivatives():
-    """Where dual tensors can be made and keep their tangents."""
-    with torch.inference_mode(False), torch.no_grad(), dual_level():
-        yield
+class Dual(torch.Tensor):
+    """Values in the first half of the rows (dimension 0), their derivatives in the second."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            return apply(function, arguments, keywords or {})
+
+
+class Weight(torch.Tensor):
+    """A parameter; `tangent`, a tensor or Factors, is its derivative."""
+
+    __torch_function__ = Dual.__torch_function__
 
 
 class DualModel:
-    """Called like the model that it takes over, within `derivatives`; then its logits are dual.
+    """Called like the model that it takes over; then its logits are Dual.
 
     read_gradient(name) is g of a parameter, a tensor or Factors; it is kept in the parameter's dtype. With
     attn_implementation "eager" attention stays the library's: slower, of any kind.
@@ -60,91 +66,262 @@ class DualModel:
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation(ATTENTION)
         # by identity, as tied weights have one name and several owners
-        tangents = {id(p): read_gradient(name).to(p) for name, p in model.named_parameters()}
-        replace_modules_(model, tangents)
-        self.others = {
-            f"{prefix}.{name}": (p.detach(), dense(tangents[id(p)]))
-            for prefix, module in model.named_modules()
-            if not isinstance(module, DualLinear | DualEmbedding)
-            for name, p in module.named_parameters(recurse=False)
-        }
+        weights = {id(p): make_weight(p, read_gradient(name)) for name, p in model.named_parameters()}
+        for module in model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+                setattr(module, name, weights[id(p)])
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
 
-    def __call__(self, **inputs):
-        duals = {name: make_dual(*pair) for name, pair in self.others.items()}
-        return torch.func.functional_call(self.model, duals, (), inputs, tie_weights=False)
+    def make_cache(self, num_slots, num_positions):
+        return DualCache(num_slots, num_positions, self.config._attn_implementation == ATTENTION)
+
+    def __call__(self, input_ids, attention_mask=None, past_key_values=None, **inputs):
+        if past_key_values is not None:
+            past_key_values.double_placement(len(input_ids))
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs = {name: twice(value) for name, value in inputs.items()}
+        # forward-mode AD drops derivatives without a word in inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            return self.model(past_key_values=past_key_values, **inputs)
 
 
-def replace_modules_(model, tangents):
-    """Put dual modules in the place of linear layers and embeddings; tangents: {id of a parameter: g}.
-
-    Other modules without children are called through `call_leaf`.
-    """
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is torch.nn.Linear or type(child) is Conv1D:
-                setattr(parent, name, DualLinear(child, tangents))
-            elif isinstance(child, torch.nn.Embedding):
-                setattr(parent, name, DualEmbedding(child, tangents))
-            elif not list(child.children()):
-                child.forward = functools.partial(call_leaf, child.forward)
+def make_weight(parameter, tangent):
+    weight = parameter.detach().as_subclass(Weight)
+    weight.tangent = tangent.to(parameter)
+    return weight
 
 
-class Numbers(TorchFunctionMode):
-    """Sums and products of a dual tensor and a number, without the symbolic zero for the number's derivative.
-
-    torch makes one, which costs 0.1-0.3 ms a time on the host (torch 2.13).
-    """
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        if keywords or (function not in SUMS and function not in PRODUCTS):
-            return function(*arguments, **(keywords or {}))
-        (x, dx), number = unpack_dual(arguments[0]), arguments[1]
-        if dx is None or not isinstance(number, float | int):
-            return function(*arguments)
-        if function in SUMS:
-            return make_dual(x + number, dx.clone())  # a copy, as either may be changed in place
-        return make_dual(x * number, dx * number)
+def twice(value):
+    """An input of the model for the rows of values and again for those of derivatives."""
+    if isinstance(value, dict):
+        return {key: twice(entry) for key, entry in value.items()}
+    if isinstance(value, torch.Tensor) and value.dim() > 1:
+        return torch.cat([value, value])
+    return value
 
 
-def call_leaf(forward, *inputs, **keywords):
-    """Call a module of no modules, such as a norm, an activation or the rotary angles."""
-    with Numbers():
-        output = forward(*inputs, **keywords)
-    return tuple(map(with_tangent, output)) if isinstance(output, tuple) else with_tangent(output)
+def halves(x):
+    """(values, derivatives), views."""
+    return x.chunk(2) if isinstance(x, torch.Tensor) else x
 
 
-def with_tangent(tensor):
-    """A constant of the pass as a dual tensor, again as a symbolic zero costs more than zeros."""
-    if not tensor.is_floating_point() or unpack_dual(tensor).tangent is not None:
-        return tensor
-    return make_dual(tensor, torch.zeros_like(tensor))
+def pair_of(weight):
+    """(value, tangent) of a Weight."""
+    return weight.as_subclass(torch.Tensor), dense(weight.tangent)
 
 
-class DualLinear(torch.nn.Module):
-    """A linear layer: dual (..., I) to dual (..., O)."""
+def as_dual(result):
+    if isinstance(result, tuple | list):
+        return type(result)(map(as_dual, result))
+    return result.as_subclass(Dual) if isinstance(result, torch.Tensor) else result
 
-    def __init__(self, module, tangents):
-        super().__init__()
-        self.weight, self.bias = module.weight, module.bias
-        self.is_transposed = type(module) is Conv1D  # weight (I, O)
-        g = tangents[id(module.weight)]
-        self.g_OI = g.T if self.is_transposed else g
-        self.g_bias_O = None if module.bias is None else tangents[id(module.bias)]
 
-    def forward(self, x):
-        weight_OI = self.weight.T if self.is_transposed else self.weight
-        x, dx = unpack_dual(x)
-        rows_NI = torch.cat([x, dx]).flatten(0, -2)
-        value_NO, tangent_NO = linear(rows_NI, weight_OI).chunk(2)
-        add_product_(tangent_NO, rows_NI[: len(value_NO)], self.g_OI)
-        if self.bias is not None:
-            value_NO += self.bias
-            tangent_NO += self.g_bias_O
-        shape = (*x.shape[:-1], -1)
-        return make_dual(value_NO.view(shape), tangent_NO.view(shape))
+# Operations: each rule gives NotImplemented where it does not hold, and `differentiate` takes over.
+
+
+def apply(function, arguments, keywords):
+    """A torch function of arguments among which are Duals or Weights (treated as plain tensors in here)."""
+    rule = RULES.get(function)
+    if rule is not None:
+        result = rule(function, *arguments, **keywords)
+        if result is not NotImplemented:
+            return result
+    if function.__name__ == "__get__":  # shape, dtype, device, ...
+        result = function(*arguments)
+        if not isinstance(result, torch.Tensor):
+            return result
+    return differentiate(function, arguments, keywords)
+
+
+def differentiate(function, arguments, keywords):
+    """Any operation, by torch's forward-mode AD."""
+    duals = [x for x in leaves((arguments, keywords)) if isinstance(x, Dual)]
+    split = functools.partial(to_forward, like=duals[0] if duals else None)
+    with dual_level():
+        inputs, others = mapped(split, arguments), {key: mapped(split, x) for key, x in keywords.items()}
+        join = functools.partial(from_forward, inputs=inputs, is_weight=not duals)
+        try:
+            return mapped(join, function(*inputs, **others))
+        except NotImplementedError as error:  # some operations have no derivative
+            raise not_covered(f"calls {function.__name__}") from error
+
+
+def not_covered(what):
+    return ValueError(
+        f"the proxy's forward {what}, which the exact derivative does not cover: set eps above 0"
+    )
+
+
+def leaves(x):
+    if isinstance(x, dict):
+        return leaves(list(x.values()))
+    return [leaf for entry in x for leaf in leaves(entry)] if isinstance(x, tuple | list) else [x]
+
+
+def mapped(function, x):
+    return type(x)([mapped(function, entry) for entry in x]) if isinstance(x, tuple | list) else function(x)
+
+
+def to_forward(x, like):
+    """What stands for x in forward-mode AD; of a constant with rows, those of values."""
+    if isinstance(x, Dual):
+        return make_dual(*halves(x))
+    if isinstance(x, Weight):
+        return make_dual(*pair_of(x))
+    if isinstance(x, torch.Tensor) and like is not None and x.dim() == like.dim() and len(x) == len(like):
+        return halves(x)[0]
+    return x
+
+
+def from_forward(x, inputs, is_weight):
+    if not isinstance(x, torch.Tensor):
+        return x
+    if any(x is given for given in inputs):
+        raise not_covered("changes an activation in place")
+    value, tangent = unpack_dual(x)
+    if not x.is_floating_point():
+        return value if is_weight else torch.cat([value, value])
+    tangent = torch.zeros_like(value) if tangent is None else tangent
+    if is_weight:
+        return make_weight(value, tangent)
+    return torch.cat([value, tangent]).as_subclass(Dual)
+
+
+def ask(function, x, *arguments, **keywords):
+    """Sizes and the like."""
+    return function(x, *arguments, **keywords)
+
+
+def run_on_rows(function, x, *arguments, **keywords):
+    """What treats rows alike and is linear."""
+    if not isinstance(x, Dual):
+        return NotImplemented
+    return as_dual(function(x, *arguments, **keywords))
+
+
+def convert(function, x, *arguments, **keywords):
+    """Dtype, device and copies."""
+    if isinstance(x, Dual):
+        return as_dual(function(x, *arguments, **keywords))
+    result = function(x, *arguments, **keywords)
+    return x if result is x else NotImplemented
+
+
+def reshape(function, x, *arguments, **keywords):
+    """view, reshape, flatten, expand: the halves stay halves where the first dimension stays even."""
+    result = function(x, *arguments, **keywords)
+    if not isinstance(x, Dual) or len(result) % 2 or (len(x) != len(result) and result.numel() != x.numel()):
+        return NotImplemented
+    return as_dual(result)
+
+
+def move_dimensions(function, x, *dims, **keywords):
+    """transpose, permute and the like."""
+    result = function(x, *dims, **keywords)
+    if not isinstance(x, Dual) or len(result) != len(x) or result.stride(0) != x.stride(0):
+        return NotImplemented
+    return as_dual(result)
+
+
+def along(position, default=0):
+    """The rule of a function that works along dimension `dim`, its argument number `position`: not rows."""
+    return functools.partial(run_along, position=position, default=default)
+
+
+def run_along(function, x, *arguments, position, default, **keywords):
+    dim = keywords.get("dim", arguments[position - 1] if len(arguments) >= position else default)
+    tensors = x if isinstance(x, tuple | list) else [x]
+    dims = dim if isinstance(dim, tuple | list) else [dim]
+    if not all(isinstance(t, Dual) for t in tensors) or any(d % tensors[0].dim() == 0 for d in dims):
+        return NotImplemented
+    result = function(x, *arguments, **keywords)
+    first = result if isinstance(result, torch.Tensor) else result[0]
+    return as_dual(result) if len(first) == len(tensors[0]) else NotImplemented
+
+
+def get_item(function, x, index):
+    """x[:, ...] and x[..., i]: rows are left alone."""
+    if not isinstance(x, Dual):
+        return NotImplemented
+    parts = index if isinstance(index, tuple) else (index,)
+    num_tensors = sum(isinstance(part, torch.Tensor) for part in parts)
+    first = parts[0]
+    are_rows_kept = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
+    if num_tensors > 1 or not are_rows_kept:
+        raise not_covered("picks rows")
+    return as_dual(function(x, index))
+
+
+def add(function, x, y, **keywords):
+    """x + y, x - y, and the same in place."""
+    if isinstance(x, Dual) and isinstance(y, Dual) and x.dim() == y.dim():
+        return as_dual(function(x, y, **keywords))
+    if isinstance(x, Weight) and isinstance(y, int | float) and not keywords:
+        return make_weight(function(x.as_subclass(torch.Tensor), y), x.tangent)
+    if not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
+        return NotImplemented
+    result = x if function.__name__ in IN_PLACE else x.clone()
+    is_of_rows = isinstance(y, torch.Tensor) and y.dim() == x.dim() and len(y) == len(x)
+    value = halves(result)[0]
+    value.copy_(function(value, halves(y)[0] if is_of_rows else y, **keywords))
+    return as_dual(result)
+
+
+def multiply(function, x, y):
+    if isinstance(x, Weight):
+        x, y = y, x
+    if isinstance(x, Dual) and isinstance(y, Weight) and y.dim() == 1:
+        product = x * y
+        halves(product)[1].addcmul_(halves(x)[0], dense(y.tangent))
+    elif isinstance(x, Dual) and isinstance(y, Dual) and x.dim() == y.dim():
+        (value, tangent), both = halves(x), y.unflatten(0, (2, -1))
+        product = (value * both).flatten(0, 1)
+        halves(product)[1].addcmul_(tangent, both[0])
+    elif isinstance(x, Weight) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
+        return NotImplemented
+    else:
+        product = function(x, y)
+    return as_dual(product)
+
+
+def divide(function, x, y, **keywords):
+    if keywords or not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
+        return NotImplemented
+    return as_dual(function(x, y))
+
+
+def power(function, x, exponent=2):
+    if not isinstance(x, Dual) or not isinstance(exponent, int | float) or exponent != 2:
+        return NotImplemented
+    both = x.unflatten(0, (2, -1))
+    square = (both[0] * both).flatten(0, 1)
+    halves(square)[1].mul_(2)
+    return as_dual(square)
+
+
+def inverse_root(function, x):
+    if not isinstance(x, Dual):
+        return NotImplemented
+    result = torch.empty_like(x)
+    (value, tangent), (root, derivative) = halves(x), halves(result)
+    torch.rsqrt(value, out=root)
+    torch.mul(root**3, tangent, out=derivative).mul_(-0.5)
+    return as_dual(result)
+
+
+def linear(function, x, weight, bias=None):
+    if not isinstance(x, Dual) or not isinstance(weight, Weight):
+        return NotImplemented
+    rows_NI = x.flatten(0, -2)
+    y_NO = functional.linear(rows_NI, weight)
+    add_product_(halves(y_NO)[1], halves(rows_NI)[0], weight.tangent)
+    if bias is not None:
+        for half_NO, part in zip(halves(y_NO), pair_of(bias), strict=True):
+            half_NO += part
+    return as_dual(y_NO.view(*x.shape[:-1], -1))
 
 
 def add_product_(target_NO, x_NI, g_OI):
@@ -154,43 +331,85 @@ def add_product_(target_NO, x_NI, g_OI):
     return target_NO.addmm_(x_NI, g_OI.T)
 
 
-class DualEmbedding(torch.nn.Module):
-    """An embedding of any subclass (some scale what they read): ids to dual rows."""
+def add_linear(function, bias, x, weight, **keywords):
+    """addmm, by which GPT-2 writes its linear layers, weight (I, O)."""
+    if keywords or not isinstance(x, Dual) or not isinstance(weight, Weight):
+        return NotImplemented
+    return linear(function, x, make_weight(weight.T, weight.tangent.T), bias)
 
-    def __init__(self, module, tangents):
-        super().__init__()
-        self.weight, self.g = module.weight, tangents[id(module.weight)]
-        del module.weight
-        module.padding_idx = None  # concerns training alone, and has to be below the number of rows
-        self.module = module
 
-    def forward(self, ids):
-        ids_N = ids.flatten()
-        if isinstance(self.g, Factors):
-            tangent_ND = embedding(ids_N, self.g.left) @ self.g.right
-        else:
-            tangent_ND = embedding(ids_N, self.g)
-        self.module.weight = make_dual(embedding(ids_N, self.weight), tangent_ND)
-        return self.module(torch.arange(len(ids_N), device=ids.device).view_as(ids))
+def embed(function, ids, weight, padding_idx=None, max_norm=None, *others, **keywords):
+    if not isinstance(weight, Weight) or max_norm is not None:
+        return NotImplemented
+    ids, g = halves(ids)[0], weight.tangent
+    tangent = functional.embedding(ids, g.left if isinstance(g, Factors) else g)
+    if isinstance(g, Factors):
+        tangent = tangent @ g.right
+    return as_dual(torch.cat([functional.embedding(ids, weight), tangent]))
+
+
+def named(names, rule):
+    """{function: rule} of what goes by these names in torch, torch.Tensor and torch.nn.functional."""
+    places = (torch, torch.Tensor, functional)
+    return {getattr(place, name): rule for name in names.split() for place in places if hasattr(place, name)}
+
+
+RULES = {
+    **named("size dim ndimension numel stride is_floating_point is_complex is_contiguous __len__", ask),
+    **named("neg __neg__ dropout", run_on_rows),
+    **named("to float half bfloat16 type_as contiguous clone detach", convert),
+    **named("view reshape flatten unflatten expand", reshape),
+    **named("transpose swapaxes permute", move_dimensions),
+    **named("chunk split", along(2)),
+    **named("cat concat sum mean unbind unsqueeze", along(1)),
+    **named("__getitem__", get_item),
+    **named("add __add__ __radd__ __iadd__ add_ sub __sub__", add),
+    **named("mul __mul__ __rmul__", multiply),
+    **named("div __truediv__ true_divide", divide),
+    **named("pow __pow__ square", power),
+    **named("rsqrt", inverse_root),
+    **named("linear", linear),
+    **named("addmm", add_linear),
+    **named("embedding", embed),
+}
 
 
 class DualCache(SlotCache):
-    """Keys and values as a SlotCache holds them, their tangents in another one."""
+    """A SlotCache that has the derivatives of a slot's keys and values `num_values` slots further on.
 
-    def __init__(self, num_slots, num_positions):
-        super().__init__(num_slots, num_positions)
-        self.tangents = SlotCache(num_slots, num_positions)
+    gives_pairs: attention gets (values, derivatives), which are no copies, rather than a Dual.
+    """
+
+    def __init__(self, num_slots, num_positions, gives_pairs):
+        super().__init__(2 * num_slots, num_positions)
+        self.num_values, self.gives_pairs = num_slots, gives_pairs
+
+    def double_placement(self, num_rows):
+        """Place what a batch of num_rows rows of values, and of derivatives, will give to `update`."""
+        place = self.placement
+        self.placement = Placement(
+            torch.cat([place.rows, place.rows + num_rows]),
+            torch.cat([place.columns, place.columns]),
+            torch.cat([place.slots, place.slots + self.num_values]),
+            torch.cat([place.positions, place.positions]),
+            place.read,
+        )
 
     def update(self, keys_BKTD, values_BKTD, layer_idx, *args, **kwargs):
-        keys, values = unpack_dual(keys_BKTD), unpack_dual(values_BKTD)
-        self.tangents.placement = self.placement
-        seen = super().update(keys.primal, values.primal, layer_idx)
-        d_seen = self.tangents.update(keys.tangent, values.tangent, layer_idx)
-        return tuple(make_dual(*pair) for pair in zip(seen, d_seen, strict=True))
+        with torch._C.DisableTorchFunctionSubclass():
+            super().update(keys_BKTD, values_BKTD, layer_idx)
+            if self.placement.read is None:
+                return keys_BKTD, values_BKTD
+            return self.seen(self.keys[layer_idx]), self.seen(self.values[layer_idx])
+
+    def seen(self, slots):
+        num_rows, length = self.placement.read
+        pair = tuple(slots[first : first + num_rows, :, :length] for first in (0, self.num_values))
+        return pair if self.gives_pairs else torch.cat(pair).as_subclass(Dual)
 
     def move(self, source, target, length):
         super().move(source, target, length)
-        self.tangents.move(source, target, length)
+        super().move(source + self.num_values, target + self.num_values, length)
 
 
 def log_probs(logits_BV, tangents_BV):
@@ -208,33 +427,38 @@ def log_probs(logits_BV, tangents_BV):
 def dual_attention(
     module, query, key, value, attention_mask, scaling=None, softcap=None, dropout=0.0, **others
 ):
-    """softmax(softcap(scaling q k^T) + mask) v of dual queries (B, H, T, D), keys and values (B, K, L, D).
+    """softmax(softcap(scaling q k^T) + mask) v of a Dual of queries, (B, H, T, D) by its values.
 
-    Returns dual (B, T, H, D) and None. The mask (B, 1, T, L) is added to the scores; softmax is float32.
+    Keys and values are (B, K, L, D) with their derivatives, as Duals or pairs. Returns a Dual, (B, T, H, D)
+    by its values, and None. The mask (of 2B rows, 1, T, L) is added to the scores; softmax is float32.
     """
     check_covered(attention_mask, others)
-    q, dq = unpack_dual(query)
-    (k, dk), (v, dv) = unpack_dual(key), unpack_dual(value)
-    num_rows, num_heads, num_tokens, width = q.shape
+    with torch._C.DisableTorchFunctionSubclass():
+        output = attend(query, *halves(key), *halves(value), attention_mask, scaling, softcap)
+        return output.as_subclass(Dual), None
+
+
+def attend(query, k, dk, v, dv, mask, scaling, softcap):
+    num_rows, num_heads, num_tokens, width = len(query) // 2, *query.shape[1:]
     num_groups = num_heads // k.shape[1]
-    # the heads that share keys are rows of one product, above those of their tangents
-    shape = (num_rows, k.shape[1], num_groups * num_tokens, width)
-    queries = torch.cat([q.reshape(shape), dq.reshape(shape)], dim=2) * (scaling or width**-0.5)
+    # the heads that share keys are rows of one product, above those of their derivatives
+    grouped = query.reshape(2, num_rows, k.shape[1], num_groups * num_tokens, width).permute(1, 2, 0, 3, 4)
+    queries = (grouped * (scaling or width**-0.5)).flatten(2, 3)
     scores, d_scores = (queries @ k.mT).float().chunk(2, dim=2)
-    d_scores += queries[:, :, : shape[2]] @ dk.mT
+    d_scores += queries[:, :, : num_groups * num_tokens] @ dk.mT
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, d_scores = softcap * capped, d_scores * (1 - capped**2)
-    grouped = scores.unflatten(2, (num_groups, num_tokens)) + attention_mask[:, :, None]
-    probs = torch.softmax(grouped.flatten(2, 3), dim=-1)
+    masked = scores.unflatten(2, (num_groups, num_tokens)) + mask[:num_rows, :, None]
+    probs = torch.softmax(masked.flatten(2, 3), dim=-1)
     d_probs = probs * d_scores
     d_probs -= probs * d_probs.sum(-1, keepdim=True)
     both = torch.cat([probs, d_probs], dim=2).to(v.dtype)
     output = both @ v
-    output[:, :, shape[2] :] += both[:, :, : shape[2]] @ dv
-    # (B, K, 2, G, T, D) to 2 of (B, T, H, D)
-    output = output.unflatten(2, (2, num_groups, num_tokens)).permute(2, 0, 4, 1, 3, 5).flatten(3, 4)
-    return make_dual(output[0].contiguous(), output[1].contiguous()), None
+    output[:, :, num_groups * num_tokens :] += both[:, :, : num_groups * num_tokens] @ dv
+    # (B, K, 2, G, T, D) to (2, B, T, K, G, D)
+    output = output.unflatten(2, (2, num_groups, num_tokens)).permute(2, 0, 4, 1, 3, 5)
+    return output.reshape(2 * num_rows, num_tokens, num_heads, width)
 
 
 def check_covered(attention_mask, others):

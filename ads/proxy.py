@@ -11,7 +11,6 @@ Shapes: V vocabulary (the teacher's token ids), B rows.
 from dataclasses import asdict, dataclass
 
 import torch
-from torch.autograd.forward_ad import unpack_dual
 
 from ads import dual, gradient, sampling
 from ads.config import LEAST_COSINE
@@ -69,7 +68,8 @@ class ExactDerivative:
         """
         names = [name for name, _ in model.named_parameters()]
         check_length(sum(gradient.square_norm(read_gradient(name)) for name in names))
-        self.dual = CachedModel(dual.DualModel(model, read_gradient), dual.DualCache)
+        model = dual.DualModel(model, read_gradient)
+        self.dual = CachedModel(model, model.make_cache)
         self.shared_V = shared_V
 
     def allocate(self, num_slots, num_positions):
@@ -77,21 +77,22 @@ class ExactDerivative:
 
     def prefill(self, prompts, first_slot):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
-        with dual.derivatives():
-            return exact_delta(self.dual.prefill(prompts, first_slot), self.shared_V)
+        return exact_delta(self.dual.prefill(prompts, first_slot), self.shared_V)
 
     def step(self, tokens_N, lengths_N, longest):
         """Delta (N, V) for the token that follows; see CachedModel.step."""
-        with dual.derivatives():
-            return exact_delta(self.dual.step(tokens_N, lengths_N, longest), self.shared_V)
+        return exact_delta(self.dual.step(tokens_N, lengths_N, longest), self.shared_V)
 
     def move(self, source, target, length):
         self.dual.move(source, target, length)
 
 
 def exact_delta(logits_BR, shared_V):
-    """Derivative of log-probabilities over the shared ids (nats per unit of g); 0 elsewhere (B, V)."""
-    logits_BR, tangents_BR = unpack_dual(logits_BR)
+    """Derivative of log-probabilities over the shared ids (nats per unit of g); 0 elsewhere (B, V).
+
+    logits_BR: a dual.Dual.
+    """
+    logits_BR, tangents_BR = logits_BR.as_subclass(torch.Tensor).chunk(2)
     num_ids = len(shared_V)
     shared_BV = logits_BR[:, :num_ids].float().masked_fill(~shared_V, -torch.inf)
     _, delta_BV = dual.log_probs(shared_BV, tangents_BR[:, :num_ids].float())
