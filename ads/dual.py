@@ -49,8 +49,12 @@ class Dual(torch.Tensor):
 
 
 class Weight(torch.Tensor):
-    """A parameter; `tangent`, a tensor or Factors, is its derivative."""
+    """A parameter; `tangent`, a tensor or Factors, is its derivative.
 
+    extended: the rows of the right factor below those of the parameter, of which this is a view; or None.
+    """
+
+    extended = None
     __torch_function__ = Dual.__torch_function__
 
 
@@ -65,12 +69,15 @@ class DualModel:
         self.model, self.config = model, model.config
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation(ATTENTION)
+        norms = find_norms(model)
         # by identity, as tied weights have one name and several owners
-        weights = {id(p): make_weight(p, read_gradient(name)) for name, p in model.named_parameters()}
+        weights = {id(p): own_weight(p, read_gradient(name)) for name, p in model.named_parameters()}
         for module in model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
                 delattr(module, name)
                 setattr(module, name, weights[id(p)])
+        for module, offset, eps in norms:
+            module.forward = functools.partial(apply_norm, scale(module.weight, offset), eps)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -88,9 +95,21 @@ class DualModel:
             return self.model(past_key_values=past_key_values, **inputs)
 
 
-def make_weight(parameter, tangent):
-    weight = parameter.detach().as_subclass(Weight)
-    weight.tangent = tangent.to(parameter)
+def own_weight(parameter, tangent):
+    """The Weight of a parameter of the model."""
+    tangent = tangent.to(parameter)
+    if not isinstance(tangent, Factors):
+        return make_weight(parameter, tangent)
+    extended = torch.cat([parameter.detach(), tangent.right])
+    parameter.data = extended[: len(parameter)]  # frees the first copy
+    weight = make_weight(parameter, Factors(tangent.left, extended[len(parameter) :]))
+    weight.extended = extended
+    return weight
+
+
+def make_weight(value, tangent):
+    weight = value.detach().as_subclass(Weight)
+    weight.tangent = tangent
     return weight
 
 
@@ -105,7 +124,10 @@ def twice(value):
 
 def halves(x):
     """(values, derivatives), views."""
-    return x.chunk(2) if isinstance(x, torch.Tensor) else x
+    if not isinstance(x, torch.Tensor):
+        return x
+    num_rows = len(x) // 2
+    return x.narrow(0, 0, num_rows), x.narrow(0, num_rows, num_rows)
 
 
 def pair_of(weight):
@@ -114,9 +136,9 @@ def pair_of(weight):
 
 
 def as_dual(result):
-    if isinstance(result, tuple | list):
-        return type(result)(map(as_dual, result))
-    return result.as_subclass(Dual) if isinstance(result, torch.Tensor) else result
+    if isinstance(result, torch.Tensor):
+        return result.as_subclass(Dual)
+    return type(result)(map(as_dual, result))
 
 
 # Operations: each rule gives NotImplemented where it does not hold, and `differentiate` takes over.
@@ -257,15 +279,15 @@ def get_item(function, x, index):
 
 def add(function, x, y, **keywords):
     """x + y, x - y, and the same in place."""
-    if isinstance(x, Dual) and isinstance(y, Dual) and x.dim() == y.dim():
-        return as_dual(function(x, y, **keywords))
+    if type(x) is Dual and type(y) is Dual and x.dim() == y.dim():
+        return function(x, y, **keywords).as_subclass(Dual)
     if isinstance(x, Weight) and isinstance(y, int | float) and not keywords:
         return make_weight(function(x.as_subclass(torch.Tensor), y), x.tangent)
     if not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
         return NotImplemented
     result = x if function.__name__ in IN_PLACE else x.clone()
     is_of_rows = isinstance(y, torch.Tensor) and y.dim() == x.dim() and len(y) == len(x)
-    value = halves(result)[0]
+    value = result.narrow(0, 0, len(x) // 2)
     value.copy_(function(value, halves(y)[0] if is_of_rows else y, **keywords))
     return as_dual(result)
 
@@ -312,23 +334,34 @@ def inverse_root(function, x):
     return as_dual(result)
 
 
+def run_elementwise(function, x, **keywords):
+    """Functions of one number, by what backward mode has for them: it multiplies by the slope."""
+    if type(x) is not Dual or keywords.pop("inplace", False):
+        return NotImplemented
+    (value, tangent), result = halves(x), torch.empty_like(x)
+    (out, d_out), (compute, multiply_by_slope) = halves(result), ELEMENTWISE[function]
+    compute(value, out=out, **keywords)
+    multiply_by_slope(tangent, value, grad_input=d_out, **keywords)
+    return as_dual(result)
+
+
 def linear(function, x, weight, bias=None):
     if not isinstance(x, Dual) or not isinstance(weight, Weight):
         return NotImplemented
-    rows_NI = x.flatten(0, -2)
-    y_NO = functional.linear(rows_NI, weight)
-    add_product_(halves(y_NO)[1], halves(rows_NI)[0], weight.tangent)
+    rows, g_OI = x.flatten(0, -2), weight.tangent
+    num_rows, num_outputs = len(rows) // 2, len(weight)
+    if weight.extended is not None:  # one product gives W x, W dx and right x
+        products = functional.linear(rows, weight.extended)
+        y = products.narrow(1, 0, num_outputs)
+        y[num_rows:].addmm_(products[:num_rows, num_outputs:], g_OI.left.T)
+    else:
+        y = functional.linear(rows, weight)
+        thin = isinstance(g_OI, Factors)
+        y[num_rows:].addmm_(rows[:num_rows] @ g_OI.right.T if thin else rows[:num_rows], (g_OI.left if thin else g_OI).T)
     if bias is not None:
-        for half_NO, part in zip(halves(y_NO), pair_of(bias), strict=True):
-            half_NO += part
-    return as_dual(y_NO.view(*x.shape[:-1], -1))
-
-
-def add_product_(target_NO, x_NI, g_OI):
-    """target += x g^T, for g as it is or in factors."""
-    if isinstance(g_OI, Factors):
-        return target_NO.addmm_(x_NI @ g_OI.right.T, g_OI.left.T)
-    return target_NO.addmm_(x_NI, g_OI.T)
+        for half, part in zip(halves(y), pair_of(bias), strict=True):
+            half += part
+    return as_dual(y.unflatten(0, x.shape[:-1]))
 
 
 def add_linear(function, bias, x, weight, **keywords):
@@ -354,6 +387,10 @@ def named(names, rule):
     return {getattr(place, name): rule for name in names.split() for place in places if hasattr(place, name)}
 
 
+ELEMENTWISE = {
+    functional.silu: (torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input),
+    functional.gelu: (torch.ops.aten.gelu.out, torch.ops.aten.gelu_backward.grad_input),
+}
 RULES = {
     **named("size dim ndimension numel stride is_floating_point is_complex is_contiguous __len__", ask),
     **named("neg __neg__ dropout", run_on_rows),
@@ -368,10 +405,62 @@ RULES = {
     **named("div __truediv__ true_divide", divide),
     **named("pow __pow__ square", power),
     **named("rsqrt", inverse_root),
+    **dict.fromkeys(ELEMENTWISE, run_elementwise),
     **named("linear", linear),
     **named("addmm", add_linear),
     **named("embedding", embed),
 }
+
+
+# RMS norms, which come twice or more a layer: eight operations of the library, each with its derivative
+
+
+def find_norms(model):
+    """[(module, offset, eps)] of what computes x / sqrt(mean x^2 + eps) * (offset + weight).
+
+    Found by what they compute: a module that is anything else keeps its own forward.
+    """
+    found = []
+    for module in model.modules():
+        parameters = dict(module.named_parameters())
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if list(parameters) == ["weight"] and module.weight.dim() == 1 and isinstance(eps, float):
+            found += [(module, offset, eps) for offset in (0, 1) if is_norm(module, offset, eps)]
+    return found
+
+
+@torch.no_grad()
+def is_norm(module, offset, eps):
+    x = torch.linspace(-1, 3, 2 * len(module.weight), device=module.weight.device).view(2, -1)
+    x[1] *= 3 * eps**0.5  # where eps matters
+    no_tangent = make_weight(module.weight, torch.zeros_like(module.weight))
+    wanted = normalise(scale(no_tangent, offset), eps, torch.cat([x, torch.zeros_like(x)]))[:2]
+    found = module(x.to(module.weight.dtype)).float()
+    tolerance = 4 * torch.finfo(module.weight.dtype).eps
+    return found.shape == x.shape and torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+def scale(weight, offset):
+    """(2, D), float32: what the normalised values are multiplied by, above its derivative."""
+    value, tangent = pair_of(weight)
+    return torch.stack([offset + value.float(), tangent.float()])
+
+
+def apply_norm(scale_2D, eps, x):
+    with torch._C.DisableTorchFunctionSubclass():
+        return normalise(scale_2D, eps, x).to(x.dtype).as_subclass(Dual)
+
+
+def normalise(scale_2D, eps, x):
+    """float32 (2B, ..., D) of values over derivatives."""
+    both = x.unflatten(0, (2, -1)).float()
+    moments = (both[0] * both).mean(-1, keepdim=True)  # of x^2, and of x dx
+    root = torch.rsqrt(moments[0] + eps)
+    result = both * root
+    result[1].addcmul_(result[0], moments[1] * root * root, value=-1)
+    scaled = result * scale_2D[0]
+    scaled[1].addcmul_(result[0], scale_2D[1])
+    return scaled.flatten(0, 1)
 
 
 class DualCache(SlotCache):
@@ -441,23 +530,27 @@ def dual_attention(
 def attend(query, k, dk, v, dv, mask, scaling, softcap):
     num_rows, num_heads, num_tokens, width = len(query) // 2, *query.shape[1:]
     num_groups = num_heads // k.shape[1]
+    size = num_groups * num_tokens
+    k, dk, v, dv = (x.flatten(0, 1) for x in (k, dk, v, dv))  # (B K, L, D), views
     # the heads that share keys are rows of one product, above those of their derivatives
-    grouped = query.reshape(2, num_rows, k.shape[1], num_groups * num_tokens, width).permute(1, 2, 0, 3, 4)
-    queries = (grouped * (scaling or width**-0.5)).flatten(2, 3)
-    scores, d_scores = (queries @ k.mT).float().chunk(2, dim=2)
-    d_scores += queries[:, :, : num_groups * num_tokens] @ dk.mT
+    queries = query.unflatten(1, (-1, num_groups)).unflatten(0, (2, -1)).permute(1, 2, 0, 3, 4, 5)
+    queries = queries.reshape(len(k), 2 * size, width) * (scaling or width**-0.5)
+    scores, d_scores = torch.bmm(queries, k.mT).float().split(size, dim=1)
+    d_scores += torch.bmm(queries[:, :size], dk.mT)  # baddbmm_ into a slice takes twice as long
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, d_scores = softcap * capped, d_scores * (1 - capped**2)
-    masked = scores.unflatten(2, (num_groups, num_tokens)) + mask[:num_rows, :, None]
-    probs = torch.softmax(masked.flatten(2, 3), dim=-1)
-    d_probs = probs * d_scores
-    d_probs -= probs * d_probs.sum(-1, keepdim=True)
-    both = torch.cat([probs, d_probs], dim=2).to(v.dtype)
-    output = both @ v
-    output[:, :, num_groups * num_tokens :] += both[:, :, : num_groups * num_tokens] @ dv
-    # (B, K, 2, G, T, D) to (2, B, T, K, G, D)
-    output = output.unflatten(2, (2, num_groups, num_tokens)).permute(2, 0, 4, 1, 3, 5)
+    masked = scores.unflatten(1, (num_groups, -1)).unflatten(0, (num_rows, -1)) + mask[:num_rows, :, None]
+    both = masked.new_empty(len(k), 2 * size, k.shape[1])
+    probs, d_probs = both.split(size, dim=1)
+    torch.softmax(masked.reshape(len(k), size, -1), dim=-1, out=probs)
+    torch.mul(probs, d_scores, out=d_probs)
+    d_probs.addcmul_(probs, d_probs.sum(-1, keepdim=True), value=-1)
+    both = both.to(v.dtype)
+    output = torch.bmm(both, v)
+    output[:, size:] += torch.bmm(both[:, :size], dv)
+    # (B K, 2 G T, D) to (2, B, T, K, G, D)
+    output = output.view(num_rows, -1, 2, num_groups, num_tokens, width).permute(2, 0, 4, 1, 3, 5)
     return output.reshape(2 * num_rows, num_tokens, num_heads, width)
 
 
