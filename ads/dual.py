@@ -34,7 +34,7 @@ from ads.gradient import Factors, dense
 from ads.models import Placement, SlotCache
 
 ATTENTION = "dual"
-IN_PLACE = ("__iadd__", "add_")
+IN_PLACE = ("__iadd__", "add_", "__isub__", "sub_")
 # what some architectures add to the scores, which dual_attention does not
 NOT_COVERED = ("s_aux", "sinks", "position_bias", "block_indices", "indices")
 
@@ -102,6 +102,7 @@ def own_weight(parameter, tangent, is_table):
     """The Weight of a parameter of the model; is_table: rows are read from it."""
     tangent = tangent.to(parameter)
     if not isinstance(tangent, Factors):
+        parameter.data = parameter.data.clone()  # no longer a view of the file, so that it can be closed
         return make_weight(parameter, tangent)
     extended = torch.cat([parameter.detach(), tangent.right])
     if extended.device.type == "cpu" and not is_table:
@@ -296,7 +297,7 @@ def add(function, x, y, **keywords):
 
 
 def multiply(function, x, y):
-    if isinstance(x, Weight):
+    if not isinstance(x, Dual):
         x, y = y, x
     if isinstance(x, Dual) and isinstance(y, Weight) and y.dim() == 1:
         product = x * y
@@ -305,14 +306,15 @@ def multiply(function, x, y):
         (value, tangent), both = halves(x), y.unflatten(0, (2, -1))
         product = (value * both).flatten(0, 1)
         halves(product)[1].addcmul_(tangent, both[0])
-    elif isinstance(x, Weight) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
+    elif not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
         return NotImplemented
     else:
-        product = function(x, y)
+        product = x * y
     return as_dual(product)
 
 
-def divide(function, x, y, **keywords):
+def rescale(function, x, y, **keywords):
+    """x / c and, in place, x c."""
     if keywords or not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
         return NotImplemented
     return as_dual(function(x, y))
@@ -409,9 +411,9 @@ RULES = {
     **named("chunk split", along(2)),
     **named("cat concat sum mean unbind unsqueeze", along(1)),
     **named("__getitem__", get_item),
-    **named("add __add__ __radd__ __iadd__ add_ sub __sub__", add),
+    **named("add __add__ __radd__ __iadd__ add_ sub __sub__ __isub__ sub_", add),
     **named("mul __mul__ __rmul__", multiply),
-    **named("div __truediv__ true_divide", divide),
+    **named("div __truediv__ true_divide div_ __itruediv__ mul_ __imul__", rescale),
     **named("pow __pow__ square", power),
     **named("rsqrt", inverse_root),
     **dict.fromkeys(ELEMENTWISE, run_elementwise),
@@ -520,7 +522,7 @@ def log_probs(logits_BV, tangents_BV):
     log_probs_BV = torch.log_softmax(logits_BV, -1)
     probs_BV = log_probs_BV.exp()
     for _ in range(2):  # what all logits share is large and rounds; the second time the rest of it goes
-        tangents_BV = tangents_BV - (probs_BV * tangents_BV).sum(-1, keepdim=True)
+        tangents_BV = tangents_BV - torch.linalg.vecdot(probs_BV, tangents_BV)[:, None]
     return log_probs_BV, tangents_BV
 
 
@@ -534,7 +536,9 @@ def dual_attention(
     """
     check_covered(attention_mask, others)
     with torch._C.DisableTorchFunctionSubclass():
-        pairs = [x if isinstance(x, tuple) else tuple(h.flatten(0, 1) for h in halves(x)) for x in (key, value)]
+        pairs = [
+            x if isinstance(x, tuple) else tuple(h.flatten(0, 1) for h in halves(x)) for x in (key, value)
+        ]
         output = attend(query, *pairs[0], *pairs[1], attention_mask, scaling, softcap)
         return output.as_subclass(Dual), None
 

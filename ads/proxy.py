@@ -16,6 +16,8 @@ from ads import dual, gradient, sampling
 from ads.config import LEAST_COSINE
 from ads.models import CachedModel
 
+CPU_PREFILL_TOKENS = 256  # of a proxy in dual numbers at a time; more are no faster there
+
 
 @dataclass(frozen=True)
 class Perturbation:
@@ -76,8 +78,16 @@ class ExactDerivative:
         self.dual.allocate(num_slots, num_positions)
 
     def prefill(self, prompts, first_slot):
-        """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
-        return exact_delta(self.dual.prefill(prompts, first_slot), self.shared_V)
+        """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill.
+
+        On a CPU in small groups, as activations take twice the room of one model's.
+        """
+        num_rows = len(prompts)
+        if self.dual.device.type == "cpu":
+            num_rows = max(1, CPU_PREFILL_TOKENS // max(map(len, prompts)))
+        groups = [slice(first, first + num_rows) for first in range(0, len(prompts), num_rows)]
+        logits = [self.dual.prefill(prompts[group], first_slot + group.start) for group in groups]
+        return torch.cat([exact_delta(logits_BR, self.shared_V) for logits_BR in logits])
 
     def step(self, tokens_N, lengths_N, longest):
         """Delta (N, V) for the token that follows; see CachedModel.step."""
@@ -96,7 +106,7 @@ def exact_delta(logits_BR, shared_V):
     num_ids = len(shared_V)
     shared_BV = logits_BR[:, :num_ids].float().masked_fill(~shared_V, -torch.inf)
     _, delta_BV = dual.log_probs(shared_BV, tangents_BR[:, :num_ids].float())
-    return torch.where(shared_V, delta_BV, 0.0)
+    return delta_BV.masked_fill_(~shared_V, 0.0)
 
 
 @torch.no_grad()

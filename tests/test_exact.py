@@ -206,20 +206,90 @@ def test_zero_and_non_finite_gradients_are_refused():
             exact_proxy("qwen2", g.__getitem__)
 
 
-def test_numbers_beside_dual_tensors():
-    """x + c once shared its tangent with x, which an operation in place would have changed for both."""
-    x, dx = torch.randn(2, 3)
-    with dual.derivatives(), dual.Numbers():
-        d = dual.make_dual(x, dx)
-        for found, value, tangent in (
-            (d + 2, x + 2, dx), (2 + d, x + 2, dx), (d * 3.0, 3 * x, 3 * dx), (3 * d, 3 * x, 3 * dx),
-            (torch.add(d, 2, alpha=3), x + 6, dx), (d - 1, x - 1, dx), (1 - d, 1 - x, -dx),
-        ):  # fmt: skip
-            assert torch.allclose(dual.unpack_dual(found)[0], value)
-            assert torch.allclose(dual.unpack_dual(found)[1], tangent)
-        y = d + 1
-        y *= 5.0
-        assert torch.equal(dual.unpack_dual(d).tangent, dx)
+def change_in_place(x):
+    x = x * 1.0
+    x += 1
+    x += x * 2
+    x -= 3
+    x *= 0.5
+    x /= 3
+    return x
+
+
+OPERATIONS = {
+    "sums": lambda x, y, w, c: x + y - 2 * x + (1 - x) + c + (x - c) + torch.add(x, y, alpha=3) + (2 + x) + w,
+    "a sum of constants of fewer dimensions": lambda x, y, w, c: x + c[0] - c[0, 0],
+    "products": lambda x, y, w, c: x * y * c * 3.0 * (c * x) * (w * x) * (2 * y) * (x * w) * c[0],
+    "products of columns": lambda x, y, w, c: x * y[..., :1] + x.mean(-1, keepdim=True) * y,
+    "quotients": lambda x, y, w, c: x / c / 2.0 + x / (3 + y * y) + 1 / (2 + x * x),
+    "powers": lambda x, y, w, c: x**2 + x.pow(3) + torch.rsqrt(x.square() + 1) + (x * x + 1).rsqrt() ** 0.5,
+    "changes in place": lambda x, y, w, c: change_in_place(x),
+    "weights": lambda x, y, w, c: x * (1 + w).float() + x * (w * w) + (w.float() + 2) * y,
+    "reshaping": lambda x, y, w, c: x.view(-1, 6).reshape(len(x), 4, 6).transpose(1, 2).flatten(1)[:, 3:20:2],
+    "parts": lambda x, y, w, c: torch.cat([x.chunk(2, -1)[1], -y.split(4, 1)[0][..., :2]], -1)[:, [0, 2]],
+    "a dimension more": lambda x, y, w, c: x[:, None].expand(-1, 3, -1, -1).sum(1) + x.unsqueeze(2)[:, :, 0],
+    "turned rows": lambda x, y, w, c: x.permute(0, 2, 1) @ y,
+    "elementwise": lambda x, y, w, c: (
+        torch.nn.functional.silu(x)
+        + torch.nn.functional.gelu(y, approximate="tanh")
+        + torch.nn.GELU()(x)
+        + torch.tanh(y)
+    ),
+    "a softmax": lambda x, y, w, c: torch.softmax(x, -1, dtype=torch.float32) * y,
+    "layer norm": lambda x, y, w, c: torch.nn.functional.layer_norm(x, (6,), w, w + 1),
+    "comparisons": lambda x, y, w, c: torch.where(x > y, x, y) + x.clamp(min=0) + x.masked_fill(y > 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_on_duals_are_those_of_forward_mode_ad(name):
+    from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
+
+    torch.manual_seed(0)
+    (x, dx), (y, dy), (w, dw) = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 4, 6), torch.randn(2, 6)
+    c = torch.randn(3, 4, 6)
+    operation, given = OPERATIONS[name], [torch.cat(pair) for pair in ((x, dx), (y, dy), (c, c))]
+    with dual_level():
+        wanted = unpack_dual(operation(make_dual(x, dx), make_dual(y, dy), make_dual(w, dw), c))
+    with torch.no_grad():
+        duals = [tensor.clone().as_subclass(dual.Dual) for tensor in given]
+        found = operation(*duals[:2], dual.make_weight(w, dw), given[2])
+        assert isinstance(found, dual.Dual)
+        for half, part in zip(dual.halves(found.as_subclass(torch.Tensor)), wanted, strict=True):
+            assert torch.allclose(half, part, rtol=1e-4, atol=1e-5)
+        assert torch.equal(duals[0].as_subclass(torch.Tensor), given[0]), "x itself was changed"
+
+
+@pytest.mark.parametrize(
+    "operation, words",
+    [
+        (lambda x: x[torch.tensor([1, 0])], "picks rows"),
+        (lambda x: x[0], "picks rows"),
+        (lambda x: x.relu_(), "in place"),
+        (lambda x: torch._C._nn.silu_(x), "in place"),
+    ],
+)
+def test_operations_that_are_not_covered_say_so(operation, words):
+    with pytest.raises(ValueError, match=f"{words}.*set eps above 0"):
+        operation(torch.randn(4, 6).as_subclass(dual.Dual))
+
+
+def test_norms_are_found_by_what_they_compute():
+    """A layer norm without bias has the same attributes as an RMS norm."""
+    kinds = {kind: len(dual.find_norms(tiny_model(kind, seed=3, spread=0.1))) for kind in KINDS}
+    layers = tiny_model("llama").config.num_hidden_layers
+    assert kinds["llama"] == kinds["qwen2"] == 2 * layers + 1 and kinds["gpt2"] == kinds["gpt_neox"] == 0
+    assert kinds["gemma2"] == 4 * layers + 1 and kinds["gemma3_text"] == 6 * layers + 1
+    layer_norm = torch.nn.LayerNorm(8, bias=False)
+    assert not dual.find_norms(torch.nn.ModuleList([layer_norm]))
+
+
+def test_an_architecture_that_is_not_covered_says_so():
+    model = tiny_model("mixtral")
+    with pytest.raises(ValueError, match="does not cover: set eps above 0"):
+        prefill(
+            proxy.ExactDerivative(model, lambda name: dict(model.named_parameters())[name], ALL), [[1, 2]]
+        )
 
 
 def decaying_matrix(num_rows=300, num_columns=200):
