@@ -18,8 +18,8 @@ export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}"
 export TRAIN_ARGS="lora_r=16 lora_alpha=16 lr=3e-3 num_epochs=2 per_device_batch_size=16 warmup=0 ${TRAIN_ARGS:-}"
 export GRID_ARGS="${GRID_ARGS:---points
   0.4,0,0 1.2,0,0 1.35,0,0 1.5,0,0 1.65,0,0
-  0.4,5,1e-3 0.4,8,1e-3 0.4,11,1e-3 0.4,14,1e-3 0.4,18,1e-3 0.4,24,1e-3
-  0.4,85,1e-3,random 0.4,105,1e-3,random 0.4,130,1e-3,random 0.4,-8,1e-3 0.4,7,1e-3,permuted}"
+  0.4,5,0 0.4,8,0 0.4,11,0 0.4,14,0 0.4,18,0 0.4,24,0
+  0.4,85,0,random 0.4,105,0,random 0.4,130,0,random 0.4,-8,0 0.4,7,0,permuted}"
 export ACCELERATE_USE_CPU=true # these models are too small for a GPU, and results should not hang on having one
 
 # The first seed's experiment is the folder itself; its report/ shows all seeds.

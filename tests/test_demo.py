@@ -145,9 +145,9 @@ def test_demo_plans_every_stage(tmp_path):
 
 def test_demo_with_few_problems_runs_to_its_report(tmp_path):
     settings = {"GEN_ARGS": "max_samples=24", "TRAIN_ARGS": "num_epochs=1", "SEED": "7"}
-    found = run_demo(EXP_DIR=str(tmp_path), GRID_ARGS="--points 0.4,11,1e-3", **settings)
+    found = run_demo(EXP_DIR=str(tmp_path), GRID_ARGS="--points 0.4,11,0", **settings)
     assert found.returncode == 0, found.stdout + found.stderr
-    train = store.read_yaml(tmp_path / "traces" / "train_tau0.4_lam11_eps1e-3.yaml")
+    train = store.read_yaml(tmp_path / "traces" / "train_tau0.4_lam11_eps0.yaml")
     assert train["config"]["seed"] == 7 and train["stats"]["n"] == 24 and "one_step" in train["stats"]
     rows = utils.read_parquet(tmp_path / "traces" / "student_base.parquet")
     assert [row["problem"] for row in rows] == [
