@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import utils
-from ads import page, plots, store, tradeoff
+from ads import delta_table, page, plots, store, tradeoff
 from ads.config import LEAST_COSINE
+from ads.delta_table import LEAST_CORRELATION
 from ads.tradeoff import (
     ARMS,
     RULES,
@@ -324,7 +325,12 @@ def gradient_lines(experiments):
     for gradient in [g for e in experiments for g in e.gradients.values()]:
         n, loss, norm = (show_number(gradient["stats"].get(key)) for key in ("n", "loss", "grad_norm"))
         proxy = short_name(gradient["config"]["proxy_student"])
-        lines.append(f"gradient of {proxy}: n {n}, loss {loss} nats/token, ||g|| {norm}")
+        line = f"gradient of {proxy}: n {n}, loss {loss} nats/token, ||g|| {norm}"
+        if found := gradient.get("diagnostics"):
+            ways = delta_table.rows(found).items()
+            shown = (f"{way} {show_number(figures['correlation'])}" for way, figures in ways)
+            line += f"; correlation with the exact Delta: {', '.join(shown)}"
+        lines.append(line)
     return list(dict.fromkeys(lines)) or ["gradient: -"]
 
 
@@ -356,6 +362,11 @@ def doubts(experiment):
             yield "problems left out, no answer in their solution", num, f"{name} {num}"
         if num := stats.get("num_prompts_too_long"):
             yield "problems left out, prompts too long", num, f"{name} {num}"
+    for name, gradient in experiment.gradients.items():
+        found, eps = gradient.get("diagnostics"), gradient["config"].get("eps", 0)
+        if found and (correlation := delta_table.used(found, eps)["correlation"]) < LEAST_CORRELATION:
+            kind = f"Delta a poor one, correlation with the exact one below {LEAST_CORRELATION}"
+            yield kind, -correlation, f"{name} {show_number(correlation)}"
     for name, model in experiment.models.items():
         if traces_behind(experiment, model) is None:
             yield "models left out, the sidecars of their training traces are not here", 0, name

@@ -104,7 +104,7 @@ def compress(cfg, model, norms, seconds):
 
 def diagnose(cfg, model, compressed, half, sequences, seconds):
     """Delta's agreement with the exact one, printed; None where it is switched off or does not work."""
-    from ads import agreement
+    from ads import agreement, delta_table
 
     if not cfg.num_diagnosed:
         return None
@@ -116,7 +116,7 @@ def diagnose(cfg, model, compressed, half, sequences, seconds):
         print0(f"WARNING: no diagnostics: {error}")
         return None
     seconds["diagnostics"] = time.time() - start
-    print0(*agreement.table(found, cfg.eps), sep="\n")
+    print0(*delta_table.table(found, cfg.eps), sep="\n")
     return found
 
 

@@ -17,7 +17,6 @@ from ads.models import load_model, resolve_dtype
 
 NUM_POSITIONS = 64  # of each trace
 LEAST_PROBABILITY = 1e-4
-LEAST_CORRELATION = 0.99
 EPS_LADDER = (1e-4, 1e-3, 1e-2, 3e-2)
 SPREADS = (0.1, 0.3, 0.5)  # of lam * Delta, in nats
 
@@ -135,40 +134,3 @@ def spread(truth_PV, log_probs_PV):
     deviation = centre(truth_PV, seen_PV).square().sum().div(seen_PV.sum()).sqrt().item()
     lams = {f"{s:g}": float(f"{s / deviation:.4g}") for s in SPREADS} if deviation else {}
     return {"delta_std": float(f"{deviation:.4g}"), "lam_of_spread": lams}
-
-
-def table(found, eps):
-    """The lines that stage 2 prints, a warning among them where Delta is poor."""
-    rows = {f"exact, rank {found['rank'] or 'full'}": found["exact"]}
-    rows |= {f"central, eps {e}": row for e, row in found["central"].items()}
-    if "split_half" in found:
-        rows["two halves of the traces"] = found["split_half"]
-    lines = [
-        f"Delta at {found['num_positions']} positions against the exact one in float32 along the full "
-        f"gradient; proxy_dtype {found['dtype']}",
-        f"{'':26}correlation   10th pct   |sin|   median relative error",
-    ]
-    for name, row in rows.items():
-        lines.append(
-            f"{name:26}{row['correlation']:11.4f}{row['correlation_p10']:11.4f}{row['sine']:8.3f}"
-            f"{row['relative_error']:12.3f}"
-        )
-    lams = ", ".join(f"{lam:g} ({s})" for s, lam in found["lam_of_spread"].items())
-    lines.append(f"std of Delta {found['delta_std']:g} nats; lam for a std of lam * Delta (nats): {lams}")
-    return [*lines, *filter(None, [warning(found, eps)])]
-
-
-def used(found, eps):
-    """The figures of the Delta that traces will be sampled with."""
-    return found["central"][f"{eps:g}"] if eps else found["exact"]
-
-
-def warning(found, eps):
-    """One line if the Delta to be used is a poor one, else None."""
-    correlation = used(found, eps)["correlation"]
-    if correlation >= LEAST_CORRELATION:
-        return None
-    remedy = "set eps=0 (the exact derivative)" if eps else "raise grad_rank (0: full)"
-    if found["dtype"] != "float32":
-        remedy += " or set proxy_dtype=float32"
-    return f"WARNING: Delta correlates only {correlation:.3f} with the exact one: {remedy}"

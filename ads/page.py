@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ads import plots, tradeoff
+from ads import delta_table, plots, tradeoff
 from ads.tradeoff import RULES, show_number, show_setting, show_signed
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -306,7 +306,21 @@ def gradient_part(gradient):
         for name, norm in largest
     )
     title = f"<h3>Largest norms of {len(norms)} tensors</h3>" if largest else ""
-    return f'<dl>{pairs}</dl>{title}<div class="bars">{bars}</div>'
+    return f'<dl>{pairs}</dl>{agreement_part(gradient)}{title}<div class="bars">{bars}</div>'
+
+
+def agreement_part(gradient):
+    """How well each way to Delta agrees with the exact one, where stage 2 has looked."""
+    found = gradient.get("diagnostics")
+    if not found:
+        return ""
+    cells = [["way to Delta", *delta_table.FIGURES.values()]]
+    for way, figures in delta_table.rows(found).items():
+        cells.append([way, *(show_scalar(figures[key]) for key in delta_table.FIGURES)])
+    return (
+        f'<h3>Ways to Delta</h3><p class="caption">{escape(delta_table.caption(found))}. '
+        f'{escape(delta_table.spread(found))}.</p><div class="scroll">{html_table(cells)}</div>'
+    )
 
 
 def show_scalar(value):

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ads import agreement, gradient
+from ads import agreement, delta_table, gradient
 from ads.config import GradConfig
 from ads.models import load_model
 
@@ -46,7 +46,7 @@ def main():
             cfg = GradConfig(proxy_student=args.model, proxy_dtype=dtype, grad_rank=rank)
             found = agreement.diagnose(cfg, model, compressed, half, sequences[: args.diagnosed])
             result[f"{dtype}_rank_{rank}"] = found
-            print(*agreement.table(found, 0), "", sep="\n", flush=True)
+            print(*delta_table.table(found, 0), "", sep="\n", flush=True)
     result |= check_identities(model, sequences[0])
     print(json.dumps(result))
 

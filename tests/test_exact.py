@@ -8,7 +8,7 @@ from conftest import tiny_model
 from test_engine import decode, plain_models, prompts, requests
 from test_proxy import V, exact_delta, gradient_of, model_with_gradient, perturbed, sequences, tied_model
 
-from ads import agreement, dual, gradient, proxy, sampling
+from ads import agreement, delta_table, dual, gradient, proxy, sampling
 from ads.config import GradConfig
 from ads.engine import Models
 from ads.gradient import Factors
@@ -412,12 +412,12 @@ def test_diagnosed_spread_is_that_of_the_exact_delta(diagnosed):
 
 def test_a_poor_delta_is_warned_of_with_what_to_change(diagnosed):
     found, *_ = diagnosed
-    assert "raise grad_rank" in agreement.table(found, 0)[-1]
+    assert "raise grad_rank" in delta_table.table(found, 0)[-1]
     central = {**found, "dtype": "bfloat16", "central": {"0.001": {**found["exact"], "correlation": 0.6}}}
-    assert "0.600" in agreement.warning(central, 1e-3)
-    assert "eps=0 (the exact derivative) or set proxy_dtype=float32" in agreement.warning(central, 1e-3)
+    assert "0.600" in delta_table.warning(central, 1e-3)
+    assert "eps=0 (the exact derivative) or set proxy_dtype=float32" in delta_table.warning(central, 1e-3)
     good = {**found, "exact": {**found["exact"], "correlation": 0.999}}
-    assert agreement.warning(good, 0) is None and "WARNING" not in " ".join(agreement.table(good, 0))
+    assert delta_table.warning(good, 0) is None and "WARNING" not in " ".join(delta_table.table(good, 0))
 
 
 def test_prompts_of_the_engine_s_tests_are_long_enough():

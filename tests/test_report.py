@@ -110,6 +110,17 @@ def write_point(
         write_traces(exp_dir, f"d{name}", *teacher_shares, **sampled | test | {"more_stats": stats})
 
 
+def agreement(correlation):
+    return {"correlation": correlation, "correlation_p10": 0.9, "sine": 0.1, "relative_error": 0.2}
+
+
+DIAGNOSTICS = {
+    "num_positions": 382, "dtype": "bfloat16", "rank": 16, "exact": agreement(0.99851),
+    "central": {"0.001": agreement(0.5917), "0.01": agreement(0.9617)}, "best_eps": "0.01",
+    "split_half": agreement(0.974), "delta_std": 53.42, "lam_of_spread": {"0.1": 0.001872, "0.3": 0.005616},
+}  # fmt: skip
+
+
 def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N):
     write_traces(exp_dir, "clean", 0.91, 0.9, data_split=f"{dataset}_holdout")
     cfg = GradConfig(
@@ -117,7 +128,7 @@ def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N):
     )
     stats = {"n": 2242, "num_left_out": 0, "loss": 0.412345, "grad_norm": 7.412345, "num_response_tokens": 9}
     norms = {"lm_head.weight": 1.0} | {f"model.layers.{i}.mlp.up_proj.weight": 0.9**i for i in range(12)}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms)
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms, diagnostics=DIAGNOSTICS)
     base = {"is_teacher": False, "teacher": STUDENT, "data_split": f"{dataset}_test", "n": n}
     write_traces(exp_dir, "base", *baseline, few_shot=4, few_shot_traces="clean.parquet", **base)
 
@@ -254,7 +265,7 @@ def test_csv_has_every_number_and_the_baseline(tmp_path):
     report.main([str(exp_dir)])
     rows = csv_rows(exp_dir)
     assert [row["arm"] for row in rows] == ["temperature", "temperature", "ADS", "ADS", "undistilled"]
-    wanted = {"tau": "0.6", "lam": "0.03", "eps": "0.001", "seed": "42", "student_seed": "42", "top_k": "50"}
+    wanted = {"tau": "0.6", "lam": "0.03", "eps": "0.0", "seed": "42", "student_seed": "42", "top_k": "50"}
     wanted |= {"teacher_n": "1200", "teacher_af_accuracy": "0.7", "teacher_raw_num_correct": "600"}
     wanted |= {"student_af_accuracy": "0.25", "student_raw_accuracy": "0.2", "student_few_shot": "0"}
     wanted |= {"train_teacher_nll": "0.31234", "train_num_tokens_p90": "430", "model_holdout_loss": "0.4567"}
@@ -673,3 +684,19 @@ def test_an_unknown_direction_is_an_error_that_names_it(tmp_path):
     assert code == 2 and errors.startswith(
         "error: direction='<b>sideways': must be gradient or one of random"
     )
+
+
+def test_agreement_of_delta_is_shown_and_warned_of(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    run(exp_dir)
+    shown = (exp_dir / "report" / "report.md").read_text()
+    assert "correlation with the exact Delta: exact, rank 16 .999, central, eps 0.001 .592" in shown
+    assert "Delta a poor one" not in shown
+    page = (exp_dir / "report" / "report.html").read_text()
+    assert "<td>central, eps 0.001</td><td>0.5917</td>" in page and "std of Delta 53.42 nats" in page
+    sidecar = store.read_yaml(exp_dir / "student_grads.yaml")
+    sidecar["config"]["eps"] = 0.001
+    store.write_text(exp_dir / "student_grads.yaml", json.dumps(sidecar))
+    run(exp_dir)
+    warning = "WARNING: Delta a poor one, correlation with the exact one below 0.99: student_grads .592"
+    assert warning in (exp_dir / "report" / "report.md").read_text()
