@@ -30,8 +30,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from ads.cache import Placement, SlotCache
 from ads.gradient import Factors, dense
-from ads.models import Placement, SlotCache
 
 ATTENTION = "dual"
 IN_PLACE = ("__iadd__", "add_", "__isub__", "sub_")
@@ -66,7 +66,7 @@ class DualModel:
     """
 
     def __init__(self, model, read_gradient):
-        self.model, self.config = model, model.config
+        self.library, self.config = model, model.config
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation(ATTENTION)
         norms = find_norms(model)
@@ -83,7 +83,7 @@ class DualModel:
             module.forward = functools.partial(apply_norm, scale(module.weight, offset), eps)
 
     def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
+        return self.library.get_input_embeddings()
 
     def make_cache(self, num_slots, num_positions):
         return DualCache(num_slots, num_positions, self.config._attn_implementation == ATTENTION)
@@ -95,7 +95,7 @@ class DualModel:
         inputs = {name: twice(value) for name, value in inputs.items()}
         # forward-mode AD drops derivatives without a word in inference mode
         with torch.inference_mode(False), torch.no_grad():
-            return self.model(past_key_values=past_key_values, **inputs)
+            return self.library(past_key_values=past_key_values, **inputs)
 
 
 def own_weight(parameter, tangent, is_table):

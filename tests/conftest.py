@@ -28,6 +28,10 @@ def tiny_config(kind, vocab_size):
     if kind == "gpt2":  # learned positions, layer norms, biases, transposed weights
         return AutoConfig.for_model(kind, vocab_size=vocab_size, **SIZES, **special)
     sizes = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+    if kind == "granite":
+        sizes |= {"residual_multiplier": 0.3, "logits_scaling": 2.0}
+    if kind == "smollm3":
+        sizes |= {"no_rope_layers": [1, 0]}
     if kind == "gemma2":  # caps its attention scores too
         caps = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
         return AutoConfig.for_model(kind, vocab_size=vocab_size, sliding_window=8, **caps, **sizes, **special)

@@ -1,0 +1,64 @@
+"""A KV cache that has a write position per row.
+
+A slot is one row of the batch. Active slots are always 0..n-1, so that reading them is a view, not a copy:
+
+    keys of one layer        position 0 ......................... S-1
+    slot 0 (active)          [ prompt | response | next> |   free   ]
+    slot 1 (active)          [ prompt | resp | next> |              ]
+    slot 2 (released)        [                                      ]
+
+Shapes: B rows given, T tokens given, S positions allocated, L positions read, H heads, D head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+
+@dataclass
+class Placement:
+    """Where the tokens of one forward pass go: token (row, column) is written to (slot, position)."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+    # (N, L) to attend to after writing; None: attend to the tokens given (prefill)
+    read: tuple[int, int] | None
+
+
+class SlotCache(Cache):
+    """Keys and values (B, H, S, D) per layer, allocated once at the first prefill, written in place."""
+
+    def __init__(self, num_slots, num_positions):
+        super().__init__(layers=[])
+        self.num_slots, self.num_positions = num_slots, num_positions
+        self.keys, self.values = {}, {}
+        self.placement = None
+
+    def update(self, keys_BHTD, values_BHTD, layer_idx, *args, **kwargs):
+        """Store the given tokens and return what attention should see (called by each attention layer)."""
+        if layer_idx not in self.keys:
+            self.keys[layer_idx] = self.allocate(keys_BHTD)
+            self.values[layer_idx] = self.allocate(values_BHTD)
+        place = self.placement
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[place.slots, :, place.positions] = keys_BHTD[place.rows, :, place.columns]
+        values[place.slots, :, place.positions] = values_BHTD[place.rows, :, place.columns]
+        if place.read is None:
+            return keys_BHTD, values_BHTD
+        n, length = place.read
+        return keys[:n, :, :length], values[:n, :, :length]
+
+    def allocate(self, like_BHTD):
+        _, num_heads, _, head_width = like_BHTD.shape
+        return like_BHTD.new_zeros(self.num_slots, num_heads, self.num_positions, head_width)
+
+    def move(self, source, target, length):
+        for tensors in (self.keys, self.values):
+            for tensor in tensors.values():
+                tensor[target, :, :length] = tensor[source, :, :length]
+
+    def get_seq_length(self, layer_idx=0):
+        return 0 if self.placement is None or self.placement.read is None else self.placement.read[1] - 1

@@ -1,0 +1,286 @@
+"""One decoding step of a model built like Llama, in as few operations as it takes; plain or in dual numbers.
+
+In the library's forward a small model's step on a CPU spends as long around its products as in them: forty
+operations a layer, each of a few microseconds, and the Python between them. Here query, key and value are one
+product, gate and up another, scale and mask go into the product with the keys, and nothing is looked up
+twice. Prompts stay with the library, and so do models of any other kind (`make_step` finds out).
+
+Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual.py); L positions, H
+heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs.
+"""
+
+import torch
+from torch.nn import functional
+
+from ads import dual
+from ads.gradient import Factors, dense
+
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def make_step(model, windows):
+    """A Step, plain or dual as the model's weights are; None for models whose modules are not Llama's.
+
+    The weights move into fused matrices, of which the model's own become views. That the modules compute what
+    Llama's do is left to the caller to check (`agrees`): some families add factors or leave angles out.
+    """
+    if children(model) != {"model", "lm_head"} or type(model.lm_head) is not torch.nn.Linear:
+        return None
+    inner = model.model
+    if children(inner) != {"embed_tokens", "layers", "norm", "rotary_emb"} or not is_norm(inner.norm):
+        return None
+    if type(inner.embed_tokens) is not torch.nn.Embedding or not all(map(is_layer, inner.layers)):
+        return None
+    return Step(model, windows)
+
+
+def is_layer(layer):
+    if children(layer) != LAYER or children(layer.mlp) != MLP:
+        return False
+    attention, mlp = dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
+    norms = [attention[name] for name in attention.keys() - ATTENTION]
+    products = [attention.get(name) for name in ATTENTION] + [mlp[name] for name in MLP - {"act_fn"}]
+    return (
+        attention.keys() - ATTENTION in (set(), {"q_norm", "k_norm"})
+        and all(type(product) is torch.nn.Linear for product in products)
+        and all(map(is_norm, [*norms, layer.input_layernorm, layer.post_attention_layernorm]))
+        and all(hasattr(layer.self_attn, name) for name in ("layer_idx", "scaling", "head_dim"))
+    )
+
+
+def is_norm(module):
+    return hasattr(module, "weight") and hasattr(module, "variance_epsilon")
+
+
+def agrees(found, wanted):
+    """Whether logits (R, V) are what they should be; in 16 bits rounding leaves a difference."""
+    is_dual = isinstance(wanted, dual.Dual)
+    tolerances = (1e-3, 1e-3) if found.dtype == torch.float32 else (0.05, 0.3)
+    pairs = [x.as_subclass(torch.Tensor).float().chunk(1 + is_dual) for x in (found, wanted)]
+    differences = [((a - b).norm(), (b - b.mean()).norm()) for a, b in zip(*pairs, strict=True)]
+    return all(d <= tolerance * size for (d, size), tolerance in zip(differences, tolerances, strict=False))
+
+
+def children(module):
+    return {name for name, _ in module.named_children()}
+
+
+class Product:
+    """x to [W_1 x; W_2 x; ...] for linear layers of the same input, (R, I) to (R, O)."""
+
+    def __init__(self, *layers, is_table=False):
+        weights, biases = [m.weight for m in layers], [m.bias for m in layers]
+        tangents = [getattr(weight, "tangent", None) for weight in weights]
+        self.num_outputs, self.left_RO, self.g_OI = sum(map(len, weights)), None, None
+        self.is_dual = isinstance(weights[0], dual.Weight)
+        rows = [w.detach().as_subclass(torch.Tensor) for w in weights]
+        if all(isinstance(tangent, Factors) for tangent in tangents):
+            rows += [tangent.right for tangent in tangents]
+            self.left_RO = torch.block_diag(*(tangent.left for tangent in tangents)).T.contiguous()
+        elif self.is_dual:
+            self.g_OI = torch.cat([dense(tangent) for tangent in tangents])
+        if is_table:  # tied: one matrix of its own already, whose rows are read
+            base = weights[0].extended if self.left_RO is not None else rows[0]
+        else:
+            base = torch.cat(rows)
+            base = base.T.contiguous().T if base.device.type == "cpu" else base
+            repoint(layers, base, self.g_OI)
+        self.base_PI = base
+        self.bias = None if biases[0] is None else self.join(biases)
+
+    def join(self, biases):
+        """(O,), or (2, 1, O) in dual numbers."""
+        if not self.is_dual:
+            return torch.cat([b.detach() for b in biases])
+        return torch.stack([torch.cat(part) for part in zip(*map(dual.pair_of, biases), strict=True)])[
+            :, None
+        ]
+
+    def __call__(self, x_RI):
+        if not self.is_dual:
+            return functional.linear(x_RI, self.base_PI, self.bias)
+        num_rows, y = len(x_RI) // 2, functional.linear(x_RI, self.base_PI)
+        if self.left_RO is not None:
+            thin, y = y[:num_rows, self.num_outputs :], y[:, : self.num_outputs]
+            y[num_rows:].addmm_(thin, self.left_RO)
+        else:
+            y[num_rows:].addmm_(x_RI[:num_rows], self.g_OI.T)
+        if self.bias is not None:
+            y.unflatten(0, (2, -1)).add_(self.bias)
+        return y
+
+
+def repoint(layers, base_PI, g_OI):
+    """Make the weights of layers views of one matrix, and their tangents, too."""
+    first, first_right = 0, sum(len(m.weight) for m in layers)
+    for layer in layers:
+        last, weight = first + len(layer.weight), layer.weight
+        if not isinstance(weight, dual.Weight):
+            weight.data = base_PI[first:last]
+        elif g_OI is not None:
+            layer.weight = dual.make_weight(base_PI[first:last], g_OI[first:last])
+        else:
+            last_right = first_right + len(weight.tangent.right)
+            tangent = Factors(weight.tangent.left, base_PI[first_right:last_right])
+            layer.weight, first_right = dual.make_weight(base_PI[first:last], tangent), last_right
+        first = last
+
+
+class Norm:
+    """An RMS norm: (R, ..., I) to the same."""
+
+    def __init__(self, module):
+        weight = module.weight
+        self.eps, self.width = module.variance_epsilon, (len(weight),)
+        self.is_dual = isinstance(weight, dual.Weight)
+        self.scale = dual.scale(weight, 0) if self.is_dual else weight.detach()
+
+    def __call__(self, x):
+        if self.is_dual:
+            return dual.normalise(self.scale, self.eps, x).to(x.dtype)
+        return functional.rms_norm(x, self.width, self.scale, self.eps)
+
+
+class Layer:
+    def __init__(self, layer, window_kind):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.kind, self.index = window_kind, attention.layer_idx
+        self.scaling, self.width = attention.scaling, attention.head_dim
+        self.num_heads = len(attention.q_proj.weight) // self.width
+        self.num_keys = len(attention.k_proj.weight) // self.width
+        self.norms = [Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)]
+        self.head_norms = [Norm(getattr(attention, n)) for n in ("q_norm", "k_norm") if hasattr(attention, n)]
+        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = Product(attention.o_proj)
+        self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
+
+    def __call__(self, x_RI, angles, place):
+        x_RI = x_RI + self.output(self.attend(self.norms[0](x_RI), angles, place))
+        gate, up = self.gate_up(self.norms[1](x_RI)).chunk(2, dim=1)
+        product = dual_gate(gate, up) if self.qkv.is_dual else functional.silu(gate) * up
+        return x_RI + self.down(product)
+
+    def attend(self, x_RI, angles, place):
+        num_turned = self.num_heads + self.num_keys
+        qkv_RHD = self.qkv(x_RI).unflatten(1, (-1, self.width))
+        turned_RHD, values_RKD = qkv_RHD.split((num_turned, self.num_keys), dim=1)
+        if self.head_norms:
+            parts = turned_RHD.split((self.num_heads, self.num_keys), dim=1)
+            turned_RHD = torch.cat([n(p) for n, p in zip(self.head_norms, parts, strict=True)], dim=1)
+        turned_RHD = rotate(turned_RHD, *angles)
+        queries_RHD, keys_RKD = turned_RHD.split((self.num_heads, self.num_keys), dim=1)
+        keys, values = place.cache.keys[self.index], place.cache.values[self.index]
+        keys[place.slots_R, :, place.positions_R] = keys_RKD
+        values[place.slots_R, :, place.positions_R] = values_RKD
+        attend = attend_dual if self.qkv.is_dual else attend_plain
+        return attend(queries_RHD, keys, values, place, place.masks[self.kind], self.scaling)
+
+
+def rotate(x_RHD, cos_R1D, sin_R1D):
+    """Rotary position embedding (Su et al., 2021): x cos + (-x_2, x_1) sin of the two halves of D."""
+    result, half = x_RHD * cos_R1D, x_RHD.shape[-1] // 2
+    result[..., :half].addcmul_(x_RHD[..., half:], sin_R1D[..., :half], value=-1)
+    result[..., half:].addcmul_(x_RHD[..., :half], sin_R1D[..., half:])
+    return result
+
+
+def dual_gate(gate_RO, up_RO):
+    """silu(gate) up, of values over derivatives."""
+    num_rows = len(gate_RO) // 2
+    (gate, d_gate), (up, d_up) = gate_RO.split(num_rows), up_RO.split(num_rows)
+    result = gate_RO.new_empty(gate_RO.shape)
+    value, derivative = result.split(num_rows)
+    active = functional.silu(gate)
+    torch.mul(active, up, out=value)
+    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=derivative)
+    derivative.mul_(up).addcmul_(active, d_up)
+    return result
+
+
+def attend_plain(queries_NHD, keys, values, place, mask_NKGL, scaling):
+    num_rows, num_heads, width = queries_NHD.shape
+    keys, values = place.seen(keys, 0), place.seen(values, 0)
+    queries = queries_NHD.reshape(len(keys), -1, width)
+    scores = torch.baddbmm(mask_NKGL, queries, keys.mT, alpha=scaling)
+    probs = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+    return torch.bmm(probs, values).view(num_rows, num_heads * width)
+
+
+def attend_dual(queries_RHD, keys, values, place, mask_NKGL, scaling):
+    """See dual.attend, of which this is the case of one token."""
+    num_rows, num_heads, width = queries_RHD.shape
+    k, dk = place.seen(keys, 0), place.seen(keys, place.cache.num_values)
+    v, dv = place.seen(values, 0), place.seen(values, place.cache.num_values)
+    size = num_heads * num_rows // 2 // len(k)
+    queries = queries_RHD.reshape(2, len(k), size, width)
+    scores = torch.baddbmm(mask_NKGL, queries[0], k.mT, alpha=scaling)
+    changes = torch.bmm(queries[1], k.mT)
+    changes = torch.baddbmm(changes, queries[0], dk.mT).float()
+    probs = torch.softmax(scores, -1, dtype=torch.float32)
+    changes.mul_(probs)
+    sums = changes.sum(-1, keepdim=True).mul_(scaling)
+    both = torch.cat([probs, changes.mul_(scaling)], dim=1).to(v.dtype)
+    output = torch.bmm(both, v)
+    change = torch.baddbmm(output[:, size:], both[:, :size], dv).addcmul_(output[:, :size], sums, value=-1)
+    return torch.cat([output[:, :size], change]).view(num_rows, num_heads * width)
+
+
+class Place:
+    """Where a step writes and what it reads, the same for all layers."""
+
+    def __init__(self, cache, lengths_N, longest, masks, is_dual):
+        slots_N = torch.arange(len(lengths_N), device=lengths_N.device)
+        self.cache, self.num_rows, self.length, self.masks = cache, len(lengths_N), longest + 1, masks
+        self.slots_R = torch.cat([slots_N, slots_N + cache.num_values]) if is_dual else slots_N
+        self.positions_R = torch.cat([lengths_N, lengths_N]) if is_dual else lengths_N
+
+    def seen(self, slots, first):
+        """(N K, L, D) of slots first, first + 1, ..., a view."""
+        return slots[first : first + self.num_rows, :, : self.length].flatten(0, 1)
+
+
+class Step:
+    """Append a token to each slot: what the library's forward of (N, 1) tokens computes."""
+
+    def __init__(self, model, windows):
+        inner, config = model.model, model.config
+        self.table, self.rotary, self.windows = inner.embed_tokens, inner.rotary_emb, windows
+        kinds = getattr(config, "layer_types", None) or [next(iter(windows))] * len(inner.layers)
+        self.layers = [Layer(layer, kind) for layer, kind in zip(inner.layers, kinds, strict=True)]
+        self.norm, self.is_dual = Norm(inner.norm), self.layers[0].qkv.is_dual
+        is_tied = model.lm_head.weight is inner.embed_tokens.weight
+        self.head = Product(model.lm_head, is_table=is_tied)
+
+    def __call__(self, tokens_N, lengths_N, longest, cache):
+        """Logits (N, V) that follow, or a Dual of them; see models.CachedModel.step."""
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            x_RI = self.embed(tokens_N)
+            cos, sin = (angle.squeeze(0)[:, None] for angle in self.rotary(x_RI, lengths_N[None]))
+            masks = {
+                kind: self.mask(lengths_N, longest, window, x_RI) for kind, window in self.windows.items()
+            }
+            place = Place(cache, lengths_N, longest, masks, self.is_dual)
+            angles = [torch.cat([a, a]) for a in (cos, sin)] if self.is_dual else [cos, sin]
+            for layer in self.layers:
+                x_RI = layer(x_RI, angles, place)
+            logits_RV = self.head(self.norm(x_RI))
+            return logits_RV.as_subclass(dual.Dual) if self.is_dual else logits_RV
+
+    def embed(self, tokens_N):
+        if self.is_dual:
+            twice = torch.cat([tokens_N, tokens_N])
+            return dual.embed(functional.embedding, twice, self.table.weight).as_subclass(torch.Tensor)
+        return functional.embedding(tokens_N, self.table.weight)
+
+    def mask(self, lengths_N, longest, window, like):
+        """(N K, G, L) to add to the scores."""
+        positions_L = torch.arange(longest + 1, device=like.device)
+        distance_NL = lengths_N[:, None] - positions_L
+        seen_NL = distance_NL >= 0 if window is None else (distance_NL >= 0) & (distance_NL < window)
+        mask_NL = torch.zeros_like(distance_NL, dtype=like.dtype)
+        mask_NL.masked_fill_(~seen_NL, torch.finfo(like.dtype).min)
+        layer = self.layers[0]
+        num_groups = layer.num_heads // layer.num_keys
+        return mask_NL[:, None, None].expand(-1, layer.num_keys, num_groups, -1).flatten(0, 1)
