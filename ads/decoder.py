@@ -214,16 +214,19 @@ def attend_dual(queries_RHD, keys, values, place, mask_NKGL, scaling):
     k, dk = place.seen(keys, 0), place.seen(keys, place.cache.num_values)
     v, dv = place.seen(values, 0), place.seen(values, place.cache.num_values)
     size = num_heads * num_rows // 2 // len(k)
-    queries = queries_RHD.reshape(2, len(k), size, width)
-    scores = torch.baddbmm(mask_NKGL, queries[0], k.mT, alpha=scaling)
-    changes = torch.bmm(queries[1], k.mT)
-    changes = torch.baddbmm(changes, queries[0], dk.mT).float()
-    probs = torch.softmax(scores, -1, dtype=torch.float32)
-    changes.mul_(probs)
-    sums = changes.sum(-1, keepdim=True).mul_(scaling)
-    both = torch.cat([probs, changes.mul_(scaling)], dim=1).to(v.dtype)
+    # queries above their derivatives, so that keys and values are read once
+    grouped = queries_RHD.unflatten(1, (-1, size)).unflatten(0, (2, -1)).permute(1, 2, 0, 3, 4)
+    queries = torch.mul(grouped, scaling, out=k.new_empty(grouped.shape)).view(len(k), 2 * size, width)
+    scores, changes = torch.baddbmm(mask_NKGL, queries, k.mT).float().split(size, dim=1)
+    changes = torch.bmm(queries[:, :size], dk.mT).add_(changes)
+    both = scores.new_empty(len(k), 2 * size, scores.shape[-1])
+    probs, d_probs = both.split(size, dim=1)
+    torch.softmax(scores, -1, out=probs)
+    torch.mul(probs, changes, out=d_probs)
+    sums, both = d_probs.sum(-1, keepdim=True), both.to(v.dtype)
     output = torch.bmm(both, v)
-    change = torch.baddbmm(output[:, size:], both[:, :size], dv).addcmul_(output[:, :size], sums, value=-1)
+    change = torch.bmm(both[:, :size], dv).add_(output[:, size:])
+    change.addcmul_(output[:, :size], sums, value=-1)
     return torch.cat([output[:, :size], change]).view(num_rows, num_heads * width)
 
 
@@ -275,7 +278,7 @@ class Step:
         return functional.embedding(tokens_N, self.table.weight)
 
     def mask(self, lengths_N, longest, window, like):
-        """(N K, G, L) to add to the scores."""
+        """(N K, G, L) to add to the scores; in dual numbers with G rows of 0 for the derivatives."""
         positions_L = torch.arange(longest + 1, device=like.device)
         distance_NL = lengths_N[:, None] - positions_L
         seen_NL = distance_NL >= 0 if window is None else (distance_NL >= 0) & (distance_NL < window)
@@ -283,4 +286,5 @@ class Step:
         mask_NL.masked_fill_(~seen_NL, torch.finfo(like.dtype).min)
         layer = self.layers[0]
         num_groups = layer.num_heads // layer.num_keys
-        return mask_NL[:, None, None].expand(-1, layer.num_keys, num_groups, -1).flatten(0, 1)
+        mask_NKGL = mask_NL[:, None, None].expand(-1, layer.num_keys, num_groups, -1).flatten(0, 1)
+        return functional.pad(mask_NKGL, (0, 0, 0, num_groups)) if self.is_dual else mask_NKGL
