@@ -84,8 +84,7 @@ class Product:
         if is_table:  # tied: one matrix of its own already, whose rows are read
             base = weights[0].extended if self.left_RO is not None else rows[0]
         else:
-            base = torch.cat(rows)
-            base = base.T.contiguous().T if base.device.type == "cpu" else base
+            base = dual.lay_out(torch.cat(rows))
             repoint(layers, base, self.g_OI)
         self.base_PI = base
         self.bias = None if biases[0] is None else self.join(biases)
