@@ -41,10 +41,12 @@ def is_layer(layer):
         return False
     attention, mlp = dict(layer.self_attn.named_children()), dict(layer.mlp.named_children())
     norms = [attention[name] for name in attention.keys() - ATTENTION]
-    products = [attention.get(name) for name in ATTENTION] + [mlp[name] for name in MLP - {"act_fn"}]
+    fused = [[attention.get(n) for n in ("q_proj", "k_proj", "v_proj")], [mlp["gate_proj"], mlp["up_proj"]]]
+    products = [*fused[0], *fused[1], attention.get("o_proj"), mlp["down_proj"]]
     return (
         attention.keys() - ATTENTION in (set(), {"q_norm", "k_norm"})
         and all(type(product) is torch.nn.Linear for product in products)
+        and all(len({product.bias is None for product in group}) == 1 for group in fused)
         and all(map(is_norm, [*norms, layer.input_layernorm, layer.post_attention_layernorm]))
         and all(hasattr(layer.self_attn, name) for name in ("layer_idx", "scaling", "head_dim"))
     )
@@ -93,9 +95,8 @@ class Product:
         """(O,), or (2, 1, O) in dual numbers."""
         if not self.is_dual:
             return torch.cat([b.detach() for b in biases])
-        return torch.stack([torch.cat(part) for part in zip(*map(dual.pair_of, biases), strict=True)])[
-            :, None
-        ]
+        values_and_tangents = zip(*map(dual.pair_of, biases), strict=True)
+        return torch.stack([torch.cat(part) for part in values_and_tangents])[:, None]
 
     def __call__(self, x_RI):
         if not self.is_dual:
