@@ -202,9 +202,14 @@ def dual_gate(gate_RO, up_RO):
 def attend_plain(queries_NHD, keys, values, place, mask_NKGL, scaling):
     num_rows, num_heads, width = queries_NHD.shape
     keys, values = place.seen(keys, 0), place.seen(values, 0)
+    if values.dtype != torch.float32:  # a fused kernel keeps scores in float32
+        seen = [x.unflatten(0, (num_rows, -1)) for x in (keys, values)]
+        mask, queries = mask_NKGL.view(num_rows, num_heads, 1, -1), queries_NHD[:, :, None]
+        return functional.scaled_dot_product_attention(
+            queries, *seen, attn_mask=mask, scale=scaling, enable_gqa=True
+        ).view(num_rows, num_heads * width)
     queries = queries_NHD.reshape(len(keys), -1, width)
-    scores = torch.baddbmm(mask_NKGL, queries, keys.mT, alpha=scaling)
-    probs = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+    probs = torch.softmax(torch.baddbmm(mask_NKGL, queries, keys.mT, alpha=scaling), -1)
     return torch.bmm(probs, values).view(num_rows, num_heads * width)
 
 
