@@ -207,7 +207,7 @@ def attend_plain(queries_NHD, keys, values, place, mask_NKGL, scaling):
         mask, queries = mask_NKGL.view(num_rows, num_heads, 1, -1), queries_NHD[:, :, None]
         return functional.scaled_dot_product_attention(
             queries, *seen, attn_mask=mask, scale=scaling, enable_gqa=True
-        ).view(num_rows, num_heads * width)
+        ).reshape(num_rows, num_heads * width)
     queries = queries_NHD.reshape(len(keys), -1, width)
     probs = torch.softmax(torch.baddbmm(mask_NKGL, queries, keys.mT, alpha=scaling), -1)
     return torch.bmm(probs, values).view(num_rows, num_heads * width)
