@@ -68,8 +68,8 @@ def exact(model, read_gradient, sequences):
     dual_model = dual.DualModel(model, read_gradient)
     pairs = [dual.halves(logits_at(dual_model, s).as_subclass(torch.Tensor)) for s in sequences]
     logits_PV, tangents_PV = (torch.cat(parts).float() for parts in zip(*pairs, strict=True))
-    log_probs_PV, delta_PV = dual.log_probs(logits_PV, tangents_PV)
-    return delta_PV, log_probs_PV
+    log_probs_PV = torch.log_softmax(logits_PV, -1)
+    return dual.log_probs_change(log_probs_PV.exp(), tangents_PV), log_probs_PV
 
 
 @torch.no_grad()

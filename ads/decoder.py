@@ -86,7 +86,7 @@ class Product:
         if is_table:  # tied: one matrix of its own already, whose rows are read
             base = weights[0].extended if self.left_RO is not None else rows[0]
         else:
-            base = dual.lay_out(torch.cat(rows))
+            base = dual.stack_rows(rows)
             repoint(layers, base, self.g_OI)
         self.base_PI = base
         self.bias = None if biases[0] is None else self.join(biases)
@@ -101,10 +101,10 @@ class Product:
     def __call__(self, x_RI):
         if not self.is_dual:
             return functional.linear(x_RI, self.base_PI, self.bias)
-        num_rows, y = len(x_RI) // 2, functional.linear(x_RI, self.base_PI)
-        if self.left_RO is not None:
-            thin, y = y[:num_rows, self.num_outputs :], y[:, : self.num_outputs]
-            y[num_rows:].addmm_(thin, self.left_RO)
+        num_rows, y = x_RI.shape[0] // 2, functional.linear(x_RI, self.base_PI)
+        if self.left_RO is not None:  # one product has given W x, W dx and right x
+            y, thin = y.split((self.num_outputs, self.left_RO.shape[0]), dim=1)
+            y.narrow(0, num_rows, num_rows).addmm_(thin.narrow(0, 0, num_rows), self.left_RO)
         else:
             y[num_rows:].addmm_(x_RI[:num_rows], self.g_OI.T)
         if self.bias is not None:
@@ -157,10 +157,10 @@ class Layer:
         self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
 
     def __call__(self, x_RI, angles, place):
-        x_RI = x_RI + self.output(self.attend(self.norms[0](x_RI), angles, place))
+        x_RI = self.output(self.attend(self.norms[0](x_RI), angles, place)).add_(x_RI)
         gate, up = self.gate_up(self.norms[1](x_RI)).chunk(2, dim=1)
         product = dual_gate(gate, up) if self.qkv.is_dual else functional.silu(gate) * up
-        return x_RI + self.down(product)
+        return self.down(product).add_(x_RI)
 
     def attend(self, x_RI, angles, place):
         num_turned = self.num_heads + self.num_keys

@@ -72,7 +72,7 @@ class ExactDerivative:
         check_length(sum(gradient.square_norm(read_gradient(name)) for name in names))
         model = dual.DualModel(model, read_gradient)
         self.dual = CachedModel(model, model.make_cache)
-        self.shared_V = shared_V
+        self.shared_V, self.are_all_shared = shared_V, bool(shared_V.all())
 
     def allocate(self, num_slots, num_positions):
         self.dual.allocate(num_slots, num_positions)
@@ -87,26 +87,24 @@ class ExactDerivative:
             num_rows = max(1, CPU_PREFILL_TOKENS // max(map(len, prompts)))
         groups = [slice(first, first + num_rows) for first in range(0, len(prompts), num_rows)]
         logits = [self.dual.prefill(prompts[group], first_slot + group.start) for group in groups]
-        return torch.cat([exact_delta(logits_BR, self.shared_V) for logits_BR in logits])
+        return torch.cat([self.delta(logits_BR) for logits_BR in logits])
 
     def step(self, tokens_N, lengths_N, longest):
         """Delta (N, V) for the token that follows; see CachedModel.step."""
-        return exact_delta(self.dual.step(tokens_N, lengths_N, longest), self.shared_V)
+        return self.delta(self.dual.step(tokens_N, lengths_N, longest))
 
     def move(self, source, target, length):
         self.dual.move(source, target, length)
 
-
-def exact_delta(logits_BR, shared_V):
-    """Derivative of log-probabilities over the shared ids (nats per unit of g); 0 elsewhere (B, V).
-
-    logits_BR: a dual.Dual.
-    """
-    logits_BR, tangents_BR = logits_BR.as_subclass(torch.Tensor).chunk(2)
-    num_ids = len(shared_V)
-    shared_BV = logits_BR[:, :num_ids].float().masked_fill(~shared_V, -torch.inf)
-    _, delta_BV = dual.log_probs(shared_BV, tangents_BR[:, :num_ids].float())
-    return delta_BV.masked_fill_(~shared_V, 0.0)
+    def delta(self, logits_BR):
+        """Derivative of log-probabilities over the shared ids (nats per unit of g), of a dual.Dual; 0
+        elsewhere (B, V)."""
+        halves = dual.halves(logits_BR.as_subclass(torch.Tensor))
+        logits_BV, tangents_BV = (half[:, : len(self.shared_V)].float() for half in halves)
+        if self.are_all_shared:
+            return dual.log_probs_change(torch.softmax(logits_BV, -1), tangents_BV)
+        probs_BV = torch.softmax(logits_BV.masked_fill(~self.shared_V, -torch.inf), -1)
+        return dual.log_probs_change(probs_BV, tangents_BV).masked_fill_(~self.shared_V, 0.0)
 
 
 @torch.no_grad()
