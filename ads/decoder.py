@@ -223,16 +223,8 @@ def attend_dual(queries_RHD, keys, values, place, mask_NKGL, scaling):
     grouped = queries_RHD.unflatten(1, (-1, size)).unflatten(0, (2, -1)).permute(1, 2, 0, 3, 4)
     queries = torch.mul(grouped, scaling, out=k.new_empty(grouped.shape)).view(len(k), 2 * size, width)
     scores, changes = torch.baddbmm(mask_NKGL, queries, k.mT).float().split(size, dim=1)
-    changes = torch.bmm(queries[:, :size], dk.mT).add_(changes)
-    both = scores.new_empty(len(k), 2 * size, scores.shape[-1])
-    probs, d_probs = both.split(size, dim=1)
-    torch.softmax(scores, -1, out=probs)
-    torch.mul(probs, changes, out=d_probs)
-    sums, both = d_probs.sum(-1, keepdim=True), both.to(v.dtype)
-    output = torch.bmm(both, v)
-    change = torch.bmm(both[:, :size], dv).add_(output[:, size:])
-    change.addcmul_(output[:, :size], sums, value=-1)
-    return torch.cat([output[:, :size], change]).view(num_rows, num_heads * width)
+    changes = torch.bmm(queries[:, :size], dk.mT).float().add_(changes)
+    return torch.cat(dual.weigh(scores, changes, v, dv)).view(num_rows, num_heads * width)
 
 
 class Place:

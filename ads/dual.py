@@ -563,22 +563,30 @@ def attend(query, k, dk, v, dv, mask, scaling, softcap):
     grouped = query.unflatten(1, (num_keys, num_groups)).unflatten(0, (2, -1)).permute(1, 2, 0, 3, 4, 5)
     queries = torch.mul(grouped, scaling or width**-0.5, out=queries).view(len(k), 2 * size, width)
     scores, d_scores = torch.bmm(queries, k.mT).float().split(size, dim=1)
-    d_scores = torch.bmm(queries[:, :size], dk.mT).add_(d_scores)  # baddbmm_ into a slice is slow
+    d_scores = torch.bmm(queries[:, :size], dk.mT).float().add_(d_scores)  # baddbmm_ into a slice is slow
     if softcap is not None:
         capped = torch.tanh(scores / softcap)
         scores, d_scores = softcap * capped, d_scores * (1 - capped**2)
     masked = scores.reshape(num_rows, num_keys, num_groups, num_tokens, -1) + mask[:num_rows, :, None]
-    both = masked.new_empty(len(k), 2 * size, masked.shape[-1])
+    parts = weigh(masked.view(d_scores.shape), d_scores, v, dv)
+    output = torch.stack(parts).view(2, num_rows, num_keys, num_groups, num_tokens, width)
+    return output.permute(0, 1, 4, 2, 3, 5).reshape(2 * num_rows, num_tokens, num_heads, width)
+
+
+def weigh(scores, d_scores, v, dv):
+    """softmax(scores) v and its derivative, (P, S, D) each, of float32 scores (P, S, L) and v (P, L, D).
+
+    d(P v) = P dv + (P dS) v - sum(P dS) P v, for probabilities P of scores S.
+    """
+    size = scores.shape[1]
+    both = scores.new_empty(len(scores), 2 * size, scores.shape[2])
     probs, changes = both.split(size, dim=1)
-    torch.softmax(masked.view(probs.shape), dim=-1, out=probs)
+    torch.softmax(scores, -1, out=probs)
     torch.mul(probs, d_scores, out=changes)
-    sums = changes.sum(-1, keepdim=True)
-    both = both.to(v.dtype)
-    # dP v = (P dS) v - sum(P dS) (P v)
-    output = torch.bmm(both, v)
-    output[:, size:] += torch.bmm(both[:, :size], dv).addcmul_(output[:, :size], sums, value=-1)
-    output = output.view(*shape, width).permute(2, 0, 4, 1, 3, 5)  # (2, B, T, K, G, D)
-    return output.reshape(2 * num_rows, num_tokens, num_heads, width)
+    sums, both = changes.sum(-1, keepdim=True), both.to(v.dtype)
+    value, change = torch.bmm(both, v).split(size, dim=1)
+    change = torch.bmm(both[:, :size], dv).add_(change)
+    return value, change.addcmul_(value, sums, value=-1)
 
 
 def check_covered(attention_mask, others):
