@@ -16,7 +16,7 @@ from ads import dual, gradient, sampling
 from ads.config import LEAST_COSINE
 from ads.models import CachedModel
 
-CPU_PREFILL_TOKENS = 256  # of a proxy in dual numbers at a time; more are no faster there
+CPU_PREFILL_TOKENS = 256  # of a proxy in dual numbers at a time
 
 
 @dataclass(frozen=True)
