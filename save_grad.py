@@ -80,6 +80,7 @@ def accumulate(cfg, model, sequences, world):
     loss, half = 0.0, None
     for first in range(step):
         if first:
+            gradient.finite_norms(model)  # no factors of what is not finite
             half = gradient.compress(model, cfg.grad_rank or 16, cfg.seed, is_share=True)
         mine = sequences[first::step][world.rank :: world.size]  # the same halves for any number of processes
         loss += gradient.add_gradient_(model, mine, len(sequences), cfg.batch_size, progress_bar)

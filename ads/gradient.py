@@ -179,6 +179,14 @@ def random_tensor(read_gradient, seed, name):
 
 def norms(model):
     """{parameter name: Euclidean norm of its gradient}; ValueError if any is not finite or all are zero."""
+    found = finite_norms(model)
+    if not any(found.values()):
+        raise ValueError("the gradient is zero: no response token of the holdout traces reached the loss")
+    return found
+
+
+def finite_norms(model):
+    """As `norms`, where the gradient may be zero, such as that of a process that had no sequences."""
     found = {
         name: 0.0 if p.grad is None else p.grad.norm(dtype=torch.float64).item()
         for name, p in model.named_parameters()
@@ -188,8 +196,6 @@ def norms(model):
         raise ValueError(
             f"the gradient of {bad[0]} (and {len(bad) - 1} more) is not finite: check the proxy's weights"
         )
-    if not any(found.values()):
-        raise ValueError("the gradient is zero: no response token of the holdout traces reached the loss")
     return found
 
 

@@ -205,7 +205,8 @@ def test_a_finished_experiment_as_a_user_runs_it(tmp_path):
     assert max(len(line) for line in lines[1:7]) <= 140
     undistilled = next(line for line in lines if line.startswith("undistilled"))
     assert "forced .310 [.284, .337], raw .250 [.226, .275], few_shot 4, n 1200" in undistilled
-    assert "gradient of owner/proxy-1B: n 2242, loss .412 nats/token, ||g|| 7.412" in lines
+    gradient = next(line for line in lines if line.startswith("gradient of"))
+    assert gradient.startswith("gradient of owner/proxy-1B: n 2242, loss .412 nats/token, ||g|| 7.412; corr")
     assert "WARNING" not in output
     path = exp_dir / "report" / "report.md"
     assert lines[-3] == f"report: {path}"
