@@ -113,8 +113,8 @@ def diagnose(cfg, model, compressed, half, sequences, seconds):
     chosen = utils.take_subset(sequences, cfg.num_diagnosed, cfg.seed)
     try:
         found = agreement.diagnose(cfg, model.eval(), compressed, half, chosen)
-    except ValueError as error:  # an architecture that only the central difference covers
-        print0(f"WARNING: no diagnostics: {error}")
+    except (ValueError, RuntimeError) as error:  # not covered, too little memory: g is worth keeping
+        print0(f"WARNING: no diagnostics: {' '.join(str(error).split())[:300]}")
         return None
     seconds["diagnostics"] = time.time() - start
     print0(*delta_table.table(found, cfg.eps), sep="\n")

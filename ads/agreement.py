@@ -26,11 +26,14 @@ def diagnose(cfg, model, compressed, half, sequences):
 
     model: float32, its parameters' .grad being g; compressed: what the gradient file holds; half: that of
     half the sequences, or None. sequences: the gradient.Sequence list to look at; cfg: the GradConfig.
+    Raises ValueError where there is nothing to compare.
     """
     device = model.get_input_embeddings().weight.device
     dtype = resolve_dtype(cfg.proxy_dtype, device)
     full = {name: gradient.dense(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     truth_PV, log_probs_PV = exact(twin(model), full.__getitem__, sequences)
+    if not likely(log_probs_PV)[1].any():
+        raise ValueError(f"nowhere in {len(truth_PV)} positions have three tokens p > {LEAST_PROBABILITY:g}")
     compare = functools.partial(agreement, truth_PV=truth_PV, log_probs_PV=log_probs_PV)
     found = {
         "num_positions": len(truth_PV),

@@ -395,6 +395,16 @@ def test_diagnostics_rank_the_ways_to_delta(diagnosed):
     assert found["split_half"]["relative_error"] == pytest.approx(2 / 3, abs=1e-3)  # 0.25 against 0.75
 
 
+def test_nothing_to_compare_is_said(tmp_path):
+    """Where a proxy is sure of one token everywhere, or knows of none."""
+    model = tiny_model("qwen2", seed=3, spread=0.1)
+    gradient.add_gradient_(model, sequences(3), 3, 3)
+    with torch.no_grad():
+        model.model.norm.weight *= 1e4
+    with pytest.raises(ValueError, match="nowhere in .* positions have three tokens"):
+        agreement.diagnose(GradConfig(proxy_student="p"), model, {}, None, sequences(3))
+
+
 def test_diagnosed_spread_is_that_of_the_exact_delta(diagnosed):
     found, model, rows = diagnosed
     model.set_attn_implementation("eager")
