@@ -60,8 +60,6 @@ def generate_traces(cfg, inputs, world):
     vocabulary = check_vocabulary(cfg, tokenizer) if cfg.lam or cfg.one_step else None
     models, notes = load_models(cfg, tokenizer, vocabulary, world)
     rows, speed = sample_traces(cfg, models, tokenizer, problems, prompts, world)
-    if cfg.answer_force:
-        rows = force_answers(cfg, models, tokenizer, problems, prompts, rows, world)
     rows = assemble(cfg, problems, prompts, rows)
     if world.is_main and cfg.lam and cfg.num_contrasts:
         save_contrasts(cfg, models, tokenizer, rows[: cfg.num_contrasts])
@@ -214,15 +212,30 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     requests = [Request(i, ids, cfg.max_length - len(ids)) for i, ids in prompts.items()]
     solutions = {p["id"]: p["solution"] for p in problems}
     print0("first prompt:", tokenizer.decode(requests[0].prompt_ids), sep="\n")
-    rule = sampling_rule(cfg)
-    to_row = functools.partial(trace_row, tokenizer=tokenizer, eos=models.eos, solutions=solutions)
+    forcing = make_forcing(tokenizer, models.eos) if cfg.answer_force else None
+    to_row = functools.partial(
+        trace_row, cfg=cfg, tokenizer=tokenizer, models=models, prompts=prompts, solutions=solutions
+    )
     start = time.time()
-    num_tokens = decode_to_parts(cfg, "traces", models, rule, requests, to_row, world)
-    num_tokens = world.sum(num_tokens)  # waits for all processes
+    num_tokens = world.sum(decode_to_parts(cfg, models, forcing, requests, to_row, world))  # waits for all
     seconds = time.time() - start
     rows = store.read_parts(cfg.parts_dir / "traces")
     print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
     return rows, {"tokens_per_second": round(num_tokens / seconds, 1) if num_tokens else None}
+
+
+def make_forcing(tokenizer, eos):
+    """How the model is made to state its answer after a response."""
+    from ads.engine import Forcing
+
+    most = len(chat.encode(tokenizer, chat.THINK_END + chat.FORCE_TEXT))
+    most = max(most, len(chat.encode(tokenizer, chat.FORCE_TEXT)))
+    ids_of = functools.partial(force_ids, tokenizer=tokenizer, eos=eos)
+    return Forcing(ids_of, most, chat.NUM_FORCED_TOKENS)
+
+
+def force_ids(request, response_ids, tokenizer, eos):
+    return chat.force_ids(tokenizer, request.prompt_ids, response_ids, eos)
 
 
 def sampling_rule(cfg):
@@ -233,11 +246,12 @@ def sampling_rule(cfg):
     return Sampling(cfg.tau, cfg.lam, cfg.top_k, cfg.top_p, is_permuted)
 
 
-def trace_row(completion, tokenizer, eos, solutions):
-    """What a finished response adds to its problem."""
-    trace = chat.response_text(tokenizer, completion.ids, eos)
-    grade = grading.grade(trace, solutions[completion.id])
-    return {
+def trace_row(completion, cfg, tokenizer, models, prompts, solutions):
+    """What a finished response, and the answer it was made to state, add to their problem."""
+    trace = chat.response_text(tokenizer, completion.ids, models.eos)
+    solution = solutions[completion.id]
+    grade = grading.grade(trace, solution)
+    row = {
         "id": completion.id,
         "response_ids": completion.ids,
         "trace": trace,
@@ -248,61 +262,45 @@ def trace_row(completion, tokenizer, eos, solutions):
         "raw_timed_out": grade.timed_out,
         "teacher_nll": -completion.log_prob / len(completion.ids),
     }
-
-
-def force_answers(cfg, models, tokenizer, problems, prompts, rows, world):
-    """The rows with the answer the model states when made to: greedy, without Delta, after FORCE_TEXT."""
-    from ads.engine import Models, Request
-    from ads.sampling import GREEDY
-
-    forced = {
-        i: chat.forced_ids(tokenizer, ids, rows[i]["response_ids"], models.eos) for i, ids in prompts.items()
-    }
-    requests = [Request(i, ids, chat.NUM_FORCED_TOKENS) for i, ids in forced.items()]
-    solutions = {p["id"]: p["solution"] for p in problems}
-    to_row = functools.partial(
-        forced_row, tokenizer=tokenizer, eos=models.eos, forced=forced, prompts=prompts, solutions=solutions
-    )
-    plain = Models(models.teacher, None, models.allowed_V, models.eos)
-    decode_to_parts(cfg, "forced", plain, GREEDY, requests, to_row, world)
-    world.barrier()
-    answers = store.read_parts(cfg.parts_dir / "forced")
-    return {i: {**row, **answers[i]} for i, row in rows.items()}
-
-
-def forced_row(completion, tokenizer, eos, forced, prompts, solutions):
-    """The forced text and its grade."""
-    continuation = chat.response_text(tokenizer, completion.ids, eos)
-    grade = grading.grade_forced(continuation, solutions[completion.id])
-    num_prompt_tokens = len(prompts[completion.id])
-    return {
-        "id": completion.id,
-        "trace_af": tokenizer.decode(forced[completion.id][num_prompt_tokens:]) + continuation,
+    if not cfg.answer_force:
+        return row
+    given = chat.force_ids(tokenizer, prompts[completion.id], completion.ids, models.eos)
+    continuation = chat.response_text(tokenizer, completion.forced_ids, models.eos)
+    grade = grading.grade_forced(continuation, solution)
+    ids = completion.ids[: len(completion.ids) - completion.finished]
+    return row | {
+        "trace_af": tokenizer.decode(ids + given) + continuation,
         "af_answer": grade.answer,
         "is_af_correct": grade.correct,
         "af_timed_out": grade.timed_out,
     }
 
 
-def decode_to_parts(cfg, phase, models, rule, requests, to_row, world):
-    """Decode this process's requests that are in no part, a part per batch_size rows; tokens sampled."""
+def decode_to_parts(cfg, models, forcing, requests, to_row, world):
+    """Decode this process's requests that are in no part, a part per batch of rows; tokens sampled."""
     from tqdm import tqdm
 
-    from ads.engine import generate
+    from ads.engine import choose_batch_size, generate
 
-    folder = cfg.parts_dir / phase
+    folder = cfg.parts_dir / "traces"
     done = store.read_parts(folder)
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
     if len(mine) < len(requests) // world.size:
-        print0(f"{phase}: {len(done)} of {len(requests)} rows are there from an earlier run")
+        print0(f"{len(done)} of {len(requests)} rows are there from an earlier run")
+    batch_size = cfg.batch_size
+    if batch_size == "auto":
+        batch_size = choose_batch_size(models, requests, forcing, world.size)
+        print0(f"batch_size: {batch_size} rows at once, by free memory")
     rows, num_tokens, start = [], 0, time.time()
-    with tqdm(total=len(mine), desc=phase, unit="row", disable=not world.is_main, mininterval=2) as progress:
-        for completion in generate(models, rule, cfg.seed, mine, cfg.batch_size):
+    with tqdm(
+        total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2
+    ) as progress:
+        for completion in generate(models, sampling_rule(cfg), cfg.seed, mine, batch_size, forcing):
             rows.append(to_row(completion))
             num_tokens += len(completion.ids)
             progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
             progress.update()
-            if len(rows) == cfg.batch_size:
+            if len(rows) == batch_size:
                 store.write_part(folder, world.rank, rows)
                 rows = []
     if rows:
@@ -327,7 +325,8 @@ def save_contrasts(cfg, models, tokenizer, rows):
     from ads import diagnostics
 
     room = [{**row, "max_new_tokens": cfg.max_length - len(row["prompt_ids"])} for row in rows]
-    rule, num_slots = sampling_rule(cfg), min(cfg.batch_size, len(rows))
+    rule = sampling_rule(cfg)
+    num_slots = len(rows) if cfg.batch_size == "auto" else min(cfg.batch_size, len(rows))
     problems = diagnostics.contrasts(models, rule, cfg.seed, tokenizer, room, is_correct, num_slots)
     store.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
 

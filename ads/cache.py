@@ -7,7 +7,8 @@ A slot is one row of the batch. Active slots are always 0..n-1, so that reading 
     slot 1 (active)          [ prompt | resp | next> |              ]
     slot 2 (released)        [                                      ]
 
-Shapes: B rows given, T tokens given, S positions allocated, L positions read, H heads, D head width.
+Shapes: B rows given, T tokens given, N rows read, S positions allocated, L positions read, H heads, D head
+width.
 """
 
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ class Placement:
     columns: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
-    # (N, L) to attend to after writing; None: attend to the tokens given (prefill)
-    read: tuple[int, int] | None
+    # (first slot, N, L) to attend to after writing; None: attend to the tokens given (a prompt's first chunk)
+    read: tuple[int, int, int] | None
 
 
 class SlotCache(Cache):
@@ -48,12 +49,19 @@ class SlotCache(Cache):
         values[place.slots, :, place.positions] = values_BHTD[place.rows, :, place.columns]
         if place.read is None:
             return keys_BHTD, values_BHTD
-        n, length = place.read
-        return keys[:n, :, :length], values[:n, :, :length]
+        first, num_rows, length = place.read
+        slots = slice(first, first + num_rows)
+        return keys[slots, :, :length], values[slots, :, :length]
 
     def allocate(self, like_BHTD):
         _, num_heads, _, head_width = like_BHTD.shape
         return like_BHTD.new_zeros(self.num_slots, num_heads, self.num_positions, head_width)
+
+    @property
+    def bytes_per_position(self):
+        """What a position of a slot takes in all layers."""
+        tensors = [*self.keys.values(), *self.values.values()]
+        return sum(t.nbytes for t in tensors) // max(1, self.num_slots * self.num_positions)
 
     def move(self, source, target, length):
         for tensors in (self.keys, self.values):
@@ -61,4 +69,4 @@ class SlotCache(Cache):
                 tensor[target, :, :length] = tensor[source, :, :length]
 
     def get_seq_length(self, layer_idx=0):
-        return 0 if self.placement is None or self.placement.read is None else self.placement.read[1] - 1
+        return 0 if self.placement is None or self.placement.read is None else self.placement.read[2] - 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 SYSTEM_PROMPT = "You are a helpful assistant. Reason step by step and put your final answer within \\boxed{}."
 FORCE_TEXT = "\n\n**Final Answer**\n\\[\\boxed{"
+THINK_END = "\n</think>"
 NUM_FORCED_TOKENS = 32
 # The Llama-3 template prints today's date unless it is given one: prompts may not depend on the day.
 DATE_STRING = "26 Jul 2024"
@@ -111,8 +112,8 @@ def token_texts(tokenizer, ids):
     return texts
 
 
-def forced_ids(tokenizer, ids, response_ids, eos):
-    """Prompt + response + the text that makes a model state its answer, as token ids.
+def force_ids(tokenizer, ids, response_ids, eos):
+    """What follows prompt and response (less its eos) to make the model state its answer, as token ids.
 
     A think block that the prompt or the response opened and nobody closed is closed first.
     """
@@ -122,7 +123,7 @@ def forced_ids(tokenizer, ids, response_ids, eos):
     response = tokenizer.decode(response_ids, skip_special_tokens=False)
     text = ("<think>" if prompt.endswith("<think>") else "") + response
     is_thinking = text.rfind("<think>") > text.rfind("</think>")
-    return ids + response_ids + encode(tokenizer, ("\n</think>" if is_thinking else "") + FORCE_TEXT)
+    return encode(tokenizer, (THINK_END if is_thinking else "") + FORCE_TEXT)
 
 
 def student_example(tokenizer, problem, trace, finished):

@@ -19,6 +19,7 @@ ARMS = ("ads", "random", "permuted", "temperature")  # of search.py
 # A finished stage and a new request for it may differ in these keys: they concern speed alone, or name a
 # place whose contents are compared by fingerprint.
 NOT_COMPARED = {"compare": False}
+AutoInt = typing.NewType("AutoInt", object)  # an int or "auto"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class GenConfig:
     answer_force: bool = True
     few_shot: int = 0
     few_shot_traces: str | None = field(default=None, metadata=NOT_COMPARED)
-    batch_size: int = field(default=64, metadata=NOT_COMPARED)
+    batch_size: AutoInt = field(default=64, metadata=NOT_COMPARED)
     seed: int = 42
 
     @property
@@ -100,7 +101,8 @@ class GenConfig:
         check_at_least("eps", self.eps, 0)
         check_at_least("top_k", self.top_k, 0)
         check_at_least("few_shot", self.few_shot, 0)
-        check_at_least("batch_size", self.batch_size, 1)
+        if self.batch_size != "auto":
+            check_at_least("batch_size", self.batch_size, 1)
         check_at_least("max_prompt_length", self.max_prompt_length, 1)
         check_at_least("max_length", self.max_length, 2)
         check_optional_at_least("max_samples", self.max_samples, 1)
@@ -418,6 +420,10 @@ def parse_int(value):
     return int(value)
 
 
+def parse_auto_int(value):
+    return value if value == "auto" else parse_int(value)
+
+
 def parse_float(value):
     if isinstance(value, bool) or float(value) != float(value) or abs(float(value)) == float("inf"):
         raise ValueError(value)
@@ -430,10 +436,11 @@ def parse_str(value):
     return value
 
 
-PARSERS = {bool: parse_bool, int: parse_int, float: parse_float, str: parse_str}
+PARSERS = {bool: parse_bool, int: parse_int, AutoInt: parse_auto_int, float: parse_float, str: parse_str}
 DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
+    AutoInt: "a whole number or auto",
     float: "a finite number",
     str: "text (quote it in YAML)",
 }

@@ -497,6 +497,10 @@ class DualCache(SlotCache):
         super().__init__(2 * num_slots, num_positions)
         self.num_values, self.gives_pairs = num_slots, gives_pairs
 
+    @property
+    def bytes_per_position(self):
+        return 2 * super().bytes_per_position
+
     def double_placement(self, num_rows):
         """Place what a batch of num_rows rows of values, and of derivatives, will give to `update`."""
         place = self.placement
@@ -516,8 +520,9 @@ class DualCache(SlotCache):
             return self.seen(self.keys[layer_idx]), self.seen(self.values[layer_idx])
 
     def seen(self, slots):
-        num_rows, length = self.placement.read
-        halves_BKLD = [slots[first : first + num_rows, :, :length] for first in (0, self.num_values)]
+        first, num_rows, length = self.placement.read
+        starts = (first, first + self.num_values)
+        halves_BKLD = [slots[start : start + num_rows, :, :length] for start in starts]
         if self.gives_pairs:
             return tuple(half.flatten(0, 1) for half in halves_BKLD)
         return torch.cat(halves_BKLD).as_subclass(Dual)

@@ -5,15 +5,20 @@ of a row.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from ads import sampling
-from ads.models import CachedModel
+from ads.models import CachedModel, free_bytes
 from ads.proxy import CentralDifference, ExactDerivative
 
-PREFILL_TOKENS = 16384  # prompts are prefilled in groups of at most this many tokens (padding included)
+REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
+# batch_size: auto. More rows than these make a step longer without more tokens per second.
+MOST_SLOTS = {"cpu": 64, "cuda": 512}
+SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts and for what others take
+BYTES_PER_LOGIT = 64  # log-probabilities, Delta, scores and CDF of a row, per id of the vocabulary
 GOING_ON, ENDED, BAD_TEACHER, BAD_PROXY = range(4)
 
 
@@ -27,14 +32,47 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Forcing:
+    """What follows each response in its slot: given ids, then greedy ones without Delta.
+
+    ids_of(request, response ids) gives at most max_ids ids, which take the place of an eos that ended the
+    response.
+    """
+
+    ids_of: Callable[[Request, list[int]], list[int]]
+    max_ids: int
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
 class Completion:
     """What was sampled: ids (the ending eos included), whether an eos ended it, and the sum over ids of
-    log p_T (nats) under the unadjusted teacher at temperature 1."""
+    log p_T (nats) under the unadjusted teacher at temperature 1; with Forcing, the greedy ids after it."""
 
     id: str
     ids: list[int]
     finished: bool
     log_prob: float
+    forced_ids: list[int] | None = None
+
+
+@dataclass
+class Row:
+    """What the host knows of an active slot: num_new ids are in its buffer, of which there may be `limit`.
+
+    response: the Completion so far, once the row is in its forced part; num_given: where that was given to.
+    """
+
+    request: Request
+    limit: int
+    num_new: int = 0
+    response: Completion | None = None
+    num_given: int = 0
+
+    @property
+    def num_cached(self):
+        """Positions in the KV caches: the newest token is not there yet."""
+        return len(self.request.prompt_ids) + self.num_new - 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +96,17 @@ class Models:
             self.proxy.move(source, target, length)
 
 
-def generate(models, rule, seed, requests, batch_size):
+def choose_batch_size(models, requests, forcing=None, num_processes=1):
+    """As many slots as the device's free memory holds, on a CPU shared by processes; see MOST_SLOTS."""
+    device = models.allowed_V.device
+    row_bytes = BYTES_PER_LOGIT * len(models.allowed_V)
+    for model in filter(None, (models.teacher, models.proxy)):
+        row_bytes += num_positions(requests, forcing) * model.bytes_per_position
+    room = SHARE_OF_FREE_MEMORY * free_bytes(device) / (num_processes if device.type == "cpu" else 1)
+    return max(1, min(MOST_SLOTS[device.type], int(room / row_bytes)))
+
+
+def generate(models, rule, seed, requests, batch_size, forcing=None):
     """Yield a Completion per request, in the order they end. Completions do not depend on batch_size.
 
     Out of memory halves the batch, says so and goes on; with one row it is an error. Raises ValueError naming
@@ -66,10 +114,10 @@ def generate(models, rule, seed, requests, batch_size):
     """
     waiting = {request.id: request for request in requests}
     assert len(waiting) == len(requests), "request ids must differ"
-    num_positions = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
     while waiting:
         try:
-            decoder = Decoder(models, rule, seed, min(batch_size, len(waiting)), num_positions)
+            num_slots = min(batch_size, len(waiting))
+            decoder = Decoder(models, rule, seed, num_slots, num_positions(requests, forcing), forcing)
             for completion in decoder.run(list(waiting.values())):
                 del waiting[completion.id]
                 yield completion
@@ -85,105 +133,125 @@ def generate(models, rule, seed, requests, batch_size):
             print(f"out of memory: going on with batch_size={batch_size}", flush=True)
 
 
+def num_positions(requests, forcing):
+    """Tokens that the longest row may come to."""
+    longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
+    return longest + (forcing.max_ids + forcing.max_new_tokens if forcing else 0)
+
+
 class Decoder:
     """The slots of one batch: token buffers and lengths, with the models' KV caches beside them."""
 
-    def __init__(self, models, rule, seed, num_slots, num_positions):
+    def __init__(self, models, rule, seed, num_slots, num_positions, forcing=None):
         models.allocate(num_slots, num_positions)
-        self.models, self.rule, self.seed = models, rule, seed
+        self.models, self.rule, self.seed, self.forcing = models, rule, seed, forcing
         device = models.allowed_V.device
         self.is_eos_V = torch.zeros_like(models.allowed_V)
         self.is_eos_V[sorted(models.eos)] = True
-        self.requests = []  # of the active slots, in order
-        self.num_new = []  # tokens sampled so far, per active slot (steps_B, on the host)
+        self.num_slots, self.rows = num_slots, []  # Rows of the active slots, in order
         self.tokens_BM = torch.zeros(num_slots, num_positions, dtype=torch.int64, device=device)
-        self.last_B, self.keys_B, self.steps_B, self.lengths_B = torch.zeros(
-            4, num_slots, dtype=torch.int64, device=device
-        )
+        # newest token, random key, tokens in the buffer, tokens in the caches, tokens given of the buffer
+        self.state_5B = torch.zeros(5, num_slots, dtype=torch.int64, device=device)
+        self.last_B, self.keys_B, self.steps_B, self.lengths_B, self.given_B = self.state_5B
         self.log_prob_B = torch.zeros(num_slots, dtype=torch.float64, device=device)
 
     @torch.inference_mode()
     def run(self, requests):
         """Yield a Completion per request. Longest prompts go first, so like lengths prefill together."""
         queue = deque(sorted(requests, key=lambda r: (-len(r.prompt_ids), r.id)))
-        while queue or self.requests:
-            if self.requests:
+        enough = max(1, self.num_slots // REFILL_SHARE)
+        while queue or self.rows:
+            if self.rows:
                 yield from self.step()
-            while queue and len(self.requests) < len(self.lengths_B):
-                yield from self.admit(queue)
+            num_free = self.num_slots - len(self.rows)
+            if queue and (num_free >= enough or not self.rows):
+                yield from self.admit([queue.popleft() for _ in range(min(num_free, len(queue)))])
 
-    def admit(self, queue):
-        """Prefill waiting prompts into free slots and sample their first token."""
-        first = len(self.requests)
-        group = [queue.popleft()]
-        width = len(group[0].prompt_ids)
-        while (
-            queue and first + len(group) < len(self.lengths_B) and (len(group) + 1) * width <= PREFILL_TOKENS
-        ):
-            group.append(queue.popleft())
+    def admit(self, group):
+        """Prefill prompts into free slots and sample their first token."""
+        first = len(self.rows)
         prompts = [request.prompt_ids for request in group]
         logits_GR = self.models.teacher.prefill(prompts, first)
         delta_GV = self.models.proxy.prefill(prompts, first) if self.models.proxy else None
         slots = slice(first, first + len(group))
         keys = [sampling.row_key(self.seed, request.id) for request in group]
+        self.state_5B[:, slots] = 0
         self.keys_B[slots] = torch.tensor(keys, device=self.keys_B.device)
         self.lengths_B[slots] = torch.tensor([len(p) for p in prompts], device=self.keys_B.device)
-        self.steps_B[slots] = 0
         self.log_prob_B[slots] = 0
-        self.requests += group
-        self.num_new += [0] * len(group)
+        self.rows += [Row(request, request.max_new_tokens) for request in group]
         yield from self.append(logits_GR, delta_GV, slots)
 
     def step(self):
         """Run every active slot's last token through the models and sample the next."""
-        active = slice(0, len(self.requests))
-        longest = max(len(r.prompt_ids) + n - 1 for r, n in zip(self.requests, self.num_new, strict=True))
+        active = slice(0, len(self.rows))
+        longest = max(row.num_cached for row in self.rows)
         last_N, lengths_N = self.last_B[active], self.lengths_B[active]
         logits_NR = self.models.teacher.step(last_N, lengths_N, longest)
-        delta_NV = self.models.proxy.step(last_N, lengths_N, longest) if self.models.proxy else None
+        needs_delta = self.models.proxy and not all(row.response for row in self.rows)
+        delta_NV = self.models.proxy.step(last_N, lengths_N, longest) if needs_delta else None
         self.lengths_B[active] += 1
         yield from self.append(logits_NR, delta_NV, active)
 
     def append(self, logits_NR, delta_NV, slots):
         """Sample one token for each slot of a slice, record it, and yield the rows that ended."""
         log_probs_NV = sampling.log_probs(logits_NR, self.models.allowed_V)
-        tokens_N = sampling.sample(log_probs_NV, delta_NV, self.rule, self.keys_B[slots], self.steps_B[slots])
+        steps_N, given_N = self.steps_B[slots], self.given_B[slots]
+        tokens_N = sampling.sample(log_probs_NV, delta_NV, self.rule, self.keys_B[slots], steps_N)
+        is_end_N = self.is_eos_V[tokens_N]
+        if any(row.response for row in self.rows[slots]):
+            tokens_N = torch.where(given_N > 0, log_probs_NV.argmax(-1), tokens_N)
+            written_N = self.tokens_BM[slots].gather(1, steps_N[:, None]).squeeze(1)
+            tokens_N = torch.where(steps_N < given_N, written_N, tokens_N)
+            is_end_N = self.is_eos_V[tokens_N] & (steps_N >= given_N)
         index_N1 = tokens_N[:, None]
-        self.tokens_BM[slots].scatter_(1, self.steps_B[slots][:, None], index_N1)
+        self.tokens_BM[slots].scatter_(1, steps_N[:, None], index_N1)
         self.log_prob_B[slots] += log_probs_NV.gather(1, index_N1).squeeze(1).double()
         self.last_B[slots] = tokens_N
         self.steps_B[slots] += 1
-        states = row_states(log_probs_NV, delta_NV, self.is_eos_V[tokens_N]).tolist()
-        for slot in range(slots.start, slots.start + len(states)):
-            self.num_new[slot] += 1
+        for row in self.rows[slots]:
+            row.num_new += 1
+        states = row_states(log_probs_NV, delta_NV, is_end_N).tolist()
         for slot, state in reversed(list(enumerate(states, slots.start))):
+            row = self.rows[slot]
             if state in (BAD_TEACHER, BAD_PROXY):
-                raise_not_finite(self.requests[slot].id, self.num_new[slot] - 1, state)
-            if state == ENDED or self.num_new[slot] == self.requests[slot].max_new_tokens:
-                yield self.release(slot, finished=state == ENDED)
+                raise_not_finite(row.request.id, row.num_new - 1, state)
+            if state == ENDED or row.num_new == row.limit:
+                yield from self.end(slot, finished=state == ENDED)
 
-    def release(self, slot, finished):
+    def end(self, slot, finished):
+        """Yield the slot's Completion, unless its response has only now ended and a forced part follows."""
+        row = self.rows[slot]
+        ids = self.tokens_BM[slot, : row.num_new].tolist()
+        if row.response is None:
+            row.response = Completion(row.request.id, ids, finished, self.log_prob_B[slot].item())
+            if self.forcing:
+                self.force(slot, row)
+                return
+        else:
+            row.response = replace(row.response, forced_ids=ids[row.num_given :])
+        self.release(slot)
+        yield row.response
+
+    def force(self, slot, row):
+        """Give the row the ids that follow its response; those it samples after them are greedy."""
+        given = torch.tensor(self.forcing.ids_of(row.request, row.response.ids), device=self.tokens_BM.device)
+        start = row.num_new - row.response.finished
+        row.num_given = start + len(given)
+        row.limit = row.num_given + self.forcing.max_new_tokens
+        self.tokens_BM[slot, start : row.num_given] = given
+        self.given_B[slot] = row.num_given
+        self.last_B[slot] = self.tokens_BM[slot, row.num_new - 1]
+
+    def release(self, slot):
         """Take a row out; the last active slot moves into its place."""
-        ids = self.tokens_BM[slot, : self.num_new[slot]].tolist()
-        completion = Completion(self.requests[slot].id, ids, finished, self.log_prob_B[slot].item())
-        last = len(self.requests) - 1
+        last = len(self.rows) - 1
         if slot != last:
-            # the newest token is not in the cache yet
-            length = len(self.requests[last].prompt_ids) + self.num_new[last] - 1
-            self.models.move(last, slot, length)
-            for tensor in (
-                self.tokens_BM,
-                self.last_B,
-                self.keys_B,
-                self.steps_B,
-                self.lengths_B,
-                self.log_prob_B,
-            ):
-                tensor[slot] = tensor[last]
-            self.requests[slot], self.num_new[slot] = self.requests[last], self.num_new[last]
-        self.requests.pop()
-        self.num_new.pop()
-        return completion
+            self.models.move(last, slot, self.rows[last].num_cached)
+            self.state_5B[:, slot] = self.state_5B[:, last]
+            self.tokens_BM[slot], self.log_prob_B[slot] = self.tokens_BM[last], self.log_prob_B[last]
+            self.rows[slot] = self.rows[last]
+        self.rows.pop()
 
 
 def replay(models, rule, seed, requests, responses, num_slots):

@@ -1,8 +1,9 @@
 """Causal language models: loading them, and decoding with a cache of slots (see cache.py).
 
-Shapes: B rows given, N active slots, T tokens given, L positions read, V logit rows.
+Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
 """
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
@@ -11,6 +12,10 @@ from ads import decoder
 from ads.cache import Placement, SlotCache
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
+# Prompts run through a model in pieces of at most this many tokens, padding included: more would take more
+# room and, on a CPU, no less time per token.
+PREFILL_TOKENS = 16384
+CPU_PREFILL_TOKENS = 512
 
 
 def load_model(name, dtype, device, attn_implementation="auto"):
@@ -36,6 +41,14 @@ def load_model(name, dtype, device, attn_implementation="auto"):
     return model.to(device).eval()
 
 
+def free_bytes(device):
+    """Memory that can still be taken on a device; on the CPU that of the whole machine."""
+    if torch.device(device).type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def resolve_dtype(dtype, device):
     """The torch dtype of a config's dtype key."""
     if dtype == "auto":
@@ -51,26 +64,28 @@ class CachedModel:
         self.windows = attention_windows(model.config)
         self.cache = None
         self.device = model.get_input_embeddings().weight.device
+        self.prefill_tokens = CPU_PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS
         self.dtype = model.get_input_embeddings().weight.dtype
         self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
-        if self.own_step is not None and not self.is_own_step_right():
-            self.own_step = None
+        self.try_out()
 
-    def is_own_step_right(self):
-        """Whether decoder.py's step computes what the library's does, on an example."""
+    def try_out(self):
+        """Find out what a position of the cache takes, and whether decoder.py's step is the library's."""
         num_rows = self.model.get_input_embeddings().weight.shape[0]
         ids = (torch.arange(24) * 7919 % num_rows).tolist()
         self.allocate(2, 16)
-        self.prefill([ids[:14], ids[14:23]], 0)
-        given = torch.tensor([ids[23], ids[0]], device=self.device), torch.tensor([14, 9], device=self.device)
-        wanted = self.library_step(*given, 14)
-        try:
-            found = self.own_step(*given, 14, self.cache)
-        except (TypeError, RuntimeError):  # modules of the same names that are called otherwise
-            return False
-        finally:
-            self.cache = None
-        return decoder.agrees(found, wanted)
+        self.prefill_group([ids[:14], ids[14:23]], 0)
+        self.bytes_per_position = self.cache.bytes_per_position
+        if self.own_step is not None:
+            given = [ids[23], ids[0]], [14, 9]
+            given_2N = torch.tensor(given, device=self.device)
+            wanted = self.library_step(*given_2N, 14)
+            try:
+                is_right = decoder.agrees(self.own_step(*given_2N, 14, self.cache), wanted)
+            except (TypeError, RuntimeError):  # modules of the same names that are called otherwise
+                is_right = False
+            self.own_step = self.own_step if is_right else None
+        self.cache = None
 
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
@@ -82,19 +97,37 @@ class CachedModel:
 
     @torch.no_grad()
     def prefill(self, prompts, first_slot):
-        """Fill slots from first_slot on with prompts (lists of ids); logits (B, V) after the last token.
+        """Fill slots from first_slot on with prompts (lists of ids); logits (B, V) after the last token."""
+        groups = self.groups(prompts)
+        return torch.cat([self.prefill_group(prompts[g], first_slot + g.start) for g in groups])
+
+    def groups(self, prompts):
+        """Slices of the prompts that run through the model at once."""
+        size = max(1, self.prefill_tokens // max(map(len, prompts)))
+        return [slice(first, first + size) for first in range(0, len(prompts), size)]
+
+    @torch.no_grad()
+    def prefill_group(self, prompts, first_slot):
+        """See prefill. Long prompts go chunk by chunk.
 
         Rows are padded on the left: the last column is every row's last token, and only its logits are made.
         """
-        width = max(map(len, prompts))
+        num_rows, width = len(prompts), max(map(len, prompts))
         padding_B = torch.tensor([width - len(ids) for ids in prompts])
         ids_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts])
         positions_BT = torch.arange(width) - padding_B[:, None]
-        rows, columns = (positions_BT >= 0).nonzero(as_tuple=True)
-        place = Placement(rows, columns, rows + first_slot, positions_BT[rows, columns], read=None)
-        # padding is put later than any query, where it is never seen
-        key_positions_BT = positions_BT.masked_fill(positions_BT < 0, width)
-        return self.forward(ids_BT, positions_BT.clamp(min=0), key_positions_BT, place)
+        chunk_size = max(1, self.prefill_tokens // num_rows)
+        for first in range(0, width, chunk_size):
+            ids_BC, positions_BC = (x[:, first : first + chunk_size] for x in (ids_BT, positions_BT))
+            rows, columns = (positions_BC >= 0).nonzero(as_tuple=True)
+            # the first chunk attends to itself, where padding is put later than any query and never seen
+            read, key_positions_BL = None, positions_BC.masked_fill(positions_BC < 0, width)
+            if first:
+                read = first_slot, num_rows, int(positions_BC.max()) + 1
+                key_positions_BL = torch.arange(read[2]).expand(num_rows, -1)
+            place = Placement(rows, columns, rows + first_slot, positions_BC[rows, columns], read)
+            logits_BV = self.forward(ids_BC, positions_BC.clamp(min=0), key_positions_BL, place)
+        return logits_BV
 
     @torch.no_grad()
     def step(self, tokens_N, lengths_N, longest):
@@ -110,9 +143,8 @@ class CachedModel:
     def library_step(self, tokens_N, lengths_N, longest):
         num_active = len(tokens_N)
         slots_N = torch.arange(num_active, device=self.device)
-        place = Placement(
-            slots_N, torch.zeros_like(slots_N), slots_N, lengths_N, read=(num_active, longest + 1)
-        )
+        read = 0, num_active, longest + 1
+        place = Placement(slots_N, torch.zeros_like(slots_N), slots_N, lengths_N, read)
         key_positions_BL = torch.arange(longest + 1, device=self.device).expand(num_active, -1)
         return self.forward(tokens_N[:, None], lengths_N[:, None], key_positions_BL, place)
 

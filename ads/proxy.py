@@ -16,8 +16,6 @@ from ads import dual, gradient, sampling
 from ads.config import LEAST_COSINE
 from ads.models import CachedModel
 
-CPU_PREFILL_TOKENS = 256  # of a proxy in dual numbers at a time
-
 
 @dataclass(frozen=True)
 class Perturbation:
@@ -35,6 +33,7 @@ class CentralDifference:
         """plus, minus: models that perturb_ made; shared_V: bool mask of the ids the teacher shares."""
         self.plus, self.minus = CachedModel(plus), CachedModel(minus)
         self.eps, self.shared_V = eps, shared_V
+        self.bytes_per_position = self.plus.bytes_per_position + self.minus.bytes_per_position
 
     def allocate(self, num_slots, num_positions):
         self.plus.allocate(num_slots, num_positions)
@@ -72,21 +71,17 @@ class ExactDerivative:
         check_length(sum(gradient.square_norm(read_gradient(name)) for name in names))
         model = dual.DualModel(model, read_gradient)
         self.dual = CachedModel(model, model.make_cache)
+        self.dual.prefill_tokens //= 2  # activations take twice the room
+        self.bytes_per_position = self.dual.bytes_per_position
         self.shared_V, self.are_all_shared = shared_V, bool(shared_V.all())
 
     def allocate(self, num_slots, num_positions):
         self.dual.allocate(num_slots, num_positions)
 
     def prefill(self, prompts, first_slot):
-        """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill.
-
-        On a CPU in small groups, as activations take twice the room of one model's.
-        """
-        num_rows = len(prompts)
-        if self.dual.device.type == "cpu":
-            num_rows = max(1, CPU_PREFILL_TOKENS // max(map(len, prompts)))
-        groups = [slice(first, first + num_rows) for first in range(0, len(prompts), num_rows)]
-        logits = [self.dual.prefill(prompts[group], first_slot + group.start) for group in groups]
+        """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
+        groups = self.dual.groups(prompts)
+        logits = (self.dual.prefill_group(prompts[g], first_slot + g.start) for g in groups)
         return torch.cat([self.delta(logits_BR) for logits_BR in logits])
 
     def step(self, tokens_N, lengths_N, longest):

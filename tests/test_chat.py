@@ -64,10 +64,8 @@ def test_special_token_text_in_a_trace_stays_text(name):
 
 
 def force(tokenizer, prompt, response_text, finished=True):
-    response = chat.encode(tokenizer, response_text) + ([tokenizer.eos_token_id] if finished else [])
-    ids = chat.forced_ids(tokenizer, prompt, response, {tokenizer.eos_token_id})
-    assert ids[: len(prompt)] == prompt
-    return tokenizer.decode(ids[len(prompt) :])
+    response, eos = chat.encode(tokenizer, response_text), [tokenizer.eos_token_id]
+    return tokenizer.decode(response + chat.force_ids(tokenizer, prompt, response + eos * finished, set(eos)))
 
 
 @pytest.mark.parametrize(
@@ -86,8 +84,8 @@ def test_forcing_closes_the_block_that_the_r1_prompt_opened(response, closes):
         text = force(tokenizer, prompt, response, finished)
         assert text == response + ("\n</think>" if closes else "") + chat.FORCE_TEXT
     end_of_think = tokenizer.convert_tokens_to_ids("</think>")
-    ids = chat.forced_ids(tokenizer, prompt, chat.encode(tokenizer, response), set())
-    assert ids.count(end_of_think) == response.count("</think>") + closes, "closed by the token itself"
+    ids = chat.force_ids(tokenizer, prompt, chat.encode(tokenizer, response), set())
+    assert ids.count(end_of_think) == closes, "closed by the token itself"
 
 
 def test_forcing_leaves_a_model_without_think_block_alone():

@@ -1,11 +1,13 @@
 """Decoding against transformers' generate() and against uncached forward passes, on tiny random models."""
 
+import functools
+
 import pytest
 import torch
 from conftest import tiny_model
 
 from ads import gradient, sampling
-from ads.engine import Models, Request, generate
+from ads.engine import Forcing, Models, Request, choose_batch_size, generate
 from ads.gradient import Sequence
 from ads.models import CachedModel
 from ads.proxy import CentralDifference, perturb_
@@ -173,6 +175,63 @@ def test_greedy_ads_equals_generate_with_a_logits_processor():
             logits_processor=LogitsProcessorList([processor]),
         )
         assert found[row.id].ids == wanted[0, len(row.prompt_ids) :].tolist()
+
+
+def tail_of(request, response_ids):
+    """Ids that differ from row to row, in number too, an eos among them."""
+    return [3, *request.prompt_ids[:2], len(response_ids) % V, 5]
+
+
+@pytest.mark.parametrize("batch_size", (1, 3))
+def test_forced_answers_are_greedy_after_the_response_and_the_given_ids(batch_size):
+    """They go through the cache that holds their trace, beside rows that are still sampled with Delta."""
+    models, rule = ads_models(), Sampling(0.8, 0.3)
+    wanted = decode(models, rule, requests(), batch_size)
+    forcing = Forcing(tail_of, max_ids=5, max_new_tokens=6)
+    rows = {c.id: c for c in generate(models, rule, 1, requests(), batch_size, forcing)}
+    same(rows, wanted)
+    assert {c.finished for c in wanted.values()} == {True, False}
+    plain = models.teacher.model
+    for row in requests():
+        response = wanted[row.id].ids[: -1 if wanted[row.id].finished else None]
+        given = row.prompt_ids + response + tail_of(row, wanted[row.id].ids)
+        found = plain.generate(
+            torch.tensor([given]), max_new_tokens=6, do_sample=False, eos_token_id=sorted(EOS), pad_token_id=0
+        )
+        assert rows[row.id].forced_ids == found[0, len(given) :].tolist()
+        assert rows[row.id].log_prob == pytest.approx(wanted[row.id].log_prob, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_in_chunks_are_prompts_in_one_pass(kind):
+    whole, chunked = CachedModel(tiny_model(kind)), CachedModel(tiny_model(kind))
+    chunked.prefill_tokens = 24  # three rows of at most 8, or chunks of 12 where two rows are longer
+    for rows in (prompts(), [ids + ids[::-1] for ids in prompts(seed=1)]):
+        logits = []
+        for model in (whole, chunked):
+            model.allocate(len(rows) + 2, 64)
+            logits.append(model.prefill(rows, 2))
+        assert torch.allclose(*logits, atol=1e-5)
+        assert len(chunked.groups(rows)) > 1 and max(map(len, rows)) > 24
+        lengths = torch.tensor([0, 0] + [len(ids) for ids in rows])
+        steps = [m.step(torch.arange(len(lengths)), lengths, int(lengths.max())) for m in (whole, chunked)]
+        assert torch.allclose(steps[0][2:], steps[1][2:], atol=1e-5), "the caches must agree too"
+
+
+def test_batch_size_by_free_memory(monkeypatch):
+    models, rows = ads_models(), requests(num_new=20)
+    positions = max(len(row.prompt_ids) for row in rows) + 20
+    # keys and values of 2 layers, 2 heads of 8 floats, in the teacher and two proxies; 64 bytes a logit
+    row_bytes = 3 * positions * 2 * 2 * 2 * 8 * 4 + 64 * V
+    for free, wanted in ((10 * row_bytes / 0.8 + 1, 10), (0, 1), (1e12, 64)):
+        monkeypatch.setattr("ads.engine.free_bytes", functools.partial(given_bytes, free))
+        assert choose_batch_size(models, rows) == wanted
+    monkeypatch.setattr("ads.engine.free_bytes", functools.partial(given_bytes, 10 * row_bytes / 0.8 + 1))
+    assert choose_batch_size(models, rows, num_processes=2) == 5
+
+
+def given_bytes(free, device):
+    return free
 
 
 STEP = CachedModel.step

@@ -173,11 +173,10 @@ def test_killed_sampling_goes_on_where_it_was(model_folders, problem_folder, tmp
         "batch_size=2",
     ]
     arguments.append(f"data_split={problem_folder}_train")
-    for phase in ("traces", "forced"):
-        assert kill_when(f"parts/t/{phase}/*.jsonl", cut, "gentraces.py", *arguments)
-        assert not (cut / "traces" / "t.yaml").exists()
-        kept = store.read_parts(cut / "parts" / "t" / phase)
-        assert 0 < len(kept) < 12
+    assert kill_when("parts/t/traces/*.jsonl", cut, "gentraces.py", *arguments)
+    assert not (cut / "traces" / "t.yaml").exists()
+    kept = store.read_parts(cut / "parts" / "t" / "traces")
+    assert 0 < len(kept) < 12
     resumed = run_script("gentraces.py", *arguments)
     assert f"{len(kept)} of 12 rows are there from an earlier run" in resumed.stdout
     assert rows_of(whole, "t") == rows_of(cut, "t")
