@@ -14,6 +14,7 @@ import torch
 GOLDEN = 0x9E3779B97F4A7C15  # constants of the SplitMix64 generator (Steele et al., OOPSLA 2014)
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
+NUM_RANKED = 1024  # top_p without top_k is looked for among this many scores first
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,31 @@ def truncate(scores_BV, top_k, top_p):
 
     A token tied with the last one kept is kept too, so that the outcome is a function of the scores alone.
     """
-    vocab_size = scores_BV.shape[-1]
-    num_kept = min(top_k, vocab_size) if top_k else vocab_size
-    if num_kept == vocab_size and top_p == 1:
-        return scores_BV
-    ranked_BK = scores_BV.topk(num_kept, dim=-1).values
-    scores_BV = scores_BV.masked_fill(scores_BV < ranked_BK[:, -1:], -torch.inf)
+    ranked_BK = None
+    if 0 < top_k < scores_BV.shape[-1]:
+        ranked_BK = scores_BV.topk(top_k, dim=-1).values
+        scores_BV = scores_BV.masked_fill(scores_BV < ranked_BK[:, -1:], -torch.inf)
     if top_p < 1:
-        ranked_probs_BK = (ranked_BK - scores_BV.logsumexp(-1, keepdim=True)).exp()
-        mass_before_BK = ranked_probs_BK.cumsum(-1) - ranked_probs_BK
-        last_B1 = ((mass_before_BK < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 in a row of NaN
-        scores_BV = scores_BV.masked_fill(scores_BV < ranked_BK.gather(-1, last_B1), -torch.inf)
+        edge_B1 = nucleus_edge(scores_BV, ranked_BK, top_p)
+        scores_BV = scores_BV.masked_fill(scores_BV < edge_B1, -torch.inf)
     return scores_BV
+
+
+def nucleus_edge(scores_BV, ranked_BK, top_p):
+    """The least score (B, 1) of the smallest set of tokens that holds top_p of the probability.
+
+    ranked_BK: all scores above -inf in falling order; None: they are looked for, and only where a row is so
+    flat that its nucleus goes beyond NUM_RANKED tokens is the vocabulary sorted.
+    """
+    log_total_B1 = scores_BV.logsumexp(-1, keepdim=True)
+    if ranked_BK is None:
+        ranked_BK = scores_BV.topk(min(NUM_RANKED, scores_BV.shape[-1]), dim=-1).values
+        if ((ranked_BK - log_total_B1).exp().sum(-1) < top_p).any():
+            ranked_BK = scores_BV.sort(dim=-1, descending=True).values
+    probs_BK = (ranked_BK - log_total_B1).exp()
+    mass_before_BK = probs_BK.cumsum(-1) - probs_BK
+    last_B1 = ((mass_before_BK < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 in a row of NaN
+    return ranked_BK.gather(-1, last_B1)
 
 
 def draw(scores_BV, uniforms_B):

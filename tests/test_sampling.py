@@ -28,10 +28,13 @@ def test_log_probs_leave_out_rows_that_are_no_token():
 
 
 @pytest.mark.parametrize("top_k,top_p", [(0, 1.0), (5, 1.0), (0, 0.8), (7, 0.6), (1, 1.0), (V + 9, 0.95)])
-def test_truncation_equals_transformers(top_k, top_p):
-    """Top-k then top-p, with the meaning they have in transformers' warpers."""
+@pytest.mark.parametrize("num_ranked", [2, sampling.NUM_RANKED])
+def test_truncation_equals_transformers(top_k, top_p, num_ranked, monkeypatch):
+    """Top-k then top-p, with the meaning they have in transformers' warpers, whether few tokens hold top_p or
+    not."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+    monkeypatch.setattr(sampling, "NUM_RANKED", num_ranked)
     wanted_BV = scores()
     if top_k:
         wanted_BV = TopKLogitsWarper(top_k)(None, wanted_BV)
