@@ -85,8 +85,9 @@ class DualModel:
     def get_input_embeddings(self):
         return self.library.get_input_embeddings()
 
-    def make_cache(self, num_slots, num_positions):
-        return DualCache(num_slots, num_positions, self.config._attn_implementation == ATTENTION)
+    def make_cache(self, num_slots, num_positions, by_columns):
+        gives_pairs = self.config._attn_implementation == ATTENTION
+        return DualCache(num_slots, num_positions, by_columns, gives_pairs)
 
     def __call__(self, input_ids, attention_mask=None, past_key_values=None, **inputs):
         if past_key_values is not None:
@@ -493,8 +494,8 @@ class DualCache(SlotCache):
     gives_pairs: attention gets (values, derivatives), (B K, L, D), views, rather than a Dual.
     """
 
-    def __init__(self, num_slots, num_positions, gives_pairs):
-        super().__init__(2 * num_slots, num_positions)
+    def __init__(self, num_slots, num_positions, by_columns=False, gives_pairs=True):
+        super().__init__(2 * num_slots, num_positions, by_columns)
         self.num_values, self.gives_pairs = num_slots, gives_pairs
 
     @property

@@ -69,6 +69,7 @@ class CachedModel:
         self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
         self.try_out()
 
+    @torch.no_grad()
     def try_out(self):
         """Find out what a position of the cache takes, and whether decoder.py's step is the library's."""
         num_rows = self.model.get_input_embeddings().weight.shape[0]
@@ -89,7 +90,8 @@ class CachedModel:
 
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
-        self.cache = self.make_cache(num_slots, num_positions)
+        by_columns = self.own_step is not None and self.device.type == "cpu" and self.dtype == torch.float32
+        self.cache = self.make_cache(num_slots, num_positions, by_columns)
 
     def move(self, source, target, length):
         """Copy the first `length` positions of one slot over another."""
@@ -140,6 +142,7 @@ class CachedModel:
             return self.own_step(tokens_N, lengths_N, longest, self.cache)
         return self.library_step(tokens_N, lengths_N, longest)
 
+    @torch.no_grad()
     def library_step(self, tokens_N, lengths_N, longest):
         num_active = len(tokens_N)
         slots_N = torch.arange(num_active, device=self.device)

@@ -14,13 +14,15 @@ import json
 import multiprocessing
 import statistics
 import sys
-import threading
 import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import machine
 
 from ads.gradient import Factors, saves_room
 from ads.models import CachedModel, load_model
@@ -111,8 +113,7 @@ def measure_times(args):
             tokens_N, lengths_N = rows[way]
             begin = time.perf_counter()
             decoder.step(tokens_N, lengths_N + step, int(lengths_N.max()) + step)
-            if args.device != "cpu":
-                torch.accelerator.synchronize()
+            machine.synchronize(args.device)
             seconds[way].append(time.perf_counter() - begin)
     return {way: round(1e3 * statistics.median(found[2:]), 2) for way, found in seconds.items()}
 
@@ -120,28 +121,14 @@ def measure_times(args):
 def measure_peak(args, way):
     """Peak megabytes of this process, which decodes a few steps in one way."""
     torch.set_num_threads(args.threads)
-    before, is_done, seen = anonymous_megabytes(), threading.Event(), []
-    watcher = threading.Thread(target=watch, args=(seen, is_done))
-    watcher.start()
-    decoder = make(args, way)
-    tokens_N, lengths_N = start(args, decoder)
-    with torch.inference_mode():
-        for step in range(3):
-            decoder.step(tokens_N, lengths_N + step, int(lengths_N.max()) + step)
-    is_done.set()
-    watcher.join()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else max(seen) - before
-    return round(peak, 1)
-
-
-def watch(seen, is_done):
-    while not is_done.wait(0.002):
-        seen.append(anonymous_megabytes())
-
-
-def anonymous_megabytes():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+    with machine.AnonymousPeak() as peak:
+        decoder = make(args, way)
+        tokens_N, lengths_N = start(args, decoder)
+        with torch.inference_mode():
+            for step in range(3):
+                decoder.step(tokens_N, lengths_N + step, int(lengths_N.max()) + step)
+    on_cuda = args.device == "cuda"
+    return round(machine.peak_megabytes(args.device) if on_cuda else peak.megabytes, 1)
 
 
 if __name__ == "__main__":
