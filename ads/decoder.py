@@ -247,6 +247,10 @@ class Step:
     def __init__(self, model, windows):
         inner, config = model.model, model.config
         self.table, self.rotary, self.windows = inner.embed_tokens, inner.rotary_emb, windows
+        for p in model.parameters():
+            # what is not fused below: on a CPU the least view of the weights' file keeps all of it in memory
+            if (p.dim() == 1 or p is self.table.weight) and p.device.type == "cpu":
+                p.data = p.data.clone()
         kinds = getattr(config, "layer_types", None) or [next(iter(windows))] * len(inner.layers)
         self.layers = [Layer(layer, kind) for layer, kind in zip(inner.layers, kinds, strict=True)]
         self.norm, self.is_dual = Norm(inner.norm), self.layers[0].qkv.is_dual
