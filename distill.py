@@ -133,30 +133,46 @@ def resolve_numerics(cfg, device):
 
 
 def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
-    """transformers.Trainer with completion-only loss: token mean over each step's sequences (its default)."""
+    """transformers.Trainer with completion-only loss: token mean over each step's sequences."""
+    from transformers import Trainer
+
+    from ads import loss
+
+    return Trainer(
+        model=model,
+        args=training_arguments(cfg, len(train), holdout is not None, per_device, world),
+        train_dataset=order_examples(cfg, train),
+        eval_dataset=holdout,
+        data_collator=functools.partial(loss.collate, pad_id=tokenizer.eos_token_id),
+        compute_loss_func=functools.partial(mean_loss, num_processes=world.size),
+    )
+
+
+def training_arguments(cfg, num_examples, is_evaluated, per_device, world):
     import torch
-    from transformers import Trainer, TrainingArguments
+    from transformers import TrainingArguments
 
     from ads.models import resolve_dtype
 
-    steps_per_epoch = math.ceil(len(train) / cfg.batch_size)
+    steps_per_epoch = math.ceil(num_examples / cfg.batch_size)
     autocast = resolve_dtype(cfg.dtype, world.device)
     # accelerate's launcher sets this from its own config, and the trainer would follow it
     precisions = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
     os.environ["ACCELERATE_MIXED_PRECISION"] = precisions[autocast]
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(cfg.model_path),
         per_device_train_batch_size=per_device,
         per_device_eval_batch_size=1,  # the mean over sequences of token means, as in stage 2
         gradient_accumulation_steps=cfg.batch_size // (per_device * world.size),
-        num_train_epochs=cfg.num_epochs,
+        num_train_epochs=1,  # of order_examples, which has them all
+        train_sampling_strategy="sequential",
         learning_rate=cfg.lr,
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
         warmup_steps=int(cfg.warmup * cfg.num_epochs * steps_per_epoch),
         lr_scheduler_type=cfg.lr_scheduler_type,
-        eval_strategy="steps" if holdout else "no",
-        eval_on_start=bool(holdout),
+        eval_strategy="steps" if is_evaluated else "no",
+        eval_on_start=is_evaluated,
         eval_steps=max(1, round(cfg.eval_epochs * steps_per_epoch)),
         prediction_loss_only=True,
         save_steps=max(1, round(cfg.save_epochs * steps_per_epoch)),
@@ -173,25 +189,45 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
         run_name=cfg.model_name,
         seed=cfg.seed,
     )
-    collate = functools.partial(pad_right, pad_id=tokenizer.eos_token_id)
-    return Trainer(
-        model=model, args=arguments, train_dataset=train, eval_dataset=holdout, data_collator=collate
-    )
 
 
-def pad_right(examples, pad_id):
-    """input_ids, labels and attention_mask, (B, T) int64; padding is masked by length, never by id."""
+def order_examples(cfg, examples):
+    """All epochs' sequences, one step's batch_size after another, a step's from longest to shortest.
+
+    An epoch is a random order by (seed, epoch). Processes and micro-batches take neighbours, and so get like
+    lengths. What an epoch's last step lacks is filled with a sequence of one token and no label.
+    """
     import torch
 
-    width = max(len(example["input_ids"]) for example in examples)
-    fill = {"input_ids": pad_id, "labels": chat.IGNORED_LABEL}
-    batch = {
-        key: torch.tensor([example[key] + [value] * (width - len(example[key])) for example in examples])
-        for key, value in fill.items()
-    }
-    lengths_B1 = torch.tensor([[len(example["input_ids"])] for example in examples])
-    batch["attention_mask"] = (torch.arange(width) < lengths_B1).long()
-    return batch
+    empty = {"input_ids": examples[0]["input_ids"][:1], "labels": [chat.IGNORED_LABEL]}
+    steps = []
+    for epoch in range(math.ceil(cfg.num_epochs)):
+        generator = torch.Generator().manual_seed(cfg.seed + epoch)
+        shuffled = [examples[i] for i in torch.randperm(len(examples), generator=generator).tolist()]
+        for start in range(0, len(shuffled), cfg.batch_size):
+            step = sorted(shuffled[start : start + cfg.batch_size], key=num_tokens, reverse=True)
+            steps.append(step + [empty] * (cfg.batch_size - len(step)))
+    num_steps = math.ceil(cfg.num_epochs * math.ceil(len(examples) / cfg.batch_size))
+    return [example for step in steps[:num_steps] for example in step]
+
+
+def num_tokens(example):
+    return len(example["input_ids"])
+
+
+def mean_loss(outputs, labels, num_items_in_batch, num_processes):
+    """The Trainer's loss (nats/token): over a whole step's labels; in evaluation, over one sequence's.
+
+    The Trainer counts num_items_in_batch on all processes, and multiplies what it is given by their number.
+    """
+    import torch
+
+    from ads import loss
+
+    total = loss.token_losses(outputs.logits, labels).sum()
+    if torch.is_grad_enabled():
+        return total / num_items_in_batch
+    return total / (labels != chat.IGNORED_LABEL).sum() / num_processes
 
 
 def newest_checkpoint(model_path):

@@ -83,7 +83,9 @@ def accumulate(cfg, model, sequences, world):
             gradient.finite_norms(model)  # no factors of what is not finite
             half = gradient.compress(model, cfg.grad_rank or 16, cfg.seed, is_share=True)
         mine = sequences[first::step][world.rank :: world.size]  # the same halves for any number of processes
-        loss += gradient.add_gradient_(model, mine, len(sequences), cfg.batch_size, progress_bar)
+        loss += gradient.add_gradient_(
+            model, mine, len(sequences), cfg.batch_size, progress_bar, cfg.max_length, cfg.dtype
+        )
     if world.size > 1:
         gradient.all_reduce_(model)
     return world.sum(loss), half

@@ -11,6 +11,7 @@ from ads import store
 
 LEAST_COSINE = 0.9  # below this the rounded perturbation theta +- eps g no longer points along g
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+GRADIENT_DTYPES = ("float32", "bfloat16")  # of save_grad.py: gradients underflow in float16
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 SPLITS = ("train", "holdout", "test")
@@ -144,6 +145,7 @@ class GradConfig:
     holdout_traces: str | None = field(default=None, metadata=NOT_COMPARED)
     max_samples: int | None = None
     max_length: int = 4096
+    dtype: str = "float32"
     attn_implementation: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata=NOT_COMPARED)
     batch_size: int = field(default=1, metadata=NOT_COMPARED)
@@ -173,6 +175,7 @@ class GradConfig:
         check_at_least("eps", self.eps, 0)
         check_at_least("max_length", self.max_length, 2)
         check_optional_at_least("max_samples", self.max_samples, 1)
+        check_one_of("dtype", self.dtype, GRADIENT_DTYPES)
         check_one_of("proxy_dtype", self.proxy_dtype, DTYPES)
         check_one_of("attn_implementation", self.attn_implementation, ATTENTION[:3])
 

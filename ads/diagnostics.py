@@ -10,7 +10,7 @@ import dataclasses
 from ads import chat, gradient
 from ads.engine import Models, Request, generate, replay
 
-TOKENS_AT_ONCE = 2048  # of the proxy's forward and backward pass, padding included
+BATCH = {"batch_size": 64, "batch_tokens": 2048}  # at most, of the proxy's forward and backward pass
 
 
 def one_step(model, taught, holdout, step_length, world):
@@ -19,15 +19,13 @@ def one_step(model, taught, holdout, step_length, world):
     taught, holdout: gradient.Sequence lists. The model is changed: one step of descent along the gradient of
     the mean loss on `taught`, step_length long whatever the gradient's norm.
     """
-    longest = max(len(s.ids) for s in [*taught, *holdout])
-    batch_size = max(1, TOKENS_AT_ONCE // longest)
     ours = taught[world.rank :: world.size], holdout[world.rank :: world.size]
-    before = world.sum(gradient.mean_loss(model, ours[1], len(holdout), batch_size))
-    gradient.add_gradient_(model, ours[0], len(taught), batch_size)
+    before = world.sum(gradient.mean_loss(model, ours[1], len(holdout), **BATCH))
+    gradient.add_gradient_(model, ours[0], len(taught), **BATCH)
     if world.size > 1:
         gradient.all_reduce_(model)
     gradient.descend_(model, step_length)
-    after = world.sum(gradient.mean_loss(model, ours[1], len(holdout), batch_size))
+    after = world.sum(gradient.mean_loss(model, ours[1], len(holdout), **BATCH))
     losses = {"loss_before": before, "loss_after": after, "change": after - before}
     return {"n": len(taught), "step_length": step_length, **{k: round(v, 6) for k, v in losses.items()}}
 

@@ -12,10 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ads import sampling, store
+from ads import chat, sampling, store
+from ads.loss import collate, token_losses
 
 OVERSAMPLING = 8  # more columns than the rank in the sketch of a matrix
 NUM_POWER_ITERATIONS = 2  # they sharpen the sketch where singular values fall off slowly
+
+MAX_PADDING = 0.05  # of a batch's tokens
 
 
 @dataclass(frozen=True)
@@ -103,45 +106,64 @@ def make_sequences(rows, max_length):
     return [s for s in sequences if len(s.ids) > s.num_prompt_tokens > 0]
 
 
+def make_batches(sequences, batch_size, batch_tokens=math.inf):
+    """Lists of at most batch_size sequences of like lengths, longest first.
+
+    A batch ends before more than MAX_PADDING of it would be padding, or where it would have more than
+    batch_tokens tokens, padding included; a longer sequence stands alone.
+    """
+    batches = []
+    for s in sorted(sequences, key=lambda s: -len(s.ids)):
+        batch = batches[-1] if batches else []
+        tokens = sum(len(other.ids) for other in batch) + len(s.ids)
+        padded = (len(batch) + 1) * len((batch or [s])[0].ids)
+        is_full = len(batch) == batch_size or padded > batch_tokens
+        if not batch or is_full or tokens < (1 - MAX_PADDING) * padded:
+            batches.append([s])
+        else:
+            batch.append(s)
+    return batches
+
+
 def sequence_losses(model, sequences):
     """Mean negative log-likelihood (nats/token, float32, (B,)) of each sequence's response tokens."""
+    examples = [
+        {
+            "input_ids": s.ids,
+            "labels": [chat.IGNORED_LABEL] * s.num_prompt_tokens + s.ids[s.num_prompt_tokens :],
+        }
+        for s in sequences
+    ]
     device = model.get_input_embeddings().weight.device
-    width = max(len(s.ids) for s in sequences)
-    ids_BT = torch.tensor([s.ids + [0] * (width - len(s.ids)) for s in sequences], device=device)
-    lengths_B1 = torch.tensor([[len(s.ids)] for s in sequences], device=device)
-    prompts_B1 = torch.tensor([[s.num_prompt_tokens] for s in sequences], device=device)
-    columns_T = torch.arange(width, device=device)
-    logits_BTV = model(
-        input_ids=ids_BT, attention_mask=(columns_T < lengths_B1).long(), use_cache=False
-    ).logits
-    nll_BT = torch.nn.functional.cross_entropy(
-        logits_BTV[:, :-1].float().transpose(1, 2), ids_BT[:, 1:], reduction="none"
-    )
-    is_response_BT = (columns_T >= prompts_B1) & (columns_T < lengths_B1)
-    is_response_BT = is_response_BT[:, 1:]
-    return (nll_BT * is_response_BT).sum(-1) / is_response_BT.sum(-1)
+    batch = {key: tensor.to(device) for key, tensor in collate(examples).items()}
+    labels_BT = batch.pop("labels")
+    losses_BC = token_losses(model(**batch, use_cache=False).logits, labels_BT)
+    return losses_BC.sum(1) / (labels_BT != chat.IGNORED_LABEL).sum(1)
 
 
-def add_gradient_(model, sequences, num_total, batch_size, progress=iter):
+def add_gradient_(
+    model, sequences, num_total, batch_size, progress=iter, batch_tokens=math.inf, dtype="float32"
+):
     """Add this process's share of the mean gradient to the parameters' .grad; returns its share of the mean
     loss.
 
-    num_total is the number of sequences over all processes; batches hold sequences of like length.
+    num_total is the number of sequences over all processes. dtype is that of the passes' matrix products;
+    weights and .grad stay float32.
     """
-    ordered = sorted(sequences, key=lambda s: len(s.ids))
+    device = model.get_input_embeddings().weight.device.type
     loss = 0.0
-    for start in progress(range(0, len(ordered), batch_size)):
-        share = sequence_losses(model, ordered[start : start + batch_size]).sum() / num_total
+    for batch in progress(make_batches(sequences, batch_size, batch_tokens)):
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            share = sequence_losses(model, batch).sum() / num_total
         share.backward()
         loss += share.item()
     return loss
 
 
 @torch.no_grad()
-def mean_loss(model, sequences, num_total, batch_size):
+def mean_loss(model, sequences, num_total, batch_size, batch_tokens=math.inf):
     """This process's share of the mean loss (nats/token) over num_total sequences."""
-    ordered = sorted(sequences, key=lambda s: len(s.ids))
-    batches = (ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size))
+    batches = make_batches(sequences, batch_size, batch_tokens)
     return sum(sequence_losses(model, batch).sum().item() for batch in batches) / num_total
 
 

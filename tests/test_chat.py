@@ -150,11 +150,11 @@ def test_tokenizer_without_chat_template_or_with_too_many_ids_is_refused(tmp_pat
 
 def test_padding_is_masked_by_length_when_pad_is_eos():
     """pad may equal eos: the eos that ends a trace keeps its label, padding has none."""
-    from distill import pad_right
+    from ads.loss import collate
 
     eos = 9
     rows = [{"input_ids": [1, 2, eos], "labels": [-100, 2, eos]}, {"input_ids": [1], "labels": [1]}]
-    batch = pad_right(rows, pad_id=eos)
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    batch = collate(rows, pad_id=eos)
+    assert batch["input_ids"].tolist() == [[1, 2, eos], [1, eos, eos]]
     assert batch["labels"].tolist() == [[-100, 2, eos], [1, -100, -100]]
     assert batch["input_ids"].dtype == torch.int64

@@ -1,0 +1,152 @@
+"""Batches of like lengths and losses without the logits of prompts, against plain library losses."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+from test_proxy import sequences
+from transformers import TrainerCallback
+
+import distill
+from ads import chat, gradient
+from ads.config import TrainConfig
+from utils import World
+
+KINDS = ("llama", "qwen2", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite")
+
+
+def add_plainly_(model, rows):
+    """The definition: the library's own loss, one sequence at a time."""
+    for s in rows:
+        ids_1T = torch.tensor([s.ids])
+        labels_1T = ids_1T.clone()
+        labels_1T[0, : s.num_prompt_tokens] = chat.IGNORED_LABEL
+        (model(input_ids=ids_1T, labels=labels_1T).loss / len(rows)).backward()
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_in_batches_is_that_of_a_loop_over_the_library_s_loss(kind):
+    rows = sequences(9)
+    ours, plain = (tiny_model(kind, seed=3, spread=0.1) for _ in range(2))
+    add_plainly_(plain, rows)
+    gradient.add_gradient_(ours, rows, len(rows), batch_size=4, batch_tokens=100)
+    assert max(map(len, gradient.make_batches(rows, 4, 100))) > 1
+    difference = flat_gradient(ours) - flat_gradient(plain)
+    assert difference.norm() < 1e-6 * flat_gradient(plain).norm()
+
+
+def test_unequal_rows_of_a_batch_are_right_too(monkeypatch):
+    """Padding up to 90 %, which only tests have."""
+    monkeypatch.setattr(gradient, "MAX_PADDING", 0.9)
+    test_gradient_in_batches_is_that_of_a_loop_over_the_library_s_loss("gemma2")
+
+
+def test_bfloat16_passes_leave_a_float32_gradient_of_nearly_the_same_direction():
+    rows = sequences(9)
+    ours, mixed = (tiny_model("llama", seed=3, spread=0.1) for _ in range(2))
+    gradient.add_gradient_(ours, rows, len(rows), 4)
+    gradient.add_gradient_(mixed, rows, len(rows), 4, dtype="bfloat16")
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in mixed.parameters())
+    cosine = torch.cosine_similarity(flat_gradient(ours), flat_gradient(mixed), dim=0)
+    assert 0.999 < cosine < 0.9999999
+
+
+@pytest.mark.parametrize("batch_size,batch_tokens", ((1, math.inf), (8, math.inf), (64, 500)))
+def test_batches_hold_every_sequence_once_and_little_padding(batch_size, batch_tokens):
+    lengths = torch.randint(20, 600, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = [gradient.Sequence([i] * length, 3) for i, length in enumerate(lengths)]
+    batches = gradient.make_batches(rows, batch_size, batch_tokens)
+    assert sorted(s.ids[0] for batch in batches for s in batch) == list(range(300))
+    for batch in batches:
+        longest, tokens = max(len(s.ids) for s in batch), sum(len(s.ids) for s in batch)
+        assert len(batch) <= batch_size and 1 - tokens / (len(batch) * longest) <= 0.05
+        assert len(batch) == 1 or len(batch) * longest <= batch_tokens
+    assert batch_size != 8 or len(batches) < 80
+
+
+def test_logits_are_made_for_no_token_of_the_prompt():
+    """They were once made for all positions: for prompts of 500 tokens, most of the memory."""
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, given, output: seen.append(tuple(output.shape)))
+    gradient.sequence_losses(model, [gradient.Sequence(list(range(50)), 40), gradient.Sequence([1] * 47, 42)])
+    assert seen == [(2, 10, 97)]
+
+
+def examples(num_rows):
+    return [
+        {"input_ids": s.ids, "labels": [chat.IGNORED_LABEL] * (k := s.num_prompt_tokens) + s.ids[k:]}
+        for s in sequences(num_rows)
+    ]
+
+
+def config(tmp_path, **more):
+    settings = {"lr": 1e-2, "batch_size": 4, "num_epochs": 2.0, "lora_r": 4, "report_to": "none"}
+    return TrainConfig(exp_dir=str(tmp_path), train_traces="t", **{**settings, **more})
+
+
+def make_trainer(cfg, model, train):
+    from transformers import set_seed
+
+    set_seed(cfg.seed)
+    return distill.make_trainer(cfg, model, byte_tokenizer(), train, None, 2, World(0, 1, "cpu"))
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def train_plainly(cfg, model, train):
+    """The Trainer by itself: its random order, one sequence at a time, the model's own loss."""
+    from transformers import Trainer
+
+    arguments = distill.training_arguments(cfg, len(train), False, 1, World(0, 1, "cpu"))
+    arguments.train_sampling_strategy, arguments.num_train_epochs = "random", cfg.num_epochs
+    trainer = Trainer(model=model, args=arguments, train_dataset=train, data_collator=tensors)
+    trainer.train()
+    return losses(trainer)
+
+
+def tensors(rows):
+    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+
+def test_sorted_steps_train_as_the_trainer_s_random_ones(tmp_path):
+    """The same steps, the last of an epoch incomplete: the same loss curve and the same weights."""
+    cfg, train = config(tmp_path, lr=1e-3), examples(9)
+    ours, plain = (tiny_model("gemma2", 264, seed=3, spread=0.1) for _ in range(2))
+    trainer = make_trainer(cfg, ours, train)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(train_plainly(cfg, plain, train), rel=1e-5)
+    assert len(losses(trainer)) == 6 and losses(trainer)[-1] < losses(trainer)[0]
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=2e-5)
+
+
+def test_training_stopped_within_an_epoch_goes_on_as_if_it_had_not(tmp_path):
+    cfg, train = config(tmp_path, lr=1e-3, save_epochs=1 / 3), examples(9)
+    whole, first, second = (tiny_model("llama", 264, seed=3, spread=0.1) for _ in range(3))
+    trainer = make_trainer(cfg, whole, train)
+    trainer.train()
+    curve = losses(trainer)
+    shutil.rmtree(cfg.model_path)
+    trainer = make_trainer(cfg, first, train)
+    trainer.add_callback(StopAtStep4())
+    trainer.train()
+    checkpoint = distill.newest_checkpoint(cfg.model_path)
+    assert checkpoint.endswith("checkpoint-4")
+    trainer = make_trainer(cfg, second, train)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert losses(trainer) == pytest.approx(curve, rel=1e-6) and len(curve) == 6
+    for p, q in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+
+
+class StopAtStep4(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = state.global_step == 4
