@@ -3,6 +3,8 @@
 Token ids are carried end to end; text is for people, for grading and for the student's other tokenizer.
 """
 
+import functools
+import re
 from dataclasses import dataclass
 
 SYSTEM_PROMPT = "You are a helpful assistant. Reason step by step and put your final answer within \\boxed{}."
@@ -77,8 +79,33 @@ def render_prompt(tokenizer, problem, examples=()):
 
 
 def prompt_ids(tokenizer, problem, examples=()):
-    """The prompt as token ids: the one function that training and evaluation both use."""
-    return encode(tokenizer, render_prompt(tokenizer, problem, examples))
+    """The prompt as token ids: the one function that training and evaluation both use.
+
+    Text of the problem that reads like a control token, such as <think>, stays text.
+    """
+    given = [problem, *(text for example in examples for text in example)]
+    mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in given))
+    inert = [break_control_text(tokenizer, text, mark) for text in given]
+    text = render_prompt(tokenizer, inert[0], list(zip(inert[1::2], inert[2::2], strict=True)))
+    return [i for piece in text.split(mark) for i in encode(tokenizer, piece)]
+
+
+def break_control_text(tokenizer, text, mark):
+    """`text` with a mark within whatever the tokenizer would take for a control token."""
+    pattern = control_pattern(tokenizer)
+    return pattern.sub(rf"\1{mark}", text) if pattern else text
+
+
+@functools.lru_cache(maxsize=8)
+def control_pattern(tokenizer):
+    """What matches the first character of a control token's text; None where there is none to match.
+
+    Some tokenizers have runs of spaces or line breaks among their added tokens: those are no control tokens.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    found = [t.content for t in added if t.special or (t.content[0] == "<" and t.content[-1] == ">")]
+    texts = "|".join(re.escape(text) for text in found if len(text) > 1)
+    return re.compile(f"(?=(?:{texts}))(.)", re.DOTALL) if texts else None
 
 
 def eos_ids(tokenizer, model):

@@ -63,6 +63,30 @@ def test_special_token_text_in_a_trace_stays_text(name):
     assert tokenizer.decode(response) == f"a{special}b"
 
 
+CONTROL = {
+    R1: ["<think>", "</think>", "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+    QWEN: ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+    LLAMA: ["<|eot_id|>", "<|start_header_id|>", "<|begin_of_text|>"],
+}
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_control_token_text_in_a_problem_stays_text(name):
+    """A problem that held <|im_end|> once ended the user's turn; </think> closed the think block."""
+    tokenizer = real(name)
+    plain = chat.prompt_ids(tokenizer, "How many?")
+    for control in CONTROL[name]:
+        problem = f"{control}How {control}{control} many?"
+        token = tokenizer.convert_tokens_to_ids(control)
+        ids = chat.prompt_ids(tokenizer, problem, [(control, control)])
+        assert ids.count(token) == chat.prompt_ids(tokenizer, "How many?", [("x", "y")]).count(token)
+        assert tokenizer.decode(ids).count(problem) == 1
+        assert tokenizer.decode(ids).count(control) == 5 + plain.count(token)
+    assert chat.prompt_ids(tokenizer, "a < b > c") == tokenizer.encode(
+        chat.render_prompt(tokenizer, "a < b > c"), add_special_tokens=False
+    )
+
+
 def force(tokenizer, prompt, response_text, finished=True):
     response, eos = chat.encode(tokenizer, response_text), [tokenizer.eos_token_id]
     return tokenizer.decode(response + chat.force_ids(tokenizer, prompt, response + eos * finished, set(eos)))
