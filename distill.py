@@ -66,7 +66,7 @@ def distil(cfg, inputs, world):
 def load_examples(cfg, tokenizer, path):
     """(training sequences of a trace dataset, how many were cut to max_length)."""
     rows = utils.read_parquet(Path(path))
-    utils.check_columns(path, rows, ("problem", cfg.trace_colname, "finished"))
+    utils.check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished",))
     examples, num_cut = [], 0
     for row in rows:
         ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
@@ -280,7 +280,10 @@ def finish(cfg, inputs, numerics, trainer, num_examples, num_cut, seconds):
     entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
     store.append_jsonl(Path(cfg.exp_dir) / "metadata" / "model_registry.jsonl", entry)
     curves = {"train": losses, "holdout": holdout_losses}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, losses=curves, **numerics)
+    outputs = [cfg.model_path / "final"]
+    store.write_sidecar(
+        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **numerics
+    )
     for path in cfg.leftovers:
         shutil.rmtree(path)
     print_result(model_name=cfg.model_name, model=str(cfg.model_path / "final"), **stats)

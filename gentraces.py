@@ -125,9 +125,8 @@ def few_shot_examples(cfg):
     if not cfg.few_shot:
         return ()
     rows = utils.read_parquet(Path(cfg.few_shot_traces))
-    utils.check_columns(
-        cfg.few_shot_traces, rows, ("problem", cfg.trace_colname, "finished", "is_raw_correct")
-    )
+    texts, flags = ("problem", cfg.trace_colname), ("finished", "is_raw_correct")
+    utils.check_traces(cfg.few_shot_traces, rows, text=texts, flags=flags)
     rows = [row for row in rows if row["finished"] and row["is_raw_correct"]]
     if len(rows) < cfg.few_shot:
         raise ValueError(
@@ -342,7 +341,7 @@ def one_step_test(cfg, rows, world):
 
     taught = utils.take_subset(rows, cfg.one_step_samples, cfg.seed)
     holdout = utils.read_parquet(cfg.holdout_traces)
-    utils.check_columns(cfg.holdout_traces, holdout, ("prompt_ids", "response_ids"))
+    utils.check_traces(cfg.holdout_traces, holdout, ids=("prompt_ids", "response_ids"))
     taught, holdout = (gradient.make_sequences(part, cfg.max_length) for part in (taught, holdout))
     if not holdout:
         raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
@@ -393,7 +392,8 @@ def finish(cfg, inputs, stats, notes, seconds):
     """Registry, sidecar (last), and only then away with the parts."""
     entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
     store.append_jsonl(Path(cfg.exp_dir) / "metadata" / "trace_registry.jsonl", entry)
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, **notes)
+    outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
     shutil.rmtree(cfg.parts_dir)
     print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
 

@@ -8,6 +8,7 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 EXP_DIR="${EXP_DIR:-runs/gsm8k}"
+[[ "$EXP_DIR" != -* ]] || EXP_DIR="./$EXP_DIR" # no option of some command
 DATASET="${DATASET:-gsm8k}"
 SEED="${SEED:-42}"
 TEACHER="${TEACHER:-deepseek-ai/DeepSeek-R1-Distill-Qwen-7B}"

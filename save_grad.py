@@ -128,7 +128,7 @@ def load_sequences(cfg):
     from ads.gradient import make_sequences
 
     rows = utils.read_parquet(Path(cfg.holdout_traces))
-    utils.check_columns(cfg.holdout_traces, rows, ("prompt_ids", "response_ids"))
+    utils.check_traces(cfg.holdout_traces, rows, ids=("prompt_ids", "response_ids"))
     rows = utils.take_subset(rows, cfg.max_samples, cfg.seed)
     kept = make_sequences(rows, cfg.max_length)
     if not kept:
@@ -197,6 +197,7 @@ def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
         inputs,
         stats,
         seconds,
+        [cfg.grad_path],
         loss_weighting=LOSS_WEIGHTING,
         differing_tokens=[list(entry) for entry in vocabulary],
         norms={name: float(f"{norm:.6g}") for name, norm in norms.items()},

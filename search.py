@@ -13,7 +13,6 @@ import functools
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -44,8 +43,6 @@ REMEDIES = {
 
 
 def main(arguments):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     cfg, words = parse(arguments)
     check_stages(cfg, words)
     utils.prepare_exp_dir(cfg.exp_dir)
@@ -58,11 +55,6 @@ def main(arguments):
     print_result(output=str(cfg.output_path), matches=[match_record(match, cfg) for match in matches])
     if any(match.outcome in REMEDIES for match in matches):
         sys.exit(1)
-
-
-def stop(number, frame):
-    """Leave through the `except` that stops the running stage."""
-    sys.exit(128 + number)
 
 
 def parse(arguments):

@@ -1,10 +1,12 @@
 """What every script needs: datasets and their splits, start-up (ranks, device), one-line errors, printing."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -176,15 +178,16 @@ def load_folder(folder, split):
 
 
 def one_table(path, rows):
-    """The rows with the same columns each; ValueError when a column mixes types: it could not be stored."""
+    """The rows with the same columns each; ValueError when one could not be stored, as it mixes types."""
     import pyarrow
 
     columns = dict.fromkeys(key for row in rows for key in row)
     rows = [{key: row.get(key) for key in columns} for row in rows]
     try:
         pyarrow.Table.from_pylist(rows)
-    except (pyarrow.ArrowException, OverflowError) as error:
-        raise ValueError(f"{path}: a column mixes types ({' '.join(str(error).split())[:200]})") from error
+    except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        reason = ascii(" ".join(str(error).split())[:200])
+        raise ValueError(f"{path}: a column mixes types or holds what is no text ({reason})") from error
     return rows
 
 
@@ -247,6 +250,21 @@ def check_columns(path, rows, columns):
         missing = [name for name in columns if name not in row]
         if missing:
             raise ValueError(f"{path}, row {i}: no column {', '.join(missing)} (found: {', '.join(row)})")
+
+
+def check_traces(path, rows, ids=(), text=(), flags=()):
+    """ValueError naming the first row whose columns do not hold token ids, text and bools as they should."""
+    check_columns(path, rows, (*ids, *text, *flags))
+    for i, row in enumerate(rows):
+        wrong = [f"{name} holds no token ids" for name in ids if not are_ids(row[name])]
+        wrong += [f"{name} holds no text" for name in text if not isinstance(row[name], str)]
+        wrong += [f"{name} is neither true nor false" for name in flags if not isinstance(row[name], bool)]
+        if wrong:
+            raise ValueError(f"{path}, row {i}: {wrong[0]} (but {ascii(row[wrong[0].split()[0]])[:50]})")
+
+
+def are_ids(value):
+    return isinstance(value, list) and all(isinstance(i, int) and i >= 0 for i in value)
 
 
 def to_problem(dataset, row):
@@ -404,22 +422,49 @@ def prepare_exp_dir(exp_dir):
 
 
 def run_script(main):
-    """Run a script's main(): an error that a user can cause prints one line and exits with 2.
+    """Run a script's main() and leave with the right exit code.
 
-    Those are ValueError, FileNotFoundError and RuntimeError from a `raise` of this project's own; all else
-    keeps its traceback and exits with 1.
+    2 and one line: an error that a user can cause, that is ValueError, FileNotFoundError or RuntimeError from
+    a `raise` of this project's own. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143:
+    stopped by SIGINT, SIGTERM (or SIGUSR1, by which some schedulers warn). All else keeps its traceback.
     """
     quiet_libraries()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
+            signal.signal(number, stop)
     try:
         main(sys.argv[1:])
         leave_world()
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except Exception as error:
         raised_at = traceback.extract_tb(error.__traceback__)[-1]
         is_ours = Path(raised_at.filename).resolve().parent in (ROOT, ROOT / "ads", ROOT / "demo")
-        if not (is_ours and raised_at.line.startswith("raise")):
-            raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        is_ours = is_ours and isinstance(error, (ValueError, FileNotFoundError, RuntimeError))
+        if is_ours and raised_at.line.startswith("raise"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+        if fault := explain_fault(error):
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+            sys.exit(1)
+        raise
+
+
+def stop(number, frame):
+    """Leave at a signal; what is finished is written on the way out (by `finally`)."""
+    name = signal.Signals(number).name
+    print0(f"stopped by {name}: what is finished is kept; the same command goes on from there")
+    sys.exit(130 if number == signal.SIGINT else 143)
+
+
+def explain_fault(error):
+    """One line on a fault of the machine: no room, no permission, no memory. None for all else."""
+    text = " ".join(str(error).split())[:300]
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
+        return f"the disk is full ({text}): free space and run again, what is finished is kept"
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{text}: not allowed to read or write there; mend that or choose another place"
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory ({text}): lower batch_size or per_device_batch_size, or max_length"
+    return None
 
 
 def quiet_libraries():

@@ -121,7 +121,9 @@ def generate(models, rule, seed, requests, batch_size, forcing=None):
             for completion in decoder.run(list(waiting.values())):
                 del waiting[completion.id]
                 yield completion
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if batch_size == 1:
                 raise ValueError(
                     "out of memory with batch_size=1: lower max_length or use 16-bit dtypes"
@@ -131,6 +133,11 @@ def generate(models, rule, seed, requests, batch_size, forcing=None):
             torch.cuda.empty_cache()
             batch_size = (batch_size + 1) // 2
             print(f"out of memory: going on with batch_size={batch_size}", flush=True)
+
+
+def is_out_of_memory(error):
+    """A CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def num_positions(requests, forcing):

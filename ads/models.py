@@ -30,6 +30,7 @@ def load_model(name, dtype, device, attn_implementation="auto"):
             dtype=resolve_dtype(dtype, device),
             attn_implementation=attention,
             output_loading_info=True,
+            use_safetensors=True,  # no pickle
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]

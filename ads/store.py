@@ -21,8 +21,11 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+UMASK = os.umask(0o077)  # it can only be read by being set
+os.umask(UMASK)
 # Weights are fingerprinted by NUM_SAMPLES blocks of SAMPLE_BYTES: a retrained model differs in every one.
 WEIGHTS = (".safetensors", ".bin")
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model")
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 256
 
@@ -42,6 +45,7 @@ def atomic_path(path):
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,6 +59,8 @@ def atomic_folder(path):
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    for file in temporary.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~UMASK)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
 
@@ -96,11 +102,15 @@ def read_yaml(path):
 # Sidecars
 
 
-def write_sidecar(path, config, inputs, stats, seconds, **more):
-    """Write what a finished stage was made with and measured. Call it last: its presence means finished."""
+def write_sidecar(path, config, inputs, stats, seconds, outputs=(), **more):
+    """Write what a finished stage was made with and measured. Call it last: its presence means finished.
+
+    outputs: the files and model folders that later stages read, which must then be as they are now.
+    """
     record = {
         "config": config,
         "inputs": inputs,
+        "outputs": {os.path.relpath(output, Path(path).parent): fingerprint(output) for output in outputs},
         "stats": stats,
         **more,
         "versions": versions(),
@@ -119,12 +129,36 @@ def is_finished(path, config, inputs, ignore=()):
     path = Path(path)
     if not path.is_file():
         return False
-    if differences := find_differences(read_yaml(path), config, inputs, ignore):
+    record = read_sidecar(path)
+    if differences := find_differences(record, config, inputs, ignore):
         raise ValueError(
             f"{path} was made with other settings: {'; '.join(differences)}. "
             "Choose another name or exp_dir, restore the settings, or delete that file to redo the stage"
         )
+    for name in record.get("outputs", {}):
+        check_output(path, path.parent / name)
     return True
+
+
+def read_sidecar(path):
+    """The record in a sidecar; ValueError when it was cut short."""
+    record = read_yaml(path)
+    if record.keys().isdisjoint({"seconds"}):  # the last key
+        raise ValueError(f"{path} is cut short: delete it to redo the stage")
+    return record
+
+
+def check_output(sidecar, path):
+    """ValueError if a stage's output is no longer what its sidecar says it wrote."""
+    if not Path(sidecar).is_file():
+        return
+    written = read_sidecar(sidecar).get("outputs", {}).get(os.path.relpath(path, Path(sidecar).parent))
+    if written is None or (Path(path).exists() and fingerprint(path) == written):
+        return
+    state = "damaged or changed since" if Path(path).exists() else "missing"
+    raise ValueError(
+        f"{path} is {state}, by {sidecar}: put it back, or delete {sidecar} to redo the stage that makes it"
+    )
 
 
 def find_differences(record, config, inputs, ignore):
@@ -172,16 +206,28 @@ def git_commit():
 
 
 def write_part(parts_dir, rank, rows):
-    """Store finished rows (dicts with an 'id') as one JSON-lines file that no later call touches."""
-    name = f"{time.time_ns():020d}-{rank}.jsonl"
+    """Store finished rows (dicts with an 'id') as one JSON-lines file that no later call touches.
+
+    Its name ends in a checksum of its contents.
+    """
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_text(Path(parts_dir) / name, text)
+    write_text(Path(parts_dir) / f"{time.time_ns():020d}-{rank}-{checksum(text.encode())}.jsonl", text)
 
 
 def read_parts(parts_dir):
-    """{id: row} of every row stored so far."""
-    paths = sorted(Path(parts_dir).glob("[0-9]*.jsonl"))
-    return {row["id"]: row for path in paths for row in read_jsonl(path)}
+    """{id: row} of every row stored so far. A damaged part is said and left out: its rows are made again."""
+    rows = {}
+    for path in sorted(Path(parts_dir).glob("[0-9]*.jsonl")):
+        content = path.read_bytes()
+        if path.stem.split("-")[-1] != checksum(content):
+            print(f"{path} is damaged: its rows are made again", flush=True)
+            continue
+        rows |= {row["id"]: row for row in map(json.loads, content.splitlines())}
+    return rows
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def open_parts(folder, config, inputs, ignore=()):
@@ -242,16 +288,31 @@ def fingerprint_file(path):
     return digest.hexdigest()[:16]
 
 
+def fingerprint(path):
+    """16 hex digits of a file's contents or of a model folder's."""
+    is_model = Path(path).is_dir()
+    return fingerprint_folder(str(path), "config.json", MODEL_FILES) if is_model else fingerprint_file(path)
+
+
 def fingerprint_existing(path, remedy):
-    """fingerprint_file of an input; FileNotFoundError that says how to make it."""
+    """fingerprint_file of an input; FileNotFoundError that says how to make it.
+
+    ValueError if a stage made it and it has changed since.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: {remedy}")
+    check_output(Path(path).with_suffix(".yaml"), path)
     return fingerprint_file(path)
 
 
 def fingerprint_model(name):
-    """What identifies a model: weights, configuration and tokenizer of a folder, or the hub name itself."""
-    return fingerprint_folder(name, "config.json", ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model"))
+    """What identifies a model: weights, configuration and tokenizer of a folder, or the hub name itself.
+
+    ValueError if it is a student that has changed since it was made.
+    """
+    folder = Path(name).absolute()
+    check_output(folder.parent.parent / f"{folder.parent.name}.yaml", folder)
+    return fingerprint_folder(name, "config.json", MODEL_FILES)
 
 
 def fingerprint_tokenizer(name):
