@@ -148,7 +148,7 @@ class GradConfig:
     dtype: str = "float32"
     attn_implementation: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata=NOT_COMPARED)
-    batch_size: int = field(default=1, metadata=NOT_COMPARED)
+    batch_size: int = field(default=8, metadata=NOT_COMPARED)
     grad_rank: int = 16
     num_diagnosed: int = field(default=4, metadata=NOT_COMPARED)
     eps: float = field(default=0.0, metadata=NOT_COMPARED)

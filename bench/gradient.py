@@ -3,8 +3,10 @@
     python bench/gradient.py MODEL_FOLDER gsm8k_train.jsonl.gz --traces 300 --runs 3 --ways 8 8:bfloat16
 
 Reads question and answer of the first rows as traces. The plain loop is model(input_ids, labels).loss
-.backward() on one trace at a time, float32. A way is BATCH_SIZE[:DTYPE]. All take turns in each run; medians,
-ranges, and how far each gradient is from the plain loop's. Tokens are those of the traces, without padding.
+.backward() on one trace at a time, float32. A way is BATCH_SIZE[:DTYPE]. The ways have a model each and take
+turns on every CHUNK traces of like lengths, so that what else runs on the machine hits all alike. Medians
+and ranges of the runs, and how far each gradient is from the plain loop's. Tokens are those of the traces,
+without padding.
 """
 
 import argparse
@@ -22,29 +24,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ads import gradient
 from ads.models import load_model
 
+CHUNK = 32
+
 
 def main():
     args = parse()
     torch.set_num_threads(args.threads)
-    model = load_model(args.model, "float32", "cpu")
-    sequences = read_sequences(args)
     ways = ["plain", *args.ways]
-    rates, errors = {way: [] for way in ways}, {}
+    models = {way: load_model(args.model, "float32", "cpu") for way in ways}
+    sequences = sorted(read_sequences(args), key=lambda s: len(s.ids))
     num_tokens = sum(len(s.ids) for s in sequences)
+    rates = {way: [] for way in ways}
     for _ in range(args.runs):
+        seconds = measure(models, sequences, args)
         for way in ways:
-            model.zero_grad()
-            start = time.perf_counter()
-            run(model, sequences, args, way)
-            rates[way].append(num_tokens / (time.perf_counter() - start))
-            if way == "plain":
-                wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
-            else:
-                errors[way] = compare(model, wanted)
-    settings = {key: vars(args)[key] for key in ("model", "traces", "threads", "batch_tokens")}
-    table = [describe(way, rates, errors, sequences, args) for way in ways]
+            rates[way].append(num_tokens / seconds[way])
+        print({way: round(found[-1], 1) for way, found in rates.items()}, flush=True)
+    table = [describe(way, rates, models, sequences, args) for way in ways]
     for row in table:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
+    settings = {key: vars(args)[key] for key in ("model", "traces", "threads", "batch_tokens")}
     print(json.dumps({**settings, "tokens": num_tokens, "ways": table}))
 
 
@@ -62,13 +61,25 @@ def parse():
     return parser.parse_args()
 
 
-def run(model, sequences, args, way):
+def measure(models, sequences, args):
+    """{way: seconds for the gradient, which is left in its model}."""
+    seconds = dict.fromkeys(models, 0.0)
+    for model in models.values():
+        model.zero_grad()
+    for first in range(0, len(sequences), CHUNK):
+        for way, model in models.items():
+            start = time.perf_counter()
+            add_(model, sequences[first : first + CHUNK], len(sequences), way, args.batch_tokens)
+            seconds[way] += time.perf_counter() - start
+    return seconds
+
+
+def add_(model, sequences, num_total, way, batch_tokens):
     if way == "plain":
-        add_plainly_(model, sequences)
+        add_plainly_(model, sequences, num_total)
     else:
-        gradient.add_gradient_(
-            model, sequences, len(sequences), batch_size(way), iter, args.batch_tokens, dtype(way)
-        )
+        size, kind = batch_size(way), dtype(way)
+        gradient.add_gradient_(model, sequences, num_total, size, batch_tokens=batch_tokens, dtype=kind)
 
 
 def batch_size(way):
@@ -79,39 +90,43 @@ def dtype(way):
     return way.split(":")[1] if ":" in way else "float32"
 
 
-def add_plainly_(model, sequences):
+def add_plainly_(model, sequences, num_total):
     for s in sequences:
         ids_1T = torch.tensor([s.ids])
         labels_1T = ids_1T.clone()
         labels_1T[0, : s.num_prompt_tokens] = -100
         loss = model(input_ids=ids_1T, labels=labels_1T, use_cache=False).loss
-        (loss / len(sequences)).backward()
+        (loss / num_total).backward()
 
 
-def compare(model, wanted):
-    """{relative error, cosine} of the model's gradient."""
-    products = torch.zeros(3, dtype=torch.float64)
-    difference = 0.0
-    for name, p in model.named_parameters():
-        found, other = p.grad.double(), wanted[name].double()
-        difference += (found - other).square().sum().item()
-        products += torch.stack([(found * other).sum(), found.square().sum(), other.square().sum()])
-    dot, square, other_square = products.tolist()
-    return {
-        "relative_error": f"{(difference / other_square) ** 0.5:.2g}",
-        "cosine": round(dot / (square * other_square) ** 0.5, 7),
-    }
-
-
-def describe(way, rates, errors, sequences, args):
+def describe(way, rates, models, sequences, args):
     ratios = [rate / plain for rate, plain in zip(rates[way], rates["plain"], strict=True)]
     found = {"way": way, "tokens_per_second": spread(rates[way], 0), "over_plain": spread(ratios, 2)}
     if way == "plain":
         return found
-    batches = gradient.make_batches(sequences, batch_size(way), args.batch_tokens)
+    chunks = [sequences[first : first + CHUNK] for first in range(0, len(sequences), CHUNK)]
+    batches = [
+        b for chunk in chunks for b in gradient.make_batches(chunk, batch_size(way), args.batch_tokens)
+    ]
     padded = sum(len(batch) * max(len(s.ids) for s in batch) for batch in batches)
     padding = 1 - sum(len(s.ids) for s in sequences) / padded
-    return found | {"batches": len(batches), "padding": round(padding, 4)} | errors[way]
+    error = compare(models[way], models["plain"])
+    return found | {"batches": len(batches), "padding": round(padding, 4)} | error
+
+
+def compare(model, plain):
+    """{relative error, cosine} of a model's gradient."""
+    dot = square = plain_square = difference = 0.0
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        found, wanted = p.grad.double(), q.grad.double()
+        dot += (found * wanted).sum().item()
+        square += found.square().sum().item()
+        plain_square += wanted.square().sum().item()
+        difference += (found - wanted).square().sum().item()
+    return {
+        "relative_error": f"{(difference / plain_square) ** 0.5:.2g}",
+        "cosine": round(dot / (square * plain_square) ** 0.5, 7),
+    }
 
 
 def spread(values, digits):
