@@ -236,7 +236,9 @@ def open_parts(folder, config, inputs, ignore=()):
     settings = folder / "settings.yaml"
     record = read_yaml(settings) if settings.is_file() else {}
     differences = find_differences(record, config, inputs, ignore)
-    if differences and any(path != settings for path in folder.glob("*")):
+    # what is left of a write that a kill cut short is no work
+    work = [path for path in folder.glob("*") if path != settings and path.suffix != ".tmp"]
+    if differences and work:
         raise ValueError(
             f"{folder} holds unfinished work done with other settings: {'; '.join(differences)}. "
             "Restore the settings to finish it, or delete that folder to start anew"

@@ -81,6 +81,13 @@ def test_unfinished_work_of_other_settings_is_refused(tmp_path):
         store.open_parts(tmp_path, {"tau": 0.7}, {})
 
 
+def test_a_kill_before_the_settings_were_there_leaves_nothing_in_the_way(tmp_path):
+    """Their temporary file was once taken for unfinished work of other settings."""
+    (tmp_path / ".settings.yaml.tmp").write_text("config: {ta")
+    store.open_parts(tmp_path, {"tau": 0.7}, {})
+    assert store.read_yaml(tmp_path / "settings.yaml")["config"] == {"tau": 0.7}
+
+
 def test_a_second_run_waits_for_the_lock_until_the_first_is_gone(tmp_path, capfd):
     code = (
         f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
