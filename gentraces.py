@@ -175,7 +175,7 @@ def load_proxy(cfg, tokenizer, vocabulary, device):
         read_gradient = functools.partial(gradient.random_tensor, read_gradient, cfg.seed)
     shared_V = id_mask(tokenizer, vocabulary.shared_ids, device)
     notes = {
-        "grad_rank": int(file.metadata().get("grad_rank", 0)),
+        "grad_rank": gradient.metadata_of(file)["grad_rank"],
         "ids_without_delta": [list(entry) for entry in vocabulary.differing],
     }
     if cfg.eps == 0:

@@ -3,7 +3,7 @@
 # student, and the evaluation of student and teacher. Run it again after any interruption: what is done is skipped.
 #
 #   bash pipeline.sh              run (the paper's models need GPUs)
-#   bash pipeline.sh --dry-run    print every stage, its command and whether it is done
+#   bash pipeline.sh --dry-run    print every stage, its command and whether it is done, to do or refused
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -160,7 +160,7 @@ run_points() {
 # A mistake in the settings of a late stage is better found before the hours of the early ones.
 check_settings() {
   [[ "$dry_run" == 1 ]] || (
-    dry_run=1
+    dry_run=1 checking=1
     read -r tau lam eps direction <<<"$grid"
     point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}"
     run_shared_stages && distil_student || exit
@@ -227,8 +227,11 @@ run_stage() {
   if [[ "$status" == 0 ]]; then
     echo "done    $name"
     return 0
-  elif [[ "$status" != 3 ]]; then # bad settings, or done with others
-    return "$status"
+  elif [[ "$status" != 3 ]]; then # bad settings, or done with others, or changed since
+    [[ "$dry_run" == 1 && -z "${checking:-}" ]] || return "$status"
+    echo "refused $name: see the error"
+    refused=1
+    return 0
   fi
   if [[ "$dry_run" == 1 ]]; then
     echo "to do   $name: $(printf '%q ' "${command[@]}")${check:+ # $check}"
@@ -254,6 +257,7 @@ duration() {
 
 finish_experiment() {
   local status=0 failed=()
+  [[ -z "${refused:-}" ]] || status=2 # a dry run goes on, to show all of it
   if [[ "$dry_run" == 0 ]]; then
     python "$here/report.py" "$EXP_DIR" || status=1
     echo "total time $(duration "$SECONDS")"

@@ -187,8 +187,8 @@ def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
         "proxy_fingerprint": inputs["proxy_student"],
         "holdout_fingerprint": inputs["holdout_traces"],
         "loss_weighting": LOSS_WEIGHTING,
-        "grad_rank": str(cfg.grad_rank),
-        **{key: str(value) for key, value in stats.items()},
+        "grad_rank": cfg.grad_rank,
+        **stats,
     }
     gradient.save(cfg.grad_path, compressed, metadata)
     store.write_sidecar(

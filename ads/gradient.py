@@ -5,6 +5,7 @@
 Shapes: B rows, T tokens, V vocabulary.
 """
 
+import json
 import math
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from ads.loss import collate, token_losses
 OVERSAMPLING = 8  # more columns than the rank in the sketch of a matrix
 NUM_POWER_ITERATIONS = 2  # they sharpen the sketch where singular values fall off slowly
 
+METADATA = "gradient"  # key in the file
 MAX_PADDING = 0.05  # of a batch's tokens
 
 
@@ -226,16 +228,22 @@ def total_norm(norms_by_name):
 
 
 def save(path, compressed, metadata):
-    """Write gradients (see `compress`) and `metadata` (strings) to a safetensors file.
+    """Write gradients (see `compress`) and `metadata` (a mapping) to a safetensors file.
 
-    Factors of NAME are stored as NAME.left and NAME.right.
+    Factors of NAME are stored as NAME.left and NAME.right. The metadata are one entry: several would come in
+    another order each time, and a gradient made again would seem another.
     """
     tensors = {}
     for name, g in compressed.items():
         parts = {".left": g.left, ".right": g.right} if isinstance(g, Factors) else {"": g}
         tensors |= {name + part: tensor.cpu().contiguous() for part, tensor in parts.items()}
     with store.atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(tensors, temporary, metadata={METADATA: json.dumps(metadata)})
+
+
+def metadata_of(file):
+    """What `save` was given with the gradients of an open file; empty where it did not write the file."""
+    return json.loads((file.metadata() or {}).get(METADATA, "{}"))
 
 
 def read(file, name):
@@ -258,7 +266,7 @@ def open_checked(path, proxy_fingerprint):
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"gradient {path} is damaged ({error}): delete it and {remedy}") from error
-    metadata = file.metadata() or {}
+    metadata = metadata_of(file)
     if "proxy_fingerprint" not in metadata:
         raise ValueError(f"{path} holds no proxy gradient: {remedy}")
     if metadata["proxy_fingerprint"] != proxy_fingerprint:

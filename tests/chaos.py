@@ -189,24 +189,21 @@ def finished(exp_dir):
 
 
 def compare(exp_dir, reference):
-    """Names of final files that are not as in the reference."""
-    names = [path.relative_to(reference) for path in reference.glob("*/*.yaml")]
-    return [
-        str(name) for name in [*names, Path("student_grads.yaml")] if not is_same(name, exp_dir, reference)
-    ]
-
-
-def is_same(name, exp_dir, reference):
-    """Rows of traces; else outputs by fingerprint and what was measured."""
-    if not (exp_dir / name).exists():
-        return False
-    if name.parent.name == "traces":
-        ours, theirs = (
-            utils.read_parquet((top / name).with_suffix(".parquet")) for top in (exp_dir, reference)
-        )
-        return ours == theirs
-    ours, theirs = (store.read_sidecar(top / name) for top in (exp_dir, reference))
-    return all(ours[key] == theirs[key] for key in ("outputs", "stats"))
+    """What is not as in the reference: rows of traces, else outputs by fingerprint and what was measured."""
+    paths = [*reference.glob("*/*.yaml"), reference / "student_grads.yaml"]
+    found = []
+    for name in [path.relative_to(reference) for path in paths]:
+        if not (exp_dir / name).exists():
+            found.append(f"{exp_dir.name}/{name} is missing")
+        elif name.parent.name == "traces":
+            files = [(top / name).with_suffix(".parquet") for top in (exp_dir, reference)]
+            if utils.read_parquet(files[0]) != utils.read_parquet(files[1]):
+                found.append(f"{exp_dir.name}/{name}: rows")
+        else:
+            ours, theirs = (store.read_sidecar(top / name) for top in (exp_dir, reference))
+            differing = [key for key in ("outputs", "stats") if ours[key] != theirs[key]]
+            found += [f"{exp_dir.name}/{name}: {ours[key]}, not {theirs[key]}" for key in differing]
+    return found
 
 
 def run_shards(args, models, problems, place, reference, durations):

@@ -92,7 +92,7 @@ def test_outputs_that_changed_after_their_stage_are_refused(model_folders, probl
     refused("gentraces.py", sampled, "final is damaged or changed since", "s.yaml to redo")
 
 
-@pytest.mark.parametrize("share", (0.3, 0.95))
+@pytest.mark.parametrize("share", (0.95, pytest.param(0.3, marks=pytest.mark.slow)))
 def test_a_sidecar_that_was_cut_short_does_not_count(model_folders, problem_folder, copy, share):
     sidecar = copy / "traces" / "t.yaml"
     lines = sidecar.read_text().splitlines(keepends=True)
@@ -168,6 +168,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing_that_was_finished(model_folders, problem_folder, finished, small_disk):
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"0" * 196_000)
@@ -197,6 +198,7 @@ def test_too_little_memory_is_said(model_folders, problem_folder, tmp_path):
     refused("gentraces.py", words, "out of memory with batch_size=1: lower max_length")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_takes_the_others_with_it(model_folders, problem_folder, tmp_path):
     """Nobody waits for the dead, and the next run, alone, finds what they all finished."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -115,6 +115,8 @@ def test_other_settings_are_refused_by_name(experiment, model_folders, problem_f
     exp_dir, _ = experiment
     result = run_pipeline(model_folders, problem_folder, exp_dir, SEED="43", check=False)
     assert result.returncode == 2 and "seed was 42, now 43" in result.stderr
+    plan = run_pipeline(model_folders, problem_folder, exp_dir, "--dry-run", SEED="43", check=False)
+    assert plan.returncode == 2 and plan.stdout.count("refused ") == 11, "a dry run shows all of it"
 
 
 @pytest.mark.parametrize(
