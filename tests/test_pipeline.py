@@ -111,6 +111,17 @@ def test_dry_run_in_an_environment_that_is_set_up(model_folders, problem_folder,
     assert found.stdout.count("to do   ") == 7 and "installing" not in found.stderr
 
 
+@pytest.mark.slow
+def test_an_experiment_may_have_any_name(model_folders, problem_folder, tmp_path, monkeypatch):
+    """No part of it is taken for an option or run by a shell."""
+    monkeypatch.chdir(tmp_path)
+    name = "-n 'a' \"b\" $(touch pwned) `touch pwned`; touch pwned & | * ? \\ \n--help=1"
+    found = run_pipeline(model_folders, problem_folder, name, GRID_ARGS="--points 0.8,0,0")
+    assert "--- 1 of 1 points" in found.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+    assert (tmp_path / name / "report" / "report.html").exists()
+
+
 def test_other_settings_are_refused_by_name(experiment, model_folders, problem_folder):
     exp_dir, _ = experiment
     result = run_pipeline(model_folders, problem_folder, exp_dir, SEED="43", check=False)
