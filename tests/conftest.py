@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two files run at a time, on perhaps two cores
 # Cases of the same kind are the same in each run; `--hypothesis-profile=many` takes more of them.
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("few", max_examples=25, **QUIET)

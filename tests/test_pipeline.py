@@ -33,7 +33,7 @@ def pipeline_environment(models, problems, exp_dir, **settings):
         "TRAIN_ARGS": "num_epochs=1 lora_r=4 batch_size=4",
         "GRID_ARGS": POINTS,
         "SKIP_SETUP": "1",
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         **settings,
