@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+# tests that run in the background inherit that INT is ignored, and would hand it on to what they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # two files run at a time, on perhaps two cores
 # Cases of the same kind are the same in each run; `--hypothesis-profile=many` takes more of them.
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}

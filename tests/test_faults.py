@@ -105,10 +105,8 @@ def test_a_sidecar_that_was_cut_short_does_not_count(model_folders, problem_fold
 
 def start(script, words, **more):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *words], env=environment, preexec_fn=heard, text=True, **more
-    )
+    command = [sys.executable, str(ROOT / script), *words]
+    return subprocess.Popen(command, env=environment, text=True, **more)
 
 
 def parts(exp_dir):

@@ -196,8 +196,6 @@ def test_an_interrupted_pipeline_stops_with_all_it_started(
     environment = pipeline_environment(model_folders, problem_folder, tmp_path, JOBS="2")
     command = ["bash", str(ROOT / "pipeline.sh")]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    # tests that run in the background have inherited that INT is ignored, which a shell cannot undo
-    quiet["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
     wait_until((tmp_path / "locks" / "traces-holdout.lock").exists)
     if number == signal.SIGINT:

@@ -1,6 +1,5 @@
 """search.py: its search on synthetic curves, then as a user runs it; and grid.py on what it writes."""
 
-import functools
 import json
 import os
 import random
@@ -272,9 +271,7 @@ def test_an_interrupted_search_stops_its_stage(experiment, model_folders, tmp_pa
     arguments = launch_of(tmp_path, f"echo $$ > {pid}.tmp; mv {pid}.tmp {pid}; exec sleep 60")
     own = [f"exp_dir={exp_dir}", f"data_split={data}_train", "rule=raw", *arguments]
     command = [sys.executable, str(ROOT / "search.py"), *own, *words_for(model_folders, exp_dir)]
-    # tests that run in the background have inherited that INT is ignored
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True, preexec_fn=heard)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     while not pid.exists():
         assert process.poll() is None
         time.sleep(0.05)
