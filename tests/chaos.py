@@ -133,7 +133,9 @@ def run_alone(args, models, problems, place, reference, durations):
         exp_dir = place / f"run{run}"
         kept = set()
         order = list(durations)
-        targets = sorted(generator.choices(order, k=args.kills), key=order.index)
+        # every stage as often as the next, what is left over at random
+        targets = order * (args.kills // len(order)) + generator.sample(order, args.kills % len(order))
+        targets.sort(key=order.index)
         for number, target in enumerate(targets):
             pipeline = Pipeline(models, problems, exp_dir)
             stage = kill_during(pipeline, target, exp_dir, generator, durations, in_a_write=number % 2)
