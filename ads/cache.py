@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache
 
+LANES = 16  # floats of a vector
+
 
 @dataclass
 class Placement:
@@ -29,15 +31,22 @@ class Placement:
     read: tuple[int, int, int] | None
 
 
+def whole_vectors(size):
+    return -(-size // LANES) * LANES
+
+
 class SlotCache(Cache):
     """Keys and values (B, H, S, D) per layer, allocated once at the first prefill, written in place.
 
-    by_columns: keys lie in memory as (B, H, D, S), in which a CPU multiplies queries with them faster.
+    by_columns: keys lie in memory as (B, H, D, S), in which a CPU multiplies queries with them faster; S, and
+    D of the values, are padded to whole vectors (native.c counts on it).
     """
 
     def __init__(self, num_slots, num_positions, by_columns=False):
         super().__init__(layers=[])
-        self.num_slots, self.num_positions, self.by_columns = num_slots, num_positions, by_columns
+        self.num_slots = self.num_values = num_slots
+        self.by_columns = by_columns
+        self.num_positions = whole_vectors(num_positions) if by_columns else num_positions
         self.keys, self.values = {}, {}
         self.placement = None
 
@@ -45,7 +54,7 @@ class SlotCache(Cache):
         """Store the given tokens and return what attention should see (called by each attention layer)."""
         if layer_idx not in self.keys:
             self.keys[layer_idx] = self.allocate(keys_BHTD, self.by_columns)
-            self.values[layer_idx] = self.allocate(values_BHTD)
+            self.values[layer_idx] = self.allocate(values_BHTD, False)
         place = self.placement
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys[place.slots, :, place.positions] = keys_BHTD[place.rows, :, place.columns]
@@ -56,17 +65,20 @@ class SlotCache(Cache):
         slots = slice(first, first + num_rows)
         return keys[slots, :, :length], values[slots, :, :length]
 
-    def allocate(self, like_BHTD, by_columns=False):
-        _, num_heads, _, head_width = like_BHTD.shape
-        sizes = (head_width, self.num_positions) if by_columns else (self.num_positions, head_width)
-        tensor = like_BHTD.new_zeros(self.num_slots, num_heads, *sizes)
-        return tensor.mT if by_columns else tensor
+    def allocate(self, like_BHTD, by_columns):
+        _, num_heads, _, width = like_BHTD.shape
+        shape = self.num_slots, num_heads, self.num_positions, width
+        if by_columns:
+            return like_BHTD.new_zeros(*shape[:2], width, self.num_positions).mT
+        padded = whole_vectors(width) if self.by_columns else width
+        return like_BHTD.new_zeros(*shape[:3], padded)[..., :width]
 
     @property
     def bytes_per_position(self):
         """What a position of a slot takes in all layers."""
         tensors = [*self.keys.values(), *self.values.values()]
-        return sum(t.nbytes for t in tensors) // max(1, self.num_slots * self.num_positions)
+        num_bytes = sum(t.untyped_storage().nbytes() for t in tensors)
+        return num_bytes // max(1, self.num_slots * self.num_positions)
 
     def move(self, source, target, length):
         for tensors in (self.keys, self.values):

@@ -3,7 +3,8 @@
 In the library's forward a small model's step on a CPU spends as long around its products as in them: forty
 operations a layer, each of a few microseconds, and the Python between them. Here query, key and value are one
 product, gate and up another, scale and mask go into the product with the keys, and nothing is looked up
-twice. Prompts stay with the library, and so do models of any other kind (`make_step` finds out).
+twice. On a CPU in float32 native.c does the same in one call. Prompts stay with the library, and so do models
+of any other kind (`make_step` finds out).
 
 Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual.py); L positions, H
 heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs.
@@ -12,7 +13,7 @@ heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs
 import torch
 from torch.nn import functional
 
-from ads import dual
+from ads import dual, native
 from ads.gradient import Factors, dense
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -256,21 +257,27 @@ class Step:
         self.norm, self.is_dual = Norm(inner.norm), self.layers[0].qkv.is_dual
         is_tied = model.lm_head.weight is inner.embed_tokens.weight
         self.head = Product(model.lm_head, is_table=is_tied)
+        self.compiled = native.CompiledStep(self) if native.suits(self.table.weight) else None
 
     def __call__(self, tokens_N, lengths_N, longest, cache):
         """Logits (N, V) that follow, or a Dual of them; see models.CachedModel.step."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             x_RI = self.embed(tokens_N)
-            cos, sin = (angle.squeeze(0)[:, None] for angle in self.rotary(x_RI, lengths_N[None]))
+            cos, sin = (angle.squeeze(0) for angle in self.rotary(x_RI, lengths_N[None]))
+            if self.compiled:
+                windows = [self.windows[layer.kind] for layer in self.layers]
+                return self.result(self.compiled(x_RI, cos, sin, lengths_N, cache, windows))
             masks = {
                 kind: self.mask(lengths_N, longest, window, x_RI) for kind, window in self.windows.items()
             }
             place = Place(cache, lengths_N, longest, masks, self.is_dual)
-            angles = [torch.cat([a, a]) for a in (cos, sin)] if self.is_dual else [cos, sin]
+            angles = [(torch.cat([a, a]) if self.is_dual else a)[:, None] for a in (cos, sin)]
             for layer in self.layers:
                 x_RI = layer(x_RI, angles, place)
-            logits_RV = self.head(self.norm(x_RI))
-            return logits_RV.as_subclass(dual.Dual) if self.is_dual else logits_RV
+            return self.result(self.head(self.norm(x_RI)))
+
+    def result(self, logits_RV):
+        return logits_RV.as_subclass(dual.Dual) if self.is_dual else logits_RV
 
     def embed(self, tokens_N):
         if self.is_dual:

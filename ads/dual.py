@@ -30,6 +30,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from ads import native
 from ads.cache import Placement, SlotCache
 from ads.gradient import Factors, dense
 
@@ -116,10 +117,11 @@ def own_weight(parameter, tangent, is_table):
 def stack_rows(matrices):
     """Matrices one above the other, in the layout by which few rows are multiplied fastest.
 
-    On the CPU in float32 that is by columns: a tenth less time than by rows (bench/RESULTS.md).
+    On the CPU in float32 that is by rows in native.c, by columns in torch: a tenth less time than by rows
+    (bench/RESULTS.md).
     """
     first, shape = matrices[0], (sum(map(len, matrices)), matrices[0].shape[1])
-    is_by_columns = first.device.type == "cpu" and first.dtype == torch.float32
+    is_by_columns = first.device.type == "cpu" and first.dtype == torch.float32 and not native.suits(first)
     stacked = first.new_empty(shape[::-1]).T if is_by_columns else first.new_empty(shape)
     for part, matrix in zip(stacked.split([len(m) for m in matrices]), matrices, strict=True):
         part.copy_(matrix)

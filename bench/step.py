@@ -9,6 +9,8 @@ work. Step and products take turns, so that what else runs on the machine hits b
 """
 
 import argparse
+import ctypes
+import functools
 import json
 import statistics
 import sys
@@ -23,7 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import decode_delta
 import machine
 
+from ads import native
+
 WAYS = ("plain", "exact_16")
+PRODUCTS = ("qkv", "output", "gate_up", "down")
 
 
 def main():
@@ -68,17 +73,15 @@ def measure(args, decoder, model, batch, speed):
     decoder.prefill(short, 0)  # allocates; what a slot holds does not change the work
     tokens_N = torch.full((batch,), 7, device=args.device)
     lengths_N = torch.full((batch,), args.context, device=args.device)
-    products = [product for layer in model.own_step.layers for product in products_of(layer)]
-    products.append(model.own_step.head)
-    inputs = [torch.randn(batch * (1 + p.is_dual), p.base_PI.shape[1]).to(p.base_PI) for p in products]
+    products = make_products(model.own_step, batch)
     times = {"step_ms": [], "products_ms": []}
     for _ in range(args.repeats):
         start = now(args)
         decoder.step(tokens_N, lengths_N, args.context)
         times["step_ms"].append(1e3 * (now(args) - start))
         start = now(args)
-        for product, x in zip(products, inputs, strict=True):
-            product(x)
+        for product in products:
+            product()
         times["products_ms"].append(1e3 * (now(args) - start))
     cache_bytes = batch * args.context * model.bytes_per_position
     medians = {key: round(statistics.median(found[3:]), 2) for key, found in times.items()}
@@ -90,8 +93,28 @@ def now(args):
     return time.perf_counter()
 
 
-def products_of(layer):
-    return layer.qkv, layer.output, layer.gate_up, layer.down
+def make_products(step, batch):
+    """A call for each linear layer of a step, by what the step computes it with."""
+    layers, head = step.layers, step.head
+    if step.compiled:
+        layers, head = step.compiled.layers, step.compiled.model.head
+    products = [getattr(layer, name) for layer in layers for name in PRODUCTS] + [head]
+    run = functools.partial(run_compiled, is_dual=step.is_dual) if step.compiled else run_torch
+    num_rows = batch * (1 + step.is_dual)
+    return [run(product, num_rows, step.table.weight) for product in products]
+
+
+def run_torch(product, num_rows, like):
+    x_RI = torch.randn(num_rows, product.base_PI.shape[1]).to(like)
+    return functools.partial(product, x_RI)
+
+
+def run_compiled(product, num_rows, like, is_dual):
+    x_RI = torch.randn(num_rows, product.ins)
+    y_RO, thin = torch.empty(num_rows, product.outs), torch.empty(num_rows, max(1, product.rank))
+    addresses = [ctypes.c_void_p(x.data_ptr()) for x in (x_RI, y_RO, thin)]
+    arguments = product, is_dual, num_rows // (1 + is_dual), *addresses, torch.get_num_threads()
+    return lambda kept=(x_RI, y_RO, thin): native.library().ads_product(*arguments)
 
 
 if __name__ == "__main__":

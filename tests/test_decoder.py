@@ -1,14 +1,26 @@
-"""The step of Llama's kind against the library's forward, plain and in dual numbers; who gets it."""
+"""The step of Llama's kind, compiled and in torch, against the library's forward; who gets it."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 
-from ads import decoder, dual
+from ads import decoder, dual, native
 from ads.models import CachedModel
 
 OURS = ("llama", "qwen2", "mistral", "qwen3")
 PROMPTS = [list(range(3, 14)), [5, 6, 7], [20, 21, 22, 23, 24, 25, 26]]
+
+
+@pytest.fixture(params=("compiled", "torch"))
+def way(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip("no C compiler or no AVX-512 on this machine")
+    return request.param
 
 
 def random_gradient(model, name):
@@ -48,15 +60,19 @@ def relative(found, wanted):
 
 @pytest.mark.parametrize("rank", (0, 3))
 @pytest.mark.parametrize("kind", OURS)
-def test_dual_steps_are_those_of_the_library(kind, rank):
-    for wanted, found in decode(make(kind, is_dual=True, rank=rank)):
+def test_dual_steps_are_those_of_the_library(kind, rank, way):
+    cached = make(kind, is_dual=True, rank=rank)
+    assert bool(cached.own_step.compiled) == (way == "compiled")
+    for wanted, found in decode(cached):
         for a, b in zip(found.chunk(2), wanted.chunk(2), strict=True):
             assert relative(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("kind", OURS)
-def test_plain_steps_are_those_of_the_library(kind):
-    pairs = decode(make(kind, is_dual=False))
+def test_plain_steps_are_those_of_the_library(kind, way):
+    cached = make(kind, is_dual=False)
+    assert bool(cached.own_step.compiled) == (way == "compiled")
+    pairs = decode(cached)
     assert all(relative(found, wanted) < 1e-5 for wanted, found in pairs)
     assert relative(pairs[0][0], pairs[1][0]) > 0.1, "each step must see other tokens"
 
@@ -68,7 +84,7 @@ def test_bfloat16(is_dual):
         assert decoder.agrees(found, wanted)
 
 
-def test_windows_count(monkeypatch):
+def test_windows_count(way):
     """Mistral's window is shorter than the rows."""
     cached = make("mistral", is_dual=False)
     cached.windows = cached.own_step.windows = {"sliding_attention": 4}
@@ -95,3 +111,98 @@ def test_weights_stay_the_model_s():
     assert attention.q_proj.weight.untyped_storage().data_ptr() == (
         cached.own_step.layers[0].qkv.base_PI.untyped_storage().data_ptr()
     )
+
+
+needs_compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler or no AVX-512 here")
+
+
+def odd_model(is_dual, rank=5, **changes):
+    """Sizes that are no multiples of a vector or a tile; three query heads to a head of keys."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ads.gradient import compress
+
+    sizes = {"hidden_size": 78, "intermediate_size": 99, "vocab_size": 83, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 22}
+    others = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **others, **changes)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    if not is_dual:
+        return CachedModel(model)
+    for name, p in model.named_parameters():
+        p.grad = random_gradient(model, name)
+    dual_model = dual.DualModel(model, compress(model, rank, seed=0).__getitem__)
+    return CachedModel(dual_model, dual_model.make_cache)
+
+
+@torch.inference_mode()
+def step_of(cached, rows, by_library=False):
+    """Logits that follow one more token in each of the given rows, of 3 to 67 tokens."""
+    prompts = [[(7 * row + i * i) % 80 for i in range(3 + 8 * row)] for row in rows]
+    cached.allocate(len(rows), 80)
+    cached.prefill(prompts, 0)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    given = torch.tensor([11 + row for row in rows]), lengths, int(lengths.max())
+    logits = cached.library_step(*given) if by_library else cached.step(*given)
+    return logits.as_subclass(torch.Tensor).clone()
+
+
+@needs_compiled
+@pytest.mark.parametrize("is_dual, rank", ((False, 0), (True, 0), (True, 5)))
+@pytest.mark.parametrize("num_rows", (1, 2, 3, 5, 9))
+def test_odd_sizes(num_rows, is_dual, rank):
+    cached, rows = odd_model(is_dual, rank), range(num_rows)
+    assert cached.own_step.compiled
+    pairs = [step_of(cached, rows, by_library).chunk(1 + is_dual) for by_library in (False, True)]
+    for found, wanted in zip(*pairs, strict=True):
+        assert relative(found, wanted) < 1e-5
+
+
+@needs_compiled
+@pytest.mark.parametrize("is_dual", (False, True))
+def test_a_row_does_not_depend_on_the_others_or_on_threads(is_dual):
+    """To the last bit, given the same caches."""
+    cached, before = odd_model(is_dual), torch.get_num_threads()
+    together = step_of(cached, range(9)).unflatten(0, (1 + is_dual, -1))
+    tokens, lengths = (
+        torch.tensor([11 + row for row in range(9)]),
+        torch.tensor([3 + 8 * r for r in range(9)]),
+    )
+    try:
+        for num_rows, num_threads in ((4, 1), (7, 2), (9, 3)):
+            torch.set_num_threads(num_threads)
+            with torch.inference_mode():
+                found = cached.own_step(tokens[:num_rows], lengths[:num_rows], 67, cached.cache)
+            found = found.as_subclass(torch.Tensor).unflatten(0, (1 + is_dual, -1))
+            assert torch.equal(found, together[:, :num_rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiled
+def test_what_is_not_finite_stays_so():
+    cached = odd_model(is_dual=False)
+    cached.own_step.layers[0].norms[0].scale[3] = torch.nan
+    assert step_of(cached, range(3)).isnan().all()
+    cached = odd_model(is_dual=False)
+    cached.allocate(2, 80)
+    cached.prefill([[1, 2, 3], [4, 5, 6]], 0)
+    next(iter(cached.cache.keys.values()))[1, 0, 1, 0] = torch.nan
+    with torch.inference_mode():
+        logits = cached.step(torch.tensor([7, 8]), torch.tensor([3, 3]), 3)
+    assert logits[0].isfinite().all() and logits[1].isnan().all()
+
+
+@needs_compiled
+@pytest.mark.parametrize("settings, said", (({"CC": "false"}, True), ({"ADS_NATIVE": "0"}, False)))
+def test_without_a_compiler_torch_decodes(settings, said, tmp_path):
+    code = "from ads import native; print(native.library())"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | settings, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "None"
+    assert ("torch decodes instead" in done.stderr) == said and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.so"))

@@ -221,8 +221,8 @@ def test_prompts_in_chunks_are_prompts_in_one_pass(kind):
 def test_batch_size_by_free_memory(monkeypatch):
     models, rows = ads_models(), requests(num_new=20)
     positions = max(len(row.prompt_ids) for row in rows) + 20
-    # keys and values of 2 layers, 2 heads of 8 floats, in the teacher and two proxies; 64 bytes a logit
-    row_bytes = 3 * positions * 2 * 2 * 2 * 8 * 4 + 64 * V
+    # keys of 2 layers, 2 heads of 8 floats and values padded to 16, in three models; 64 bytes a logit
+    row_bytes = 3 * positions * 2 * 2 * (8 + 16) * 4 + 64 * V
     for free, wanted in ((10 * row_bytes / 0.8 + 1, 10), (0, 1), (1e12, 64)):
         monkeypatch.setattr("ads.engine.free_bytes", functools.partial(given_bytes, free))
         assert choose_batch_size(models, rows) == wanted

@@ -1,0 +1,438 @@
+/* One decoding step of a model built like Llama, on a CPU in float32: what decoder.Step computes.
+
+Two things make it faster than the same in torch. A product of few rows waits for its weights: here the next
+rows of W are fetched while these are multiplied. And what lies between the products takes the time of its
+arithmetic, not that of a hundred calls.
+
+N slots are decoded; R = N rows, or 2N in dual numbers: values in rows 0..N-1, their derivatives along g in
+rows N..2N-1 (see dual.py). A row's result does not depend on the other rows. NaN stays NaN. Matrices lie by
+rows, but keys by columns, so that both products of attention add up whole vectors. native.py has the same
+structs.
+*/
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef __AVX512F__
+#error "the 16 sums of a tile need 32 registers of 16 floats: elsewhere torch is as fast"
+#endif
+
+/* A tile has 4 rows and 4 outputs; its 16 sums stay in registers. The rows of W of a panel stay in L1. */
+enum { LANES = 16, TILE = 4, PANEL = 8 };
+
+typedef int64_t size;
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+typedef struct {
+    size outs, ins, rank;
+    const float *weight;        /* (outs + rank, ins): W, below it the right factor of g */
+    const float *left;          /* (rank, outs): the left factor of g; NULL without factors */
+    const float *g;             /* (outs, ins): g where it has no factors, else NULL */
+    const float *bias, *d_bias; /* (outs), or NULL */
+} product;
+
+typedef struct {
+    const float *scale, *d_scale; /* NULL: no such norm */
+    float eps;
+} norm;
+
+typedef struct {
+    norm before_attention, before_mlp, of_queries, of_keys;
+    product qkv, output, gate_up, down;
+    float *keys;          /* (slots, kv_heads, width, positions), derivatives num_slots slots further on */
+    float *values;        /* (slots, kv_heads, positions, v_stride), of which width are used */
+    size window;          /* positions seen; 0: all */
+    float scaling;
+} layer;
+
+typedef struct {
+    size num_layers, hidden, heads, kv_heads, width, inner, is_dual;
+    const layer *layers;
+    norm last;
+    product head;
+} model;
+
+typedef struct {
+    size rows, num_slots;            /* N; slots of the cache */
+    size positions, v_stride;        /* both multiples of LANES */
+    const float *cos, *sin;          /* (N, width) */
+    const size *lengths;             /* (N): tokens in the cache before this one */
+    float *x;                        /* (R, hidden): embeddings; overwritten */
+    float *logits;                   /* (R, outs of the head) */
+    float *normed, *wide, *mixed;    /* (R, hidden), (R, widest of qkv and gate_up), (R, widest input) */
+    float *thin;                     /* (N, greatest rank) */
+    float *scores, *heads;           /* (threads, 2 heads / kv_heads, positions), (threads, .., v_stride) */
+} place;
+
+static inline size least(size a, size b) { return a < b ? a : b; }
+
+static inline vec load(const float *p) { return *(const vec *)p; }
+
+/* Lane 4 r + o: the sum of the lanes of a[4 r + o]. */
+static inline vec sum_lanes(const vec *a)
+{
+    vec b[8], c[4], d[2];
+#define HALVES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+    for (int i = 0; i < 8; i++)
+        b[i] = HALVES(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+             + HALVES(a[2 * i], a[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; i++)
+        c[i] = HALVES(b[2 * i], b[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+             + HALVES(b[2 * i], b[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    for (int i = 0; i < 2; i++)
+        d[i] = HALVES(c[2 * i], c[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29)
+             + HALVES(c[2 * i], c[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return HALVES(d[0], d[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+         + HALVES(d[0], d[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#undef HALVES
+}
+
+/* y[r y_stride + o] (+)= w[o] . x[r] for num_rows rows and num_outs outputs, TILE of each at most, of strides
+ins. Meanwhile `ahead` is fetched, stride / LANES floats for each float of a w. */
+static inline __attribute__((always_inline)) void tile(
+    size num_rows, size num_outs, const float *w, const float *x, size ins, const float *ahead, size stride,
+    float *y, size y_stride, int add)
+{
+    vec sums[TILE * TILE] = {{0}};
+    size i = 0;
+    for (; i + LANES <= ins; i += LANES) {
+        __builtin_prefetch(ahead + i * stride / LANES, 0, 2);
+        vec ws[TILE], xs[TILE];
+        for (size o = 0; o < num_outs; o++)
+            ws[o] = load(w + o * ins + i);
+        for (size r = 0; r < num_rows; r++)
+            xs[r] = load(x + r * ins + i);
+#pragma GCC unroll 4
+        for (size r = 0; r < num_rows; r++)
+#pragma GCC unroll 4
+            for (size o = 0; o < num_outs; o++)
+                sums[TILE * r + o] += xs[r] * ws[o];
+    }
+    vec result = sum_lanes(sums);
+    for (size r = 0; r < num_rows; r++)
+        for (size o = 0; o < num_outs; o++) {
+            float sum = result[TILE * r + o];
+            for (size k = i; k < ins; k++)
+                sum += x[r * ins + k] * w[o * ins + k];
+            y[r * y_stride + o] = add ? y[r * y_stride + o] + sum : sum;
+        }
+}
+
+/* y (+)= x W^T: w (outs, ins), x (rows, ins), y (rows, outs) with y_stride floats from row to row. */
+static void multiply(
+    const float *w, size outs, size ins, const float *x, size rows, float *y, size y_stride, int add)
+{
+    size num_tiles = (rows + TILE - 1) / TILE * ((outs + TILE - 1) / TILE), share = outs * ins / num_tiles;
+    size stride = LANES * share / ins;
+    const float *ahead = w + outs * ins;
+    for (size r = 0; r < rows; r += TILE)
+        for (size o = 0; o < outs; o += TILE, ahead += share) {
+            const float *ws = w + o * ins, *xs = x + r * ins;
+            float *ys = y + r * y_stride + o;
+            if (outs - o < TILE)
+                for (size k = 0; k < outs - o; k++)
+                    for (size i = 0; i < least(TILE, rows - r); i++) {
+                        float *target = ys + i * y_stride + k;
+                        tile(1, 1, ws + k * ins, xs + i * ins, ins, ahead, stride, target, y_stride, add);
+                    }
+            else if (rows - r >= TILE)
+                tile(TILE, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
+            else if (rows - r == 3)
+                tile(3, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
+            else if (rows - r == 2)
+                tile(2, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
+            else
+                tile(1, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
+        }
+}
+
+/* dp = p (ds - sum of p ds), where ds was in its place. */
+static void change_of_softmax(const float *p, float *dp, size count)
+{
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size i = 0; i < count; i++)
+        sum += p[i] * dp[i];
+#pragma omp simd
+    for (size i = 0; i < count; i++)
+        dp[i] = p[i] * (dp[i] - sum);
+}
+
+/* `num_vecs` times LANES columns of y (+)= p v, in num_rows rows. */
+static inline __attribute__((always_inline)) void mix_columns(
+    size num_vecs, size num_rows, const float *p, size p_stride, const float *v, size v_stride, size length,
+    float *y, size y_stride, int add)
+{
+    vec sums[TILE][TILE] = {{{0}}};
+    for (size l = 0; l < length; l++)
+#pragma GCC unroll 4
+        for (size c = 0; c < num_vecs; c++) {
+            vec part = load(v + l * v_stride + c * LANES);
+            __builtin_prefetch(v + l * v_stride + (num_vecs + c) * LANES, 0, 3);
+#pragma GCC unroll 4
+            for (size r = 0; r < num_rows; r++)
+                sums[r][c] += p[r * p_stride + l] * part;
+        }
+    for (size r = 0; r < num_rows; r++)
+        for (size c = 0; c < num_vecs; c++) {
+            float *target = y + r * y_stride + c * LANES;
+            if (add)
+                sums[r][c] += load(target);
+            *(vec *)target = sums[r][c];
+        }
+}
+
+static inline __attribute__((always_inline)) void mix_rows(
+    size num_rows, const float *p, size p_stride, const float *v, size v_stride, size length, size columns,
+    float *y, size y_stride, int add)
+{
+    size c = 0;
+    for (; c + TILE * LANES <= columns; c += TILE * LANES)
+        mix_columns(TILE, num_rows, p, p_stride, v + c, v_stride, length, y + c, y_stride, add);
+    for (; c + LANES <= columns; c += LANES)
+        mix_columns(1, num_rows, p, p_stride, v + c, v_stride, length, y + c, y_stride, add);
+    for (; c < columns; c++)
+        for (size r = 0; r < num_rows; r++) {
+            float sum = add ? y[r * y_stride + c] : 0;
+            for (size l = 0; l < length; l++)
+                sum += p[r * p_stride + l] * v[l * v_stride + c];
+            y[r * y_stride + c] = sum;
+        }
+}
+
+/* y (+)= p v: p (rows, length), v (length, columns), y (rows, columns). */
+static void mix(
+    const float *p, size p_stride, size rows, const float *v, size v_stride, size length, size columns,
+    float *y, size y_stride, int add)
+{
+    for (; rows >= TILE; rows -= TILE, p += TILE * p_stride, y += TILE * y_stride)
+        mix_rows(TILE, p, p_stride, v, v_stride, length, columns, y, y_stride, add);
+    if (rows == 3)
+        mix_rows(3, p, p_stride, v, v_stride, length, columns, y, y_stride, add);
+    else if (rows == 2)
+        mix_rows(2, p, p_stride, v, v_stride, length, columns, y, y_stride, add);
+    else if (rows == 1)
+        mix_rows(1, p, p_stride, v, v_stride, length, columns, y, y_stride, add);
+}
+
+static void add_bias(const float *bias, size outs, float *y, size y_stride, size rows)
+{
+    for (size r = 0; r < rows; r++)
+        for (size o = 0; o < outs; o++)
+            y[r * y_stride + o] += bias[o];
+}
+
+/* y (+)= W x + b by all threads; of derivatives W dx + dW x + db. */
+static void apply(const product *p, int is_dual, size rows, const float *x, float *y, int add, float *thin)
+{
+    size outs = p->outs, ins = p->ins, rank = p->rank;
+    float *dy = y + rows * outs;
+#pragma omp for schedule(static) nowait
+    for (size first = 0; first < outs; first += PANEL) {
+        size count = least(PANEL, outs - first);
+        multiply(p->weight + first * ins, count, ins, x, is_dual ? 2 * rows : rows, y + first, outs, add);
+        if (p->g)
+            multiply(p->g + first * ins, count, ins, x, rows, dy + first, outs, 1);
+        if (p->bias)
+            add_bias(p->bias + first, count, y + first, outs, rows);
+        if (p->d_bias)
+            add_bias(p->d_bias + first, count, dy + first, outs, rows);
+    }
+#pragma omp for schedule(static)
+    for (size first = 0; first < rank; first += PANEL) {
+        const float *right = p->weight + (outs + first) * ins;
+        multiply(right, least(PANEL, rank - first), ins, x, rows, thin + first, rank, 0);
+    }
+    if (rank) {
+#pragma omp for schedule(static)
+        for (size first = 0; first < outs; first += TILE * LANES) {
+            size count = least(TILE * LANES, outs - first);
+            mix(thin, rank, rows, p->left + first, outs, rank, count, dy + first, outs, 1);
+        }
+    }
+}
+
+/* y = x / sqrt(mean x^2 + eps) scale of a row, which may be x itself; dx is NULL outside dual numbers. */
+static void normalise(const norm *n, size width, const float *x, const float *dx, float *y, float *dy)
+{
+    float squares = 0, products = 0;
+#pragma omp simd reduction(+ : squares)
+    for (size i = 0; i < width; i++)
+        squares += x[i] * x[i];
+    float root = 1 / sqrtf(squares / width + n->eps);
+    if (dx) {
+#pragma omp simd reduction(+ : products)
+        for (size i = 0; i < width; i++)
+            products += x[i] * dx[i];
+        float slope = root * root * root * products / width;
+#pragma omp simd
+        for (size i = 0; i < width; i++)
+            dy[i] = (dx[i] * root - x[i] * slope) * n->scale[i] + x[i] * root * n->d_scale[i];
+    }
+#pragma omp simd
+    for (size i = 0; i < width; i++)
+        y[i] = x[i] * root * n->scale[i];
+}
+
+static void normalise_rows(const norm *n, const model *m, const place *at)
+{
+    size width = m->hidden, next = at->rows * width;
+#pragma omp for schedule(static)
+    for (size row = 0; row < at->rows; row++) {
+        float *x = at->x + row * width, *y = at->normed + row * width;
+        normalise(n, width, x, m->is_dual ? x + next : NULL, y, y + next);
+    }
+}
+
+/* exp to 2e-7: 2^n times a Taylor series about 0. Outside of -87..88 the result of the nearest of these. */
+static inline float exponential(float x)
+{
+    x = x < -87 ? -87 : x;
+    x = x > 88 ? 88 : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
+    float series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
+    union { uint32_t bits; float value; } power = {((uint32_t)(int32_t)n + 127) << 23};
+    return series * power.value;
+}
+
+static void softmax(float *scores, size count)
+{
+    float highest = scores[0], sum = 0;
+#pragma omp simd reduction(max : highest)
+    for (size i = 0; i < count; i++)
+        highest = scores[i] > highest ? scores[i] : highest;
+#pragma omp simd reduction(+ : sum)
+    for (size i = 0; i < count; i++)
+        sum += scores[i] = exponential(scores[i] - highest);
+    for (size i = 0; i < count; i++)
+        scores[i] /= sum;
+}
+
+/* Rotary position embedding (Su et al., 2021) of a head, and a factor. */
+static void rotate(float *x, size width, const float *cos, const float *sin, float factor)
+{
+    size half = width / 2;
+    for (size d = 0; d < half; d++) {
+        float a = x[d], b = x[d + half];
+        x[d] = (a * cos[d] - b * sin[d]) * factor;
+        x[d + half] = (b * cos[d + half] + a * sin[d + half]) * factor;
+    }
+}
+
+/* Turn the queries and keys of a slot, and put its key and value into the cache. */
+static void enter(const model *m, const layer *l, const place *at, size row)
+{
+    size heads = m->heads, kv_heads = m->kv_heads, width = m->width, stride = l->qkv.outs;
+    const float *cos = at->cos + row * width, *sin = at->sin + row * width;
+    for (size head = 0; head < heads + kv_heads; head++) {
+        const norm *n = head < heads ? &l->of_queries : &l->of_keys;
+        float *x = at->wide + row * stride + head * width, *dx = x + at->rows * stride;
+        if (n->scale)
+            normalise(n, width, x, m->is_dual ? dx : NULL, x, dx);
+        float factor = head < heads ? l->scaling : 1;
+        rotate(x, width, cos, sin, factor);
+        if (m->is_dual)
+            rotate(dx, width, cos, sin, factor);
+    }
+    for (size half = 0; half <= m->is_dual; half++)
+        for (size head = 0; head < kv_heads; head++) {
+            size place = (row + half * at->num_slots) * kv_heads + head, position = at->lengths[row];
+            const float *key = at->wide + (row + half * at->rows) * stride + (heads + head) * width;
+            for (size d = 0; d < width; d++)
+                l->keys[(place * width + d) * at->positions + position] = key[d];
+            memcpy(l->values + (place * at->positions + position) * at->v_stride, key + kv_heads * width,
+                   width * sizeof(float));
+        }
+}
+
+/* Attention of the query heads of a slot that share a head of keys; p: scores, then probabilities. */
+static void attend(const model *m, const layer *l, const place *at, size row, size head)
+{
+    size width = m->width, group = m->heads / m->kv_heads, positions = at->positions, v_stride = at->v_stride;
+    size count = m->is_dual ? 2 * group : group, thread = omp_get_thread_num();
+    float *p = at->scores + thread * 2 * group * positions, *dp = p + group * positions;
+    float *heads = at->heads + thread * 2 * group * v_stride; /* first queries, then results */
+    size length = at->lengths[row] + 1, first = l->window && length > l->window ? length - l->window : 0;
+    size start = first / LANES * LANES, columns = (length - start + LANES - 1) / LANES * LANES;
+    size place = row * m->kv_heads + head, to_tangents = at->num_slots * m->kv_heads * positions;
+    const float *k = l->keys + place * width * positions + start;
+    const float *v = l->values + (place * positions + first) * v_stride;
+    for (size g = 0; g < count; g++) { /* values of all heads of the group, then derivatives */
+        size r = row + g / group * at->rows, h = head * group + g % group;
+        memcpy(heads + g * v_stride, at->wide + r * l->qkv.outs + h * width, width * sizeof(float));
+    }
+    mix(heads, v_stride, count, k, positions, width, columns, p, positions, 0);
+    if (m->is_dual)
+        mix(heads, v_stride, group, k + to_tangents * width, positions, width, columns, dp, positions, 1);
+    p += first - start, dp += first - start, length -= first;
+    for (size g = 0; g < group; g++) {
+        softmax(p + g * positions, length);
+        if (m->is_dual)
+            change_of_softmax(p + g * positions, dp + g * positions, length);
+    }
+    mix(p, positions, count, v, v_stride, length, v_stride, heads, v_stride, 0);
+    if (m->is_dual) {
+        const float *dv = v + to_tangents * v_stride;
+        mix(p, positions, group, dv, v_stride, length, v_stride, heads + group * v_stride, v_stride, 1);
+    }
+    for (size g = 0; g < count; g++) {
+        size r = row + g / group * at->rows, h = head * group + g % group;
+        memcpy(at->mixed + (r * m->heads + h) * width, heads + g * v_stride, width * sizeof(float));
+    }
+}
+
+/* silu(gate) up of a slot. */
+static void gate(const model *m, const place *at, size row)
+{
+    size inner = m->inner;
+    const float *gates = at->wide + row * 2 * inner, *ups = gates + inner;
+    const float *d_gates = gates + at->rows * 2 * inner, *d_ups = d_gates + inner;
+    float *y = at->mixed + row * inner, *dy = y + at->rows * inner;
+#pragma omp simd
+    for (size i = 0; i < inner; i++) {
+        float sigmoid = 1 / (1 + exponential(-gates[i])), active = gates[i] * sigmoid;
+        y[i] = active * ups[i];
+        if (m->is_dual)
+            dy[i] = sigmoid * (1 + gates[i] - active) * d_gates[i] * ups[i] + active * d_ups[i];
+    }
+}
+
+/* Logits of the next token of each slot. */
+void ads_step(const model *m, const place *at, int num_threads)
+{
+#pragma omp parallel num_threads(num_threads)
+    {
+        for (size i = 0; i < m->num_layers; i++) {
+            const layer *l = m->layers + i;
+            normalise_rows(&l->before_attention, m, at);
+            apply(&l->qkv, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin);
+#pragma omp for schedule(static)
+            for (size row = 0; row < at->rows; row++)
+                enter(m, l, at, row);
+#pragma omp for schedule(dynamic) collapse(2)
+            for (size row = 0; row < at->rows; row++)
+                for (size head = 0; head < m->kv_heads; head++)
+                    attend(m, l, at, row, head);
+            apply(&l->output, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin);
+            normalise_rows(&l->before_mlp, m, at);
+            apply(&l->gate_up, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin);
+#pragma omp for schedule(static)
+            for (size row = 0; row < at->rows; row++)
+                gate(m, at, row);
+            apply(&l->down, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin);
+        }
+        normalise_rows(&m->last, m, at);
+        apply(&m->head, m->is_dual, at->rows, at->normed, at->logits, 0, at->thin);
+    }
+}
+
+/* One product alone, for bench/step.py. */
+void ads_product(
+    const product *p, int is_dual, size rows, const float *x, float *y, float *thin, int num_threads)
+{
+#pragma omp parallel num_threads(num_threads)
+    apply(p, is_dual, rows, x, y, 0, thin);
+}

@@ -1,0 +1,209 @@
+"""decoder.Step in compiled code, for CPUs in float32: native.c, built at first use.
+
+Nothing depends on it. Without a C compiler (CC, else cc) or AVX-512, or with ADS_NATIVE=0, torch computes the
+same. Shapes as in decoder.py.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
+BUILD_SECONDS = 120
+
+
+class Product(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in ("outs", "ins", "rank")] + [
+        (name, c_void_p) for name in ("weight", "left", "g", "bias", "d_bias")
+    ]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("scale", c_void_p), ("d_scale", c_void_p), ("eps", c_float)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, Norm) for name in ("before_attention", "before_mlp", "of_queries", "of_keys")),
+        *((name, Product) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        ("window", c_int64),
+        ("scaling", c_float),
+    ]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((n, c_int64) for n in ("num_layers", "hidden", "heads", "kv_heads", "width", "inner", "is_dual")),
+        ("layers", POINTER(Layer)),
+        ("last", Norm),
+        ("head", Product),
+    ]
+
+
+class Place(ctypes.Structure):
+    _fields_ = [(name, c_int64) for name in ("rows", "num_slots", "positions", "v_stride")] + [
+        (name, c_void_p)
+        for name in (
+            "cos",
+            "sin",
+            "lengths",
+            "x",
+            "logits",
+            "normed",
+            "wide",
+            "mixed",
+            "thin",
+            "scores",
+            "heads",
+        )  # fmt: skip
+    ]
+
+
+@functools.cache
+def library():
+    """The compiled code, or None where it cannot be had."""
+    if os.environ.get("ADS_NATIVE") == "0":
+        return None
+    try:
+        code = ctypes.CDLL(str(build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"native.c cannot be used, torch decodes instead: {reason(error)}", file=sys.stderr)
+        return None
+    code.ads_step.argtypes = [POINTER(Model), POINTER(Place), c_int]
+    code.ads_step.restype = code.ads_product.restype = None
+    code.ads_product.argtypes = [POINTER(Product), c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int]
+    return code
+
+
+def reason(error):
+    """One line; of a compiler its first error."""
+    lines = getattr(error, "stderr", None) or b""
+    errors = [line for line in lines.decode(errors="replace").splitlines() if "error" in line]
+    return errors[0] if errors else " ".join(str(error).split())
+
+
+def build():
+    """The shared library's path; made once per source, compiler and kind of CPU, in the user's cache."""
+    command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split()]
+    kind = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode() + cpu_kind()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antidistillation-sampling"
+    path = cache / f"native-{kind}.so"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            made = Path(folder) / path.name
+            subprocess.run(
+                [*command, str(SOURCE), "-o", str(made), "-lm"],
+                check=True, capture_output=True, timeout=BUILD_SECONDS,
+            )  # fmt: skip
+            made.replace(path)
+    return path
+
+
+def cpu_kind():
+    """What -march=native depends on: home directories are shared between unlike machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return repr([platform.machine(), flags]).encode()
+
+
+def suits(weight):
+    """Whether a model with this weight is decoded by native.c if its modules allow it."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and library() is not None
+
+
+class CompiledStep:
+    """The layers and the head of a decoder.Step, whose matrices it reads; the cache is by columns."""
+
+    def __init__(self, step):
+        self.kept = []  # what C has the addresses of
+        layers, first = step.layers, step.layers[0]
+        self.layers = (Layer * len(layers))(*map(self.layer, layers))
+        self.model = Model(
+            num_layers=len(layers),
+            hidden=step.table.weight.shape[1],
+            heads=first.num_heads,
+            kv_heads=first.num_keys,
+            width=first.width,
+            inner=first.gate_up.num_outputs // 2,
+            is_dual=step.is_dual,
+            layers=self.layers,
+            last=self.norm(step.norm),
+            head=self.product(step.head),
+        )
+        group, one = first.num_heads // first.num_keys, self.layers[0]
+        products = one.qkv, one.output, one.gate_up, one.down, self.model.head
+        # floats of Place's rooms: for each row, each slot, and each thread and position
+        self.row_sizes = {
+            "normed": self.model.hidden,
+            "wide": max(one.qkv.outs, one.gate_up.outs),
+            "mixed": max(one.output.ins, one.down.ins),
+        }
+        self.greatest_rank, self.thread_rows = max(p.rank for p in products), 2 * group
+
+    def layer(self, layer):
+        head_norms = [self.norm(norm) for norm in layer.head_norms] or [Norm(), Norm()]
+        products = map(self.product, (layer.qkv, layer.output, layer.gate_up, layer.down))
+        return Layer(*map(self.norm, layer.norms), *head_norms, *products, scaling=layer.scaling)
+
+    def norm(self, norm):
+        scales = norm.scale.unbind() if norm.is_dual else [norm.scale, None]
+        return Norm(*map(self.address, scales), norm.eps)
+
+    def product(self, product):
+        biases = [None, None]
+        if product.bias is not None:
+            biases[: 1 + product.is_dual] = product.bias.view(-1, product.num_outputs)
+        rank = 0 if product.left_RO is None else len(product.left_RO)
+        tensors = product.base_PI, product.left_RO, product.g_OI, *biases
+        return Product(product.num_outputs, product.base_PI.shape[1], rank, *map(self.address, tensors))
+
+    def address(self, tensor):
+        """Of a tensor's numbers, which stay where they are; None for None."""
+        if tensor is None:
+            return None
+        self.kept.append(tensor.contiguous())
+        return self.kept[-1].data_ptr()
+
+    def __call__(self, x_RI, cos_ND, sin_ND, lengths_N, cache, windows):
+        """Logits (R, V) of embeddings, which are overwritten; windows: one per layer, None for all."""
+        if cos_ND.shape[1] != self.model.width:
+            raise TypeError("only a part of each head is turned")
+        for layer, index, window in zip(self.layers, cache.keys, windows, strict=True):
+            layer.keys, layer.values = cache.keys[index].data_ptr(), cache.values[index].data_ptr()
+            layer.window = window or 0
+        num_threads = torch.get_num_threads()
+        sizes = {
+            "num_slots": cache.num_values,
+            "positions": cache.num_positions,
+            "v_stride": next(iter(cache.values.values())).stride(2),
+        }
+        given = {"cos": cos_ND, "sin": sin_ND, "lengths": lengths_N, "x": x_RI}
+        given = {name: tensor.contiguous() for name, tensor in given.items()}
+        given["logits"] = x_RI.new_empty(len(x_RI), self.model.head.outs)
+        given |= self.rooms(x_RI, num_threads, sizes)
+        addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
+        library().ads_step(self.model, Place(rows=len(lengths_N), **sizes, **addresses), num_threads)
+        return given["logits"]
+
+    def rooms(self, x_RI, num_threads, sizes):
+        """{name: memory that a step uses}."""
+        floats = {name: len(x_RI) * size for name, size in self.row_sizes.items()}
+        floats["thin"] = len(x_RI) * self.greatest_rank
+        floats["scores"] = num_threads * self.thread_rows * sizes["positions"]
+        floats["heads"] = num_threads * self.thread_rows * sizes["v_stride"]
+        parts = x_RI.new_empty(sum(floats.values())).split(list(floats.values()))
+        return dict(zip(floats, parts, strict=True))
