@@ -225,7 +225,7 @@ run_stage() {
   local command=("${launch[@]}" "$here/$script" "$@")
   check="$(WORLD_SIZE="$NPROC" python "$here/$script" "$@" --check)" || status=$?
   if [[ "$status" == 0 ]]; then
-    echo "done    $name"
+    echo "done    $name${check##*nothing to do}" # where the code has changed since, that is said
     return 0
   elif [[ "$status" != 3 ]]; then # bad settings, or done with others, or changed since
     [[ "$dry_run" == 1 && -z "${checking:-}" ]] || return "$status"

@@ -390,7 +390,7 @@ def is_finished(cfg, inputs):
     """Whether the stage is done with these settings and inputs; clears away what a kill left."""
     if not store.is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
         return False
-    print0(f"{cfg.sidecar_path} is there: nothing to do")
+    print0(f"{cfg.sidecar_path} is there: nothing to do{store.made_by_other_code(cfg.sidecar_path)}")
     if is_main_process():
         for path in cfg.leftovers:
             shutil.rmtree(path, ignore_errors=True)

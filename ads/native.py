@@ -21,6 +21,9 @@ import torch
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
 BUILD_SECONDS = 120
+# Work that pays for another thread, about 10 ms of one core: threads meet after every product, and beside
+# other processes each meeting may take the time slice of one.
+OPERATIONS_PER_THREAD = 1e9
 
 
 class Product(ctypes.Structure):
@@ -130,11 +133,11 @@ class CompiledStep:
 
     def __init__(self, step):
         self.kept = []  # what C has the addresses of
-        layers, first = step.layers, step.layers[0]
+        layers, first, hidden = step.layers, step.layers[0], step.table.weight.shape[1]
         self.layers = (Layer * len(layers))(*map(self.layer, layers))
         self.model = Model(
             num_layers=len(layers),
-            hidden=step.table.weight.shape[1],
+            hidden=hidden,
             heads=first.num_heads,
             kv_heads=first.num_keys,
             width=first.width,
@@ -153,6 +156,9 @@ class CompiledStep:
             "mixed": max(one.output.ins, one.down.ins),
         }
         self.greatest_rank, self.thread_rows = max(p.rank for p in products), 2 * group
+        self.num_weights = (
+            sum(p.outs * p.ins for p in products[:-1]) * len(layers) + self.model.head.outs * hidden
+        )
 
     def layer(self, layer):
         head_norms = [self.norm(norm) for norm in layer.head_norms] or [Norm(), Norm()]
@@ -185,7 +191,8 @@ class CompiledStep:
         for layer, index, window in zip(self.layers, cache.keys, windows, strict=True):
             layer.keys, layer.values = cache.keys[index].data_ptr(), cache.values[index].data_ptr()
             layer.window = window or 0
-        num_threads = torch.get_num_threads()
+        operations = 2 * self.num_weights * len(x_RI)
+        num_threads = min(torch.get_num_threads(), 1 + int(operations / OPERATIONS_PER_THREAD))
         sizes = {
             "num_slots": cache.num_values,
             "positions": cache.num_positions,

@@ -28,6 +28,8 @@ WEIGHTS = (".safetensors", ".bin")
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model")
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 256
+# what only reads finished stages, or plans them
+NO_STAGE = ("grid.py", "page.py", "plots.py", "report.py", "search.py", "tradeoff.py")
 
 
 @contextlib.contextmanager
@@ -113,6 +115,7 @@ def write_sidecar(path, config, inputs, stats, seconds, outputs=(), **more):
         "outputs": {os.path.relpath(output, Path(path).parent): fingerprint(output) for output in outputs},
         "stats": stats,
         **more,
+        "code": fingerprint_code(),
         "versions": versions(),
         "commit": git_commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -202,6 +205,22 @@ def git_commit():
     return None
 
 
+def fingerprint_code():
+    """16 hex digits of the project's code that makes stages."""
+    paths = [*ROOT.glob("*.py"), *(ROOT / "ads").glob("*.py"), *(ROOT / "ads").glob("*.c")]
+    return fingerprint_json(
+        {path.name: fingerprint_file(path) for path in paths if path.name not in NO_STAGE}
+    )
+
+
+def made_by_other_code(sidecar):
+    """What to say of a finished stage whose code has changed since, or an empty text."""
+    record = read_sidecar(sidecar)
+    if record.get("code") == fingerprint_code():
+        return ""
+    return f" (made by other code: commit {record.get('commit')}, now {git_commit()})"
+
+
 # Parts: finished batches of a stage that is still running
 
 
@@ -231,19 +250,23 @@ def checksum(content):
 
 
 def open_parts(folder, config, inputs, ignore=()):
-    """Prepare the folder of unfinished work; ValueError if it holds work done with other settings."""
+    """Prepare the folder of unfinished work; ValueError if it holds work done with other settings, code or
+    libraries."""
     folder = Path(folder)
     settings = folder / "settings.yaml"
     record = read_yaml(settings) if settings.is_file() else {}
+    makers = {"code": fingerprint_code(), **versions()}
     differences = find_differences(record, config, inputs, ignore)
+    differences += differing_keys(record.get("makers", {}), makers)
     # what is left of a write that a kill cut short is no work
     work = [path for path in folder.glob("*") if path != settings and path.suffix != ".tmp"]
     if differences and work:
         raise ValueError(
             f"{folder} holds unfinished work done with other settings: {'; '.join(differences)}. "
-            "Restore the settings to finish it, or delete that folder to start anew"
+            "Restore them to finish it, or delete that folder to start anew"
         )
-    write_text(settings, yaml.safe_dump({"config": config, "inputs": inputs}, sort_keys=False))
+    written = {"config": config, "inputs": inputs, "makers": makers}
+    write_text(settings, yaml.safe_dump(written, sort_keys=False))
 
 
 @contextlib.contextmanager

@@ -1,10 +1,13 @@
 """Files that survive a kill: atomicity, parts, sidecars, locks, fingerprints."""
 
+import contextlib
+import functools
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -79,6 +82,30 @@ def test_unfinished_work_of_other_settings_is_refused(tmp_path):
     (tmp_path / "settings.yaml").unlink()
     with pytest.raises(ValueError, match="unfinished work done with other settings"):
         store.open_parts(tmp_path, {"tau": 0.7}, {})
+
+
+def test_work_of_other_code_is_not_mixed_and_said(tmp_path, monkeypatch):
+    before = store.fingerprint_code()
+    store.open_parts(tmp_path / "parts", {}, {})
+    store.write_part(tmp_path / "parts" / "traces", 0, [{"id": "a"}])
+    store.write_sidecar(tmp_path / "t.yaml", {}, {}, {}, 1.0)
+    assert store.made_by_other_code(tmp_path / "t.yaml") == ""
+    for name in ("engine.py", "native.c", "report.py"):
+        change = functools.partial(changed_file, name, store.fingerprint_file)
+        with monkeypatch.context() as context:
+            context.setattr(store, "fingerprint_file", change)
+            is_stage = name != "report.py"
+            assert (store.fingerprint_code() != before) == is_stage
+            assert ("made by other code: commit" in store.made_by_other_code(tmp_path / "t.yaml")) == is_stage
+            with pytest.raises(ValueError, match="code was") if is_stage else contextlib.nullcontext():
+                store.open_parts(tmp_path / "parts", {}, {})
+    monkeypatch.setattr(store, "versions", lambda: {"torch": "1.0"})
+    with pytest.raises(ValueError, match="torch was .*, now '1.0'"):
+        store.open_parts(tmp_path / "parts", {}, {})
+
+
+def changed_file(name, fingerprint_file, path):
+    return fingerprint_file(path) + "changed" * (Path(path).name == name)
 
 
 def test_a_kill_before_the_settings_were_there_leaves_nothing_in_the_way(tmp_path):
