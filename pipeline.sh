@@ -185,7 +185,9 @@ report_progress() {
   local num_ended num_ran left="?"
   touch "$taken/$point_number/ended"
   [[ "$ran" == 0 ]] || touch "$taken/$point_number/ran"
-  num_ended="$(find "$taken" -name ended | wc -l)" num_ran="$(find "$taken" -name ran | wc -l)"
+  # a line for each, whatever its name is
+  num_ended="$(find "$taken" -name ended -exec echo \; | wc -l)"
+  num_ran="$(find "$taken" -name ran -exec echo \; | wc -l)"
   if [[ "$num_ran" -gt 0 ]]; then
     left="$(duration $(((SECONDS - started) * (num_points - num_ended) / num_ran)))"
   fi
