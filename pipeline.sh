@@ -133,6 +133,11 @@ run_grid() {
   if [[ "$dry_run" == 0 ]]; then
     rm -rf "$taken" && mkdir -p "$taken"
     trap 'rm -rf "$taken"' EXIT
+    if [[ "$JOBS" -gt 1 && -z "${OMP_NUM_THREADS:-}" ]]; then # threads beyond the cores wait for one another
+      local num_cores
+      num_cores="$(getconf _NPROCESSORS_ONLN)"
+      export OMP_NUM_THREADS=$((num_cores > JOBS ? num_cores / JOBS : 1))
+    fi
     while [[ ${#workers[@]} -lt $((JOBS - 1)) ]]; do
       run_points &
       workers+=("$!")

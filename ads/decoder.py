@@ -265,6 +265,8 @@ class Step:
             x_RI = self.embed(tokens_N)
             cos, sin = (angle.squeeze(0) for angle in self.rotary(x_RI, lengths_N[None]))
             if self.compiled:
+                is_inside = longest < cache.num_positions and len(lengths_N) <= cache.num_values
+                assert is_inside, "C would write beyond the cache"
                 windows = [self.windows[layer.kind] for layer in self.layers]
                 return self.result(self.compiled(x_RI, cos, sin, lengths_N, cache, windows))
             masks = {
