@@ -122,6 +122,21 @@ def test_an_experiment_may_have_any_name(model_folders, problem_folder, tmp_path
     assert (tmp_path / name / "report" / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_the_same_pipeline_twice_at_once(experiment, model_folders, problem_folder, tmp_path):
+    """One makes a stage, the other waits for it: each is made once, and as by one alone."""
+    environment = pipeline_environment(model_folders, problem_folder, tmp_path / "twice")
+    command, quiet = ["bash", str(ROOT / "pipeline.sh")], {"stdout": subprocess.DEVNULL}
+    both = [subprocess.Popen(command, env=environment, **quiet) for _ in range(2)]
+    assert [process.wait(timeout=900) for process in both] == [0, 0]
+    registry = (tmp_path / "twice" / "metadata" / "trace_registry.jsonl").read_text().splitlines()
+    names = [json.loads(line)["name"] for line in registry]
+    alone = sorted(path.stem for path in (experiment[0] / "traces").glob("*.yaml"))
+    assert sorted(names) == alone
+    for name in alone:
+        assert responses(tmp_path / "twice", name) == responses(experiment[0], name)
+
+
 def test_other_settings_are_refused_by_name(experiment, model_folders, problem_folder):
     exp_dir, _ = experiment
     result = run_pipeline(model_folders, problem_folder, exp_dir, SEED="43", check=False)
