@@ -26,21 +26,23 @@ BUILD_SECONDS = 120
 OPERATIONS_PER_THREAD = 1e9
 
 
+def fields(kind, names):
+    return [(name, kind) for name in names.split()]
+
+
 class Product(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("outs", "ins", "rank")] + [
-        (name, c_void_p) for name in ("weight", "left", "g", "bias", "d_bias")
-    ]
+    _fields_ = [*fields(c_int64, "outs ins rank"), *fields(c_void_p, "weight left g bias d_bias")]
 
 
 class Norm(ctypes.Structure):
-    _fields_ = [("scale", c_void_p), ("d_scale", c_void_p), ("eps", c_float)]
+    _fields_ = [*fields(c_void_p, "scale d_scale"), ("eps", c_float)]
 
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        *((name, Norm) for name in ("before_attention", "before_mlp", "of_queries", "of_keys")),
-        *((name, Product) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, c_void_p) for name in ("keys", "values")),
+        *fields(Norm, "before_attention before_mlp of_queries of_keys"),
+        *fields(Product, "qkv output gate_up down"),
+        *fields(c_void_p, "keys values"),
         ("window", c_int64),
         ("scaling", c_float),
     ]
@@ -48,7 +50,7 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = [
-        *((n, c_int64) for n in ("num_layers", "hidden", "heads", "kv_heads", "width", "inner", "is_dual")),
+        *fields(c_int64, "num_layers hidden heads kv_heads width inner is_dual"),
         ("layers", POINTER(Layer)),
         ("last", Norm),
         ("head", Product),
@@ -56,21 +58,9 @@ class Model(ctypes.Structure):
 
 
 class Place(ctypes.Structure):
-    _fields_ = [(name, c_int64) for name in ("rows", "num_slots", "positions", "v_stride")] + [
-        (name, c_void_p)
-        for name in (
-            "cos",
-            "sin",
-            "lengths",
-            "x",
-            "logits",
-            "normed",
-            "wide",
-            "mixed",
-            "thin",
-            "scores",
-            "heads",
-        )  # fmt: skip
+    _fields_ = [
+        *fields(c_int64, "rows num_slots positions v_stride"),
+        *fields(c_void_p, "cos sin lengths x logits normed wide mixed thin scores heads"),
     ]
 
 
@@ -81,7 +71,7 @@ def library():
         return None
     try:
         code = ctypes.CDLL(str(build()))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
         print(f"native.c cannot be used, torch decodes instead: {reason(error)}", file=sys.stderr)
         return None
     code.ads_step.argtypes = [POINTER(Model), POINTER(Place), c_int]
