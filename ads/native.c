@@ -19,11 +19,18 @@ structs.
 #error "the 16 sums of a tile need 32 registers of 16 floats: elsewhere torch is as fast"
 #endif
 
-/* A tile has 4 rows and 4 outputs; its 16 sums stay in registers. The rows of W of a panel stay in L1. */
+/* A tile has 4 rows and 4 outputs; its 16 sums stay in registers. A panel's rows of W stay in L1 or L2. */
 enum { LANES = 16, TILE = 4, PANEL = 8 };
 
 typedef int64_t size;
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
+
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
+#endif
 
 typedef struct {
     size outs, ins, rank;
@@ -41,7 +48,7 @@ typedef struct {
 typedef struct {
     norm before_attention, before_mlp, of_queries, of_keys;
     product qkv, output, gate_up, down;
-    float *keys;          /* (slots, kv_heads, width, positions), derivatives num_slots slots further on */
+    float *keys;          /* (slots, kv_heads, width, positions), derivatives num_values slots further on */
     float *values;        /* (slots, kv_heads, positions, v_stride), of which width are used */
     size window;          /* positions seen; 0: all */
     float scaling;
@@ -55,15 +62,15 @@ typedef struct {
 } model;
 
 typedef struct {
-    size rows, num_slots;            /* N; slots of the cache */
+    size rows, num_values;           /* N; slots of the cache, without those of derivatives */
     size positions, v_stride;        /* both multiples of LANES */
     const float *cos, *sin;          /* (N, width) */
     const size *lengths;             /* (N): tokens in the cache before this one */
     float *x;                        /* (R, hidden): embeddings; overwritten */
     float *logits;                   /* (R, outs of the head) */
     float *normed, *wide, *mixed;    /* (R, hidden), (R, widest of qkv and gate_up), (R, widest input) */
-    float *thin;                     /* (N, greatest rank) */
-    float *scores, *heads;           /* (threads, 2 heads / kv_heads, positions), (threads, .., v_stride) */
+    float *thin;                     /* (N, rank of the product) */
+    float *scores, *head_rows;       /* (threads, 2 heads / kv_heads, positions or v_stride) */
 } place;
 
 static inline size least(size a, size b) { return a < b ? a : b; }
@@ -74,19 +81,17 @@ static inline vec load(const float *p) { return *(const vec *)p; }
 static inline vec sum_lanes(const vec *a)
 {
     vec b[8], c[4], d[2];
-#define HALVES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
     for (int i = 0; i < 8; i++)
-        b[i] = HALVES(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-             + HALVES(a[2 * i], a[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        b[i] = PICK(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+             + PICK(a[2 * i], a[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     for (int i = 0; i < 4; i++)
-        c[i] = HALVES(b[2 * i], b[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
-             + HALVES(b[2 * i], b[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        c[i] = PICK(b[2 * i], b[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27)
+             + PICK(b[2 * i], b[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
     for (int i = 0; i < 2; i++)
-        d[i] = HALVES(c[2 * i], c[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29)
-             + HALVES(c[2 * i], c[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
-    return HALVES(d[0], d[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-         + HALVES(d[0], d[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#undef HALVES
+        d[i] = PICK(c[2 * i], c[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29)
+             + PICK(c[2 * i], c[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return PICK(d[0], d[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+         + PICK(d[0], d[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 /* y[r y_stride + o] (+)= w[o] . x[r] for num_rows rows and num_outs outputs, TILE of each at most, of strides
@@ -254,7 +259,7 @@ static void apply(const product *p, int is_dual, size rows, const float *x, floa
     }
 }
 
-/* y = x / sqrt(mean x^2 + eps) scale of a row, which may be x itself; dx is NULL outside dual numbers. */
+/* y = x / sqrt(mean x^2 + eps) scale; y may be x, and dy dx. dx is NULL outside dual numbers. */
 static void normalise(const norm *n, size width, const float *x, const float *dx, float *y, float *dy)
 {
     float squares = 0, products = 0;
@@ -294,6 +299,7 @@ static inline float exponential(float x)
     float n = rintf(x * 1.44269504f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts */
     float series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r / 720)))));
+    /* NaN gives any power here, and stays NaN in the series */
     union { uint32_t bits; float value; } power = {((uint32_t)(int32_t)n + 127) << 23};
     return series * power.value;
 }
@@ -339,11 +345,11 @@ static void enter(const model *m, const layer *l, const place *at, size row)
     }
     for (size half = 0; half <= m->is_dual; half++)
         for (size head = 0; head < kv_heads; head++) {
-            size place = (row + half * at->num_slots) * kv_heads + head, position = at->lengths[row];
+            size slot_head = (row + half * at->num_values) * kv_heads + head, position = at->lengths[row];
             const float *key = at->wide + (row + half * at->rows) * stride + (heads + head) * width;
             for (size d = 0; d < width; d++)
-                l->keys[(place * width + d) * at->positions + position] = key[d];
-            memcpy(l->values + (place * at->positions + position) * at->v_stride, key + kv_heads * width,
+                l->keys[(slot_head * width + d) * at->positions + position] = key[d];
+            memcpy(l->values + (slot_head * at->positions + position) * at->v_stride, key + kv_heads * width,
                    width * sizeof(float));
         }
 }
@@ -354,33 +360,33 @@ static void attend(const model *m, const layer *l, const place *at, size row, si
     size width = m->width, group = m->heads / m->kv_heads, positions = at->positions, v_stride = at->v_stride;
     size count = m->is_dual ? 2 * group : group, thread = omp_get_thread_num();
     float *p = at->scores + thread * 2 * group * positions, *dp = p + group * positions;
-    float *heads = at->heads + thread * 2 * group * v_stride; /* first queries, then results */
+    float *head_rows = at->head_rows + thread * 2 * group * v_stride; /* first queries, then results */
     size length = at->lengths[row] + 1, first = l->window && length > l->window ? length - l->window : 0;
     size start = first / LANES * LANES, columns = (length - start + LANES - 1) / LANES * LANES;
-    size place = row * m->kv_heads + head, to_tangents = at->num_slots * m->kv_heads * positions;
-    const float *k = l->keys + place * width * positions + start;
-    const float *v = l->values + (place * positions + first) * v_stride;
+    size slot_head = row * m->kv_heads + head, to_tangents = at->num_values * m->kv_heads * positions;
+    const float *k = l->keys + slot_head * width * positions + start;
+    const float *v = l->values + (slot_head * positions + first) * v_stride;
     for (size g = 0; g < count; g++) { /* values of all heads of the group, then derivatives */
         size r = row + g / group * at->rows, h = head * group + g % group;
-        memcpy(heads + g * v_stride, at->wide + r * l->qkv.outs + h * width, width * sizeof(float));
+        memcpy(head_rows + g * v_stride, at->wide + r * l->qkv.outs + h * width, width * sizeof(float));
     }
-    mix(heads, v_stride, count, k, positions, width, columns, p, positions, 0);
+    mix(head_rows, v_stride, count, k, positions, width, columns, p, positions, 0);
     if (m->is_dual)
-        mix(heads, v_stride, group, k + to_tangents * width, positions, width, columns, dp, positions, 1);
+        mix(head_rows, v_stride, group, k + to_tangents * width, positions, width, columns, dp, positions, 1);
     p += first - start, dp += first - start, length -= first;
     for (size g = 0; g < group; g++) {
         softmax(p + g * positions, length);
         if (m->is_dual)
             change_of_softmax(p + g * positions, dp + g * positions, length);
     }
-    mix(p, positions, count, v, v_stride, length, v_stride, heads, v_stride, 0);
+    mix(p, positions, count, v, v_stride, length, v_stride, head_rows, v_stride, 0);
     if (m->is_dual) {
         const float *dv = v + to_tangents * v_stride;
-        mix(p, positions, group, dv, v_stride, length, v_stride, heads + group * v_stride, v_stride, 1);
+        mix(p, positions, group, dv, v_stride, length, v_stride, head_rows + group * v_stride, v_stride, 1);
     }
     for (size g = 0; g < count; g++) {
         size r = row + g / group * at->rows, h = head * group + g % group;
-        memcpy(at->mixed + (r * m->heads + h) * width, heads + g * v_stride, width * sizeof(float));
+        memcpy(at->mixed + (r * m->heads + h) * width, head_rows + g * v_stride, width * sizeof(float));
     }
 }
 

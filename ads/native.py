@@ -30,6 +30,9 @@ def fields(kind, names):
     return [(name, kind) for name in names.split()]
 
 
+PRODUCTS = ("qkv", "output", "gate_up", "down")
+
+
 class Product(ctypes.Structure):
     _fields_ = [*fields(c_int64, "outs ins rank"), *fields(c_void_p, "weight left g bias d_bias")]
 
@@ -41,7 +44,7 @@ class Norm(ctypes.Structure):
 class Layer(ctypes.Structure):
     _fields_ = [
         *fields(Norm, "before_attention before_mlp of_queries of_keys"),
-        *fields(Product, "qkv output gate_up down"),
+        *fields(Product, " ".join(PRODUCTS)),
         *fields(c_void_p, "keys values"),
         ("window", c_int64),
         ("scaling", c_float),
@@ -59,25 +62,41 @@ class Model(ctypes.Structure):
 
 class Place(ctypes.Structure):
     _fields_ = [
-        *fields(c_int64, "rows num_slots positions v_stride"),
-        *fields(c_void_p, "cos sin lengths x logits normed wide mixed thin scores heads"),
+        *fields(c_int64, "rows num_values positions v_stride"),
+        *fields(c_void_p, "cos sin lengths x logits normed wide mixed thin scores head_rows"),
     ]
 
 
 @functools.cache
 def library():
     """The compiled code, or None where it cannot be had."""
-    if os.environ.get("ADS_NATIVE") == "0":
+    if os.environ.get("ADS_NATIVE") == "0" or "avx512f" not in cpu_flags():
         return None
     try:
-        code = ctypes.CDLL(str(build()))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home directory
+        code = load()
+        code.ads_step.argtypes = [POINTER(Model), POINTER(Place), c_int]
+        code.ads_product.argtypes = [POINTER(Product), c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int]
+        code.ads_step.restype = code.ads_product.restype = None
+    except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         print(f"native.c cannot be used, torch decodes instead: {reason(error)}", file=sys.stderr)
         return None
-    code.ads_step.argtypes = [POINTER(Model), POINTER(Place), c_int]
-    code.ads_step.restype = code.ads_product.restype = None
-    code.ads_product.argtypes = [POINTER(Product), c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int]
     return code
+
+
+def cpu_flags():
+    """What the CPU can do, as Linux says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return sorted({word for line in lines if line.startswith("flags") for word in line.split()})
+
+
+def load():
+    path = build()
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # damaged, or made for another C library
+        path.unlink()
+        return ctypes.CDLL(str(build()))
 
 
 def reason(error):
@@ -88,29 +107,29 @@ def reason(error):
 
 
 def build():
-    """The shared library's path; made once per source, compiler and kind of CPU, in the user's cache."""
-    command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split()]
-    kind = hashlib.sha256(SOURCE.read_bytes() + repr(command).encode() + cpu_kind()).hexdigest()[:16]
+    """The shared library's path; made once per source, command and kind of CPU, in the user's cache."""
+    command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS.split()]
+    # home directories are shared between unlike machines, and -march=native depends on the machine
+    made_of = repr([SOURCE.read_text(), command, platform.machine(), cpu_flags()])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antidistillation-sampling"
-    path = cache / f"native-{kind}.so"
+    path = cache / f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             made = Path(folder) / path.name
             subprocess.run(
                 [*command, str(SOURCE), "-o", str(made), "-lm"],
-                check=True, capture_output=True, timeout=BUILD_SECONDS,
+                check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=BUILD_SECONDS,
             )  # fmt: skip
+            made.chmod(0o700)
+            with made.open("rb") as file:
+                os.fsync(file.fileno())
             made.replace(path)
+    for owned in (cache, path):
+        found = owned.stat()
+        if found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{owned} can be written by others")
     return path
-
-
-def cpu_kind():
-    """What -march=native depends on: home directories are shared between unlike machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    return repr([platform.machine(), flags]).encode()
 
 
 def suits(weight):
@@ -119,11 +138,12 @@ def suits(weight):
 
 
 class CompiledStep:
-    """The layers and the head of a decoder.Step, whose matrices it reads; the cache is by columns."""
+    """The layers and the head of a decoder.Step, whose matrices it reads; the cache's keys lie by columns."""
 
     def __init__(self, step):
         self.kept = []  # what C has the addresses of
         layers, first, hidden = step.layers, step.layers[0], step.table.weight.shape[1]
+        self.indices = [layer.index for layer in layers]
         self.layers = (Layer * len(layers))(*map(self.layer, layers))
         self.model = Model(
             num_layers=len(layers),
@@ -137,22 +157,31 @@ class CompiledStep:
             last=self.norm(step.norm),
             head=self.product(step.head),
         )
-        group, one = first.num_heads // first.num_keys, self.layers[0]
-        products = one.qkv, one.output, one.gate_up, one.down, self.model.head
-        # floats of Place's rooms: for each row, each slot, and each thread and position
+        products = [getattr(layer, name) for layer in self.layers for name in PRODUCTS] + [self.model.head]
+        # floats of a Place's rooms: for each row, each slot, and each thread and position
         self.row_sizes = {
-            "normed": self.model.hidden,
-            "wide": max(one.qkv.outs, one.gate_up.outs),
-            "mixed": max(one.output.ins, one.down.ins),
+            "normed": hidden,
+            "wide": max(products[0].outs, products[2].outs),
+            "mixed": max(products[1].ins, products[3].ins),
         }
-        self.greatest_rank, self.thread_rows = max(p.rank for p in products), 2 * group
-        self.num_weights = (
-            sum(p.outs * p.ins for p in products[:-1]) * len(layers) + self.model.head.outs * hidden
-        )
+        self.greatest_rank = max(p.rank for p in products)
+        self.thread_rows = 2 * first.num_heads // first.num_keys
+        self.num_weights = sum(p.outs * p.ins for p in products)
+        is_grouped = first.num_heads % first.num_keys == 0
+        self.fits = is_grouped and all(map(self.has_sizes, layers, self.layers))
+
+    def has_sizes(self, layer, native):
+        """Whether a layer has the sizes of the first, by which C goes."""
+        m, found = self.model, [(p.outs, p.ins) for p in (getattr(native, name) for name in PRODUCTS)]
+        in_heads = m.heads * m.width
+        wanted = (in_heads + 2 * m.kv_heads * m.width, m.hidden), (m.hidden, in_heads)
+        wanted += (2 * m.inner, m.hidden), (m.hidden, m.inner)
+        heads = layer.num_heads, layer.num_keys, layer.width
+        return found == [*wanted] and heads == (m.heads, m.kv_heads, m.width)
 
     def layer(self, layer):
         head_norms = [self.norm(norm) for norm in layer.head_norms] or [Norm(), Norm()]
-        products = map(self.product, (layer.qkv, layer.output, layer.gate_up, layer.down))
+        products = [self.product(getattr(layer, name)) for name in PRODUCTS]
         return Layer(*map(self.norm, layer.norms), *head_norms, *products, scaling=layer.scaling)
 
     def norm(self, norm):
@@ -171,24 +200,27 @@ class CompiledStep:
         """Of a tensor's numbers, which stay where they are; None for None."""
         if tensor is None:
             return None
-        self.kept.append(tensor.contiguous())
+        self.kept.append(tensor.contiguous().float())
         return self.kept[-1].data_ptr()
 
     def __call__(self, x_RI, cos_ND, sin_ND, lengths_N, cache, windows):
         """Logits (R, V) of embeddings, which are overwritten; windows: one per layer, None for all."""
-        if cos_ND.shape[1] != self.model.width:
-            raise TypeError("only a part of each head is turned")
-        for layer, index, window in zip(self.layers, cache.keys, windows, strict=True):
+        if not self.fits or cos_ND.shape[1] != self.model.width or not cache.by_columns:
+            raise TypeError("native.c has no such model or cache")
+        least, most = lengths_N.aminmax()
+        if least < 0 or most >= cache.num_positions or len(lengths_N) > cache.num_values:
+            raise IndexError("native.c would write beyond the cache")
+        for layer, index, window in zip(self.layers, self.indices, windows, strict=True):
             layer.keys, layer.values = cache.keys[index].data_ptr(), cache.values[index].data_ptr()
             layer.window = window or 0
         operations = 2 * self.num_weights * len(x_RI)
         num_threads = min(torch.get_num_threads(), 1 + int(operations / OPERATIONS_PER_THREAD))
         sizes = {
-            "num_slots": cache.num_values,
+            "num_values": cache.num_values,
             "positions": cache.num_positions,
-            "v_stride": next(iter(cache.values.values())).stride(2),
+            "v_stride": cache.values[self.indices[0]].stride(2),
         }
-        given = {"cos": cos_ND, "sin": sin_ND, "lengths": lengths_N, "x": x_RI}
+        given = {"cos": cos_ND, "sin": sin_ND, "lengths": lengths_N.long(), "x": x_RI}
         given = {name: tensor.contiguous() for name, tensor in given.items()}
         given["logits"] = x_RI.new_empty(len(x_RI), self.model.head.outs)
         given |= self.rooms(x_RI, num_threads, sizes)
@@ -201,6 +233,6 @@ class CompiledStep:
         floats = {name: len(x_RI) * size for name, size in self.row_sizes.items()}
         floats["thin"] = len(x_RI) * self.greatest_rank
         floats["scores"] = num_threads * self.thread_rows * sizes["positions"]
-        floats["heads"] = num_threads * self.thread_rows * sizes["v_stride"]
+        floats["head_rows"] = num_threads * self.thread_rows * sizes["v_stride"]
         parts = x_RI.new_empty(sum(floats.values())).split(list(floats.values()))
         return dict(zip(floats, parts, strict=True))

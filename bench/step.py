@@ -28,7 +28,6 @@ import machine
 from ads import native
 
 WAYS = ("plain", "exact_16")
-PRODUCTS = ("qkv", "output", "gate_up", "down")
 
 
 def main():
@@ -98,7 +97,7 @@ def make_products(step, batch):
     layers, head = step.layers, step.head
     if step.compiled:
         layers, head = step.compiled.layers, step.compiled.model.head
-    products = [getattr(layer, name) for layer in layers for name in PRODUCTS] + [head]
+    products = [getattr(layer, name) for layer in layers for name in native.PRODUCTS] + [head]
     run = functools.partial(run_compiled, is_dual=step.is_dual) if step.compiled else run_torch
     num_rows = batch * (1 + step.is_dual)
     return [run(product, num_rows, step.table.weight) for product in products]

@@ -93,9 +93,12 @@ def test_windows_count(way):
     assert relative(narrow[0][0], decode(make("mistral", is_dual=False))[0][0]) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ("gpt2", "gpt_neox", "gemma2", "gemma3_text", "granite", "smollm3"))
+@pytest.mark.parametrize(
+    "kind", ("gpt2", "gpt_neox", "gemma2", "gemma3_text", "granite", "smollm3", "ministral3")
+)
 def test_other_kinds_are_left_to_the_library(kind):
-    """Granite and SmolLM3 have Llama's modules; one scales what they give, the other skips some angles."""
+    """Granite, SmolLM3 and Ministral3 have Llama's modules; one scales what they give, one skips some angles,
+    one's queries grow beyond some position."""
     model = tiny_model(kind, seed=3, spread=0.1)
     assert CachedModel(model).own_step is None
 
@@ -196,13 +199,50 @@ def test_what_is_not_finite_stays_so():
 
 
 @needs_compiled
-@pytest.mark.parametrize("settings, said", (({"CC": "false"}, True), ({"ADS_NATIVE": "0"}, False)))
-def test_without_a_compiler_torch_decodes(settings, said, tmp_path):
-    code = "from ads import native; print(native.library())"
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(
+def test_nothing_is_written_beyond_the_cache():
+    cached = odd_model(is_dual=False)
+    cached.allocate(2, 80)
+    cached.prefill([[1, 2, 3], [4, 5, 6]], 0)
+    for tokens, lengths in (([7, 8], [3, 80]), ([7, 8], [-1, 3]), ([7, 8, 9], [3, 3, 3])):
+        with pytest.raises(IndexError, match="beyond the cache"), torch.inference_mode():
+            cached.step(torch.tensor(tokens), torch.tensor(lengths), 3)
+    cached.cache = cached.make_cache(2, 80)
+    cached.prefill([[1, 2, 3], [4, 5, 6]], 0)
+    with pytest.raises(TypeError, match="no such model or cache"), torch.inference_mode():
+        cached.step(torch.tensor([7, 8]), torch.tensor([3, 3]), 3)
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    "settings,prepare,said",
+    (
+        ({"CC": "false"}, None, "torch decodes instead"),
+        ({"CC": "no-such-compiler"}, None, "torch decodes instead"),
+        ({"CC": "gcc '"}, None, "torch decodes instead"),
+        ({}, "os.chmod(folder, 0o777)", "can be written by others"),
+        ({"ADS_NATIVE": "0"}, None, ""),
+    ),
+)
+def test_without_compiled_code_torch_decodes(settings, prepare, said, tmp_path):
+    done = run_native(tmp_path, settings, prepare)
+    assert done.stdout.strip() == "None"
+    assert said in done.stderr and len(done.stderr.splitlines()) == bool(said)
+
+
+@needs_compiled
+def test_a_library_that_cannot_be_loaded_is_made_again(tmp_path):
+    assert "CDLL" in run_native(tmp_path, {}, None).stdout
+    (path,) = tmp_path.rglob("*.so")
+    path.write_text("no library")
+    done = run_native(tmp_path, {}, None)
+    assert "CDLL" in done.stdout and not done.stderr and path.stat().st_size > 1000
+
+
+def run_native(cache, settings, prepare):
+    folder = cache / "antidistillation-sampling"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    code = f"import os; folder = {str(folder)!r}; {prepare}; from ads import native; print(native.library())"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(
         [sys.executable, "-c", code], env=environment | settings, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "None"
-    assert ("torch decodes instead" in done.stderr) == said and "Traceback" not in done.stderr
-    assert not list(tmp_path.rglob("*.so"))
