@@ -117,8 +117,8 @@ def own_weight(parameter, tangent, is_table):
 def stack_rows(matrices):
     """Matrices one above the other, in the layout by which few rows are multiplied fastest.
 
-    On the CPU in float32 that is by rows where native.c decodes, else by columns: there a tenth less time than
-    by rows (bench/RESULTS.md).
+    On the CPU in float32 that is by rows where native.c decodes, else by columns, in torch a tenth faster
+    (bench/RESULTS.md).
     """
     first, shape = matrices[0], (sum(map(len, matrices)), matrices[0].shape[1])
     is_by_columns = first.device.type == "cpu" and first.dtype == torch.float32 and not native.suits(first)
