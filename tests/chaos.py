@@ -142,7 +142,7 @@ def run_alone(args, models, problems, place, reference, durations):
             if stage is None:
                 break
             counts[stage] += 1
-            in_write += any(is_temporary(path) for path in exp_dir.rglob(".*"))
+            in_write += is_written_to(exp_dir)
             lost += sorted(kept - finished(exp_dir))
             kept |= finished(exp_dir)
         Pipeline(models, problems, exp_dir).wait()
@@ -165,15 +165,20 @@ def kill_during(pipeline, target, exp_dir, generator, durations, in_a_write):
         if stage and order.index(stage) >= order.index(target):
             began = began or time.time()
             late = time.time() - began > moment
-            if late and (not in_a_write or any(is_temporary(path) for path in exp_dir.rglob(".*"))):
+            if late and (not in_a_write or is_written_to(exp_dir)):
                 pipeline.kill()
                 return stage
         time.sleep(0.001 if in_a_write and began else 0.02)
     return None
 
 
-def is_temporary(path):
-    return path.name.endswith(".tmp")
+def is_written_to(exp_dir):
+    """Whether a temporary file is there; folders may vanish meanwhile, which os.walk lets pass."""
+    return any(
+        name.startswith(".") and name.endswith(".tmp")
+        for _, folders, files in os.walk(exp_dir)
+        for name in [*folders, *files]
+    )
 
 
 def finished(exp_dir):
