@@ -9,7 +9,6 @@ work. Step and products take turns, so that what else runs on the machine hits b
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import statistics
@@ -94,26 +93,26 @@ def now(args):
 
 def make_products(step, batch):
     """A call for each linear layer of a step, by what the step computes it with."""
-    layers, head = step.layers, step.head
-    if step.compiled:
-        layers, head = step.compiled.layers, step.compiled.model.head
-    products = [getattr(layer, name) for layer in layers for name in native.PRODUCTS] + [head]
-    run = functools.partial(run_compiled, is_dual=step.is_dual) if step.compiled else run_torch
+    part = step.compiled or step
+    products = [getattr(layer, name) for layer in part.layers for name in native.PRODUCTS]
     num_rows = batch * (1 + step.is_dual)
-    return [run(product, num_rows, step.table.weight) for product in products]
+    if step.compiled is None:
+        products.append(step.head)
+        return [
+            functools.partial(p, torch.randn(num_rows, p.base_PI.shape[1]).to(p.base_PI)) for p in products
+        ]
+    products.append(part.model.head)
+    sizes = [(p.ins, p.outs, max(1, p.rank)) for p in products]
+    rooms = [[torch.randn(num_rows, width) for width in widths] for widths in sizes]
+    return [
+        functools.partial(run_compiled, p, step.is_dual, *r) for p, r in zip(products, rooms, strict=True)
+    ]
 
 
-def run_torch(product, num_rows, like):
-    x_RI = torch.randn(num_rows, product.base_PI.shape[1]).to(like)
-    return functools.partial(product, x_RI)
-
-
-def run_compiled(product, num_rows, like, is_dual):
-    x_RI = torch.randn(num_rows, product.ins)
-    y_RO, thin = torch.empty(num_rows, product.outs), torch.empty(num_rows, max(1, product.rank))
-    addresses = [ctypes.c_void_p(x.data_ptr()) for x in (x_RI, y_RO, thin)]
-    arguments = product, is_dual, num_rows // (1 + is_dual), *addresses, torch.get_num_threads()
-    return lambda kept=(x_RI, y_RO, thin): native.library().ads_product(*arguments)
+def run_compiled(product, is_dual, x_RI, y_RO, thin):
+    addresses = [x.data_ptr() for x in (x_RI, y_RO, thin)]
+    num_rows = len(x_RI) // (1 + is_dual)
+    native.library().ads_product(product, is_dual, num_rows, *addresses, torch.get_num_threads())
 
 
 if __name__ == "__main__":
