@@ -1,22 +1,27 @@
 """A KV cache that has a write position per row.
 
-A slot is one row of the batch. Active slots are always 0..n-1, so that reading them is a view, not a copy:
+A slot is one row of the batch. Active slots are always 0..n-1. Slots keeps each slot's positions together,
+which attention reads as views:
 
     keys of one layer        position 0 ......................... S-1
     slot 0 (active)          [ prompt | response | next> |   free   ]
     slot 1 (active)          [ prompt | resp | next> |              ]
     slot 2 (released)        [                                      ]
 
+Pages, which native.c reads, gives a slot room as it grows (paged attention: Kwon et al., 2023).
+
 Shapes: B rows given, T tokens given, N rows read, S positions allocated, L positions read, H heads, D head
-width.
+width; P pages of PAGE positions.
 """
 
+import heapq
 from dataclasses import dataclass
 
 import torch
 from transformers import Cache
 
 LANES = 16  # floats of a vector
+PAGE = 64  # native.c has the same
 
 
 @dataclass
@@ -31,59 +36,131 @@ class Placement:
     read: tuple[int, int, int] | None
 
 
-def whole_vectors(size):
-    return -(-size // LANES) * LANES
-
-
-class SlotCache(Cache):
+class Slots:
     """Keys and values (B, H, S, D) per layer, allocated once at the first prefill, written in place.
 
-    by_columns: keys lie in memory as (B, H, D, S), in which a CPU multiplies queries with them faster; S, and
-    D of the values, are padded to whole vectors (native.c counts on it).
+    num_parts: 2 in dual numbers, which have the derivatives of a slot num_slots slots further on.
     """
 
-    def __init__(self, num_slots, num_positions, by_columns=False):
-        super().__init__(layers=[])
-        self.num_slots = self.num_values = num_slots
-        self.by_columns = by_columns
-        self.num_positions = whole_vectors(num_positions) if by_columns else num_positions
+    def __init__(self, num_slots, num_positions, num_parts=1):
+        self.num_slots, self.num_positions, self.num_parts = num_slots, num_positions, num_parts
         self.keys, self.values = {}, {}
-        self.placement = None
 
-    def update(self, keys_BHTD, values_BHTD, layer_idx, *args, **kwargs):
-        """Store the given tokens and return what attention should see (called by each attention layer)."""
-        if layer_idx not in self.keys:
-            self.keys[layer_idx] = self.allocate(keys_BHTD, self.by_columns)
-            self.values[layer_idx] = self.allocate(values_BHTD, False)
-        place = self.placement
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[place.slots, :, place.positions] = keys_BHTD[place.rows, :, place.columns]
-        values[place.slots, :, place.positions] = values_BHTD[place.rows, :, place.columns]
-        if place.read is None:
-            return keys_BHTD, values_BHTD
-        first, num_rows, length = place.read
+    def reserve(self, slots, positions):
+        """Have room for these (slot, position), tensors of equal shape, of values and derivatives."""
+
+    def write(self, layer, keys_BHTD, values_BHTD, place):
+        if layer not in self.keys:
+            _, num_heads, _, width = keys_BHTD.shape
+            shape = self.num_parts * self.num_slots, num_heads, self.num_positions
+            self.keys[layer] = keys_BHTD.new_zeros(*shape, width)
+            self.values[layer] = values_BHTD.new_zeros(*shape, values_BHTD.shape[-1])
+        for stored, given in ((self.keys[layer], keys_BHTD), (self.values[layer], values_BHTD)):
+            stored[place.slots, :, place.positions] = given[place.rows, :, place.columns]
+
+    def read(self, layer, first, num_rows, length):
+        """Keys and values (N, H, L, D) of slots first, first + 1, ..."""
         slots = slice(first, first + num_rows)
-        return keys[slots, :, :length], values[slots, :, :length]
+        return self.keys[layer][slots, :, :length], self.values[layer][slots, :, :length]
 
-    def allocate(self, like_BHTD, by_columns):
-        _, num_heads, _, width = like_BHTD.shape
-        shape = self.num_slots, num_heads, self.num_positions, width
-        if by_columns:
-            return like_BHTD.new_zeros(*shape[:2], width, self.num_positions).mT
-        padded = whole_vectors(width) if self.by_columns else width
-        return like_BHTD.new_zeros(*shape[:3], padded)[..., :width]
+    def release(self, slot, last, length):
+        """A slot's row has ended: the last one, of `length` tokens, takes its place."""
+        if slot == last:
+            return
+        for stored in (*self.keys.values(), *self.values.values()):
+            for start in range(0, len(stored), self.num_slots):
+                stored[start + slot, :, :length] = stored[start + last, :, :length]
 
     @property
     def bytes_per_position(self):
         """What a position of a slot takes in all layers."""
-        tensors = [*self.keys.values(), *self.values.values()]
-        num_bytes = sum(t.untyped_storage().nbytes() for t in tensors)
+        num_bytes = sum(stored.nbytes for stored in (*self.keys.values(), *self.values.values()))
         return num_bytes // max(1, self.num_slots * self.num_positions)
 
-    def move(self, source, target, length):
-        for tensors in (self.keys, self.values):
-            for tensor in tensors.values():
-                tensor[target, :, :length] = tensor[source, :, :length]
+
+class Pages:
+    """Pages of PAGE positions, which a slot takes as it grows and gives back when its row has ended.
+
+    A page is one piece of memory: (parts, layers, keys (H, D, PAGE) and values (H, PAGE, width of whole
+    vectors)), float32. table_BP: pages of each slot in order; -1 where it has none yet. Pages are taken lowest
+    first, and memory never written takes no room: there are as many pages as rows can fill, but those in use
+    at once are fewer.
+    """
+
+    def __init__(self, num_slots, num_positions, num_parts=1, num_layers=1):
+        self.num_slots, self.num_layers, self.num_parts = num_slots, num_layers, num_parts
+        pages_per_slot = -(-num_positions // PAGE)
+        self.table_BP = torch.full((num_slots, pages_per_slot), -1)
+        self.num_positions = pages_per_slot * PAGE
+        self.free = list(range(self.table_BP.numel()))  # a heap
+        self.memory = None
+
+    def reserve(self, slots, positions):
+        places = torch.stack([slots, positions // PAGE], dim=1)
+        for slot, index in places[self.table_BP[places.unbind(1)] < 0].unique(dim=0).tolist():
+            page = self.table_BP[slot, index] = heapq.heappop(self.free)
+            if self.memory is not None:
+                self.memory[page] = 0
+
+    def write(self, layer, keys_BHTD, values_BHTD, place):
+        if self.memory is None:
+            self.allocate(keys_BHTD, values_BHTD)
+        slots, parts = place.slots % self.num_slots, place.slots // self.num_slots
+        pages, offsets = self.table_BP[slots, place.positions // PAGE], place.positions % PAGE
+        self.keys[pages, parts, layer, :, :, offsets] = keys_BHTD[place.rows, :, place.columns]
+        self.values[pages, parts, layer, :, offsets] = values_BHTD[place.rows, :, place.columns]
+
+    def allocate(self, like_BHTD, values_BHTD):
+        _, num_heads, _, width = like_BHTD.shape
+        padded = -(-values_BHTD.shape[-1] // LANES) * LANES
+        sizes = num_heads * width * PAGE, num_heads * PAGE * padded
+        num_pages = self.table_BP.numel()
+        self.memory = like_BHTD.new_empty(num_pages, self.num_parts, self.num_layers, sum(sizes))
+        self.memory[self.table_BP[self.table_BP >= 0]] = 0
+        keys, values = self.memory.split(sizes, dim=-1)
+        self.keys = keys.unflatten(-1, (num_heads, width, PAGE))
+        self.values = values.unflatten(-1, (num_heads, PAGE, padded))[..., : values_BHTD.shape[-1]]
+
+    def read(self, layer, first, num_rows, length):
+        part, first = divmod(first, self.num_slots)
+        pages_NP = self.table_BP[first : first + num_rows, : -(-length // PAGE)].clamp(min=0)
+        keys_NPHDp, values_NPHpD = (stored[pages_NP, part, layer] for stored in (self.keys, self.values))
+        keys_NHLD = keys_NPHDp.mT.transpose(1, 2).flatten(2, 3)
+        return keys_NHLD[:, :, :length], values_NPHpD.transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+    def release(self, slot, last, length):
+        for page in self.table_BP[slot][self.table_BP[slot] >= 0].tolist():
+            heapq.heappush(self.free, page)
+        if slot != last:
+            self.table_BP[slot] = self.table_BP[last]
+        self.table_BP[last] = -1
+
+    @property
+    def bytes_per_position(self):
+        return 0 if self.memory is None else self.memory[0].nbytes // PAGE
+
+
+class SlotCache(Cache):
+    """What the library's attention layers see of Slots or Pages."""
+
+    num_parts = 1
+
+    def __init__(self, make_storage, num_slots, num_positions):
+        super().__init__(layers=[])
+        self.storage = make_storage(num_slots, num_positions, num_parts=self.num_parts)
+        self.placement = None
+
+    def place(self, placement):
+        """Say where the tokens of the next forward pass go."""
+        self.storage.reserve(placement.slots, placement.positions)
+        self.placement = placement
+
+    def update(self, keys_BHTD, values_BHTD, layer_idx, *args, **kwargs):
+        """Store the given tokens and return what attention should see (called by each attention layer)."""
+        self.storage.write(layer_idx, keys_BHTD, values_BHTD, self.placement)
+        if self.placement.read is None:
+            return keys_BHTD, values_BHTD
+        return self.storage.read(layer_idx, *self.placement.read)
 
     def get_seq_length(self, layer_idx=0):
         return 0 if self.placement is None or self.placement.read is None else self.placement.read[2] - 1

@@ -176,7 +176,7 @@ class Layer:
             turned_RHD = torch.cat([n(p) for n, p in zip(self.head_norms, parts, strict=True)], dim=1)
         turned_RHD = rotate(turned_RHD, *angles)
         queries_RHD, keys_RKD = turned_RHD.split((self.num_heads, self.num_keys), dim=1)
-        keys, values = place.cache.keys[self.index], place.cache.values[self.index]
+        keys, values = place.storage.keys[self.index], place.storage.values[self.index]
         keys[place.slots_R, :, place.positions_R] = keys_RKD
         values[place.slots_R, :, place.positions_R] = values_RKD
         attend = attend_dual if self.qkv.is_dual else attend_plain
@@ -221,8 +221,8 @@ def attend_plain(queries_NHD, keys, values, place, mask_NKGL, scaling):
 def attend_dual(queries_RHD, keys, values, place, mask_NKGL, scaling):
     """See dual.attend, of which this is the case of one token."""
     num_rows, num_heads, width = queries_RHD.shape
-    k, dk = place.seen(keys, 0), place.seen(keys, place.cache.num_values)
-    v, dv = place.seen(values, 0), place.seen(values, place.cache.num_values)
+    k, dk = place.seen(keys, 0), place.seen(keys, place.storage.num_slots)
+    v, dv = place.seen(values, 0), place.seen(values, place.storage.num_slots)
     size = num_heads * num_rows // 2 // len(k)
     # queries above their derivatives, so that keys and values are read once
     grouped = queries_RHD.unflatten(1, (-1, size)).unflatten(0, (2, -1)).permute(1, 2, 0, 3, 4)
@@ -237,8 +237,9 @@ class Place:
 
     def __init__(self, cache, lengths_N, longest, masks, is_dual):
         slots_N = torch.arange(len(lengths_N), device=lengths_N.device)
-        self.cache, self.num_rows, self.length, self.masks = cache, len(lengths_N), longest + 1, masks
-        self.slots_R = torch.cat([slots_N, slots_N + cache.num_values]) if is_dual else slots_N
+        self.storage, self.masks = cache.storage, masks
+        self.num_rows, self.length = len(lengths_N), longest + 1
+        self.slots_R = torch.cat([slots_N, slots_N + self.storage.num_slots]) if is_dual else slots_N
         self.positions_R = torch.cat([lengths_N, lengths_N]) if is_dual else lengths_N
 
     def seen(self, slots, first):

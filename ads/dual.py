@@ -86,9 +86,9 @@ class DualModel:
     def get_input_embeddings(self):
         return self.library.get_input_embeddings()
 
-    def make_cache(self, num_slots, num_positions, by_columns):
+    def make_cache(self, make_storage, num_slots, num_positions):
         gives_pairs = self.config._attn_implementation == ATTENTION
-        return DualCache(num_slots, num_positions, by_columns, gives_pairs)
+        return DualCache(make_storage, num_slots, num_positions, gives_pairs)
 
     def __call__(self, input_ids, attention_mask=None, past_key_values=None, **inputs):
         if past_key_values is not None:
@@ -491,18 +491,16 @@ def normalise(scale_2D, eps, x):
 
 
 class DualCache(SlotCache):
-    """A SlotCache that has the derivatives of a slot's keys and values `num_values` slots further on.
+    """A SlotCache that has the derivatives of a slot's keys and values num_slots slots further on.
 
-    gives_pairs: attention gets (values, derivatives), (B K, L, D), views, rather than a Dual.
+    gives_pairs: attention gets (values, derivatives), (B K, L, D), rather than a Dual.
     """
 
-    def __init__(self, num_slots, num_positions, by_columns=False, gives_pairs=True):
-        super().__init__(2 * num_slots, num_positions, by_columns)
-        self.num_values, self.gives_pairs = num_slots, gives_pairs
+    num_parts = 2
 
-    @property
-    def bytes_per_position(self):
-        return 2 * super().bytes_per_position
+    def __init__(self, make_storage, num_slots, num_positions, gives_pairs=True):
+        super().__init__(make_storage, num_slots, num_positions)
+        self.gives_pairs = gives_pairs
 
     def double_placement(self, num_rows):
         """Place what a batch of num_rows rows of values, and of derivatives, will give to `update`."""
@@ -510,29 +508,25 @@ class DualCache(SlotCache):
         self.placement = Placement(
             torch.cat([place.rows, place.rows + num_rows]),
             torch.cat([place.columns, place.columns]),
-            torch.cat([place.slots, place.slots + self.num_values]),
+            torch.cat([place.slots, place.slots + self.storage.num_slots]),
             torch.cat([place.positions, place.positions]),
             place.read,
         )
 
     def update(self, keys_BKTD, values_BKTD, layer_idx, *args, **kwargs):
         with torch._C.DisableTorchFunctionSubclass():
-            super().update(keys_BKTD, values_BKTD, layer_idx)
+            self.storage.write(layer_idx, keys_BKTD, values_BKTD, self.placement)
             if self.placement.read is None:
                 return keys_BKTD, values_BKTD
-            return self.seen(self.keys[layer_idx]), self.seen(self.values[layer_idx])
+            first, num_rows, length = self.placement.read
+            starts = first, first + self.storage.num_slots
+            halves = [self.storage.read(layer_idx, start, num_rows, length) for start in starts]
+            return tuple(map(self.join, *halves))
 
-    def seen(self, slots):
-        first, num_rows, length = self.placement.read
-        starts = (first, first + self.num_values)
-        halves_BKLD = [slots[start : start + num_rows, :, :length] for start in starts]
+    def join(self, values_BKLD, derivatives_BKLD):
         if self.gives_pairs:
-            return tuple(half.flatten(0, 1) for half in halves_BKLD)
-        return torch.cat(halves_BKLD).as_subclass(Dual)
-
-    def move(self, source, target, length):
-        super().move(source, target, length)
-        super().move(source + self.num_values, target + self.num_values, length)
+            return values_BKLD.flatten(0, 1), derivatives_BKLD.flatten(0, 1)
+        return torch.cat([values_BKLD, derivatives_BKLD]).as_subclass(Dual)
 
 
 def log_probs_change(probs_BV, tangents_BV):

@@ -90,10 +90,10 @@ class Models:
         if self.proxy:
             self.proxy.allocate(num_slots, num_positions)
 
-    def move(self, source, target, length):
-        self.teacher.move(source, target, length)
+    def release(self, slot, last, length):
+        self.teacher.release(slot, last, length)
         if self.proxy:
-            self.proxy.move(source, target, length)
+            self.proxy.release(slot, last, length)
 
 
 def choose_batch_size(models, requests, forcing=None, num_processes=1):
@@ -253,8 +253,8 @@ class Decoder:
     def release(self, slot):
         """Take a row out; the last active slot moves into its place."""
         last = len(self.rows) - 1
+        self.models.release(slot, last, self.rows[last].num_cached)
         if slot != last:
-            self.models.move(last, slot, self.rows[last].num_cached)
             self.state_5B[:, slot] = self.state_5B[:, last]
             self.tokens_BM[slot], self.log_prob_B[slot] = self.tokens_BM[last], self.log_prob_B[last]
             self.rows[slot] = self.rows[last]

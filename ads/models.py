@@ -3,13 +3,15 @@
 Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
 """
 
+import functools
+
 import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from ads import decoder
-from ads.cache import Placement, SlotCache
+from ads.cache import Pages, Placement, SlotCache, Slots
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 # Prompts run through a model in pieces of at most this many tokens, padding included: more would take more
@@ -77,7 +79,7 @@ class CachedModel:
         ids = (torch.arange(24) * 7919 % num_rows).tolist()
         self.allocate(2, 16)
         self.prefill_group([ids[:14], ids[14:23]], 0)
-        self.bytes_per_position = self.cache.bytes_per_position
+        self.bytes_per_position = self.cache.storage.bytes_per_position
         if self.own_step is not None:
             given = [ids[23], ids[0]], [14, 9]
             given_2N = torch.tensor(given, device=self.device)
@@ -92,12 +94,14 @@ class CachedModel:
 
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
-        by_columns = self.own_step is not None and self.device.type == "cpu" and self.dtype == torch.float32
-        self.cache = self.make_cache(num_slots, num_positions, by_columns)
+        make_storage = Slots
+        if self.own_step is not None and self.own_step.compiled:
+            make_storage = functools.partial(Pages, num_layers=len(self.own_step.layers))
+        self.cache = self.make_cache(make_storage, num_slots, num_positions)
 
-    def move(self, source, target, length):
-        """Copy the first `length` positions of one slot over another."""
-        self.cache.move(source, target, length)
+    def release(self, slot, last, length):
+        """A slot's row has ended: the last one, of `length` tokens, takes its place."""
+        self.cache.storage.release(slot, last, length)
 
     @torch.no_grad()
     def prefill(self, prompts, first_slot):
@@ -154,13 +158,8 @@ class CachedModel:
         return self.forward(tokens_N[:, None], lengths_N[:, None], key_positions_BL, place)
 
     def forward(self, ids_BT, positions_BT, key_positions_BL, place):
-        self.cache.placement = Placement(
-            place.rows.to(self.device),
-            place.columns.to(self.device),
-            place.slots.to(self.device),
-            place.positions.to(self.device),
-            place.read,
-        )
+        tensors = place.rows, place.columns, place.slots, place.positions
+        self.cache.place(Placement(*(x.to(self.device) for x in tensors), place.read))
         ids_BT, positions_BT = ids_BT.to(self.device), positions_BT.to(self.device)
         key_positions_BL = key_positions_BL.to(self.device)
         masks = {

@@ -19,8 +19,9 @@ structs.
 #error "the 16 sums of a tile need 32 registers of 16 floats: elsewhere torch is as fast"
 #endif
 
-/* A tile has 4 rows and 4 outputs; its 16 sums stay in registers. A panel's rows of W stay in L1 or L2. */
-enum { LANES = 16, TILE = 4, PANEL = 8 };
+/* A tile has 4 rows and 4 outputs; its 16 sums stay in registers. A panel's rows of W stay in L1 or L2.
+PAGE: positions of a page of the cache, see cache.py. */
+enum { LANES = 16, TILE = 4, PANEL = 8, PAGE = 64 };
 
 typedef int64_t size;
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -48,9 +49,9 @@ typedef struct {
 typedef struct {
     norm before_attention, before_mlp, of_queries, of_keys;
     product qkv, output, gate_up, down;
-    float *keys;          /* (slots, kv_heads, width, positions), derivatives num_values slots further on */
-    float *values;        /* (slots, kv_heads, positions, v_stride), of which width are used */
-    size window;          /* positions seen; 0: all */
+    float *keys;   /* of the first page: (kv_heads, width, PAGE) */
+    float *values; /* likewise: (kv_heads, PAGE, v_stride), of which width are used */
+    size window;   /* positions seen; 0: all */
     float scaling;
 } layer;
 
@@ -62,15 +63,18 @@ typedef struct {
 } model;
 
 typedef struct {
-    size rows, num_values;           /* N; slots of the cache, without those of derivatives */
-    size positions, v_stride;        /* both multiples of LANES */
+    size rows;                       /* N */
+    size slot_pages;                 /* pages that a slot may have */
+    size page_stride, part_stride;   /* floats from page to page, and from values to their derivatives */
+    size v_stride;                   /* a multiple of LANES */
+    const size *pages;               /* (N, slot_pages): each slot's, in order */
     const float *cos, *sin;          /* (N, width) */
     const size *lengths;             /* (N): tokens in the cache before this one */
     float *x;                        /* (R, hidden): embeddings; overwritten */
     float *logits;                   /* (R, outs of the head) */
     float *normed, *wide, *mixed;    /* (R, hidden), (R, widest of qkv and gate_up), (R, widest input) */
     float *thin;                     /* (N, rank of the product) */
-    float *scores, *head_rows;       /* (threads, 2 heads / kv_heads, positions or v_stride) */
+    float *scores, *head_rows;       /* (threads, 2 heads / kv_heads, slot_pages PAGE or v_stride) */
 } place;
 
 static inline size least(size a, size b) { return a < b ? a : b; }
@@ -165,21 +169,24 @@ static void change_of_softmax(const float *p, float *dp, size count)
         dp[i] = p[i] * (dp[i] - sum);
 }
 
-/* `num_vecs` times LANES columns of y (+)= p v, in num_rows rows. */
+/* `num_vecs` times LANES columns of y (+)= p v, in num_rows rows; meanwhile `lines` times LANES floats of
+`ahead` are fetched for each row of v. */
 static inline __attribute__((always_inline)) void mix_columns(
     size num_vecs, size num_rows, const float *p, size p_stride, const float *v, size v_stride, size length,
-    float *y, size y_stride, int add)
+    const float *ahead, size lines, float *y, size y_stride, int add)
 {
     vec sums[TILE][TILE] = {{{0}}};
-    for (size l = 0; l < length; l++)
+    for (size l = 0; l < length; l++) {
+        for (size k = 0; k < lines; k++, ahead += LANES)
+            __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 4
         for (size c = 0; c < num_vecs; c++) {
             vec part = load(v + l * v_stride + c * LANES);
-            __builtin_prefetch(v + l * v_stride + (num_vecs + c) * LANES, 0, 3);
 #pragma GCC unroll 4
             for (size r = 0; r < num_rows; r++)
                 sums[r][c] += p[r * p_stride + l] * part;
         }
+    }
     for (size r = 0; r < num_rows; r++)
         for (size c = 0; c < num_vecs; c++) {
             float *target = y + r * y_stride + c * LANES;
@@ -191,13 +198,13 @@ static inline __attribute__((always_inline)) void mix_columns(
 
 static inline __attribute__((always_inline)) void mix_rows(
     size num_rows, const float *p, size p_stride, const float *v, size v_stride, size length, size columns,
-    float *y, size y_stride, int add)
+    const float *ahead, size lines, float *y, size y_stride, int add)
 {
     size c = 0;
-    for (; c + TILE * LANES <= columns; c += TILE * LANES)
-        mix_columns(TILE, num_rows, p, p_stride, v + c, v_stride, length, y + c, y_stride, add);
+    for (; c + TILE * LANES <= columns; c += TILE * LANES, ahead += length * lines * LANES)
+        mix_columns(TILE, num_rows, p, p_stride, v + c, v_stride, length, ahead, lines, y + c, y_stride, add);
     for (; c + LANES <= columns; c += LANES)
-        mix_columns(1, num_rows, p, p_stride, v + c, v_stride, length, y + c, y_stride, add);
+        mix_columns(1, num_rows, p, p_stride, v + c, v_stride, length, ahead, 0, y + c, y_stride, add);
     for (; c < columns; c++)
         for (size r = 0; r < num_rows; r++) {
             float sum = add ? y[r * y_stride + c] : 0;
@@ -207,19 +214,22 @@ static inline __attribute__((always_inline)) void mix_rows(
         }
 }
 
-/* y (+)= p v: p (rows, length), v (length, columns), y (rows, columns). */
+/* y (+)= p v: p (rows, length), v (length, columns), y (rows, columns). Meanwhile as much of `ahead` is
+fetched as v has, at least where there are TILE columns of vectors. */
 static void mix(
     const float *p, size p_stride, size rows, const float *v, size v_stride, size length, size columns,
-    float *y, size y_stride, int add)
+    const float *ahead, float *y, size y_stride, int add)
 {
-    for (; rows >= TILE; rows -= TILE, p += TILE * p_stride, y += TILE * y_stride)
-        mix_rows(TILE, p, p_stride, v, v_stride, length, columns, y, y_stride, add);
+    size passes = (rows + TILE - 1) / TILE, lines = (TILE + passes - 1) / passes;
+    size share = lines * LANES * length * (columns / (TILE * LANES));
+    for (; rows >= TILE; rows -= TILE, p += TILE * p_stride, y += TILE * y_stride, ahead += share)
+        mix_rows(TILE, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
     if (rows == 3)
-        mix_rows(3, p, p_stride, v, v_stride, length, columns, y, y_stride, add);
+        mix_rows(3, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
     else if (rows == 2)
-        mix_rows(2, p, p_stride, v, v_stride, length, columns, y, y_stride, add);
+        mix_rows(2, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
     else if (rows == 1)
-        mix_rows(1, p, p_stride, v, v_stride, length, columns, y, y_stride, add);
+        mix_rows(1, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
 }
 
 static void add_bias(const float *bias, size outs, float *y, size y_stride, size rows)
@@ -254,7 +264,8 @@ static void apply(const product *p, int is_dual, size rows, const float *x, floa
 #pragma omp for schedule(static)
         for (size first = 0; first < outs; first += TILE * LANES) {
             size count = least(TILE * LANES, outs - first);
-            mix(thin, rank, rows, p->left + first, outs, rank, count, dy + first, outs, 1);
+            const float *left = p->left + first;
+            mix(thin, rank, rows, left, outs, rank, count, left, dy + first, outs, 1);
         }
     }
 }
@@ -345,44 +356,59 @@ static void enter(const model *m, const layer *l, const place *at, size row)
     }
     for (size half = 0; half <= m->is_dual; half++)
         for (size head = 0; head < kv_heads; head++) {
-            size slot_head = (row + half * at->num_values) * kv_heads + head, position = at->lengths[row];
+            size position = at->lengths[row], offset = position % PAGE;
+            size page = at->pages[row * at->slot_pages + position / PAGE];
+            size start = page * at->page_stride + half * at->part_stride;
             const float *key = at->wide + (row + half * at->rows) * stride + (heads + head) * width;
             for (size d = 0; d < width; d++)
-                l->keys[(slot_head * width + d) * at->positions + position] = key[d];
-            memcpy(l->values + (slot_head * at->positions + position) * at->v_stride, key + kv_heads * width,
+                l->keys[start + (head * width + d) * PAGE + offset] = key[d];
+            memcpy(l->values + start + (head * PAGE + offset) * at->v_stride, key + kv_heads * width,
                    width * sizeof(float));
         }
 }
 
-/* Attention of the query heads of a slot that share a head of keys; p: scores, then probabilities. */
+/* Attention of the query heads of a slot that share a head of keys, page by page; what comes next is fetched
+meanwhile. p: scores, then probabilities. */
 static void attend(const model *m, const layer *l, const place *at, size row, size head)
 {
-    size width = m->width, group = m->heads / m->kv_heads, positions = at->positions, v_stride = at->v_stride;
-    size count = m->is_dual ? 2 * group : group, thread = omp_get_thread_num();
-    float *p = at->scores + thread * 2 * group * positions, *dp = p + group * positions;
+    size width = m->width, group = m->heads / m->kv_heads, p_stride = at->slot_pages * PAGE;
+    size v_stride = at->v_stride, count = m->is_dual ? 2 * group : group, thread = omp_get_thread_num();
+    float *p = at->scores + thread * 2 * group * p_stride, *dp = p + group * p_stride;
     float *head_rows = at->head_rows + thread * 2 * group * v_stride; /* first queries, then results */
     size length = at->lengths[row] + 1, first = l->window && length > l->window ? length - l->window : 0;
-    size start = first / LANES * LANES, columns = (length - start + LANES - 1) / LANES * LANES;
-    size slot_head = row * m->kv_heads + head, to_tangents = at->num_values * m->kv_heads * positions;
-    const float *k = l->keys + slot_head * width * positions + start;
-    const float *v = l->values + (slot_head * positions + first) * v_stride;
+    const size *pages = at->pages + row * at->slot_pages;
+    const float *keys = l->keys + head * width * PAGE, *values = l->values + head * PAGE * v_stride;
     for (size g = 0; g < count; g++) { /* values of all heads of the group, then derivatives */
         size r = row + g / group * at->rows, h = head * group + g % group;
         memcpy(head_rows + g * v_stride, at->wide + r * l->qkv.outs + h * width, width * sizeof(float));
     }
-    mix(head_rows, v_stride, count, k, positions, width, columns, p, positions, 0);
-    if (m->is_dual)
-        mix(head_rows, v_stride, group, k + to_tangents * width, positions, width, columns, dp, positions, 1);
-    p += first - start, dp += first - start, length -= first;
-    for (size g = 0; g < group; g++) {
-        softmax(p + g * positions, length);
+    for (size next, from = first / LANES * LANES; from < length; from = next) {
+        next = least((from / PAGE + 1) * PAGE, length);
+        size columns = (next - from + LANES - 1) / LANES * LANES, page = from / PAGE;
+        const float *k = keys + pages[page] * at->page_stride + from % PAGE, *dk = k + at->part_stride;
+        const float *then = next < length ? keys + pages[page + 1] * at->page_stride
+                                          : values + pages[first / PAGE] * at->page_stride;
+        const float *ahead = m->is_dual ? dk : then;
+        mix(head_rows, v_stride, count, k, PAGE, width, columns, ahead, p + from, p_stride, 0);
         if (m->is_dual)
-            change_of_softmax(p + g * positions, dp + g * positions, length);
+            mix(head_rows, v_stride, group, dk, PAGE, width, columns, then, dp + from, p_stride, 1);
     }
-    mix(p, positions, count, v, v_stride, length, v_stride, head_rows, v_stride, 0);
-    if (m->is_dual) {
-        const float *dv = v + to_tangents * v_stride;
-        mix(p, positions, group, dv, v_stride, length, v_stride, head_rows + group * v_stride, v_stride, 1);
+    for (size g = 0; g < group; g++) {
+        softmax(p + g * p_stride + first, length - first);
+        if (m->is_dual)
+            change_of_softmax(p + g * p_stride + first, dp + g * p_stride + first, length - first);
+    }
+    for (size next, from = first; from < length; from = next) {
+        next = least((from / PAGE + 1) * PAGE, length);
+        const float *v = values + pages[from / PAGE] * at->page_stride + from % PAGE * v_stride;
+        const float *dv = v + at->part_stride;
+        const float *then = next < length ? values + pages[next / PAGE] * at->page_stride : v;
+        const float *ahead = m->is_dual ? dv : then;
+        int add = from > first;
+        mix(p + from, p_stride, count, v, v_stride, next - from, v_stride, ahead, head_rows, v_stride, add);
+        if (m->is_dual)
+            mix(p + from, p_stride, group, dv, v_stride, next - from, v_stride, then,
+                head_rows + group * v_stride, v_stride, 1);
     }
     for (size g = 0; g < count; g++) {
         size r = row + g / group * at->rows, h = head * group + g % group;

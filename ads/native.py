@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from ads.cache import PAGE, Pages
+
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
 BUILD_SECONDS = 120
@@ -62,8 +64,8 @@ class Model(ctypes.Structure):
 
 class Place(ctypes.Structure):
     _fields_ = [
-        *fields(c_int64, "rows num_values positions v_stride"),
-        *fields(c_void_p, "cos sin lengths x logits normed wide mixed thin scores head_rows"),
+        *fields(c_int64, "rows slot_pages page_stride part_stride v_stride"),
+        *fields(c_void_p, "pages cos sin lengths x logits normed wide mixed thin scores head_rows"),
     ]
 
 
@@ -138,7 +140,7 @@ def suits(weight):
 
 
 class CompiledStep:
-    """The layers and the head of a decoder.Step, whose matrices it reads; the cache's keys lie by columns."""
+    """The layers and the head of a decoder.Step, whose matrices it reads; the cache has Pages."""
 
     def __init__(self, step):
         self.kept = []  # what C has the addresses of
@@ -205,34 +207,37 @@ class CompiledStep:
 
     def __call__(self, x_RI, cos_ND, sin_ND, lengths_N, cache, windows):
         """Logits (R, V) of embeddings, which are overwritten; windows: one per layer, None for all."""
-        if not self.fits or cos_ND.shape[1] != self.model.width or not cache.by_columns:
+        storage, num_rows = cache.storage, len(lengths_N)
+        if not self.fits or cos_ND.shape[1] != self.model.width or not isinstance(storage, Pages):
             raise TypeError("native.c has no such model or cache")
         least, most = lengths_N.aminmax()
-        if least < 0 or most >= cache.num_positions or len(lengths_N) > cache.num_values:
+        if least < 0 or most >= storage.num_positions or num_rows > storage.num_slots:
             raise IndexError("native.c would write beyond the cache")
+        storage.reserve(torch.arange(num_rows), lengths_N)
         for layer, index, window in zip(self.layers, self.indices, windows, strict=True):
-            layer.keys, layer.values = cache.keys[index].data_ptr(), cache.values[index].data_ptr()
+            layer.keys, layer.values = (x[0, 0, index].data_ptr() for x in (storage.keys, storage.values))
             layer.window = window or 0
         operations = 2 * self.num_weights * len(x_RI)
         num_threads = min(torch.get_num_threads(), 1 + int(operations / OPERATIONS_PER_THREAD))
         sizes = {
-            "num_values": cache.num_values,
-            "positions": cache.num_positions,
-            "v_stride": cache.values[self.indices[0]].stride(2),
+            "slot_pages": storage.table_BP.shape[1],
+            "page_stride": storage.memory.stride(0),
+            "part_stride": storage.memory.stride(1),
+            "v_stride": storage.values.stride(-2),
         }
         given = {"cos": cos_ND, "sin": sin_ND, "lengths": lengths_N.long(), "x": x_RI}
-        given = {name: tensor.contiguous() for name, tensor in given.items()}
+        given = {name: tensor.contiguous() for name, tensor in given.items()} | {"pages": storage.table_BP}
         given["logits"] = x_RI.new_empty(len(x_RI), self.model.head.outs)
         given |= self.rooms(x_RI, num_threads, sizes)
         addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
-        library().ads_step(self.model, Place(rows=len(lengths_N), **sizes, **addresses), num_threads)
+        library().ads_step(self.model, Place(rows=num_rows, **sizes, **addresses), num_threads)
         return given["logits"]
 
     def rooms(self, x_RI, num_threads, sizes):
         """{name: memory that a step uses}."""
         floats = {name: len(x_RI) * size for name, size in self.row_sizes.items()}
         floats["thin"] = len(x_RI) * self.greatest_rank
-        floats["scores"] = num_threads * self.thread_rows * sizes["positions"]
+        floats["scores"] = num_threads * self.thread_rows * sizes["slot_pages"] * PAGE
         floats["head_rows"] = num_threads * self.thread_rows * sizes["v_stride"]
         parts = x_RI.new_empty(sum(floats.values())).split(list(floats.values()))
         return dict(zip(floats, parts, strict=True))

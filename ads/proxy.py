@@ -47,9 +47,9 @@ class CentralDifference:
         """Delta (N, V) for the token that follows; see CachedModel.step."""
         return self.delta(*(m.step(tokens_N, lengths_N, longest) for m in (self.plus, self.minus)))
 
-    def move(self, source, target, length):
-        self.plus.move(source, target, length)
-        self.minus.move(source, target, length)
+    def release(self, slot, last, length):
+        self.plus.release(slot, last, length)
+        self.minus.release(slot, last, length)
 
     def delta(self, plus_BR, minus_BR):
         """Central difference of log-probabilities over the shared ids (nats per unit of g); 0 elsewhere."""
@@ -88,8 +88,8 @@ class ExactDerivative:
         """Delta (N, V) for the token that follows; see CachedModel.step."""
         return self.delta(self.dual.step(tokens_N, lengths_N, longest))
 
-    def move(self, source, target, length):
-        self.dual.move(source, target, length)
+    def release(self, slot, last, length):
+        self.dual.release(slot, last, length)
 
     def delta(self, logits_BR):
         """Derivative of log-probabilities over the shared ids (nats per unit of g), of a dual.Dual; 0

@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, tiny_model
 
 from ads import decoder, dual, native
+from ads.cache import Slots
 from ads.models import CachedModel
 
 OURS = ("llama", "qwen2", "mistral", "qwen3")
@@ -45,7 +46,7 @@ def decode(cached, num_steps=4):
     """Logits of some steps by the library and by us, in turn, after a slot was moved."""
     cached.allocate(4, 40)
     cached.prefill(PROMPTS, 0)
-    cached.cache.move(2, 1, len(PROMPTS[2]))
+    cached.release(1, 2, len(PROMPTS[2]))
     lengths, pairs = torch.tensor([11, 7]), []
     with torch.inference_mode():
         for step in range(num_steps):
@@ -192,7 +193,7 @@ def test_what_is_not_finite_stays_so():
     cached = odd_model(is_dual=False)
     cached.allocate(2, 80)
     cached.prefill([[1, 2, 3], [4, 5, 6]], 0)
-    next(iter(cached.cache.keys.values()))[1, 0, 1, 0] = torch.nan
+    cached.cache.storage.keys[1, 0, 0, 0, 0, 1] = torch.nan
     with torch.inference_mode():
         logits = cached.step(torch.tensor([7, 8]), torch.tensor([3, 3]), 3)
     assert logits[0].isfinite().all() and logits[1].isnan().all()
@@ -203,10 +204,10 @@ def test_nothing_is_written_beyond_the_cache():
     cached = odd_model(is_dual=False)
     cached.allocate(2, 80)
     cached.prefill([[1, 2, 3], [4, 5, 6]], 0)
-    for tokens, lengths in (([7, 8], [3, 80]), ([7, 8], [-1, 3]), ([7, 8, 9], [3, 3, 3])):
+    for tokens, lengths in (([7, 8], [3, 128]), ([7, 8], [-1, 3]), ([7, 8, 9], [3, 3, 3])):
         with pytest.raises(IndexError, match="beyond the cache"), torch.inference_mode():
             cached.step(torch.tensor(tokens), torch.tensor(lengths), 3)
-    cached.cache = cached.make_cache(2, 80)
+    cached.cache = cached.make_cache(Slots, 2, 80)
     cached.prefill([[1, 2, 3], [4, 5, 6]], 0)
     with pytest.raises(TypeError, match="no such model or cache"), torch.inference_mode():
         cached.step(torch.tensor([7, 8]), torch.tensor([3, 3]), 3)

@@ -61,7 +61,7 @@ def test_cached_decoding_equals_uncached_passes_in_moved_and_refilled_slots(kind
         for token in (11, 12, 13):
             slots, delta_BV = step_all(exact, slots, token)
         check_rows(model, slots, delta_BV)
-        exact.move(2, 0, len(slots[2]))  # row 0 ended; the last row takes its place, a new one the last
+        exact.release(0, 2, len(slots[2]))  # row 0 ended; the last row takes its place, a new one the last
         exact.prefill([rows[3][:4]], 2)
         slots = [slots[2], slots[1], rows[3][:4]]
         for token in (21, 22):
