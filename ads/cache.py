@@ -47,7 +47,7 @@ class Slots:
         self.keys, self.values = {}, {}
 
     def reserve(self, slots, positions):
-        """Have room for these (slot, position), tensors of equal shape, of values and derivatives."""
+        """Have room for slots (B,) up to these positions (B,), of values and of derivatives."""
 
     def write(self, layer, keys_BHTD, values_BHTD, place):
         if layer not in self.keys:
@@ -81,10 +81,9 @@ class Slots:
 class Pages:
     """Pages of PAGE positions, which a slot takes as it grows and gives back when its row has ended.
 
-    A page is one piece of memory: (parts, layers, keys (H, D, PAGE) and values (H, PAGE, width of whole
-    vectors)), float32. table_BP: pages of each slot in order; -1 where it has none yet. Pages are taken lowest
-    first, and memory never written takes no room: there are as many pages as rows can fill, but those in use
-    at once are fewer.
+    A page is one piece of memory, float32: (parts, layers, keys (H, D, PAGE) and values (H, PAGE, D of whole
+    vectors)). table_BP: pages of each slot in order, -1 where it has none yet. There are as many as rows can
+    fill, but fewer are in use at once: the lowest are taken first, and memory never written takes no room.
     """
 
     def __init__(self, num_slots, num_positions, num_parts=1, num_layers=1):
@@ -96,8 +95,10 @@ class Pages:
         self.memory = None
 
     def reserve(self, slots, positions):
-        places = torch.stack([slots, positions // PAGE], dim=1)
-        for slot, index in places[self.table_BP[places.unbind(1)] < 0].unique(dim=0).tolist():
+        longest_B = torch.zeros(self.num_slots, dtype=torch.int64)
+        longest_B.scatter_reduce_(0, slots, positions + 1, "amax")
+        needed_BP = torch.arange(0, self.num_positions, PAGE) < longest_B[:, None]
+        for slot, index in (needed_BP & (self.table_BP < 0)).nonzero().tolist():
             page = self.table_BP[slot, index] = heapq.heappop(self.free)
             if self.memory is not None:
                 self.memory[page] = 0
