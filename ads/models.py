@@ -3,7 +3,9 @@
 Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
 """
 
+import ctypes
 import functools
+import sys
 
 import psutil
 import torch
@@ -52,6 +54,12 @@ def free_bytes(device):
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
+def give_back_freed_memory():
+    """To the system: glibc would keep the holes that weights left as they were fused."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def resolve_dtype(dtype, device):
     """The torch dtype of a config's dtype key."""
     if dtype == "auto":
@@ -71,6 +79,7 @@ class CachedModel:
         self.dtype = model.get_input_embeddings().weight.dtype
         self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
         self.try_out()
+        give_back_freed_memory()
 
     @torch.no_grad()
     def try_out(self):
