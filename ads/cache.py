@@ -18,6 +18,7 @@ import heapq
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 from transformers import Cache
 
 LANES = 16  # floats of a vector
@@ -84,24 +85,34 @@ class Pages:
     A page is one piece of memory, float32: (parts, layers, keys (H, D, PAGE) and values (H, PAGE, D of whole
     vectors)). table_BP: pages of each slot in order, -1 where it has none yet. There are as many as rows can
     fill, but fewer are in use at once: the lowest are taken first, and memory never written takes no room.
+    The table is as wide as the longest slot has needed.
     """
 
     def __init__(self, num_slots, num_positions, num_parts=1, num_layers=1):
         self.num_slots, self.num_layers, self.num_parts = num_slots, num_layers, num_parts
-        pages_per_slot = -(-num_positions // PAGE)
-        self.table_BP = torch.full((num_slots, pages_per_slot), -1)
-        self.num_positions = pages_per_slot * PAGE
-        self.free = list(range(self.table_BP.numel()))  # a heap
+        self.num_positions = -(-num_positions // PAGE) * PAGE
+        self.table_BP = torch.full((num_slots, 0), -1)
+        self.num_used, self.free = 0, []  # pages ever taken, and a heap of those given back
         self.memory = None
 
     def reserve(self, slots, positions):
         longest_B = torch.zeros(self.num_slots, dtype=torch.int64)
         longest_B.scatter_reduce_(0, slots, positions + 1, "amax")
-        needed_BP = torch.arange(0, self.num_positions, PAGE) < longest_B[:, None]
-        for slot, index in (needed_BP & (self.table_BP < 0)).nonzero().tolist():
-            page = self.table_BP[slot, index] = heapq.heappop(self.free)
-            if self.memory is not None:
-                self.memory[page] = 0
+        starts_P = torch.arange(0, int(longest_B.max()), PAGE)
+        missing = max(0, len(starts_P) - self.table_BP.shape[1])
+        self.table_BP = functional.pad(self.table_BP, (0, missing), value=-1)
+        is_needed_BP = starts_P < longest_B[:, None]
+        for slot, index in (is_needed_BP & (self.table_BP[:, : len(starts_P)] < 0)).nonzero().tolist():
+            self.table_BP[slot, index] = self.take_page()
+
+    def take_page(self):
+        if self.free:
+            page = heapq.heappop(self.free)
+        else:
+            page, self.num_used = self.num_used, self.num_used + 1
+        if self.memory is not None:
+            self.memory[page] = 0
+        return page
 
     def write(self, layer, keys_BHTD, values_BHTD, place):
         if self.memory is None:
@@ -115,9 +126,9 @@ class Pages:
         _, num_heads, _, width = like_BHTD.shape
         padded = -(-values_BHTD.shape[-1] // LANES) * LANES
         sizes = num_heads * width * PAGE, num_heads * PAGE * padded
-        num_pages = self.table_BP.numel()
+        num_pages = self.num_slots * self.num_positions // PAGE
         self.memory = like_BHTD.new_empty(num_pages, self.num_parts, self.num_layers, sum(sizes))
-        self.memory[self.table_BP[self.table_BP >= 0]] = 0
+        self.memory[: self.num_used] = 0
         keys, values = self.memory.split(sizes, dim=-1)
         self.keys = keys.unflatten(-1, (num_heads, width, PAGE))
         self.values = values.unflatten(-1, (num_heads, PAGE, padded))[..., : values_BHTD.shape[-1]]
