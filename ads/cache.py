@@ -119,15 +119,16 @@ class Pages:
             self.allocate(keys_BHTD, values_BHTD)
         slots, parts = place.slots % self.num_slots, place.slots // self.num_slots
         pages, offsets = self.table_BP[slots, place.positions // PAGE], place.positions % PAGE
-        self.keys[pages, parts, layer, :, :, offsets] = keys_BHTD[place.rows, :, place.columns]
-        self.values[pages, parts, layer, :, offsets] = values_BHTD[place.rows, :, place.columns]
+        self.keys[pages, parts, layer, :, :, offsets] = keys_BHTD[place.rows, :, place.columns].float()
+        self.values[pages, parts, layer, :, offsets] = values_BHTD[place.rows, :, place.columns].float()
 
     def allocate(self, like_BHTD, values_BHTD):
         _, num_heads, _, width = like_BHTD.shape
         padded = -(-values_BHTD.shape[-1] // LANES) * LANES
         sizes = num_heads * width * PAGE, num_heads * PAGE * padded
         num_pages = self.num_slots * self.num_positions // PAGE
-        self.memory = like_BHTD.new_empty(num_pages, self.num_parts, self.num_layers, sum(sizes))
+        shape = num_pages, self.num_parts, self.num_layers, sum(sizes)
+        self.memory, self.dtype = torch.empty(shape, dtype=torch.float32), like_BHTD.dtype
         self.memory[: self.num_used] = 0
         keys, values = self.memory.split(sizes, dim=-1)
         self.keys = keys.unflatten(-1, (num_heads, width, PAGE))
@@ -136,7 +137,8 @@ class Pages:
     def read(self, layer, first, num_rows, length):
         part, first = divmod(first, self.num_slots)
         pages_NP = self.table_BP[first : first + num_rows, : -(-length // PAGE)].clamp(min=0)
-        keys_NPHDp, values_NPHpD = (stored[pages_NP, part, layer] for stored in (self.keys, self.values))
+        both = (stored[pages_NP, part, layer].to(self.dtype) for stored in (self.keys, self.values))
+        keys_NPHDp, values_NPHpD = both
         keys_NHLD = keys_NPHDp.mT.transpose(1, 2).flatten(2, 3)
         return keys_NHLD[:, :, :length], values_NPHpD.transpose(1, 2).flatten(2, 3)[:, :, :length]
 

@@ -3,7 +3,7 @@
 In the library's forward a small model's step on a CPU spends as long around its products as in them: forty
 operations a layer, each of a few microseconds, and the Python between them. Here query, key and value are one
 product, gate and up another, scale and mask go into the product with the keys, and nothing is looked up
-twice. On a CPU in float32 native.c does the same in one call. Prompts stay with the library, and so do models
+twice. On a CPU native.c does the same in one call. Prompts stay with the library, and so do models
 of any other kind (`make_step` finds out).
 
 Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual.py); L positions, H
@@ -64,7 +64,7 @@ def is_norm(module):
 def agrees(found, wanted):
     """Whether logits (R, V) are what they should be; in 16 bits rounding leaves a difference."""
     is_dual = isinstance(wanted, dual.Dual)
-    tolerances = (1e-3, 1e-3) if found.dtype == torch.float32 else (0.05, 0.3)
+    tolerances = (1e-3, 1e-3) if wanted.dtype == torch.float32 else (0.15, 0.3)
     pairs = [x.as_subclass(torch.Tensor).float().chunk(1 + is_dual) for x in (found, wanted)]
     differences = [((a - b).norm(), (b - b.mean()).norm()) for a, b in zip(*pairs, strict=True)]
     return all(d <= tolerance * size for (d, size), tolerance in zip(differences, tolerances, strict=False))
@@ -268,6 +268,8 @@ class Step:
         """Logits (N, V) that follow, or a Dual of them; see models.CachedModel.step."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             x_RI = self.embed(tokens_N)
+            if self.compiled:
+                x_RI = x_RI.float()
             cos, sin = (angle.squeeze(0) for angle in self.rotary(x_RI, lengths_N[None]))
             if self.compiled:
                 windows = [self.windows[layer.kind] for layer in self.layers]

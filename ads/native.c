@@ -1,4 +1,4 @@
-/* One decoding step of a model built like Llama, on a CPU in float32: what decoder.Step computes.
+/* One decoding step of a model built like Llama, on a CPU: what decoder.Step computes.
 
 Two things make it faster than the same in torch. A product of few rows waits for its weights: here the next
 rows of W are fetched while these are multiplied. And what lies between the products takes the time of its
@@ -7,7 +7,7 @@ arithmetic, not that of a hundred calls.
 N slots are decoded; R = N rows, or 2N in dual numbers: values in rows 0..N-1, their derivatives along g in
 rows N..2N-1 (see dual.py). A row's result does not depend on the other rows. NaN stays NaN. Matrices lie by
 rows, but keys by columns, so that both products of attention add up whole vectors. native.py has the same
-structs.
+structs. Weights may be bfloat16; all else is float32.
 */
 
 #include <math.h>
@@ -35,9 +35,9 @@ typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
     size outs, ins, rank;
-    const float *weight;        /* (outs + rank, ins): W, below it the right factor of g */
+    const void *weight;         /* (outs + rank, ins): W, below it the right factor of g */
+    const void *g;              /* (outs, ins): g where it has no factors, else NULL */
     const float *left;          /* (rank, outs): the left factor of g; NULL without factors */
-    const float *g;             /* (outs, ins): g where it has no factors, else NULL */
     const float *bias, *d_bias; /* (outs), or NULL */
 } product;
 
@@ -57,6 +57,7 @@ typedef struct {
 
 typedef struct {
     size num_layers, hidden, heads, kv_heads, width, inner, is_dual;
+    size is_half;  /* weight and g are bfloat16, else float32 */
     const layer *layers;
     norm last;
     product head;
@@ -74,6 +75,7 @@ typedef struct {
     float *logits;                   /* (R, outs of the head) */
     float *normed, *wide, *mixed;    /* (R, hidden), (R, widest of qkv and gate_up), (R, widest input) */
     float *thin;                     /* (N, rank of the product) */
+    float *panels;                   /* (threads, PANEL, widest input) */
     float *scores, *head_rows;       /* (threads, 2 heads / kv_heads, slot_pages PAGE or v_stride) */
 } place;
 
@@ -129,13 +131,30 @@ static inline __attribute__((always_inline)) void tile(
         }
 }
 
-/* y (+)= x W^T: w (outs, ins), x (rows, ins), y (rows, outs) with y_stride floats from row to row. */
-static void multiply(
-    const float *w, size outs, size ins, const float *x, size rows, float *y, size y_stride, int add)
+/* bfloat16 is the upper half of float32. */
+static void widen(const uint16_t *halves, float *floats, size count)
 {
-    size num_tiles = (rows + TILE - 1) / TILE * ((outs + TILE - 1) / TILE), share = outs * ins / num_tiles;
+    for (size i = 0; i < count; i++) {
+        union { uint32_t bits; float value; } wide = {(uint32_t)halves[i] << 16};
+        floats[i] = wide.value;
+    }
+}
+
+/* y (+)= x W^T: rows `first`, ... of w (outs of ins, float32 or bfloat16), x (rows, ins), y (rows, outs) with
+y_stride floats from row to row. Meanwhile as many rows of w after these are fetched. */
+static void multiply(
+    const void *weight, size first, size outs, size ins, const float *x, size rows, float *y, size y_stride,
+    int add, float *panel)
+{
+    const float *w = (const float *)weight + first * ins, *ahead = w + outs * ins;
+    size num_floats = outs * ins;
+    if (panel) {
+        const uint16_t *halves = (const uint16_t *)weight + first * ins;
+        widen(halves, panel, outs * ins);
+        w = panel, ahead = (const float *)(halves + outs * ins), num_floats /= 2;
+    }
+    size num_tiles = (rows + TILE - 1) / TILE * ((outs + TILE - 1) / TILE), share = num_floats / num_tiles;
     size stride = LANES * share / ins;
-    const float *ahead = w + outs * ins;
     for (size r = 0; r < rows; r += TILE)
         for (size o = 0; o < outs; o += TILE, ahead += share) {
             const float *ws = w + o * ins, *xs = x + r * ins;
@@ -239,17 +258,18 @@ static void add_bias(const float *bias, size outs, float *y, size y_stride, size
             y[r * y_stride + o] += bias[o];
 }
 
-/* y (+)= W x + b by all threads; of derivatives W dx + dW x + db. */
-static void apply(const product *p, int is_dual, size rows, const float *x, float *y, int add, float *thin)
+/* y (+)= W x + b by all threads; of derivatives W dx + dW x + db. panels: NULL for float32. */
+static void apply(
+    const product *p, int is_dual, size rows, const float *x, float *y, int add, float *thin, float *panels)
 {
     size outs = p->outs, ins = p->ins, rank = p->rank;
-    float *dy = y + rows * outs;
+    float *dy = y + rows * outs, *panel = panels ? panels + omp_get_thread_num() * PANEL * ins : NULL;
 #pragma omp for schedule(static) nowait
     for (size first = 0; first < outs; first += PANEL) {
         size count = least(PANEL, outs - first);
-        multiply(p->weight + first * ins, count, ins, x, is_dual ? 2 * rows : rows, y + first, outs, add);
+        multiply(p->weight, first, count, ins, x, is_dual ? 2 * rows : rows, y + first, outs, add, panel);
         if (p->g)
-            multiply(p->g + first * ins, count, ins, x, rows, dy + first, outs, 1);
+            multiply(p->g, first, count, ins, x, rows, dy + first, outs, 1, panel);
         if (p->bias)
             add_bias(p->bias + first, count, y + first, outs, rows);
         if (p->d_bias)
@@ -257,8 +277,8 @@ static void apply(const product *p, int is_dual, size rows, const float *x, floa
     }
 #pragma omp for schedule(static)
     for (size first = 0; first < rank; first += PANEL) {
-        const float *right = p->weight + (outs + first) * ins;
-        multiply(right, least(PANEL, rank - first), ins, x, rows, thin + first, rank, 0);
+        size count = least(PANEL, rank - first);
+        multiply(p->weight, outs + first, count, ins, x, rows, thin + first, rank, 0, panel);
     }
     if (rank) {
 #pragma omp for schedule(static)
@@ -435,12 +455,13 @@ static void gate(const model *m, const place *at, size row)
 /* Logits of the next token of each slot. */
 void ads_step(const model *m, const place *at, int num_threads)
 {
+    float *panels = m->is_half ? at->panels : NULL;
 #pragma omp parallel num_threads(num_threads)
     {
         for (size i = 0; i < m->num_layers; i++) {
             const layer *l = m->layers + i;
             normalise_rows(&l->before_attention, m, at);
-            apply(&l->qkv, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin);
+            apply(&l->qkv, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin, panels);
 #pragma omp for schedule(static)
             for (size row = 0; row < at->rows; row++)
                 enter(m, l, at, row);
@@ -448,23 +469,24 @@ void ads_step(const model *m, const place *at, int num_threads)
             for (size row = 0; row < at->rows; row++)
                 for (size head = 0; head < m->kv_heads; head++)
                     attend(m, l, at, row, head);
-            apply(&l->output, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin);
+            apply(&l->output, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin, panels);
             normalise_rows(&l->before_mlp, m, at);
-            apply(&l->gate_up, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin);
+            apply(&l->gate_up, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin, panels);
 #pragma omp for schedule(static)
             for (size row = 0; row < at->rows; row++)
                 gate(m, at, row);
-            apply(&l->down, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin);
+            apply(&l->down, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin, panels);
         }
         normalise_rows(&m->last, m, at);
-        apply(&m->head, m->is_dual, at->rows, at->normed, at->logits, 0, at->thin);
+        apply(&m->head, m->is_dual, at->rows, at->normed, at->logits, 0, at->thin, panels);
     }
 }
 
 /* One product alone, for bench/step.py. */
 void ads_product(
-    const product *p, int is_dual, size rows, const float *x, float *y, float *thin, int num_threads)
+    const product *p, int is_dual, size rows, const float *x, float *y, float *thin, float *panels,
+    int num_threads)
 {
 #pragma omp parallel num_threads(num_threads)
-    apply(p, is_dual, rows, x, y, 0, thin);
+    apply(p, is_dual, rows, x, y, 0, thin, panels);
 }

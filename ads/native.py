@@ -1,4 +1,4 @@
-"""decoder.Step in compiled code, for CPUs in float32: native.c, built at first use.
+"""decoder.Step in compiled code, for CPUs in float32 and bfloat16: native.c, built at first use.
 
 Nothing depends on it. Without a C compiler (CC, else cc) or AVX-512, or with ADS_NATIVE=0, torch computes the
 same. Shapes as in decoder.py.
@@ -26,6 +26,7 @@ BUILD_SECONDS = 120
 # Work that pays for another thread, about 10 ms of one core: threads meet after every product, and beside
 # other processes each meeting may take the time slice of one.
 OPERATIONS_PER_THREAD = 1e9
+PANEL = 8  # native.c has the same
 
 
 def fields(kind, names):
@@ -36,7 +37,7 @@ PRODUCTS = ("qkv", "output", "gate_up", "down")
 
 
 class Product(ctypes.Structure):
-    _fields_ = [*fields(c_int64, "outs ins rank"), *fields(c_void_p, "weight left g bias d_bias")]
+    _fields_ = [*fields(c_int64, "outs ins rank"), *fields(c_void_p, "weight g left bias d_bias")]
 
 
 class Norm(ctypes.Structure):
@@ -55,7 +56,7 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = [
-        *fields(c_int64, "num_layers hidden heads kv_heads width inner is_dual"),
+        *fields(c_int64, "num_layers hidden heads kv_heads width inner is_dual is_half"),
         ("layers", POINTER(Layer)),
         ("last", Norm),
         ("head", Product),
@@ -65,7 +66,7 @@ class Model(ctypes.Structure):
 class Place(ctypes.Structure):
     _fields_ = [
         *fields(c_int64, "rows slot_pages page_stride part_stride v_stride"),
-        *fields(c_void_p, "pages cos sin lengths x logits normed wide mixed thin scores head_rows"),
+        *fields(c_void_p, "pages cos sin lengths x logits normed wide mixed thin panels scores head_rows"),
     ]
 
 
@@ -77,7 +78,8 @@ def library():
     try:
         code = load()
         code.ads_step.argtypes = [POINTER(Model), POINTER(Place), c_int]
-        code.ads_product.argtypes = [POINTER(Product), c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int]
+        rooms = [c_void_p] * 4
+        code.ads_product.argtypes = [POINTER(Product), c_int, c_int64, *rooms, c_int]
         code.ads_step.restype = code.ads_product.restype = None
     except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         print(f"native.c cannot be used, torch decodes instead: {reason(error)}", file=sys.stderr)
@@ -136,7 +138,8 @@ def build():
 
 def suits(weight):
     """Whether a model with this weight is decoded by native.c if its modules allow it."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and library() is not None
+    is_known = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    return is_known and library() is not None
 
 
 class CompiledStep:
@@ -155,6 +158,7 @@ class CompiledStep:
             width=first.width,
             inner=first.gate_up.num_outputs // 2,
             is_dual=step.is_dual,
+            is_half=step.table.weight.dtype == torch.bfloat16,
             layers=self.layers,
             last=self.norm(step.norm),
             head=self.product(step.head),
@@ -167,6 +171,7 @@ class CompiledStep:
             "mixed": max(products[1].ins, products[3].ins),
         }
         self.greatest_rank = max(p.rank for p in products)
+        self.panel_size = PANEL * max(p.ins for p in products)
         self.thread_rows = 2 * first.num_heads // first.num_keys
         self.num_weights = sum(p.outs * p.ins for p in products)
         is_grouped = first.num_heads % first.num_keys == 0
@@ -195,18 +200,19 @@ class CompiledStep:
         if product.bias is not None:
             biases[: 1 + product.is_dual] = product.bias.view(-1, product.num_outputs)
         rank = 0 if product.left_RO is None else len(product.left_RO)
-        tensors = product.base_PI, product.left_RO, product.g_OI, *biases
-        return Product(product.num_outputs, product.base_PI.shape[1], rank, *map(self.address, tensors))
+        matrices = (self.address(matrix, None) for matrix in (product.base_PI, product.g_OI))
+        vectors = map(self.address, (product.left_RO, *biases))
+        return Product(product.num_outputs, product.base_PI.shape[1], rank, *matrices, *vectors)
 
-    def address(self, tensor):
-        """Of a tensor's numbers, which stay where they are; None for None."""
+    def address(self, tensor, dtype=torch.float32):
+        """Of a tensor's numbers, which stay where they are if they are of that dtype; None for None."""
         if tensor is None:
             return None
-        self.kept.append(tensor.contiguous().float())
+        self.kept.append(tensor.to(dtype or tensor.dtype).contiguous())
         return self.kept[-1].data_ptr()
 
     def __call__(self, x_RI, cos_ND, sin_ND, lengths_N, cache, windows):
-        """Logits (R, V) of embeddings, which are overwritten; windows: one per layer, None for all."""
+        """Logits (R, V) of float32 embeddings, which are overwritten; windows: a layer each, None: all."""
         storage, num_rows = cache.storage, len(lengths_N)
         if not self.fits or cos_ND.shape[1] != self.model.width or not isinstance(storage, Pages):
             raise TypeError("native.c has no such model or cache")
@@ -237,6 +243,7 @@ class CompiledStep:
         """{name: memory that a step uses}."""
         floats = {name: len(x_RI) * size for name, size in self.row_sizes.items()}
         floats["thin"] = len(x_RI) * self.greatest_rank
+        floats["panels"] = num_threads * self.panel_size * self.model.is_half
         floats["scores"] = num_threads * self.thread_rows * sizes["slot_pages"] * PAGE
         floats["head_rows"] = num_threads * self.thread_rows * sizes["v_stride"]
         parts = x_RI.new_empty(sum(floats.values())).split(list(floats.values()))
