@@ -14,6 +14,11 @@ structs. Weights may be bfloat16; all else is float32.
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #ifndef __AVX512F__
 #error "the 16 sums of a tile need 32 registers of 16 floats: elsewhere torch is as fast"
@@ -57,11 +62,16 @@ typedef struct {
 
 typedef struct {
     size num_layers, hidden, heads, kv_heads, width, inner, is_dual;
-    size is_half;  /* weight and g are bfloat16, else float32 */
     const layer *layers;
     norm last;
     product head;
 } model;
+
+/* For weights in bfloat16; all NULL for float32. */
+typedef struct {
+    float *panels;    /* (threads, PANEL, widest input) */
+    uint16_t *packed; /* (R to whole tiles, widest input, 2): see `pack`; NULL without matrix registers */
+} halves;
 
 typedef struct {
     size rows;                       /* N */
@@ -75,7 +85,7 @@ typedef struct {
     float *logits;                   /* (R, outs of the head) */
     float *normed, *wide, *mixed;    /* (R, hidden), (R, widest of qkv and gate_up), (R, widest input) */
     float *thin;                     /* (N, rank of the product) */
-    float *panels;                   /* (threads, PANEL, widest input) */
+    halves room;
     float *scores, *head_rows;       /* (threads, 2 heads / kv_heads, slot_pages PAGE or v_stride) */
 } place;
 
@@ -258,27 +268,165 @@ static void add_bias(const float *bias, size outs, float *y, size y_stride, size
             y[r * y_stride + o] += bias[o];
 }
 
-/* y (+)= W x + b by all threads; of derivatives W dx + dW x + db. panels: NULL for float32. */
-static void apply(
-    const product *p, int is_dual, size rows, const float *x, float *y, int add, float *thin, float *panels)
+/* What multiplies bfloat16 in registers of 16 rows of 64 bytes (AMX): W as it lies, and x as the sum of two
+bfloat16, so that hardly more is rounded than the weights. */
+enum { SIDE = 16, DEPTH = 32, PIECE = SIDE * DEPTH };
+
+#ifdef __AMX_BF16__
+/* Whether the system lets this process use them. */
+int ads_has_tiles(void)
 {
-    size outs = p->outs, ins = p->ins, rank = p->rank;
-    float *dy = y + rows * outs, *panel = panels ? panels + omp_get_thread_num() * PANEL * ins : NULL;
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+}
+
+static void begin_tiles(void)
+{
+    struct { uint8_t palette, unused[15]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++)
+        shape.bytes[i] = 2 * DEPTH, shape.rows[i] = SIDE;
+    _tile_loadconfig(&shape);
+}
+
+static void end_tiles(void) { _tile_release(); }
+
+/* The upper half of a float's bits, and that of what it leaves of the float. */
+static inline void split(float x, uint16_t *upper, uint16_t *rest)
+{
+    union { float value; uint32_t bits; } whole = {x}, head = whole;
+    head.bits &= 0xffff0000;
+    whole.value -= head.value;
+    *upper = head.bits >> 16, *rest = whole.bits >> 16;
+}
+
+/* x (rows, ins) as pieces of DEPTH inputs of SIDE rows, first the upper halves and then the rests, each
+(DEPTH / 2, SIDE, 2). By all threads. */
+static void pack(const float *x, size rows, size ins, uint16_t *packed)
+{
+    size pieces = ins / DEPTH;
+#pragma omp for schedule(static) collapse(2)
+    for (size block = 0; block < (rows + SIDE - 1) / SIDE; block++)
+        for (size piece = 0; piece < pieces; piece++) {
+            uint16_t *upper = packed + (block * pieces + piece) * 2 * PIECE;
+            for (size r = 0; r < SIDE; r++)
+                for (size i = 0; i < DEPTH; i++) {
+                    size row = block * SIDE + r, to = i / 2 * 2 * SIDE + 2 * r + i % 2;
+                    split(row < rows ? x[row * ins + piece * DEPTH + i] : 0, upper + to, upper + PIECE + to);
+                }
+        }
+}
+
+/* y[r][o] (+)= sums[o][r] for SIDE outputs. */
+static void put(const float *sums, size rows, float *y, size y_stride, int add)
+{
+    const __m512i steps = _mm512_mullo_epi32(
+        _mm512_set1_epi32(SIDE), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (size r = 0; r < rows; r++) {
+        vec found = (vec)_mm512_i32gather_ps(steps, sums + r, sizeof(float));
+        vec *target = (vec *)(y + r * y_stride);
+        if (add)
+            found += *target;
+        *target = found;
+    }
+}
+
+/* y (+)= x W^T for SIDE or 2 SIDE outputs, x packed. Meanwhile as many rows of w after these are fetched. */
+static void multiply_tiles(
+    const uint16_t *w, size outs, size ins, const uint16_t *packed, size rows, float *y, size y_stride,
+    int add)
+{
+    float sums[4][SIDE * SIDE];
+    size pieces = ins / DEPTH, stride = ins * sizeof *w;
+    for (size first = 0; first < rows; first += 2 * SIDE, packed += 4 * pieces * PIECE) {
+        int is_wide = rows - first > SIDE;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (size piece = 0; piece < pieces; piece++) {
+            const uint16_t *ws = w + piece * DEPTH, *xs = packed + piece * 2 * PIECE;
+            for (size o = 0; o < (first ? 0 : outs); o++)
+                __builtin_prefetch(ws + (outs + o) * ins, 0, 2);
+            _tile_loadd(4, ws, stride);
+            if (outs > SIDE)
+                _tile_loadd(5, ws + SIDE * ins, stride);
+            for (int part = 0; part < 2; part++, xs += PIECE) {
+                _tile_loadd(6, xs, 2 * DEPTH);
+                _tile_dpbf16ps(0, 4, 6);
+                if (outs > SIDE)
+                    _tile_dpbf16ps(1, 5, 6);
+                if (is_wide) {
+                    _tile_loadd(7, xs + 2 * pieces * PIECE, 2 * DEPTH);
+                    _tile_dpbf16ps(2, 4, 7);
+                    if (outs > SIDE)
+                        _tile_dpbf16ps(3, 5, 7);
+                }
+            }
+        }
+        _tile_stored(0, sums[0], 4 * SIDE);
+        _tile_stored(1, sums[1], 4 * SIDE);
+        _tile_stored(2, sums[2], 4 * SIDE);
+        _tile_stored(3, sums[3], 4 * SIDE);
+        for (size k = 0; k < 4; k++) {
+            size row = first + k / 2 * SIDE, o = k % 2 * SIDE;
+            if (row < rows && o < outs)
+                put(sums[k], least(SIDE, rows - row), y + row * y_stride + o, y_stride, add);
+        }
+    }
+}
+#else
+int ads_has_tiles(void) { return 0; }
+static void begin_tiles(void) {}
+static void end_tiles(void) {}
+static void pack(const float *x, size rows, size ins, uint16_t *packed) {}
+static void multiply_tiles(
+    const uint16_t *w, size outs, size ins, const uint16_t *packed, size rows, float *y, size y_stride,
+    int add)
+{
+}
+#endif
+
+/* y (+)= x W^T for outputs first, ..., first + count - 1; y has place for these. packed: NULL, or x. */
+static void some_outputs(
+    const void *w, size first, size count, size ins, const float *x, const uint16_t *packed, size rows,
+    float *y, size y_stride, int add, float *panel)
+{
+    size tiled = packed ? count / SIDE * SIDE : 0;
+    if (tiled)
+        multiply_tiles((const uint16_t *)w + first * ins, tiled, ins, packed, rows, y, y_stride, add);
+    for (size next = tiled; next < count; next += PANEL) {
+        size outs = least(PANEL, count - next);
+        multiply(w, first + next, outs, ins, x, rows, y + next, y_stride, add, panel);
+    }
+}
+
+/* y (+)= W x + b by all threads; of derivatives W dx + dW x + db. */
+static void apply(
+    const product *p, int is_dual, size rows, const float *x, float *y, int add, float *thin,
+    const halves *room)
+{
+    size outs = p->outs, ins = p->ins, rank = p->rank, all_rows = is_dual ? 2 * rows : rows;
+    float *dy = y + rows * outs;
+    float *panel = room->panels ? room->panels + omp_get_thread_num() * PANEL * ins : NULL;
+    uint16_t *packed = ins % DEPTH ? NULL : room->packed;
+    size block = packed ? 2 * SIDE : PANEL;
+    if (packed)
+        pack(x, all_rows, ins, packed);
 #pragma omp for schedule(static) nowait
-    for (size first = 0; first < outs; first += PANEL) {
-        size count = least(PANEL, outs - first);
-        multiply(p->weight, first, count, ins, x, is_dual ? 2 * rows : rows, y + first, outs, add, panel);
+    for (size first = 0; first < outs; first += block) {
+        size count = least(block, outs - first);
+        some_outputs(p->weight, first, count, ins, x, packed, all_rows, y + first, outs, add, panel);
         if (p->g)
-            multiply(p->g, first, count, ins, x, rows, dy + first, outs, 1, panel);
+            some_outputs(p->g, first, count, ins, x, packed, rows, dy + first, outs, 1, panel);
         if (p->bias)
             add_bias(p->bias + first, count, y + first, outs, rows);
         if (p->d_bias)
             add_bias(p->d_bias + first, count, dy + first, outs, rows);
     }
 #pragma omp for schedule(static)
-    for (size first = 0; first < rank; first += PANEL) {
-        size count = least(PANEL, rank - first);
-        multiply(p->weight, outs + first, count, ins, x, rows, thin + first, rank, 0, panel);
+    for (size first = 0; first < rank; first += block) {
+        size count = least(block, rank - first);
+        some_outputs(p->weight, outs + first, count, ins, x, packed, rows, thin + first, rank, 0, panel);
     }
     if (rank) {
 #pragma omp for schedule(static)
@@ -455,13 +603,14 @@ static void gate(const model *m, const place *at, size row)
 /* Logits of the next token of each slot. */
 void ads_step(const model *m, const place *at, int num_threads)
 {
-    float *panels = m->is_half ? at->panels : NULL;
 #pragma omp parallel num_threads(num_threads)
     {
+        if (at->room.packed)
+            begin_tiles();
         for (size i = 0; i < m->num_layers; i++) {
             const layer *l = m->layers + i;
             normalise_rows(&l->before_attention, m, at);
-            apply(&l->qkv, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin, panels);
+            apply(&l->qkv, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin, &at->room);
 #pragma omp for schedule(static)
             for (size row = 0; row < at->rows; row++)
                 enter(m, l, at, row);
@@ -469,24 +618,32 @@ void ads_step(const model *m, const place *at, int num_threads)
             for (size row = 0; row < at->rows; row++)
                 for (size head = 0; head < m->kv_heads; head++)
                     attend(m, l, at, row, head);
-            apply(&l->output, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin, panels);
+            apply(&l->output, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin, &at->room);
             normalise_rows(&l->before_mlp, m, at);
-            apply(&l->gate_up, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin, panels);
+            apply(&l->gate_up, m->is_dual, at->rows, at->normed, at->wide, 0, at->thin, &at->room);
 #pragma omp for schedule(static)
             for (size row = 0; row < at->rows; row++)
                 gate(m, at, row);
-            apply(&l->down, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin, panels);
+            apply(&l->down, m->is_dual, at->rows, at->mixed, at->x, 1, at->thin, &at->room);
         }
         normalise_rows(&m->last, m, at);
-        apply(&m->head, m->is_dual, at->rows, at->normed, at->logits, 0, at->thin, panels);
+        apply(&m->head, m->is_dual, at->rows, at->normed, at->logits, 0, at->thin, &at->room);
+        if (at->room.packed)
+            end_tiles();
     }
 }
 
 /* One product alone, for bench/step.py. */
 void ads_product(
-    const product *p, int is_dual, size rows, const float *x, float *y, float *thin, float *panels,
+    const product *p, int is_dual, size rows, const float *x, float *y, float *thin, const halves *room,
     int num_threads)
 {
 #pragma omp parallel num_threads(num_threads)
-    apply(p, is_dual, rows, x, y, 0, thin, panels);
+    {
+        if (room->packed)
+            begin_tiles();
+        apply(p, is_dual, rows, x, y, 0, thin, room);
+        if (room->packed)
+            end_tiles();
+    }
 }

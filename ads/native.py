@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ads.cache import PAGE, Pages
+from ads.cache import LANES, PAGE, Pages
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
@@ -56,17 +56,23 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = [
-        *fields(c_int64, "num_layers hidden heads kv_heads width inner is_dual is_half"),
+        *fields(c_int64, "num_layers hidden heads kv_heads width inner is_dual"),
         ("layers", POINTER(Layer)),
         ("last", Norm),
         ("head", Product),
     ]
 
 
+class Halves(ctypes.Structure):
+    _fields_ = fields(c_void_p, "panels packed")
+
+
 class Place(ctypes.Structure):
     _fields_ = [
         *fields(c_int64, "rows slot_pages page_stride part_stride v_stride"),
-        *fields(c_void_p, "pages cos sin lengths x logits normed wide mixed thin panels scores head_rows"),
+        *fields(c_void_p, "pages cos sin lengths x logits normed wide mixed thin"),
+        ("room", Halves),
+        *fields(c_void_p, "scores head_rows"),
     ]
 
 
@@ -78,7 +84,7 @@ def library():
     try:
         code = load()
         code.ads_step.argtypes = [POINTER(Model), POINTER(Place), c_int]
-        rooms = [c_void_p] * 4
+        rooms = [c_void_p, c_void_p, c_void_p, POINTER(Halves)]
         code.ads_product.argtypes = [POINTER(Product), c_int, c_int64, *rooms, c_int]
         code.ads_step.restype = code.ads_product.restype = None
     except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
@@ -158,7 +164,6 @@ class CompiledStep:
             width=first.width,
             inner=first.gate_up.num_outputs // 2,
             is_dual=step.is_dual,
-            is_half=step.table.weight.dtype == torch.bfloat16,
             layers=self.layers,
             last=self.norm(step.norm),
             head=self.product(step.head),
@@ -171,7 +176,9 @@ class CompiledStep:
             "mixed": max(products[1].ins, products[3].ins),
         }
         self.greatest_rank = max(p.rank for p in products)
-        self.panel_size = PANEL * max(p.ins for p in products)
+        self.widest = max(p.ins for p in products)
+        self.is_half = step.table.weight.dtype == torch.bfloat16
+        self.has_tiles = bool(library().ads_has_tiles())
         self.thread_rows = 2 * first.num_heads // first.num_keys
         self.num_weights = sum(p.outs * p.ins for p in products)
         is_grouped = first.num_heads % first.num_keys == 0
@@ -236,6 +243,7 @@ class CompiledStep:
         given["logits"] = x_RI.new_empty(len(x_RI), self.model.head.outs)
         given |= self.rooms(x_RI, num_threads, sizes)
         addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
+        addresses["room"], _kept = self.room_for_halves(len(x_RI), num_threads)
         library().ads_step(self.model, Place(rows=num_rows, **sizes, **addresses), num_threads)
         return given["logits"]
 
@@ -243,8 +251,16 @@ class CompiledStep:
         """{name: memory that a step uses}."""
         floats = {name: len(x_RI) * size for name, size in self.row_sizes.items()}
         floats["thin"] = len(x_RI) * self.greatest_rank
-        floats["panels"] = num_threads * self.panel_size * self.model.is_half
         floats["scores"] = num_threads * self.thread_rows * sizes["slot_pages"] * PAGE
         floats["head_rows"] = num_threads * self.thread_rows * sizes["v_stride"]
         parts = x_RI.new_empty(sum(floats.values())).split(list(floats.values()))
         return dict(zip(floats, parts, strict=True))
+
+    def room_for_halves(self, num_rows, num_threads):
+        """Halves, and the memory they are in."""
+        if not self.is_half:
+            return Halves(), None
+        num_packed = -(-num_rows // LANES) * LANES if self.has_tiles else 0
+        parts = torch.empty((num_threads * PANEL + num_packed) * self.widest)
+        panels, packed = parts.split([num_threads * PANEL * self.widest, num_packed * self.widest])
+        return Halves(panels.data_ptr(), packed.data_ptr() if num_packed else None), parts

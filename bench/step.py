@@ -104,17 +104,17 @@ def make_products(step, batch):
     products.append(part.model.head)
     sizes = [(p.ins, p.outs, max(1, p.rank)) for p in products]
     rooms = [[torch.randn(num_rows, width) for width in widths] for widths in sizes]
-    panels = torch.empty(torch.get_num_threads() * part.panel_size) if part.model.is_half else None
+    halves = part.room_for_halves(num_rows, torch.get_num_threads())
     return [
-        functools.partial(run_compiled, p, step.is_dual, *r, panels)
+        functools.partial(run_compiled, p, step.is_dual, *r, halves)
         for p, r in zip(products, rooms, strict=True)
     ]
 
 
-def run_compiled(product, is_dual, x_RI, y_RO, thin, panels):
-    addresses = [None if x is None else x.data_ptr() for x in (x_RI, y_RO, thin, panels)]
+def run_compiled(product, is_dual, x_RI, y_RO, thin, halves):
+    rooms = [*(x.data_ptr() for x in (x_RI, y_RO, thin)), halves[0]]
     num_rows = len(x_RI) // (1 + is_dual)
-    native.library().ads_product(product, is_dual, num_rows, *addresses, torch.get_num_threads())
+    native.library().ads_product(product, is_dual, num_rows, *rooms, torch.get_num_threads())
 
 
 if __name__ == "__main__":

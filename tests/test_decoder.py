@@ -125,7 +125,7 @@ def test_weights_stay_the_model_s():
 needs_compiled = pytest.mark.skipif(native.library() is None, reason="no C compiler or no AVX-512 here")
 
 
-def odd_model(is_dual, rank=5, **changes):
+def odd_model(is_dual, rank=5, dtype=torch.float32, **changes):
     """Sizes that are no multiples of a vector or a tile; three query heads to a head of keys."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -135,13 +135,14 @@ def odd_model(is_dual, rank=5, **changes):
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 22}
     others = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **others, **changes)).eval()
+    config = LlamaConfig(**{**sizes, **heads, **others, **changes}, dtype=dtype)
+    model = LlamaForCausalLM(config).to(dtype).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     if not is_dual:
         return CachedModel(model)
     for name, p in model.named_parameters():
-        p.grad = random_gradient(model, name)
+        p.grad = random_gradient(model, name).to(dtype)
     dual_model = dual.DualModel(model, compress(model, rank, seed=0).__getitem__)
     return CachedModel(dual_model, dual_model.make_cache)
 
@@ -170,10 +171,13 @@ def test_odd_sizes(num_rows, is_dual, rank):
 
 
 @needs_compiled
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("is_dual", (False, True))
-def test_a_row_does_not_depend_on_the_others_or_on_threads(is_dual):
+def test_a_row_does_not_depend_on_the_others_or_on_threads(is_dual, dtype):
     """To the last bit, given the same caches."""
-    cached, before = odd_model(is_dual), torch.get_num_threads()
+    sizes = {} if dtype == torch.float32 else {"hidden_size": 96, "intermediate_size": 128}
+    cached, before = odd_model(is_dual, dtype=dtype, **sizes), torch.get_num_threads()
+    assert cached.own_step.compiled
     together = step_of(cached, range(9)).unflatten(0, (1 + is_dual, -1))
     tokens, lengths = (
         torch.tensor([11 + row for row in range(9)]),
@@ -252,3 +256,27 @@ def run_native(cache, settings, prepare):
     return subprocess.run(
         [sys.executable, "-c", code], env=environment | settings, capture_output=True, text=True, check=True
     )
+
+
+@needs_compiled
+@pytest.mark.parametrize("has_tiles", (True, False))
+@pytest.mark.parametrize(
+    "num_rows, ins, outs, rank", ((1, 64, 70, 5), (5, 70, 33, 0), (17, 96, 48, 16), (40, 32, 9, 3))
+)
+def test_products_of_bfloat16_round_only_the_weights(num_rows, ins, outs, rank, has_tiles):
+    """Values and derivatives of W x, of weights that torch multiplies in float64."""
+    if has_tiles and not native.library().ads_has_tiles():
+        pytest.skip("no matrix registers on this machine")
+    weight, g = torch.randn(outs + rank, ins).bfloat16(), torch.randn(outs, ins).bfloat16()
+    left, x, y = torch.randn(rank, outs), torch.randn(2 * num_rows, ins), torch.empty(2 * num_rows, outs)
+    thin, panels = torch.empty(num_rows, max(1, rank)), torch.empty(2 * native.PANEL * ins)
+    packed = torch.empty(-(-2 * num_rows // 16) * 16 * ins) if has_tiles else None
+    given = weight.data_ptr(), None if rank else g.data_ptr(), left.data_ptr()
+    room = native.Halves(panels.data_ptr(), packed.data_ptr() if has_tiles else None)
+    rooms = [tensor.data_ptr() for tensor in (x, y, thin)]
+    native.library().ads_product(native.Product(outs, ins, rank, *given), True, num_rows, *rooms, room, 2)
+    x, dx = x.double().chunk(2)
+    w, right = weight.double().split((outs, rank))
+    change = x @ right.T @ left.double() if rank else x @ g.double().T
+    for found, wanted in zip(y.double().chunk(2), (x @ w.T, dx @ w.T + change), strict=True):
+        assert relative(found, wanted) < 2e-5
