@@ -37,6 +37,11 @@ class Placement:
     read: tuple[int, int, int] | None
 
 
+def whole(size, piece):
+    """The size rounded up to whole pieces."""
+    return -(-size // piece) * piece
+
+
 class Slots:
     """Keys and values (B, H, S, D) per layer, allocated once at the first prefill, written in place.
 
@@ -90,7 +95,7 @@ class Pages:
 
     def __init__(self, num_slots, num_positions, num_parts=1, num_layers=1):
         self.num_slots, self.num_layers, self.num_parts = num_slots, num_layers, num_parts
-        self.num_positions = -(-num_positions // PAGE) * PAGE
+        self.num_positions = whole(num_positions, PAGE)
         self.table_BP = torch.full((num_slots, 0), -1)
         self.num_used, self.free = 0, []  # pages ever taken, and a heap of those given back
         self.memory = None
@@ -124,7 +129,7 @@ class Pages:
 
     def allocate(self, like_BHTD, values_BHTD):
         _, num_heads, _, width = like_BHTD.shape
-        padded = -(-values_BHTD.shape[-1] // LANES) * LANES
+        padded = whole(values_BHTD.shape[-1], LANES)
         sizes = num_heads * width * PAGE, num_heads * PAGE * padded
         num_pages = self.num_slots * self.num_positions // PAGE
         shape = num_pages, self.num_parts, self.num_layers, sum(sizes)
@@ -137,10 +142,8 @@ class Pages:
     def read(self, layer, first, num_rows, length):
         part, first = divmod(first, self.num_slots)
         pages_NP = self.table_BP[first : first + num_rows, : -(-length // PAGE)].clamp(min=0)
-        both = (stored[pages_NP, part, layer].to(self.dtype) for stored in (self.keys, self.values))
-        keys_NPHDp, values_NPHpD = both
-        keys_NHLD = keys_NPHDp.mT.transpose(1, 2).flatten(2, 3)
-        return keys_NHLD[:, :, :length], values_NPHpD.transpose(1, 2).flatten(2, 3)[:, :, :length]
+        pages = (stored[pages_NP, part, layer] for stored in (self.keys.mT, self.values))
+        return tuple(p.transpose(1, 2).flatten(2, 3)[:, :, :length].to(self.dtype) for p in pages)
 
     def release(self, slot, last, length):
         for page in self.table_BP[slot][self.table_BP[slot] >= 0].tolist():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from ads.cache import LANES, PAGE, Pages
+from ads.cache import LANES, PAGE, Pages, whole
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
@@ -260,7 +260,7 @@ class CompiledStep:
         """Halves, and the memory they are in."""
         if not self.is_half:
             return Halves(), None
-        num_packed = -(-num_rows // LANES) * LANES if self.has_tiles else 0
+        num_packed = whole(num_rows, LANES) if self.has_tiles else 0
         parts = torch.empty((num_threads * PANEL + num_packed) * self.widest)
         panels, packed = parts.split([num_threads * PANEL * self.widest, num_packed * self.widest])
         return Halves(panels.data_ptr(), packed.data_ptr() if num_packed else None), parts
