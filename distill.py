@@ -55,7 +55,7 @@ def distil(cfg, inputs, world):
     checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
     if checkpoint:
         print0(f"resuming from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = train_fast(trainer, checkpoint)
     if not math.isfinite(result.training_loss):
         raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
     if world.is_main:
@@ -146,6 +146,15 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
         data_collator=functools.partial(loss.collate, pad_id=tokenizer.eos_token_id),
         compute_loss_func=functools.partial(mean_loss, num_processes=world.size),
     )
+
+
+def train_fast(trainer, checkpoint=None):
+    """trainer.train() with what makes it faster on a CPU."""
+    from ads import matmul, models
+
+    models.keep_freed_memory()
+    with matmul.in_tiles():
+        return trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def training_arguments(cfg, num_examples, is_evaluated, per_device, world):

@@ -34,9 +34,10 @@ def fingerprint_inputs(cfg):
 
 def compute_gradient(cfg, inputs, world):
     from ads import gradient
-    from ads.models import load_model
+    from ads.models import keep_freed_memory, load_model
 
     start = time.time()
+    keep_freed_memory()
     sequences, num_left_out = load_sequences(cfg)
     vocabulary = check_vocabulary(cfg)
     print0(f"loading {cfg.proxy_student}")

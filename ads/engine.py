@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ads import sampling
-from ads.models import CachedModel, free_bytes
+from ads.models import CachedModel, free_bytes, give_back_freed_memory
 from ads.proxy import CentralDifference, ExactDerivative
 
 REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
@@ -180,6 +180,7 @@ class Decoder:
         prompts = [request.prompt_ids for request in group]
         logits_GR = self.models.teacher.prefill(prompts, first)
         delta_GV = self.models.proxy.prefill(prompts, first) if self.models.proxy else None
+        give_back_freed_memory()
         slots = slice(first, first + len(group))
         keys = [sampling.row_key(self.seed, request.id) for request in group]
         self.state_5B[:, slots] = 0

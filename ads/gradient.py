@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ads import chat, sampling, store
+from ads import chat, matmul, sampling, store
 from ads.loss import collate, token_losses
 
 OVERSAMPLING = 8  # more columns than the rank in the sketch of a matrix
@@ -155,9 +155,10 @@ def add_gradient_(
     device = model.get_input_embeddings().weight.device.type
     loss = 0.0
     for batch in progress(make_batches(sequences, batch_size, batch_tokens)):
-        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
-            share = sequence_losses(model, batch).sum() / num_total
-        share.backward()
+        with matmul.in_tiles():
+            with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+                share = sequence_losses(model, batch).sum() / num_total
+            share.backward()
         loss += share.item()
     return loss
 

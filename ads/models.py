@@ -20,6 +20,7 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 # room and, on a CPU, no less time per token.
 PREFILL_TOKENS = 16384
 CPU_PREFILL_TOKENS = 512
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def load_model(name, dtype, device, attn_implementation="auto"):
@@ -55,9 +56,16 @@ def free_bytes(device):
 
 
 def give_back_freed_memory():
-    """To the system: glibc would keep the holes that weights left as they were fused."""
+    """To the system: glibc would keep the room of weights that were fused and of prompts that were read."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def keep_freed_memory():
+    """For the next tensors: glibc would unmap each large one, and page faults slow training passes down."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def resolve_dtype(dtype, device):

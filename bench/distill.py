@@ -5,13 +5,14 @@
 Reads question and answer of the first rows as traces; trains LoRA adapters on them for one epoch with the
 settings of train_config.yaml. Plain padding is the Trainer's random order, an attention mask, and the
 model's own loss over the logits of all positions. SIZES are per_device_batch_size. All take turns in each
-run; medians, ranges, and the largest difference between loss curves. Tokens are those of the traces, without
-padding.
+run, in processes of their own; medians, ranges, and the largest difference between loss curves. Tokens are
+those of the traces, without padding.
 """
 
 import argparse
 import functools
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,6 @@ WAYS = ("plain", "sorted")
 
 def main():
     args = parse()
-    torch.set_num_threads(args.threads)
     examples = [
         {
             "input_ids": s.ids,
@@ -44,10 +44,13 @@ def main():
     num_tokens = sum(len(example["input_ids"]) for example in examples)
     ways = [(way, size) for size in args.sizes for way in WAYS]
     rates, curves = {way: [] for way in ways}, {}
+    context = multiprocessing.get_context("spawn")
     for _ in range(args.runs):
         for way in ways:
-            seconds, curves[way] = train(args, examples, *way)
+            with context.Pool(1) as process:
+                seconds, curves[way] = process.apply(train, (args, examples, *way))
             rates[way].append(num_tokens / seconds)
+            print(*way, round(rates[way][-1], 1), flush=True)
     table = [describe(way, rates, curves, args.sizes) for way in ways]
     for row in table:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
@@ -72,6 +75,7 @@ def parse():
 
 def train(args, examples, way, per_device):
     """(seconds, losses of the steps) of one epoch."""
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         cfg = TrainConfig(
             exp_dir=folder,
@@ -89,7 +93,7 @@ def train(args, examples, way, per_device):
             cfg, model, tokenizer, examples, None, per_device, World(0, 1, "cpu")
         )
         start = time.perf_counter()
-        trainer.train()
+        trainer.train() if way == "plain" else distill.train_fast(trainer)
         seconds = time.perf_counter() - start
     return seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
