@@ -18,7 +18,6 @@ from ctypes import POINTER, c_int, c_int64, c_void_p
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ads import native
 
@@ -48,34 +47,39 @@ def library():
     return code
 
 
+@contextlib.contextmanager
 def in_tiles():
-    """A context in which native.c computes linear layers of float32 on the CPU, forward and backward."""
-    return contextlib.nullcontext() if library() is None else Tiles()
+    """A context in which native.c computes nn.Linear of float32 on the CPU, forward and backward.
+
+    The class's own forward is replaced meanwhile, which holds whoever calls a layer (gradient checkpointing).
+    """
+    if library() is not None:
+        torch.nn.Linear.forward = forward
+    try:
+        yield
+    finally:
+        torch.nn.Linear.forward = TORCH_FORWARD
 
 
-class Tiles(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        is_plain = function is functional.linear and not types  # no subclass has a say
-        if is_plain and suits(*args, **kwargs):
-            return linear(*args, **kwargs)
-        if function is torch.Tensor.backward:  # layers may be computed again (gradient checkpointing)
-            with self:
-                return torch.autograd.backward(*args, kwargs.pop("gradient", None), **kwargs)
-        return function(*args, **kwargs)
+TORCH_FORWARD = torch.nn.Linear.forward
 
 
-def suits(input, weight, bias=None):
-    """Whether native.c computes this linear layer; what it depends on is no number of rows."""
+def forward(layer, input):
+    return (linear if suits(input, layer.weight) else functional.linear)(input, layer.weight, layer.bias)
+
+
+def suits(input, weight):
+    """Whether native.c multiplies by this weight; how many rows there are does not matter."""
+    are_plain = type(input) is torch.Tensor and type(weight) is torch.nn.Parameter
     are_float = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     on_cpu = input.device.type == weight.device.type == "cpu"
-    return are_float and on_cpu and weight.dim() == 2 and min(weight.shape) >= LEAST_SIZE
+    return are_plain and are_float and on_cpu and min(weight.shape) >= LEAST_SIZE
 
 
-def linear(input, weight, bias=None):
+def linear(input, weight, bias):
     """functional.linear: (..., O) of (..., I), (O, I) and (O)."""
     y_RO = Linear.apply(input.reshape(-1, input.shape[-1]), weight)
-    y = y_RO.view(*input.shape[:-1], -1)
+    y = y_RO.view(*input.shape[:-1], len(weight))
     return y if bias is None else y + bias
 
 
