@@ -3,44 +3,53 @@
     python bench/gradient.py MODEL_FOLDER gsm8k_train.jsonl.gz --traces 300 --runs 3 --ways 8 8:bfloat16
 
 Reads question and answer of the first rows as traces. The plain loop is model(input_ids, labels).loss
-.backward() on one trace at a time, float32. A way is BATCH_SIZE[:DTYPE]. The ways have a model each and take
-turns on every CHUNK traces of like lengths, so that what else runs on the machine hits all alike. Medians
-and ranges of the runs, and how far each gradient is from the plain loop's. Tokens are those of the traces,
-without padding.
+.backward() on one trace at a time, float32. A way is BATCH_SIZE[:DTYPE], through ads.gradient as in
+save_grad.py. The ways have a process each and take turns on every CHUNK traces of like lengths, so that what
+else runs on the machine hits all alike. Medians and ranges of the runs, how far each gradient is from the
+plain loop's, and how far from that of the first way. Tokens are those of the traces, without padding.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from delta_agreement import read_sequences
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ads import gradient
-from ads.models import load_model
+from ads.models import keep_freed_memory, load_model
 
 CHUNK = 32
+context = multiprocessing.get_context("spawn")
 
 
 def main():
     args = parse()
-    torch.set_num_threads(args.threads)
     ways = ["plain", *args.ways]
-    models = {way: load_model(args.model, "float32", "cpu") for way in ways}
     sequences = sorted(read_sequences(args), key=lambda s: len(s.ids))
     num_tokens = sum(len(s.ids) for s in sequences)
     rates = {way: [] for way in ways}
-    for _ in range(args.runs):
-        seconds = measure(models, sequences, args)
-        for way in ways:
-            rates[way].append(num_tokens / seconds[way])
-        print({way: round(found[-1], 1) for way, found in rates.items()}, flush=True)
-    table = [describe(way, rates, models, sequences, args) for way in ways]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {way: Path(folder) / way.replace(":", "-") for way in ways}
+        workers = {way: start(args, way) for way in ways}
+        for _ in range(args.runs):
+            seconds = measure(workers, sequences)
+            for way in ways:
+                rates[way].append(num_tokens / seconds[way])
+            print({way: round(found[-1], 1) for way, found in rates.items()}, flush=True)
+        for way, worker in workers.items():
+            worker.send(paths[way])
+            worker.recv()
+            worker.send("end")
+        table = [describe(way, rates, paths, sequences, args) for way in ways]
     for row in table:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     settings = {key: vars(args)[key] for key in ("model", "traces", "threads", "batch_tokens")}
@@ -61,16 +70,41 @@ def parse():
     return parser.parse_args()
 
 
-def measure(models, sequences, args):
-    """{way: seconds for the gradient, which is left in its model}."""
-    seconds = dict.fromkeys(models, 0.0)
-    for model in models.values():
-        model.zero_grad()
+def start(args, way):
+    """The connection to a process of its own (see `work`)."""
+    ours, theirs = context.Pipe()
+    context.Process(target=work, args=(theirs, args, way), daemon=True).start()
+    return ours
+
+
+def work(connection, args, way):
+    """Answer (sequences, number of all) by seconds for their share of the gradient, None by a new gradient,
+    and a path by the gradient in a file."""
+    torch.set_num_threads(args.threads)
+    model = load_model(args.model, "float32", "cpu")
+    if way != "plain":
+        keep_freed_memory()
+    while (found := connection.recv()) != "end":
+        start = time.perf_counter()
+        if found is None:
+            model.zero_grad()
+        elif isinstance(found, Path):
+            save_file({name: p.grad for name, p in model.named_parameters()}, found)
+        else:
+            add_(model, *found, way, args.batch_tokens)
+        connection.send(time.perf_counter() - start)
+
+
+def measure(workers, sequences):
+    """{way: seconds for the gradient, which is left in its process}."""
+    seconds = dict.fromkeys(workers, 0.0)
+    for worker in workers.values():
+        worker.send(None)
+        worker.recv()
     for first in range(0, len(sequences), CHUNK):
-        for way, model in models.items():
-            start = time.perf_counter()
-            add_(model, sequences[first : first + CHUNK], len(sequences), way, args.batch_tokens)
-            seconds[way] += time.perf_counter() - start
+        for way, worker in workers.items():
+            worker.send((sequences[first : first + CHUNK], len(sequences)))
+            seconds[way] += worker.recv()
     return seconds
 
 
@@ -99,7 +133,7 @@ def add_plainly_(model, sequences, num_total):
         (loss / num_total).backward()
 
 
-def describe(way, rates, models, sequences, args):
+def describe(way, rates, paths, sequences, args):
     ratios = [rate / plain for rate, plain in zip(rates[way], rates["plain"], strict=True)]
     found = {"way": way, "tokens_per_second": spread(rates[way], 0), "over_plain": spread(ratios, 2)}
     if way == "plain":
@@ -110,15 +144,18 @@ def describe(way, rates, models, sequences, args):
     ]
     padded = sum(len(batch) * max(len(s.ids) for s in batch) for batch in batches)
     padding = 1 - sum(len(s.ids) for s in sequences) / padded
-    error = compare(models[way], models["plain"])
-    return found | {"batches": len(batches), "padding": round(padding, 4)} | error
+    error = compare(paths[way], paths["plain"])
+    first = compare(paths[way], paths[args.ways[0]])["relative_error"]
+    padding = {"batches": len(batches), "padding": round(padding, 4)}
+    return found | padding | error | {"relative_error_to_first": first}
 
 
-def compare(model, plain):
-    """{relative error, cosine} of a model's gradient."""
+def compare(path, plain_path):
+    """{relative error, cosine} of the gradient in a file."""
     dot = square = plain_square = difference = 0.0
-    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-        found, wanted = p.grad.double(), q.grad.double()
+    gradients, plain = load_file(path), load_file(plain_path)
+    for name in plain:
+        found, wanted = gradients[name].double(), plain[name].double()
         dot += (found * wanted).sum().item()
         square += found.square().sum().item()
         plain_square += wanted.square().sum().item()
