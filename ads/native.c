@@ -8,6 +8,8 @@ N slots are decoded; R = N rows, or 2N in dual numbers: values in rows 0..N-1, t
 rows N..2N-1 (see dual.py). A row's result does not depend on the other rows. NaN stays NaN. Matrices lie by
 rows, but keys by columns, so that both products of attention add up whole vectors. native.py has the same
 structs. Weights may be bfloat16; all else is float32.
+
+At the end of what needs matrix registers: products of float32 matrices, for training passes (matmul.py).
 */
 
 #include <math.h>
@@ -377,8 +379,8 @@ static void multiply_tiles(
 }
 
 /* Products of float32 matrices in the same registers. A float is the sum of three bfloat16, its upper bits,
-the next and the last; of the nine products of parts the six above 2^-24 are added up, so that the result is
-as close as in float32 arithmetic, in a third of the time. */
+the next and the last; of the nine products of parts the six above 2^-24 are added up. The result is as close
+as in float32 arithmetic; six steps of these registers take a third of its time, with packing two thirds. */
 enum { PARTS = 3, SQUARE = SIDE * SIDE, BLOCK = 2 * SIDE, STRIP = PARTS * BLOCK * SIDE };
 enum { FLUSH_TO_ZERO = 0x8040 }; /* results and operands, in the control register */
 enum { MOST_DEPTH = 640, MOST_ROWS = 4096, GROUP = 6 }; /* of panels that stay in L2 and L3 */
@@ -414,8 +416,8 @@ static inline __attribute__((always_inline)) void transpose(__m512i *rows)
     }
 }
 
-/* SIDE rows and DEPTH columns of an operand, zero beyond its end, as PARTS squares of pairs of bfloat16: column
-k lies beside k + SIDE. Of a left factor a square has rows (row, k), of a right one (k, row). */
+/* SIDE rows and DEPTH columns of an operand, zero beyond its end, as PARTS squares of pairs of bfloat16:
+column k lies beside k + SIDE. Of a left factor a square has rows (row, k), of a right one (k, row). */
 static inline __attribute__((always_inline)) void pack_square(
     const operand *m, size row, size k, int is_left, int32_t *packed)
 {
@@ -454,11 +456,12 @@ static void pack_panels(
     const operand *m, size first, size panels, size from, size to, int is_left, int32_t *packed,
     size panel_size)
 {
-    size steps = (to - from + DEPTH - 1) / DEPTH, pieces = steps * panels;
+    size steps = (to - from + DEPTH - 1) / DEPTH;
     operand part = *m;
     part.depth = to;
-    for (size i = 0; i < pieces; i++) { /* as the operand lies in memory */
-        size panel = m->is_transposed ? i % panels : i / steps, step = m->is_transposed ? i / panels : i % steps;
+    for (size i = 0; i < steps * panels; i++) { /* as the operand lies in memory */
+        size panel = m->is_transposed ? i % panels : i / steps;
+        size step = m->is_transposed ? i / panels : i % steps;
         size row = first + panel * BLOCK, k = from + step * DEPTH;
         int32_t *strip = packed + panel * panel_size + step * STRIP;
         pack_square(&part, row, k, is_left, strip);
@@ -481,8 +484,8 @@ static void pack_panels(
     for (size line = 0; line < (count); line++) \
         __builtin_prefetch((at) + line * SIDE, 0, where)
 
-/* y (+)= a b of one panel each: BLOCK rows and columns of y. Meanwhile the next strips come to L1, and as many
-lines of `ahead` to L2 as a GROUPth of the next panel has. */
+/* y (+)= a b of one panel each: BLOCK rows and columns of y. Meanwhile the next strips come to L1, and as
+many lines of `ahead` to L2 as a GROUPth of the next panel has. */
 static void multiply_panels(
     const int32_t *a, const int32_t *b, size steps, const int32_t *ahead, float *y, size y_stride, int add)
 {
@@ -571,7 +574,7 @@ void ads_matmul(const operand *a, const operand *b, float *y, int32_t *room, int
         size thread = omp_get_thread_num(), threads = omp_get_num_threads();
         int32_t *own = room + shared + thread * GROUP * panel_size;
         unsigned state = _mm_getcsr();
-        _mm_setcsr(state | FLUSH_TO_ZERO); /* as the registers do; parts below 1e-38 would take 10 times as long */
+        _mm_setcsr(state | FLUSH_TO_ZERO); /* as the registers do: parts below 1e-38 take 10 times as long */
         begin_tiles();
         for (size k = 0; k < a->depth; k += depth)
             for (size first = 0; first < a->rows; first += MOST_ROWS) {
