@@ -4,9 +4,10 @@
 
 Reads question and answer of the first rows as traces. The plain loop is model(input_ids, labels).loss
 .backward() on one trace at a time, float32. A way is BATCH_SIZE[:DTYPE], through ads.gradient as in
-save_grad.py. The ways have a process each and take turns on every CHUNK traces of like lengths, so that what
-else runs on the machine hits all alike. Medians and ranges of the runs, how far each gradient is from the
-plain loop's, and how far from that of the first way. Tokens are those of the traces, without padding.
+save_grad.py, or `float64`, the plain loop in which nothing is float32 (slow; to compare with). The ways have
+a process each and take turns on every CHUNK traces of like lengths, so that what else runs on the machine
+hits all alike. Medians and ranges of the runs, how far each gradient is from the plain loop's, and how far
+from that of the first way. Tokens are those of the traces, without padding.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from ads import gradient
 from ads.models import keep_freed_memory, load_model
 
 CHUNK = 32
+LOOPS = "plain", "float64"
 context = multiprocessing.get_context("spawn")
 
 
@@ -82,7 +84,9 @@ def work(connection, args, way):
     and a path by the gradient in a file."""
     torch.set_num_threads(args.threads)
     model = load_model(args.model, "float32", "cpu")
-    if way != "plain":
+    if way == "float64":
+        model = in_float64(model)
+    elif way != "plain":
         keep_freed_memory()
     while (found := connection.recv()) != "end":
         start = time.perf_counter()
@@ -93,6 +97,13 @@ def work(connection, args, way):
         else:
             add_(model, *found, way, args.batch_tokens)
         connection.send(time.perf_counter() - start)
+
+
+def in_float64(model):
+    """The model in float64, and what models compute in float32 whatever their weights, such as norms."""
+    torch.Tensor.float = torch.Tensor.double
+    torch.float = torch.float32 = torch.float64
+    return model.double()
 
 
 def measure(workers, sequences):
@@ -109,7 +120,7 @@ def measure(workers, sequences):
 
 
 def add_(model, sequences, num_total, way, batch_tokens):
-    if way == "plain":
+    if way in LOOPS:
         add_plainly_(model, sequences, num_total)
     else:
         size, kind = batch_size(way), dtype(way)
@@ -136,7 +147,9 @@ def add_plainly_(model, sequences, num_total):
 def describe(way, rates, paths, sequences, args):
     ratios = [rate / plain for rate, plain in zip(rates[way], rates["plain"], strict=True)]
     found = {"way": way, "tokens_per_second": spread(rates[way], 0), "over_plain": spread(ratios, 2)}
-    if way == "plain":
+    found |= compare(paths[way], paths["plain"])
+    found["relative_error_to_first"] = compare(paths[way], paths[args.ways[0]])["relative_error"]
+    if way in LOOPS:
         return found
     chunks = [sequences[first : first + CHUNK] for first in range(0, len(sequences), CHUNK)]
     batches = [
@@ -144,10 +157,7 @@ def describe(way, rates, paths, sequences, args):
     ]
     padded = sum(len(batch) * max(len(s.ids) for s in batch) for batch in batches)
     padding = 1 - sum(len(s.ids) for s in sequences) / padded
-    error = compare(paths[way], paths["plain"])
-    first = compare(paths[way], paths[args.ways[0]])["relative_error"]
-    padding = {"batches": len(batches), "padding": round(padding, 4)}
-    return found | padding | error | {"relative_error_to_first": first}
+    return found | {"batches": len(batches), "padding": round(padding, 4)}
 
 
 def compare(path, plain_path):
