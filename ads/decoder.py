@@ -93,6 +93,8 @@ class Product:
         else:
             base = dual.stack_rows(rows)
             repoint(layers, base, self.g_OI)
+        if self.left_RO is not None:
+            repoint_left([m.weight for m in layers], self.left_RO)
         self.base_PI = base
         self.bias = None if biases[0] is None else self.join(biases)
 
@@ -115,6 +117,16 @@ class Product:
         if self.bias is not None:
             y.unflatten(0, (2, -1)).add_(self.bias)
         return y
+
+
+def repoint_left(weights, left_RO):
+    """Make the left factors views of one matrix: the gradient's file has no users left and can be closed."""
+    row, column = 0, 0
+    for weight in weights:
+        factors = weight.tangent
+        last_row, last_column = row + len(factors.right), column + len(weight)
+        weight.tangent = Factors(left_RO[row:last_row, column:last_column].T, factors.right)
+        row, column = last_row, last_column
 
 
 def repoint(layers, base_PI, g_OI):

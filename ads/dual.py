@@ -105,7 +105,7 @@ def own_weight(parameter, tangent, is_table):
     tangent = tangent.to(parameter)
     if not isinstance(tangent, Factors):
         parameter.data = parameter.data.clone()  # no longer a view of the file, so that it can be closed
-        return make_weight(parameter, tangent)
+        return make_weight(parameter, tangent.clone() if tangent.dim() == 1 else tangent)
     rows = [parameter.detach(), tangent.right]
     extended = torch.cat(rows) if is_table else stack_rows(rows)
     parameter.data = extended[: len(parameter)]  # frees the first copy
