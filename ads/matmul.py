@@ -20,10 +20,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ads import native
+from ads.cache import whole
 
 LEAST_SIZE = 256  # of inputs and outputs: what is smaller is packed for longer than multiplied
 OPERATIONS_PER_THREAD = 5e7  # about 0.2 ms of one core
-ALIGNMENT = 16  # floats
+ALIGNMENT = 64  # bytes
+TORCH_FORWARD = torch.nn.Linear.forward
 
 
 class Operand(ctypes.Structure):
@@ -59,9 +61,6 @@ def in_tiles():
         yield
     finally:
         torch.nn.Linear.forward = TORCH_FORWARD
-
-
-TORCH_FORWARD = torch.nn.Linear.forward
 
 
 def forward(layer, input):
@@ -107,8 +106,8 @@ def multiply(a_MK, b_KN):
     operations = 2 * a_MK.numel() * b_KN.shape[1]
     num_threads = min(torch.get_num_threads(), 1 + int(operations / OPERATIONS_PER_THREAD))
     code = library()
-    room = torch.empty(code.ads_matmul_room(left[0].rows, left[0].depth, num_threads) + ALIGNMENT)
-    start = -(room.data_ptr() // -64) * 64
+    room = torch.empty(code.ads_matmul_room(left[0].rows, left[0].depth, num_threads) + ALIGNMENT // 4)
+    start = whole(room.data_ptr(), ALIGNMENT)
     code.ads_matmul(left[0], right[0], c_MN.data_ptr(), start, num_threads)
     return c_MN
 

@@ -51,9 +51,7 @@ def error(found, a, b):
 
 
 @no_tiles
-@pytest.mark.parametrize(
-    "layouts", ["rows rows", "columns rows", "rows columns", "columns columns", "gaps rows"]
-)
+@pytest.mark.parametrize("layouts", LAYOUTS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_as_close_to_the_exact_product_as_torch(sizes, layouts):
     torch.manual_seed(sum(sizes))
