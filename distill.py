@@ -150,10 +150,10 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
 
 def train_fast(trainer, checkpoint=None):
     """trainer.train() with what makes it faster on a CPU."""
-    from ads import matmul, models
+    from ads import lora, matmul, models
 
     models.keep_freed_memory()
-    with matmul.in_tiles():
+    with matmul.in_tiles(), lora.merged(trainer.model):
         return trainer.train(resume_from_checkpoint=checkpoint)
 
 

@@ -67,9 +67,14 @@ def forward(layer, input):
     return (linear if suits(input, layer.weight) else functional.linear)(input, layer.weight, layer.bias)
 
 
+def multiplier(input, weight):
+    """`multiply` where it suits, or torch's."""
+    return multiply if library() is not None and suits(input, weight) else torch.mm
+
+
 def suits(input, weight):
     """Whether native.c multiplies by this weight; how many rows there are does not matter."""
-    are_plain = type(input) is torch.Tensor and type(weight) is torch.nn.Parameter
+    are_plain = type(input) is torch.Tensor and type(weight) in (torch.Tensor, torch.nn.Parameter)
     are_float = input.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     on_cpu = input.device.type == weight.device.type == "cpu"
     return are_plain and are_float and on_cpu and min(weight.shape) >= LEAST_SIZE
