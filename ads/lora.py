@@ -1,18 +1,19 @@
-"""LoRA adapters (Hu et al., 2021) trained with fewer operations: by the merged weights M = W + s B A.
+"""LoRA adapters (Hu et al., 2021) trained by the merged weights M = W + s B A.
 
     with lora.merged(model):
         trainer.train()
 
 PEFT computes y = x W^T + s (x A^T) B^T and differentiates each product. Here y = x M^T and dx = dy M, one
 product each; dA = s (dy B)^T x and dB = s dy^T (x A^T) as before. M is made once between two steps of an
-optimizer and kept meanwhile: one more copy of the adapted weights. Results are PEFT's to rounding, so only in
-float32: in bfloat16 the sum would lose what adapters learn. A layer with more to it, dropout for one, is left
-to PEFT.
+optimizer and kept meanwhile: one more copy of the adapted weights, and fewer operations where a process has
+more than I O / (I + O) tokens between steps. In float32 results are PEFT's to rounding. In bfloat16 the sum
+would lose what adapters learn: such layers are left to PEFT, and so are those with more to them (dropout).
 
 Shapes: R rows, I inputs, O outputs, K rank.
 """
 
 import contextlib
+import functools
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -23,18 +24,26 @@ from ads import matmul
 
 @contextlib.contextmanager
 def merged(model):
-    """A context in which the model's layers with an adapter compute by M: those of float32 on a CPU."""
+    """A context in which the model's layers with an adapter compute by M: those of float32 on a CPU.
+
+    Within it adapters stay on, and change only by steps of a torch.optim.Optimizer.
+    """
     layers = {layer: MergedLayer(layer) for layer in model.modules() if suits(layer)}
-    hooks = [register_optimizer_step_post_hook(forward.forget) for forward in layers.values()]
+    hook = register_optimizer_step_post_hook(functools.partial(forget, list(layers.values())))
     for layer, forward in layers.items():
         layer.forward = forward
     try:
         yield
     finally:
+        hook.remove()
         for layer in layers:
             del layer.forward
-        for hook in hooks:
-            hook.remove()
+
+
+def forget(layers, *_):
+    """Drop each M: an optimizer has changed the adapters."""
+    for layer in layers:
+        layer.merged_OI = None
 
 
 def suits(layer):
@@ -65,6 +74,7 @@ class MergedLayer:
 
     def __call__(self, x):
         """(..., O) of (..., I)."""
+        assert x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"), "float32 alone"
         if self.merged_OI is None:
             a_KI, b_OK = self.a_KI.detach(), self.b_OK.detach()
             self.merged_OI = torch.addmm(self.base.weight.detach(), b_OK, a_KI, alpha=self.scaling)
@@ -73,12 +83,10 @@ class MergedLayer:
         y = y_RO.view(*x.shape[:-1], y_RO.shape[-1])
         return y if self.base.bias is None else y + self.base.bias
 
-    def forget(self, *_):
-        """M is of adapters before an optimizer's step."""
-        self.merged_OI = None
-
 
 class MergedLinear(torch.autograd.Function):
+    """x M^T, whose derivatives are those by x, A and B; M is a constant to autograd."""
+
     @staticmethod
     def forward(ctx, x_RI, merged_OI, a_KI, b_OK, scaling):
         ctx.save_for_backward(x_RI, merged_OI, a_KI, b_OK)

@@ -68,7 +68,7 @@ def forward(layer, input):
 
 
 def multiplier(input, weight):
-    """`multiply` where it suits, or torch's."""
+    """`multiply` where it suits, within in_tiles() or not; else torch's."""
     return multiply if library() is not None and suits(input, weight) else torch.mm
 
 
@@ -103,7 +103,8 @@ class Linear(torch.autograd.Function):
 
 
 def multiply(a_MK, b_KN):
-    """Their product (M, N), float32."""
+    """Their product (M, N); all float32."""
+    assert a_MK.dtype == b_KN.dtype == torch.float32 and a_MK.shape[1] == len(b_KN)
     c_MN = a_MK.new_empty(len(a_MK), b_KN.shape[1])
     if not a_MK.shape[1]:
         return c_MN.zero_()
@@ -111,7 +112,8 @@ def multiply(a_MK, b_KN):
     operations = 2 * a_MK.numel() * b_KN.shape[1]
     num_threads = min(torch.get_num_threads(), 1 + int(operations / OPERATIONS_PER_THREAD))
     code = library()
-    room = torch.empty(code.ads_matmul_room(left[0].rows, left[0].depth, num_threads) + ALIGNMENT // 4)
+    size = code.ads_matmul_room(left[0].rows, left[0].depth, num_threads) + ALIGNMENT // 4
+    room = torch.empty(size, dtype=torch.int32, device="cpu")
     start = whole(room.data_ptr(), ALIGNMENT)
     code.ads_matmul(left[0], right[0], c_MN.data_ptr(), start, num_threads)
     return c_MN

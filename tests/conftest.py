@@ -110,6 +110,24 @@ def save_folder(folder, model, tokenizer):
     return str(folder)
 
 
+@pytest.fixture
+def all_sizes(monkeypatch):
+    """matmul.py multiplies for small layers too: the tiny models have no others."""
+    from ads import matmul
+
+    monkeypatch.setattr(matmul, "LEAST_SIZE", 1)
+
+
+@pytest.fixture
+def tile_products(monkeypatch):
+    """Grows by one with each product in matrix registers."""
+    from ads import matmul
+
+    found, multiply = [], matmul.multiply
+    monkeypatch.setattr(matmul, "multiply", lambda a, b: found.append(1) or multiply(a, b))
+    return found
+
+
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory):
     """{role: folder} of a tiny teacher, proxy and student; the student has another architecture and

@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
+from test_matmul import no_tiles
 
 import distill
 from ads import lora, loss
@@ -50,6 +51,20 @@ def test_loss_and_gradients_are_peft_s(kind, has_checkpoints):
     assert found == pytest.approx(wanted, rel=1e-6)
     for d, e in zip(gradients, wanted_gradients, strict=True):
         assert (d - e).norm() <= 2e-5 * e.norm() and e.norm() > 0
+
+
+@no_tiles
+def test_merged_weights_are_multiplied_in_tiles(all_sizes, tile_products):
+    model = adapted()
+    wanted, wanted_gradients = passes(model)
+    with lora.merged(model):
+        found, gradients = passes(model)
+    num_layers = len(layers(model))
+    # the embedding is frozen, so the first layer's queries, keys and values need no derivative for x
+    assert len(tile_products) == 2 * num_layers - 3
+    assert found == pytest.approx(wanted, rel=1e-6)
+    for d, e in zip(gradients, wanted_gradients, strict=True):
+        assert (d - e).norm() <= 2e-5 * e.norm()
 
 
 @pytest.mark.parametrize("has_checkpoints", [False, True])

@@ -22,20 +22,6 @@ SIZES = [  # edges of blocks of 32, of groups of 6 of them, of depths of 640, of
 LAYOUTS = "rows rows", "columns rows", "rows columns", "columns columns", "gaps rows"
 
 
-@pytest.fixture
-def all_sizes(monkeypatch):
-    """Small layers too: the tiny models have no others."""
-    monkeypatch.setattr(matmul, "LEAST_SIZE", 1)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Grows by one with each product of native.c."""
-    found, multiply = [], matmul.multiply
-    monkeypatch.setattr(matmul, "multiply", lambda a, b: found.append(1) or multiply(a, b))
-    return found
-
-
 def random_matrix(rows, columns, layout):
     """Numbers of many magnitudes: by rows, by columns, within a larger matrix, or every second."""
     numbers = torch.randn(rows + 3, 2 * columns + 5) * 10 ** torch.empty(rows + 3, 1).uniform_(-4, 4)
@@ -101,7 +87,7 @@ def test_only_numbers_near_the_least_float_lose_bits(size, bound):
 @no_tiles
 @pytest.mark.parametrize("shape", [(7, 300), (2, 5, 300), (2, 0, 300)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_linear_layers_and_their_gradients(shape, has_bias, calls):
+def test_linear_layers_and_their_gradients(shape, has_bias, tile_products):
     torch.manual_seed(1)
     layer = torch.nn.Linear(shape[-1], 260, bias=has_bias)
     results = []
@@ -112,7 +98,7 @@ def test_linear_layers_and_their_gradients(shape, has_bias, calls):
             y = layer(x)
         y.square().sum().backward()
         results.append([y, x.grad, *(p.grad for p in layer.parameters())])
-        assert len(calls) == 3  # forward, for x and for the weight; not without the context
+        assert len(tile_products) == 3  # forward, for x and for the weight; not without the context
     for found, wanted in zip(*results, strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
@@ -128,7 +114,7 @@ def test_frozen_weights_get_no_gradient():
 
 
 @no_tiles
-def test_other_layers_are_torch_s(calls):
+def test_other_layers_are_torch_s(tile_products):
     layer, narrow = torch.nn.Linear(300, 300), torch.nn.Linear(300, 30)
     x = torch.randn(3, 300)
     with matmul.in_tiles():
@@ -138,29 +124,31 @@ def test_other_layers_are_torch_s(calls):
         layer(x.as_subclass(dual.Dual))
         layer.double()(x.double())
     layer.float()(x)
-    assert not calls
+    assert not tile_products
     with matmul.in_tiles():
         layer(x)
-    assert len(calls) == 1
+    assert len(tile_products) == 1
 
 
-def test_without_compiled_code_the_context_changes_nothing(monkeypatch, calls):
+def test_without_compiled_code_the_context_changes_nothing(monkeypatch, tile_products):
     monkeypatch.setattr(matmul, "library", lambda: None)
     with matmul.in_tiles():
         torch.nn.Linear(300, 300)(torch.randn(3, 300))
-    assert not calls
+    assert not tile_products
 
 
 @no_tiles
 @pytest.mark.parametrize("kind", ("llama", "qwen2", "gemma3_text"))
 @pytest.mark.parametrize("has_checkpoints", [False, True])
-def test_the_proxy_gradient_is_that_of_torch_s_products(kind, has_checkpoints, all_sizes, calls, monkeypatch):
+def test_the_proxy_gradient_is_that_of_torch_s_products(
+    kind, has_checkpoints, all_sizes, tile_products, monkeypatch
+):
     models = [tiny_model(kind, seed=3, spread=0.1) for _ in range(2)]
     if has_checkpoints:
         models[0].gradient_checkpointing_enable()
         models[0].train()
     gradient.add_gradient_(models[0], sequences(9), 9, batch_size=4)
-    assert calls
+    assert tile_products
     monkeypatch.setattr(matmul, "library", lambda: None)
     gradient.add_gradient_(models[1], sequences(9), 9, batch_size=4)
     found, wanted = map(test_loss.flat_gradient, models)
@@ -168,6 +156,6 @@ def test_the_proxy_gradient_is_that_of_torch_s_products(kind, has_checkpoints, a
 
 
 @no_tiles
-def test_distillation_too(tmp_path, all_sizes, calls):
+def test_distillation_too(tmp_path, all_sizes, tile_products):
     test_loss.test_sorted_steps_train_as_the_trainer_s_random_ones(tmp_path)
-    assert calls
+    assert tile_products
