@@ -4,15 +4,17 @@
 
 Reads question and answer of the first rows as traces; trains LoRA adapters on them for one epoch with the
 settings of train_config.yaml. Plain padding is the Trainer's random order, an attention mask, and the
-model's own loss over the logits of all positions. SIZES are per_device_batch_size. All take turns in each
-run, in processes of their own; medians, ranges, and the largest difference between loss curves. Tokens are
-those of the traces, without padding.
+model's own loss over the logits of all positions; `unmerged` is ours with PEFT's passes (no ads/lora.py).
+SIZES are per_device_batch_size. All take turns in each run, in processes of their own; medians, ranges, the
+largest difference between loss curves, and peak memory of a process. Tokens are those of the traces, without
+padding.
 """
 
 import argparse
 import functools
 import json
 import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
@@ -25,11 +27,11 @@ from delta_agreement import read_sequences
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill
-from ads import chat
+from ads import chat, lora
 from ads.config import TrainConfig
 from utils import World
 
-WAYS = ("plain", "sorted")
+WAYS = ("plain", "unmerged", "sorted")
 
 
 def main():
@@ -43,15 +45,16 @@ def main():
     ]
     num_tokens = sum(len(example["input_ids"]) for example in examples)
     ways = [(way, size) for size in args.sizes for way in WAYS]
-    rates, curves = {way: [] for way in ways}, {}
+    rates, curves, peaks = {way: [] for way in ways}, {}, {way: [] for way in ways}
     context = multiprocessing.get_context("spawn")
     for _ in range(args.runs):
         for way in ways:
             with context.Pool(1) as process:
-                seconds, curves[way] = process.apply(train, (args, examples, *way))
+                seconds, curves[way], peak = process.apply(train, (args, examples, *way))
             rates[way].append(num_tokens / seconds)
+            peaks[way].append(peak)
             print(*way, round(rates[way][-1], 1), flush=True)
-    table = [describe(way, rates, curves, args.sizes) for way in ways]
+    table = [describe(way, rates, curves, peaks[way], args.sizes) for way in ways]
     for row in table:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     settings = {key: vars(args)[key] for key in ("model", "traces", "threads", "batch_size", "lora")}
@@ -74,8 +77,10 @@ def parse():
 
 
 def train(args, examples, way, per_device):
-    """(seconds, losses of the steps) of one epoch."""
+    """(seconds, losses of the steps, peak MB of this process) of one epoch."""
     torch.set_num_threads(args.threads)
+    if way == "unmerged":
+        lora.suits = suits_none
     with tempfile.TemporaryDirectory() as folder:
         cfg = TrainConfig(
             exp_dir=folder,
@@ -95,7 +100,12 @@ def train(args, examples, way, per_device):
         start = time.perf_counter()
         trainer.train() if way == "plain" else distill.train_fast(trainer)
         seconds = time.perf_counter() - start
-    return seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return seconds, losses, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def suits_none(layer):
+    return False
 
 
 def plain_trainer(cfg, model, tokenizer, examples, holdout, per_device, world):
@@ -119,7 +129,7 @@ def pad_right(examples, pad_id):
     return batch | {"attention_mask": (torch.arange(width) < lengths_B1).long()}
 
 
-def describe(way, rates, curves, sizes):
+def describe(way, rates, curves, peaks, sizes):
     """Over plain padding with the same per_device_batch_size, and with the best one."""
     same = rates["plain", way[1]]
     best = max((rates["plain", size] for size in sizes), key=statistics.median)
@@ -129,6 +139,7 @@ def describe(way, rates, curves, sizes):
         "tokens_per_second": spread(rates[way], 0),
         "over_plain": spread(ratios(rates[way], same), 2),
         "over_best_plain": spread(ratios(rates[way], best), 2),
+        "peak_megabytes": spread(peaks, 0),
         "loss_difference": f"{curve_difference(curves[way], curves['plain', way[1]]):.2g}",
     }
 
