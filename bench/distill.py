@@ -14,13 +14,13 @@ import argparse
 import functools
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import machine
 import torch
 from delta_agreement import read_sequences
 
@@ -101,7 +101,7 @@ def train(args, examples, way, per_device):
         trainer.train() if way == "plain" else distill.train_fast(trainer)
         seconds = time.perf_counter() - start
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return seconds, losses, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return seconds, losses, machine.peak_megabytes("cpu")
 
 
 def suits_none(layer):

@@ -37,13 +37,7 @@ def passes(model):
     return float(total), [p.grad for p in model.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("kind", ("llama", "qwen2", "gemma3_text"))
-@pytest.mark.parametrize("has_checkpoints", [False, True])
-def test_loss_and_gradients_are_peft_s(kind, has_checkpoints):
-    model = adapted(kind, use_rslora=kind == "llama")
-    if has_checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
+def check_merged_passes(model):
     wanted, wanted_gradients = passes(model)
     with lora.merged(model):
         assert all(type(layer.forward) is lora.MergedLayer for layer in layers(model))
@@ -53,18 +47,22 @@ def test_loss_and_gradients_are_peft_s(kind, has_checkpoints):
         assert (d - e).norm() <= 2e-5 * e.norm() and e.norm() > 0
 
 
+@pytest.mark.parametrize("kind", ("llama", "qwen2", "gemma3_text"))
+@pytest.mark.parametrize("has_checkpoints", [False, True])
+def test_loss_and_gradients_are_peft_s(kind, has_checkpoints):
+    model = adapted(kind, use_rslora=kind == "llama")
+    if has_checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    check_merged_passes(model)
+
+
 @no_tiles
 def test_merged_weights_are_multiplied_in_tiles(all_sizes, tile_products):
     model = adapted()
-    wanted, wanted_gradients = passes(model)
-    with lora.merged(model):
-        found, gradients = passes(model)
-    num_layers = len(layers(model))
+    check_merged_passes(model)
     # the embedding is frozen, so the first layer's queries, keys and values need no derivative for x
-    assert len(tile_products) == 2 * num_layers - 3
-    assert found == pytest.approx(wanted, rel=1e-6)
-    for d, e in zip(gradients, wanted_gradients, strict=True):
-        assert (d - e).norm() <= 2e-5 * e.norm()
+    assert len(tile_products) == 2 * len(layers(model)) - 3
 
 
 @pytest.mark.parametrize("has_checkpoints", [False, True])

@@ -282,7 +282,9 @@ def test_training_with_two_processes_is_that_with_one(model_folders, exp, tmp_pa
         assert found == pytest.approx(wanted, rel=1e-6)
     start = load_file(f"{model_folders['student']}/model.safetensors")
     trained = [k for k in start if not has_lora or k.endswith("_proj.weight")]
-    assert trained and all(not torch.equal(start[k], weights[1][k]) for k in trained)
+    assert trained and all(not torch.equal(start[k], weights[1][k]) for k in trained), (
+        "every weight is trained"
+    )
     assert all(torch.allclose(weights[0][k], weights[1][k], atol=1e-5) for k in start)
 
 
