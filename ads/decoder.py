@@ -279,9 +279,7 @@ class Step:
     def __call__(self, tokens_N, lengths_N, longest, cache):
         """Logits (N, V) that follow, or a Dual of them; see models.CachedModel.step."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            x_RI = self.embed(tokens_N)
-            if self.compiled:
-                x_RI = x_RI.float()
+            x_RI = self.compiled.embed(tokens_N) if self.compiled else self.embed(tokens_N)
             cos, sin = (angle.squeeze(0) for angle in self.rotary(x_RI, lengths_N[None]))
             if self.compiled:
                 windows = [self.windows[layer.kind] for layer in self.layers]

@@ -11,6 +11,8 @@ from ads import decoder, dual, native
 from ads.cache import Slots
 from ads.models import CachedModel
 
+pytestmark = pytest.mark.compiled
+
 OURS = ("llama", "qwen2", "mistral", "qwen3")
 PROMPTS = [list(range(3, 14)), [5, 6, 7], [20, 21, 22, 23, 24, 25, 26]]
 
@@ -174,7 +176,8 @@ def test_odd_sizes(num_rows, is_dual, rank):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("is_dual", (False, True))
 def test_a_row_does_not_depend_on_the_others_or_on_threads(is_dual, dtype):
-    """To the last bit, given the same caches."""
+    """To the last bit, given the same caches. Derivatives of embeddings were once left to the BLAS, which adds up
+    a few rows in another order than many on some CPUs."""
     sizes = {} if dtype == torch.float32 else {"hidden_size": 96, "intermediate_size": 128}
     cached, before = odd_model(is_dual, dtype=dtype, **sizes), torch.get_num_threads()
     assert cached.own_step.compiled
@@ -237,6 +240,15 @@ def test_without_compiled_code_torch_decodes(settings, prepare, said, tmp_path):
     done = run_native(tmp_path, settings, prepare)
     assert done.stdout.strip() == "None"
     assert said in done.stderr and len(done.stderr.splitlines()) == bool(said)
+
+
+@needs_compiled
+def test_other_ways_to_compute_are_known_and_unknown_ones_refused(monkeypatch):
+    """CI repeats the tests of compiled code by `other_ways`: without it, and without AMX where there is AMX."""
+    assert native.other_ways() == (["0", "avx512"] if native.library().ads_has_tiles() else ["0"])
+    monkeypatch.setenv("ADS_NATIVE", "avx2")
+    with pytest.raises(ValueError, match="ADS_NATIVE=avx2: 0"):
+        native.wanted()
 
 
 @needs_compiled

@@ -14,6 +14,8 @@ from ads.engine import Models
 from ads.gradient import Factors
 from ads.sampling import GREEDY, Sampling
 
+pytestmark = pytest.mark.compiled
+
 KINDS = ("qwen2", "llama", "mistral", "gemma2", "gemma3_text", "gpt_neox", "gpt2")
 ALL = torch.ones(V, dtype=torch.bool)
 

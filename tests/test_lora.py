@@ -12,6 +12,8 @@ import distill
 from ads import lora, loss
 from utils import World
 
+pytestmark = pytest.mark.compiled
+
 
 def adapted(kind="qwen2", spread=0.3, **more):
     """A tiny model with adapters that do something: PEFT begins with B = 0."""

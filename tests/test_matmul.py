@@ -10,6 +10,8 @@ from test_proxy import sequences
 
 from ads import dual, gradient, matmul
 
+pytestmark = pytest.mark.compiled
+
 no_tiles = pytest.mark.skipif(matmul.library() is None, reason="no compiler or no matrix registers (AMX)")
 SIZES = [  # edges of blocks of 32, of groups of 6 of them, of depths of 640, of 4,096 rows
     (1, 1, 1),
