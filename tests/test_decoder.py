@@ -176,8 +176,11 @@ def test_odd_sizes(num_rows, is_dual, rank):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("is_dual", (False, True))
 def test_a_row_does_not_depend_on_the_others_or_on_threads(is_dual, dtype):
-    """To the last bit, given the same caches. Derivatives of embeddings were once left to the BLAS, which adds up
-    a few rows in another order than many on some CPUs."""
+    """To the last bit, given the same caches.
+
+    Derivatives of embeddings were once left to the BLAS, which on some CPUs adds up a few rows in another
+    order than many.
+    """
     sizes = {} if dtype == torch.float32 else {"hidden_size": 96, "intermediate_size": 128}
     cached, before = odd_model(is_dual, dtype=dtype, **sizes), torch.get_num_threads()
     assert cached.own_step.compiled
@@ -244,7 +247,7 @@ def test_without_compiled_code_torch_decodes(settings, prepare, said, tmp_path):
 
 @needs_compiled
 def test_other_ways_to_compute_are_known_and_unknown_ones_refused(monkeypatch):
-    """CI repeats the tests of compiled code by `other_ways`: without it, and without AMX where there is AMX."""
+    """CI repeats the tests of compiled code by these: without it, and without AMX where there is AMX."""
     assert native.other_ways() == (["0", "avx512"] if native.library().ads_has_tiles() else ["0"])
     monkeypatch.setenv("ADS_NATIVE", "avx2")
     with pytest.raises(ValueError, match="ADS_NATIVE=avx2: 0"):
