@@ -15,8 +15,8 @@ FORCE_TEXT = "\n\n**Final Answer**\n\\[\\boxed{"
 THINK_END = "\n</think>"
 NUM_FORCED_TOKENS = 32
 IGNORED_LABEL = -100
-# Many templates print today's date, but prompts may not depend on the day. Llama 3's takes one as date_string;
-# the others call strftime_now, which the library lends them: a macro of that name takes its place.
+# Many templates print today's date, but prompts may not depend on the day. Llama 3's prints date_string where
+# it is given; others call strftime_now, which the library lends them: a macro of that name takes its place.
 FIXED_DATE = datetime(2024, 7, 26)
 DATE_STRING = f"{FIXED_DATE:%d %b %Y}"
 DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcdDeFGhHIjmMpRSTuUVwWxXyY"]
@@ -82,7 +82,7 @@ def encode(tokenizer, text):
 
 
 def encode_next(tokenizer, text, **keywords):
-    """Token ids of a text that follows others: what they decode to is that text, without a space before it."""
+    """Token ids of a text that follows other text: they stand for it alone, with no space before it."""
     return continuing(tokenizer).encode(text, add_special_tokens=False, **keywords)
 
 
@@ -95,8 +95,8 @@ def decode_next(tokenizer, ids):
 def continuing(tokenizer):
     """A tokenizer for text that follows other text: `tokenizer` itself, or a copy without its space in front.
 
-    SentencePiece's tokenizers put a space in front of whatever they encode, as if each text were a sequence of
-    its own, and decoding takes it away again.
+    SentencePiece's tokenizers put a space in front of whatever they encode, as if each text began a sequence,
+    and take it away when they decode.
     """
     if not tokenizer.is_fast:
         return tokenizer
@@ -120,8 +120,7 @@ def continuing(tokenizer):
 
 
 def without_space(part, name, is_first=True):
-    """A part of a tokenizer, as in tokenizer.json, that leaves the beginning of a text alone; None if it does no
-    more.
+    """A part of tokenizer.json that leaves a text's beginning alone; None where nothing is left of it.
 
     A Metaspace behind what splits a text into words adds the spaces between them, and stays.
     """
@@ -146,8 +145,8 @@ def without_space(part, name, is_first=True):
 def instruction_place(tokenizer):
     """Where the chat template shows the instruction: "system", or "user" when it refuses or drops that role.
 
-    "nowhere" when it does and the tokenizer has no tokens for the instruction. ValueError when the template shows
-    neither instruction nor problem as they are.
+    Where it does, and the vocabulary lacks words of the instruction: "nowhere". ValueError when the template
+    does not show instruction and problem as they are.
     """
     is_known = tokenizer.unk_token_id not in encode(tokenizer, SYSTEM_PROMPT)
     for place in ("system", "user" if is_known else "nowhere"):
@@ -170,7 +169,7 @@ def describe_place(tokenizer):
 
 
 def render(tokenizer, place, user):
-    """The prompt as text, the instruction at its place; ValueError unless instruction and `user` are in it."""
+    """The prompt as text, the instruction at its place; ValueError unless it and then `user` are shown."""
     messages = [{"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{user}" if place == "user" else user}]
     if place == "system":
         messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
