@@ -3,6 +3,7 @@
 Token ids are carried end to end; text is for people, for grading and for the student's other tokenizer.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -148,14 +149,15 @@ def instruction_place(tokenizer):
     Where it does, and the vocabulary lacks words of the instruction: "nowhere". ValueError when the template
     does not show instruction and problem as they are.
     """
-    is_known = tokenizer.unk_token_id not in encode(tokenizer, SYSTEM_PROMPT)
-    for place in ("system", "user" if is_known else "nowhere"):
-        try:
-            render(tokenizer, place, EXAMPLE_PROBLEM)
-            return place
-        except ValueError as error:
-            reason = error
-    raise ValueError(f"{reason}; set tokenizer to one of the family whose template does") from reason
+    with contextlib.suppress(ValueError):
+        render(tokenizer, "system", EXAMPLE_PROBLEM)
+        return "system"
+    place = "nowhere" if tokenizer.unk_token_id in encode(tokenizer, SYSTEM_PROMPT) else "user"
+    try:
+        render(tokenizer, place, EXAMPLE_PROBLEM)
+    except ValueError as error:
+        raise ValueError(f"{error}; set tokenizer to one of the family whose template works") from error
+    return place
 
 
 def describe_place(tokenizer):

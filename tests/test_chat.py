@@ -190,7 +190,7 @@ PIECES = (
 MERGES = ("a n", "e r", "an s", "w er", "ans wer", "\u2581 answer", "a l")
 
 
-def sentencepiece_tokenizer(kind, template=TURNS + "<|assistant|>\n"):
+def sentencepiece_tokenizer(kind, template=TURNS + "<|assistant|>{{ '\n' }}"):
     """As Llama 2's first files have it ("prepend"), as its later ones and Mistral's ("first"), as T5's family
     ("always"), as Gemma's, which adds no space ("gemma"); "unigram" has another model."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
