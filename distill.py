@@ -42,12 +42,15 @@ def fingerprint_inputs(cfg):
 def distil(cfg, inputs, world):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
+    if place := chat.describe_place(tokenizer):
+        print0(place)
     train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
     per_device = per_device_batch(cfg, world.size)
     numerics = resolve_numerics(cfg, world.device)
+    made_with = numerics | {"sequences": store.fingerprint_json([train, holdout])}
     if world.is_main:
-        store.open_parts(cfg.model_path, to_dict(cfg), inputs | numerics, ignored_keys(cfg))
+        store.open_parts(cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
     world.barrier()
 
     model = load_student(cfg, tokenizer, world.device)
@@ -60,7 +63,7 @@ def distil(cfg, inputs, world):
         raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
     if world.is_main:
         save_student(cfg, trainer.accelerator.unwrap_model(trainer.model), tokenizer, world.device)
-        finish(cfg, inputs, numerics, trainer, len(train), num_cut, time.time() - start)
+        finish(cfg, inputs, made_with, trainer, len(train), num_cut, time.time() - start)
 
 
 def load_examples(cfg, tokenizer, path):
@@ -273,7 +276,7 @@ def save_student(cfg, model, tokenizer, device):
         tokenizer.save_pretrained(folder)
 
 
-def finish(cfg, inputs, numerics, trainer, num_examples, num_cut, seconds):
+def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
     """Registry, sidecar (last), and only then away with the checkpoints."""
     history = trainer.state.log_history
     losses = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
@@ -291,7 +294,7 @@ def finish(cfg, inputs, numerics, trainer, num_examples, num_cut, seconds):
     curves = {"train": losses, "holdout": holdout_losses}
     outputs = [cfg.model_path / "final"]
     store.write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **numerics
+        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **made_with
     )
     for path in cfg.leftovers:
         shutil.rmtree(path)

@@ -49,12 +49,14 @@ def fingerprint_inputs(cfg):
 def generate_traces(cfg, inputs, world):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
+    if place := chat.describe_place(tokenizer):
+        print0(place)
     found = utils.load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
     problems = leave_out_unanswered(found)
     prompts = render_prompts(cfg, tokenizer, problems)
-    numerics = resolve_numerics(cfg, world.device)
+    made_with = resolve_numerics(cfg, world.device) | {"prompts": store.fingerprint_json(prompts)}
     if world.is_main:
-        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | numerics, ignored_keys(cfg))
+        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
     world.barrier()
 
     vocabulary = check_vocabulary(cfg, tokenizer) if cfg.lam or cfg.one_step else None
@@ -72,7 +74,7 @@ def generate_traces(cfg, inputs, world):
             "num_prompts_too_long": len(problems) - len(prompts),
         }
         stats = compute_stats(cfg, rows) | left_out | diagnostics | speed
-        finish(cfg, inputs, stats, notes | numerics, time.time() - start)
+        finish(cfg, inputs, stats, notes | made_with, time.time() - start)
 
 
 def resolve_numerics(cfg, device):
@@ -227,8 +229,8 @@ def make_forcing(tokenizer, eos):
     """How the model is made to state its answer after a response."""
     from ads.engine import Forcing
 
-    most = len(chat.encode(tokenizer, chat.THINK_END + chat.FORCE_TEXT))
-    most = max(most, len(chat.encode(tokenizer, chat.FORCE_TEXT)))
+    most = len(chat.encode_next(tokenizer, chat.THINK_END + chat.FORCE_TEXT))
+    most = max(most, len(chat.encode_next(tokenizer, chat.FORCE_TEXT)))
     ids_of = functools.partial(force_ids, tokenizer=tokenizer, eos=eos)
     return Forcing(ids_of, most, chat.NUM_FORCED_TOKENS)
 
@@ -268,7 +270,7 @@ def trace_row(completion, cfg, tokenizer, models, prompts, solutions):
     grade = grading.grade_forced(continuation, solution)
     ids = completion.ids[: len(completion.ids) - completion.finished]
     return row | {
-        "trace_af": tokenizer.decode(ids + given) + continuation,
+        "trace_af": chat.decode_next(tokenizer, ids + given) + continuation,
         "af_answer": grade.answer,
         "is_af_correct": grade.correct,
         "af_timed_out": grade.timed_out,

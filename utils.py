@@ -1,7 +1,9 @@
 """What every script needs: datasets and their splits, start-up (ranks, device), one-line errors, printing."""
 
+import codecs
 import contextlib
 import errno
+import functools
 import gzip
 import json
 import os
@@ -10,6 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +51,7 @@ class Source:
 GSM8K = ("question", "answer")
 MATH = ("problem", "solution", "level", "type")
 MMLU = ("question", "choices", "answer", "subject")
+LETTERS = "ABCDEFGHIJ"  # of MMLU's choices
 SOURCES = {
     ("gsm8k", "train"): Source("gsm8k_train", "openai/gsm8k", ("main",), "train", GSM8K),
     ("gsm8k", "test"): Source("gsm8k_platinum_test", "madrylab/gsm8k-platinum", ("main",), "test", GSM8K),
@@ -132,10 +136,7 @@ def local_file(source, data_dir):
 
 def read_local(source, data_dir):
     """Rows of <data_dir>/<file>.jsonl.gz, in the hub's schema."""
-    path = local_file(source, data_dir)
-    rows = read_lines(path)
-    check_columns(path, rows, source.columns)
-    return rows
+    return read_lines(local_file(source, data_dir), functools.partial(check_problem, columns=source.columns))
 
 
 def read_hub(source):
@@ -150,7 +151,7 @@ def read_hub(source):
             f"dataset {source.hub} could not be loaded ({reason}); set data_dir to local copies"
         ) from error
     rows = concatenate_datasets(parts).to_list()
-    check_columns(source.hub, rows, source.columns)
+    check_rows(source.hub, rows, functools.partial(check_problem, columns=source.columns))
     return rows
 
 
@@ -165,13 +166,14 @@ def folder_file(folder, split):
 def load_folder(folder, split):
     """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet: problem, solution, perhaps id."""
     path = folder_file(folder, split)
-    rows = read_parquet(path) if path.suffix == ".parquet" else read_lines(path)
-    check_columns(path, rows, ("problem", "solution"))
+    check = functools.partial(check_problem, columns=("problem", "solution"))
+    if path.suffix == ".parquet":
+        rows = read_parquet(path)
+        check_rows(path, rows, check)
+    else:
+        rows = read_lines(path, check)
     rows = one_table(path, rows)
     problems = [{**row, "id": str(row.get("id", f"{folder.name}/{split}/{i}"))} for i, row in enumerate(rows)]
-    for row in problems:
-        if not isinstance(row["problem"], str) or not isinstance(row["solution"], str):
-            raise ValueError(f"{path}: problem and solution of {row['id']} must be text")
     if len({row["id"] for row in problems}) < len(problems):
         raise ValueError(f"{path}: the ids in column 'id' are not all different")
     return problems
@@ -191,19 +193,69 @@ def one_table(path, rows):
     return rows
 
 
-def read_lines(path):
-    """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first bad line."""
-    opener = gzip.open if path.suffix == ".gz" else open
+def read_lines(path, check):
+    """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first line that will not do.
+
+    check(object) raises one of what it finds. As `datasets` does, it passes over a byte order mark and empty
+    lines.
+    """
     rows = []
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise ValueError("not a JSON object")
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, line {len(rows) + 1}: {' '.join(str(error).split())}") from error
+    for number, line in enumerate(read_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(parse_object(line))
+            check(rows[-1])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
     return rows
+
+
+def read_bytes(path):
+    """What a file holds, unpacked if its name ends in .gz; ValueError when it is damaged."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            return file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable gzip file: {error}") from error
+
+
+def parse_object(line):
+    """The JSON object in a line of bytes; ValueError saying what is wrong, with the column where one is."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode()) + 1
+        raise ValueError(f"column {column}: {line[error.start]:#04x} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column {error.colno}: {error.msg} (one JSON object a line)") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object (one a line)")
+    if b"\\ud" in line.lower() and not is_text(json.dumps(row, ensure_ascii=False)):
+        raise ValueError("\\ud800 to \\udfff stand for a character in pairs only")
+    return row
+
+
+def is_text(text):
+    """Whether a string can be stored: half a surrogate pair, which JSON can write, is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def unique_keys(pairs):
+    """The dict of a JSON object's pairs; ValueError when a key is there twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {ascii(twice)} is given twice")
+    return row
 
 
 def read_parquet(path):
@@ -246,10 +298,42 @@ def fingerprint_data(data_split, data_dir=None):
 
 
 def check_columns(path, rows, columns):
+    check_rows(path, rows, functools.partial(check_row, columns=columns))
+
+
+def check_rows(path, rows, check):
+    """ValueError naming the first row of which check(row) raises one."""
     for i, row in enumerate(rows):
-        missing = [name for name in columns if name not in row]
-        if missing:
-            raise ValueError(f"{path}, row {i}: no column {', '.join(missing)} (found: {', '.join(row)})")
+        try:
+            check(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {i}: {error}") from error
+
+
+def check_row(row, columns):
+    if missing := [name for name in columns if name not in row]:
+        raise ValueError(f"no column {', '.join(missing)} (found: {', '.join(row)})")
+
+
+def check_problem(row, columns):
+    """ValueError when a row lacks one of the columns or one holds no text (see check_choices for MMLU's)."""
+    check_row(row, columns)
+    text = [name for name in columns if "choices" not in columns or name not in ("choices", "answer")]
+    if wrong := [name for name in text if not isinstance(row[name], str)]:
+        raise ValueError(f"{wrong[0]} must be text, but is {ascii(row[wrong[0]])[:50]}")
+    if "choices" in columns:
+        check_choices(row["choices"], row["answer"])
+
+
+def check_choices(choices, answer):
+    """ValueError unless choices are texts, no more than LETTERS, and answer is the number of one, from 0."""
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+        raise ValueError(f"choices must be a list of texts, but is {ascii(choices)[:50]}")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"choices must be 2 to {len(LETTERS)} texts, but are {len(choices)}")
+    if type(answer) is not int or answer not in range(len(choices)):
+        allowed = f"the number of the right choice, 0 to {len(choices) - 1}"
+        raise ValueError(f"answer must be {allowed}, but is {ascii(answer)[:50]}")
 
 
 def check_traces(path, rows, ids=(), text=(), flags=()):
@@ -273,12 +357,11 @@ def to_problem(dataset, row):
         return {"problem": row["question"], "solution": row["answer"]}
     if dataset == "hendrycks_math":
         return {key: row[key] for key in MATH}
-    letters = "ABCDEFGHIJ"
-    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, row["choices"], strict=False))
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
     question = f"{row['question']}\n\n{choices}\n\nAnswer with the letter of the correct choice."
     return {
         "problem": question,
-        "solution": f"\\boxed{{{letters[row['answer']]}}}",
+        "solution": f"\\boxed{{{LETTERS[row['answer']]}}}",
         "subject": row["subject"],
     }
 

@@ -1,5 +1,6 @@
 """Bad inputs: each gives one clear line, exit code 2 and no traceback, as a user sees it from the shell."""
 
+import gzip
 import json
 import os
 import shutil
@@ -36,6 +37,12 @@ def break_models(folder, models):
     save_folder(broken["small_model"], tiny_model("qwen2", 200), tokenizer)
     broken["no_template"] = folder / "no_template"
     save_folder(broken["no_template"], tiny_model("qwen2", 272), byte_tokenizer(chat_template=None))
+    broken["no_problem_shown"] = folder / "no_problem_shown"
+    save_folder(
+        broken["no_problem_shown"],
+        tiny_model("qwen2", 272),
+        byte_tokenizer(chat_template="{{ messages[0].content[:99] }}"),
+    )
     broken["other_vocabulary"] = folder / "other_vocabulary"
     save_folder(broken["other_vocabulary"], tiny_model("qwen2", 272), tokenizer)
     spec_path = broken["other_vocabulary"] / "tokenizer.json"
@@ -79,6 +86,10 @@ def break_data(folder):
     write_traces(folder / "other_columns.parquet", [{"question": "1+1"}])
     write_traces(folder / "long_prompts.parquet", [{"prompt_ids": [5] * 50, "response_ids": [6]}])
     (folder / "bad.yaml").write_text("tau: {")
+    with gzip.open(folder / "mmlu_test.jsonl.gz", "wt") as file:
+        for answer in (0, 3, -1):
+            row = {"question": "x", "choices": list("wxyz"), "answer": answer, "subject": ""}
+            file.write(json.dumps(row) + "\n")
     (folder / "a_file").write_text("")
     (folder / "an_exp" / "traces").mkdir(parents=True)
     (folder / "an_exp" / "traces" / "traces.yaml").write_text("config: {tau: 0.0")
@@ -145,6 +156,7 @@ TABLE = (
     (GEN + "tokenizer={other_vocabulary}", "does not belong to model"),
     (GEN + "teacher={small_model}", "only 200 embedding rows: the tokenizer does not belong to this model"),
     (GEN + "teacher={no_template}", "has no chat template: set tokenizer"),
+    (GEN + "teacher={no_problem_shown}", "does not show the problem 'Is 3 < 4"),
     (GEN + "teacher={empty_folder}", "is not complete: it has no config.json"),
     (GEN + "teacher=/no/such/model", "neither a folder nor the name of a model on the hub"),
     (GEN + "teacher={cut_model}", "could not be loaded"),
@@ -170,8 +182,9 @@ TABLE = (
     (GEN + "data_split=gsm8k_test data_dir={sums}", "gsm8k_platinum_test.jsonl.gz does not exist"),
     (GEN + "data_split={no_rows}_test", "holds no problems"),
     (GEN + "data_split={no_rows}_train", "has none of train.jsonl, train.jsonl.gz, train.parquet"),
-    (GEN + "data_split={no_column}_test", "row 0: no column solution (found: problem)"),
-    (GEN + "data_split={not_json}_test", "test.jsonl, line 1"),
+    (GEN + "data_split={no_column}_test", "line 1: no column solution (found: problem)"),
+    (GEN + "data_split={not_json}_test", "test.jsonl, line 1: column 2: Extra data"),
+    (GEN + "data_split=mmlu_test data_dir={folder}", "line 3: answer must be the number of the right choice"),
     (GEN + "data_split={no_answer}_test", "1 of 1 problems have no answer, such as no_answer/test/0"),
     (GEN + "max_prompt_length=3", "max_prompt_length=3, max_length=120: every prompt"),
     (GEN + "exp_dir={a_file}/x", "cannot be made"),

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: processes, interruption, and what their outputs are good for."""
 
+import importlib
 import json
 import os
 import signal
@@ -180,6 +181,36 @@ def test_killed_sampling_goes_on_where_it_was(model_folders, problem_folder, tmp
     resumed = run_script("gentraces.py", *arguments)
     assert f"{len(kept)} of 12 rows are there from an earlier run" in resumed.stdout
     assert rows_of(whole, "t") == rows_of(cut, "t")
+
+
+def be_interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_sampling_does_not_go_on_with_other_prompts(model_folders, problem_folder, tmp_path, monkeypatch):
+    """A template that printed the day gave a resumed stage two kinds of prompts."""
+    script = importlib.import_module("gentraces")
+    arguments = [f"exp_dir={tmp_path}", f"teacher={model_folders['teacher']}", "trace_name=t", *SMALL,
+                 f"data_split={problem_folder}_train", "max_samples=3"]  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "assemble", be_interrupted)
+        script.main(arguments)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="unfinished work.*: prompts was '"):
+        patch.setattr(chat, "SYSTEM_PROMPT", "Think.")
+        script.main(arguments)
+    script.main(arguments)
+    assert len(rows_of(tmp_path, "t")) == 3
+
+
+def test_training_does_not_go_on_with_other_sequences(model_folders, exp, tmp_path, monkeypatch):
+    arguments = distill_arguments(model_folders, tmp_path, exp)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill, "make_trainer", be_interrupted)
+        distill.main(arguments)
+    (tmp_path / "models" / "student" / "checkpoint-3").mkdir()
+    monkeypatch.setattr(chat, "SYSTEM_PROMPT", "Think.")
+    with pytest.raises(ValueError, match="unfinished work.*: sequences was '"):
+        distill.main(arguments)
 
 
 def distill_arguments(models, exp_dir, traces_of):
