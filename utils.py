@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import functools
 import gzip
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -292,7 +295,13 @@ def permutation(num_rows, seed):
 
 # Start-up
 
+HOW_TO_LAUNCH = "start several processes with torchrun or accelerate launch, or unset WORLD_SIZE to run one"
 NOT_DONE = 3  # exit code of --check for a stage that is still to be done
+JOIN_SECONDS = 600  # between the first process of a stage and the last
+STOP_SECONDS = 10  # within which a second signal does not cut short what the first one makes us write
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # by the last, schedulers warn
+# By these accelerate would take a single process for one of several, or change what it computes.
+OF_OTHER_LAUNCHERS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -326,21 +335,109 @@ class World:
 
 def start_world():
     """Join the processes that a launcher started (or be the only one) and choose the device."""
-    num_started = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_started == 1:  # one process, one GPU: the trainer would spread its batches over all it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    num_started = store.world_size()
+    if num_started == 1:
+        forget_launchers()
     import torch
 
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     use_cpu = use_cpu or not torch.cuda.is_available()
     if num_started == 1:
+        limit_threads(1)
         return World(0, 1, "cpu" if use_cpu else "cuda")
     from accelerate import PartialState
 
-    # Ranks meet when the slowest has sampled its last trace, which may be hours after the first.
-    state = PartialState(cpu=use_cpu, timeout=timedelta(days=2))
+    join_processes("gloo" if use_cpu else "nccl")
+    state = PartialState(cpu=use_cpu)
     assert state.num_processes == num_started, f"{state.num_processes} of {num_started} processes joined"
+    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE") or num_started))
     return World(state.process_index, state.num_processes, "cpu" if use_cpu else str(state.device))
+
+
+def forget_launchers():
+    """Take from the environment what a scheduler or an outer launcher left there: this process is alone."""
+    # one process, one GPU: the trainer would spread its batches over all it sees
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    accelerate = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    for name in (*OF_OTHER_LAUNCHERS, *accelerate):
+        if name != "ACCELERATE_USE_CPU":
+            os.environ.pop(name, None)
+
+
+def check_launcher():
+    """ValueError if this is one of several processes and what they need to meet is not there."""
+    num_processes = store.world_size()
+    if num_processes == 1:
+        return
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
+            raise ValueError(f"WORLD_SIZE={num_processes}, but {name}={value!r}: {HOW_TO_LAUNCH}")
+    if int(os.environ["RANK"]) >= num_processes:
+        raise ValueError(f"WORLD_SIZE={num_processes}, but RANK={os.environ['RANK']}: {HOW_TO_LAUNCH}")
+
+
+def join_processes(backend):
+    """Meet the other processes of the stage; ValueError if they do not come within JOIN_SECONDS."""
+    import torch
+
+    # Python's handlers do not run while C++ waits, and there is nothing yet to be written at a signal.
+    ours = [number for number in STOPPING if signal.getsignal(number) == stop]
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        meeting = torch.distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))
+        place, rank, size = next(meeting)
+        # Ranks meet again when the slowest has sampled its last trace, which may be hours after the first.
+        patience = timedelta(days=2)
+        place.set_timeout(patience)
+        torch.distributed.init_process_group(
+            backend, store=place, rank=rank, world_size=size, timeout=patience
+        )
+    except torch.distributed.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason}): {HOW_TO_LAUNCH}"
+        ) from error
+    finally:
+        for number in ours:
+            signal.signal(number, stop)
+
+
+def limit_threads(num_local):
+    """No more threads than the CPUs that each of the processes on this machine may use."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cpus() // num_local)))
+
+
+def num_cpus():
+    """How many CPUs this process may use: by its affinity, and by the quotas of its control groups."""
+    if sys.platform != "linux":
+        return os.cpu_count()
+    return max(1, min(len(os.sched_getaffinity(0)), *cpu_quotas(Path("/sys/fs/cgroup"))))
+
+
+def cpu_quotas(root, groups=Path("/proc/self/cgroup")):
+    """CPUs' worth of time that each control group above this process may take, rounded up."""
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    own = [root / line.split(":", 2)[2].lstrip("/") for line in lines if line.startswith("0::")]
+    quotas = [math.inf]
+    for folder in {path for group in own for path in (group, *group.parents)} | {root, root / "cpu"}:
+        quotas += read_quota(folder)
+    return quotas
+
+
+def read_quota(folder):
+    """[the quota of one control group] (version 2, else 1), or nothing where it has none."""
+    files = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for names in files:
+        if all((folder / name).is_file() for name in names):
+            words = [word for name in names for word in (folder / name).read_text().split()]
+            return [math.ceil(int(words[0]) / int(words[1]))] if words[0] not in ("max", "-1") else []
+    return []
 
 
 def leave_world():
@@ -352,7 +449,7 @@ def leave_world():
 
 def is_main_process():
     """Whether this process should speak for all (known before start_world)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return store.world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def print0(*values, **keywords):
@@ -377,11 +474,11 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
         print0(f"waits: {error}")
         sys.exit(NOT_DONE)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if (only_check or is_alone) and is_finished(cfg, inputs):
+    if (only_check or store.world_size() == 1) and is_finished(cfg, inputs):
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
+    check_launcher()
     prepare_exp_dir(cfg.exp_dir)
     return cfg, inputs
 
@@ -425,11 +522,13 @@ def run_script(main):
     """Run a script's main() and leave with the right exit code.
 
     2 and one line: an error that a user can cause, that is ValueError, FileNotFoundError or RuntimeError from
-    a `raise` of this project's own. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143:
-    stopped by SIGINT, SIGTERM (or SIGUSR1, by which some schedulers warn). All else keeps its traceback.
+    a `raise` of this project's own. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143,
+    129: stopped by SIGINT, by SIGTERM or SIGUSR1, by SIGHUP. All else keeps its traceback.
     """
     quiet_libraries()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for stream in (sys.stdout, sys.stderr):  # models write what some terminals cannot show
+        stream.reconfigure(errors="backslashreplace")
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
             signal.signal(number, stop)
     try:
@@ -450,9 +549,26 @@ def run_script(main):
 
 def stop(number, frame):
     """Leave at a signal; what is finished is written on the way out (by `finally`)."""
+    again = functools.partial(stop_again, time.monotonic())
+    for other in STOPPING:
+        if signal.getsignal(other) == stop:
+            signal.signal(other, again)
     name = signal.Signals(number).name
-    print0(f"stopped by {name}: what is finished is kept; the same command goes on from there")
-    sys.exit(130 if number == signal.SIGINT else 143)
+    if is_main_process():
+        line = f"stopped by {name}: what is finished is kept; the same command goes on from there\n"
+        with contextlib.suppress(OSError):  # of a terminal that is gone; a print within a print would fail
+            os.write(sys.stdout.fileno(), line.encode())
+    sys.exit(exit_code(number))
+
+
+def stop_again(since, number, frame):
+    """Leave at once, as something hangs; a signal shortly after the first is another of the same stop."""
+    if time.monotonic() - since > STOP_SECONDS:
+        os._exit(exit_code(number))
+
+
+def exit_code(number):
+    return 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
 
 def explain_fault(error):

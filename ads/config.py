@@ -1,7 +1,6 @@
 """Configuration: dataclass defaults <- YAML file <- key=value on the command line, for every script."""
 
 import dataclasses
-import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -242,7 +241,7 @@ class TrainConfig:
             check_above(key, getattr(self, key), 0)
         for key in ("batch_size", "per_device_batch_size", "lora_r", "lora_alpha"):
             check_at_least(key, getattr(self, key), 1)
-        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        num_processes = store.world_size()
         if self.batch_size % num_processes:
             raise ValueError(
                 f"batch_size={self.batch_size}: must be a multiple of the {num_processes} processes"
