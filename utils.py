@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ads import arithmetic, store
-from ads.config import ignored_keys, load_config, to_dict
+from ads.config import expand_home, ignored_keys, load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent
 SHUFFLE_SEED = 42  # of the train/holdout split of datasets that are stored by subject
@@ -81,7 +81,7 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     if is_folder(dataset):
         problems = load_folder(Path(dataset), split)
     else:
-        problems = load_known(data_split, data_dir or os.environ.get("DATA_DIR"))
+        problems = load_known(data_split, local_copies(data_dir))
     if not problems:
         raise ValueError(f"data_split={data_split!r} holds no problems")
     return take_subset(problems, max_samples, seed)
@@ -114,7 +114,7 @@ def load_known(data_split, data_dir):
     """The split of a known dataset: train is cut 70/30 into train and holdout (MATH, MMLU: shuffled)."""
     source = find_source(data_split)
     dataset, _, split = data_split.rpartition("_")
-    rows = read_local(source, Path(data_dir)) if data_dir else read_hub(source)
+    rows = read_local(source, data_dir) if data_dir else read_hub(source)
     order = list(range(len(rows)))
     if split != "test":
         order = permutation(len(rows), SHUFFLE_SEED) if dataset in SHUFFLED else order
@@ -122,6 +122,12 @@ def load_known(data_split, data_dir):
         order = order[:num_train] if split == "train" else order[num_train:]
     part = "test" if split == "test" else "train"
     return [{"id": f"{dataset}/{part}/{i}", **to_problem(dataset, rows[i])} for i in order]
+
+
+def local_copies(data_dir):
+    """The folder of local copies of the datasets: data_dir, else $DATA_DIR; None: the hub."""
+    text = data_dir or os.environ.get("DATA_DIR")
+    return Path(expand_home("DATA_DIR", text)) if text else None
 
 
 def local_file(source, data_dir):
@@ -244,8 +250,8 @@ def fingerprint_data(data_split, data_dir=None):
     if is_folder(dataset):
         return store.fingerprint_file(folder_file(Path(dataset), split))
     source = find_source(data_split)
-    data_dir = data_dir or os.environ.get("DATA_DIR")
-    return store.fingerprint_file(local_file(source, Path(data_dir))) if data_dir else f"hub:{source.hub}"
+    data_dir = local_copies(data_dir)
+    return store.fingerprint_file(local_file(source, data_dir)) if data_dir else f"hub:{source.hub}"
 
 
 def check_columns(path, rows, columns):
