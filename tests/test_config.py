@@ -96,7 +96,7 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
         (["teacher="], "teacher='': is empty"),
         (
             ["grad_path=~no-such-user/g"],
-            "grad_path='~no-such-user/g': has no such home folder; write ./~no-such-user/g",
+            "'~no-such-user/g': has no such home folder; write ./~no-such-user/g",
         ),
         (["~no-such-user/x.yaml"], "'~no-such-user/x.yaml': has no such home folder"),
     ),

@@ -145,7 +145,7 @@ def test_the_error_of_a_stage_is_the_last_line(model_folders, problem_folder, tm
 
 @pytest.mark.parametrize(
     "exp_dir,words",
-    (("", "EXP_DIR is empty"), ("~someone/x", "EXP_DIR='~someone/x': write that home folder")),
+    (("", "EXP_DIR is empty"), ("~someone/x", "EXP_DIR='~someone/x': write that home")),
 )
 @pytest.mark.parametrize("script", ("pipeline.sh", "pipeline_math.sh", "pipeline_demo.sh"))
 def test_a_folder_without_a_name_is_refused(model_folders, problem_folder, script, exp_dir, words):
