@@ -20,6 +20,8 @@ from ads import chat, grading, store
 from ads.config import GenConfig, ignored_keys, to_dict
 from utils import print0, print_result
 
+PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
+
 
 def main(arguments):
     cfg, inputs = utils.begin_stage(GenConfig, "gen_config.yaml", fingerprint_inputs, arguments)
@@ -278,7 +280,8 @@ def trace_row(completion, cfg, tokenizer, models, prompts, solutions):
 
 
 def decode_to_parts(cfg, models, forcing, requests, to_row, world):
-    """Decode this process's requests that are in no part, a part per batch of rows; tokens sampled."""
+    """Decode this process's requests that are in no part, and write what is finished in parts; tokens
+    sampled."""
     from tqdm import tqdm
 
     from ads.engine import choose_batch_size, generate
@@ -292,20 +295,23 @@ def decode_to_parts(cfg, models, forcing, requests, to_row, world):
     if batch_size == "auto":
         batch_size = choose_batch_size(models, requests, forcing, world.size)
         print0(f"batch_size: {batch_size} rows at once, by free memory")
-    rows, num_tokens, start = [], 0, time.time()
-    with tqdm(
-        total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2
-    ) as progress:
-        for completion in generate(models, sampling_rule(cfg), cfg.seed, mine, batch_size, forcing):
-            rows.append(to_row(completion))
-            num_tokens += len(completion.ids)
-            progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
-            progress.update()
-            if len(rows) == batch_size:
-                store.write_part(folder, world.rank, rows)
-                rows = []
-    if rows:
-        store.write_part(folder, world.rank, rows)
+    part_rows = min(PART_ROWS, batch_size)
+    rows, num_tokens, start, written = [], 0, time.time(), time.monotonic()
+    try:
+        with tqdm(
+            total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2
+        ) as progress:
+            for completion in generate(models, sampling_rule(cfg), cfg.seed, mine, batch_size, forcing):
+                rows.append(to_row(completion))
+                num_tokens += len(completion.ids)
+                progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
+                progress.update()
+                if len(rows) >= part_rows or time.monotonic() - written > PART_SECONDS:
+                    store.write_part(folder, world.rank, rows)
+                    rows, written = [], time.monotonic()
+    finally:  # stopped, or another row failed: what is finished is kept
+        if rows:
+            store.write_part(folder, world.rank, rows)
     return num_tokens
 
 

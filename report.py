@@ -17,7 +17,7 @@ from pathlib import Path
 
 import utils
 from ads import delta_table, page, plots, store, tradeoff
-from ads.config import LEAST_COSINE
+from ads.config import LEAST_COSINE, expand_home
 from ads.delta_table import LEAST_CORRELATION
 from ads.tradeoff import (
     ARMS,
@@ -91,12 +91,14 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("exp_dirs", type=Path, nargs="+", metavar="EXP_DIR")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report/ in the first EXP_DIR")
+    parser.add_argument("exp_dirs", nargs="+", metavar="EXP_DIR")
+    parser.add_argument("--out", metavar="FOLDER", help="default: report/ in the first EXP_DIR")
     parser.add_argument("--at", metavar="0.85,0.75", help="teacher accuracies to compare the arms at")
     parsed = parser.parse_args(arguments)
     levels = None if parsed.at is None else parse_levels(parsed.at)
-    return parsed.exp_dirs, parsed.out or parsed.exp_dirs[0] / "report", levels
+    exp_dirs = [Path(expand_home("EXP_DIR", text)) for text in parsed.exp_dirs]
+    out = Path(expand_home("--out", parsed.out)) if parsed.out is not None else exp_dirs[0] / "report"
+    return exp_dirs, out, levels
 
 
 def parse_levels(text):

@@ -6,10 +6,12 @@ import errno
 import functools
 import gzip
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 import warnings
 import zlib
@@ -18,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ads import arithmetic, store
-from ads.config import ignored_keys, load_config, to_dict
+from ads.config import expand_home, ignored_keys, load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent
 SHUFFLE_SEED = 42  # of the train/holdout split of datasets that are stored by subject
@@ -82,7 +84,7 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     if is_folder(dataset):
         problems = load_folder(Path(dataset), split)
     else:
-        problems = load_known(data_split, data_dir or os.environ.get("DATA_DIR"))
+        problems = load_known(data_split, local_copies(data_dir))
     if not problems:
         raise ValueError(f"data_split={data_split!r} holds no problems")
     return take_subset(problems, max_samples, seed)
@@ -115,7 +117,7 @@ def load_known(data_split, data_dir):
     """The split of a known dataset: train is cut 70/30 into train and holdout (MATH, MMLU: shuffled)."""
     source = find_source(data_split)
     dataset, _, split = data_split.rpartition("_")
-    rows = read_local(source, Path(data_dir)) if data_dir else read_hub(source)
+    rows = read_local(source, data_dir) if data_dir else read_hub(source)
     order = list(range(len(rows)))
     if split != "test":
         order = permutation(len(rows), SHUFFLE_SEED) if dataset in SHUFFLED else order
@@ -123,6 +125,12 @@ def load_known(data_split, data_dir):
         order = order[:num_train] if split == "train" else order[num_train:]
     part = "test" if split == "test" else "train"
     return [{"id": f"{dataset}/{part}/{i}", **to_problem(dataset, rows[i])} for i in order]
+
+
+def local_copies(data_dir):
+    """The folder of local copies of the datasets: data_dir, else $DATA_DIR; None: the hub."""
+    text = data_dir or os.environ.get("DATA_DIR")
+    return Path(expand_home("DATA_DIR", text)) if text else None
 
 
 def local_file(source, data_dir):
@@ -293,8 +301,8 @@ def fingerprint_data(data_split, data_dir=None):
     if is_folder(dataset):
         return store.fingerprint_file(folder_file(Path(dataset), split))
     source = find_source(data_split)
-    data_dir = data_dir or os.environ.get("DATA_DIR")
-    return store.fingerprint_file(local_file(source, Path(data_dir))) if data_dir else f"hub:{source.hub}"
+    data_dir = local_copies(data_dir)
+    return store.fingerprint_file(local_file(source, data_dir)) if data_dir else f"hub:{source.hub}"
 
 
 def check_columns(path, rows, columns):
@@ -375,7 +383,13 @@ def permutation(num_rows, seed):
 
 # Start-up
 
+HOW_TO_LAUNCH = "start several processes with torchrun or accelerate launch, or unset WORLD_SIZE to run one"
 NOT_DONE = 3  # exit code of --check for a stage that is still to be done
+JOIN_SECONDS = 600  # between the first process of a stage and the last
+STOP_SECONDS = 10  # within which a second signal does not cut short what the first one makes us write
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # by the last, schedulers warn
+# By these accelerate would take a single process for one of several, or change what it computes.
+OF_OTHER_LAUNCHERS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -409,21 +423,109 @@ class World:
 
 def start_world():
     """Join the processes that a launcher started (or be the only one) and choose the device."""
-    num_started = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_started == 1:  # one process, one GPU: the trainer would spread its batches over all it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    num_started = store.world_size()
+    if num_started == 1:
+        forget_launchers()
     import torch
 
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     use_cpu = use_cpu or not torch.cuda.is_available()
     if num_started == 1:
+        limit_threads(1)
         return World(0, 1, "cpu" if use_cpu else "cuda")
     from accelerate import PartialState
 
-    # Ranks meet when the slowest has sampled its last trace, which may be hours after the first.
-    state = PartialState(cpu=use_cpu, timeout=timedelta(days=2))
+    join_processes("gloo" if use_cpu else "nccl")
+    state = PartialState(cpu=use_cpu)
     assert state.num_processes == num_started, f"{state.num_processes} of {num_started} processes joined"
+    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE") or num_started))
     return World(state.process_index, state.num_processes, "cpu" if use_cpu else str(state.device))
+
+
+def forget_launchers():
+    """Take from the environment what a scheduler or an outer launcher left there: this process is alone."""
+    # one process, one GPU: the trainer would spread its batches over all it sees
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    accelerate = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    for name in (*OF_OTHER_LAUNCHERS, *accelerate):
+        if name != "ACCELERATE_USE_CPU":
+            os.environ.pop(name, None)
+
+
+def check_launcher():
+    """ValueError if this is one of several processes and what they need to meet is not there."""
+    num_processes = store.world_size()
+    if num_processes == 1:
+        return
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
+            raise ValueError(f"WORLD_SIZE={num_processes}, but {name}={value!r}: {HOW_TO_LAUNCH}")
+    if int(os.environ["RANK"]) >= num_processes:
+        raise ValueError(f"WORLD_SIZE={num_processes}, but RANK={os.environ['RANK']}: {HOW_TO_LAUNCH}")
+
+
+def join_processes(backend):
+    """Meet the other processes of the stage; ValueError if they do not come within JOIN_SECONDS."""
+    import torch
+
+    # Python's handlers do not run while C++ waits, and there is nothing yet to be written at a signal.
+    ours = [number for number in STOPPING if signal.getsignal(number) == stop]
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        meeting = torch.distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))
+        place, rank, size = next(meeting)
+        # Ranks meet again when the slowest has sampled its last trace, which may be hours after the first.
+        patience = timedelta(days=2)
+        place.set_timeout(patience)
+        torch.distributed.init_process_group(
+            backend, store=place, rank=rank, world_size=size, timeout=patience
+        )
+    except torch.distributed.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason}): {HOW_TO_LAUNCH}"
+        ) from error
+    finally:
+        for number in ours:
+            signal.signal(number, stop)
+
+
+def limit_threads(num_local):
+    """No more threads than the CPUs that each of the processes on this machine may use."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cpus() // num_local)))
+
+
+def num_cpus():
+    """How many CPUs this process may use: by its affinity, and by the quotas of its control groups."""
+    if sys.platform != "linux":
+        return os.cpu_count()
+    return max(1, min(len(os.sched_getaffinity(0)), *cpu_quotas(Path("/sys/fs/cgroup"))))
+
+
+def cpu_quotas(root, groups=Path("/proc/self/cgroup")):
+    """CPUs' worth of time that each control group above this process may take, rounded up."""
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    own = [root / line.split(":", 2)[2].lstrip("/") for line in lines if line.startswith("0::")]
+    quotas = [math.inf]
+    for folder in {path for group in own for path in (group, *group.parents)} | {root, root / "cpu"}:
+        quotas += read_quota(folder)
+    return quotas
+
+
+def read_quota(folder):
+    """[the quota of one control group] (version 2, else 1), or nothing where it has none."""
+    files = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for names in files:
+        if all((folder / name).is_file() for name in names):
+            words = [word for name in names for word in (folder / name).read_text().split()]
+            return [math.ceil(int(words[0]) / int(words[1]))] if words[0] not in ("max", "-1") else []
+    return []
 
 
 def leave_world():
@@ -435,7 +537,7 @@ def leave_world():
 
 def is_main_process():
     """Whether this process should speak for all (known before start_world)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return store.world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def print0(*values, **keywords):
@@ -460,11 +562,11 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
         print0(f"waits: {error}")
         sys.exit(NOT_DONE)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if (only_check or is_alone) and is_finished(cfg, inputs):
+    if (only_check or store.world_size() == 1) and is_finished(cfg, inputs):
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
+    check_launcher()
     prepare_exp_dir(cfg.exp_dir)
     return cfg, inputs
 
@@ -508,11 +610,13 @@ def run_script(main):
     """Run a script's main() and leave with the right exit code.
 
     2 and one line: an error that a user can cause, that is ValueError, FileNotFoundError or RuntimeError from
-    a `raise` of this project's own. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143:
-    stopped by SIGINT, SIGTERM (or SIGUSR1, by which some schedulers warn). All else keeps its traceback.
+    a `raise` of this project's own. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143,
+    129: stopped by SIGINT, by SIGTERM or SIGUSR1, by SIGHUP. All else keeps its traceback.
     """
     quiet_libraries()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for stream in (sys.stdout, sys.stderr):  # models write what some terminals cannot show
+        stream.reconfigure(errors="backslashreplace")
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
             signal.signal(number, stop)
     try:
@@ -533,9 +637,26 @@ def run_script(main):
 
 def stop(number, frame):
     """Leave at a signal; what is finished is written on the way out (by `finally`)."""
+    again = functools.partial(stop_again, time.monotonic())
+    for other in STOPPING:
+        if signal.getsignal(other) == stop:
+            signal.signal(other, again)
     name = signal.Signals(number).name
-    print0(f"stopped by {name}: what is finished is kept; the same command goes on from there")
-    sys.exit(130 if number == signal.SIGINT else 143)
+    if is_main_process():
+        line = f"stopped by {name}: what is finished is kept; the same command goes on from there\n"
+        with contextlib.suppress(OSError):  # of a terminal that is gone; a print within a print would fail
+            os.write(sys.stdout.fileno(), line.encode())
+    sys.exit(exit_code(number))
+
+
+def stop_again(since, number, frame):
+    """Leave at once, as something hangs; a signal shortly after the first is another of the same stop."""
+    if time.monotonic() - since > STOP_SECONDS:
+        os._exit(exit_code(number))
+
+
+def exit_code(number):
+    return 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
 
 def explain_fault(error):

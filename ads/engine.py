@@ -219,13 +219,14 @@ class Decoder:
         self.steps_B[slots] += 1
         for row in self.rows[slots]:
             row.num_new += 1
-        states = row_states(log_probs_NV, delta_NV, is_end_N).tolist()
-        for slot, state in reversed(list(enumerate(states, slots.start))):
-            row = self.rows[slot]
-            if state in (BAD_TEACHER, BAD_PROXY):
-                raise_not_finite(row.request.id, row.num_new - 1, state)
-            if state == ENDED or row.num_new == row.limit:
+        states = list(enumerate(row_states(log_probs_NV, delta_NV, is_end_N).tolist(), slots.start))
+        bad = [(self.rows[slot], state) for slot, state in states if state in (BAD_TEACHER, BAD_PROXY)]
+        for slot, state in reversed(states):
+            if state == ENDED or (state == GOING_ON and self.rows[slot].num_new == self.rows[slot].limit):
                 yield from self.end(slot, finished=state == ENDED)
+        if bad:  # only now: what ended in the same step is kept
+            row, state = bad[-1]
+            raise_not_finite(row.request.id, row.num_new - 1, state)
 
     def end(self, slot, finished):
         """Yield the slot's Completion, unless its response has only now ended and a forced part follows."""

@@ -5,6 +5,7 @@ A stage is done when its sidecar exists; the sidecar is written, by atomic renam
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -30,6 +31,7 @@ SAMPLE_BYTES = 4096
 NUM_SAMPLES = 256
 # what only reads finished stages, or plans them
 NO_STAGE = ("grid.py", "page.py", "plots.py", "report.py", "search.py", "tradeoff.py")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without flock
 
 
 @contextlib.contextmanager
@@ -119,7 +121,7 @@ def write_sidecar(path, config, inputs, stats, seconds, outputs=(), **more):
         "versions": versions(),
         "commit": git_commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": world_size(),
         "seconds": round(seconds, 1),
     }
     write_text(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110))
@@ -178,6 +180,16 @@ def differing_keys(before, now, ignore=()):
         for key in keys
         if before.get(key) != now.get(key)
     ]
+
+
+def world_size():
+    """How many processes make the stage, as their launcher says (WORLD_SIZE); 1 without one."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"WORLD_SIZE={text!r} in the environment: must be a whole number from 1; unset it to run alone"
+        )
+    return int(text)
 
 
 def versions():
@@ -275,18 +287,31 @@ def stage_lock(exp_dir, name):
     path = Path(exp_dir) / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            print(f"waiting for {file.read().strip() or 'another run'} (making {path.stem})", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file, path)
         file.truncate(0)
         file.write(
             f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         )
         file.flush()
         yield
+
+
+def take_lock(file, path):
+    """Lock an open file; where its file system has no locks, say what that means and go on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        print(f"waiting for {file.read().strip() or 'another run'} (making {path.stem})", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"WARNING: no locks on the file system of {path} ({error.strerror}): two runs at once on this "
+            "experiment are not kept apart and may spoil it; start one at a time",
+            flush=True,
+        )
 
 
 # Fingerprints

@@ -267,6 +267,18 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_problem():
         decode(models, Sampling(1.0, 0.1), requests(), 3)
 
 
+def test_rows_that_end_in_the_step_in_which_another_fails_are_not_lost():
+    """The error once came before them, whichever row had it."""
+    models, sick = plain_models(), 50
+    models.teacher.model.get_input_embeddings().weight.data[sick] = float("nan")
+    rows = [Request(f"row{i}", [7 + i] * 5 + [sick] * (i == 2), 1) for i in range(5)]
+    ended = []
+    with pytest.raises(ValueError, match="problem row2, response token 0: the teacher's logits"):
+        for completion in generate(models, Sampling(1.0), 1, rows, 5):
+            ended.append(completion.id)
+    assert sorted(ended) == ["row0", "row1", "row3", "row4"]
+
+
 def test_layers_without_keys_and_values_are_refused():
     config = tiny_model("qwen2").config
     config.layer_types = ["linear_attention", "full_attention"]

@@ -221,7 +221,7 @@ def test_nothing_was_written_for_bad_input(places):
 def bash(*words, **environment):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment}
     return subprocess.run(
-        ["bash", *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60
+        ["bash", *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600
     )
 
 
