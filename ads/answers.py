@@ -224,7 +224,6 @@ def same_number(given: tuple[Fraction, int], wanted: tuple[Fraction, int]) -> bo
     decimals = max(our_decimals, their_decimals)
     if decimals < 6 or min(our_decimals, their_decimals) > 0 or ours * theirs <= 0:
         return False
-    rounded, exact = sorted((abs(ours), abs(theirs)), reverse=our_decimals == 0)
     rounded, exact = (abs(ours), abs(theirs)) if our_decimals else (abs(theirs), abs(ours))
     error = (exact - rounded) * 10**decimals  # 0.666666 and 0.666667 are both taken for 2/3
     return rounded * 10**decimals >= 10**5 and Fraction(-1, 2) <= error < 1
@@ -236,7 +235,9 @@ def clock_time(text: str) -> tuple[tuple[int, ...], str] | None:
     if found is None or (found[2] is None and text[-1].isdigit()):
         return None
     hour, *rest = (int(part or 0) for part in found.groups()[:3])
-    is_afternoon = 12 < hour < 24 and not found[4]
+    if hour > (12 if found[4] else 23):
+        return None
+    is_afternoon = hour > 12
     return (hour - 12 * is_afternoon, *rest), "p" if is_afternoon else (found[4] or "").lower()
 
 
@@ -330,9 +331,10 @@ def without_assignment(given: str, wanted: str) -> tuple[str, str]:
 # Comparison
 
 _MACRO = re.compile(
-    r"\\[A-Za-z]+|(?<![A-Za-z])(?:sqrt|sin|cos|tan|log|arcsin|arccos|arctan|sinh|cosh|tanh)(?![a-z])"
+    r"\\[A-Za-z]+|(?<![A-Za-z])(?:sqrt|sin|cos|tan|log|exp|arcsin|arccos|arctan|sinh|cosh|tanh)(?![a-z])"
 )
 _WORDS = re.compile(r"[A-Za-z]{4,}|^[A-Za-z]{3,}$|^[A-Z]{2,}$")
+_PROSE = re.compile(r"(?i)[a-z]{3,}|(?<![a-z])(?:is|it|so|we|he|of|to|in|at|by|as|be)(?![a-z])|[?!]$")
 # 9^{9^9}, 10^{1000000}, 1000000!, 9!!: sympy would fill gigabytes with one number, in C, where an alarm waits
 _GIANT = re.compile(r"\^[\s{(-]*(?:\d{6,}|\d+\s*(?:!|\^[\s{(-]*\d))|\d{6,}\s*!|![\s)}]*!")
 
@@ -430,7 +432,17 @@ def same_scalar(given: str, wanted: str) -> bool:
 
 def has_words(text: str) -> bool:
     """Tell words from products of variables: math-verify multiplies the letters of a word, east = seat."""
-    return _WORDS.search(_MACRO.sub(" ", text)) is not None
+    text = _MACRO.sub(" ", text)
+    return _WORDS.search(text) is not None or changes_value(text)
+
+
+def is_bare(text: str) -> bool:
+    """Tell a text that is only an answer, mathematics with a unit or label, or one word, from a sentence."""
+    text = normalize(text)
+    if split(text, ()) is None:
+        return False
+    values = [_MACRO.sub(" ", split_unit(part)[0]) for part in elements(text, _TOKEN)]
+    return all(re.fullmatch("[A-Za-z]+", value) or not _PROSE.search(value) for value in values)
 
 
 def same_expression(given: str, wanted: str) -> bool:
@@ -468,6 +480,8 @@ def equivalent(given: str, wanted: str) -> bool:
     ours, theirs = read(given), read(wanted)
     if ours is None or theirs is None:
         return False
+    if isinstance(ours, Expr) and isinstance(theirs, Expr) and differ_at_a_point(ours, theirs):
+        return False
     settings = {"allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}
     if not verify(theirs, ours, **settings):
         return False
@@ -476,6 +490,21 @@ def equivalent(given: str, wanted: str) -> bool:
     # verify takes differences below 1e-15 for zero: 1/2^98 would equal 1/2^99
     difference = (theirs - ours).doit()
     return not (isinstance(difference, Rational) and difference != 0)
+
+
+def differ_at_a_point(ours, theirs) -> bool:
+    """Tell whether two exact expressions differ where each variable is some positive number: no need to simplify.
+
+    False where one has decimals, which math-verify compares after rounding, or is a single letter.
+    """
+    from sympy import Float, Rational, Symbol
+
+    if any(isinstance(one, Symbol) or one.has(Float) for one in (ours, theirs)):
+        return False
+    difference = ours - theirs
+    symbols = sorted(difference.free_symbols, key=str)
+    value = difference.subs({symbol: Rational(17 + 6 * i, 13) for i, symbol in enumerate(symbols)}).evalf(30)
+    return bool(value.is_number and value.is_finite and abs(value) > 1e-6)
 
 
 @functools.lru_cache(maxsize=64)

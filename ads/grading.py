@@ -20,6 +20,9 @@ _BRACES = re.compile(
 _NUMBER_IN_TEXT = re.compile(
     rf"(?:(?<![\w)}}\]])[-\u2212])?\$?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{_WHOLE}(?:\.\d+|/\d+)?|\.\d+)"
 )
+_RESULT = re.compile(rf"=\s*({_NUMBER_IN_TEXT.pattern})")
+_STATED = re.compile(r"(?i)<answer>(.+?)</answer>|\banswer\s*(?:is\b|=|:)[\s:=]*(.+?)[.!]?\s*$")
+_CHOICE_LINE = re.compile(r"\(?([A-J])[.)](?:\s.*)?")
 # "answer is (C)", "Answer: **C**", "C is correct"; A or I before a lower-case word is an article or a pronoun
 _STATED_LETTER = re.compile(
     r"(?i:\b(?:answer|option|choice)\b[^.\n]{0,60}?(?:\b(?:is|be)\b|[:=]))"
@@ -64,15 +67,15 @@ def grade_forced(continuation: str, solution: str) -> Grade:
 
 
 def reference_answer(solution: str) -> str:
-    r"""Return the answer in a solution: its final line '#### x', else its last \boxed, else itself if short.
+    r"""Return the answer in a solution: what follows '####' in its last line, else its last \boxed.
 
-    Short means one line of up to 100 characters. Raises ValueError when there is no answer.
+    Without either, a solution of one line of up to 100 characters is its own answer ('3/4', '18 apples', 'Evelyn')
+    or a sentence that says which of its numbers is the answer. Raises ValueError when there is no answer.
     """
     text = solution.strip()
-    final_line = re.search(r"^####[ \t]*(\S.*)\Z", text, re.MULTILINE)
-    answer = final_line[1] if final_line else last_box(text)
+    answer = marked_answer(text) or last_box(text)
     if answer is None and text and "\n" not in text and len(text) <= 100 and not re.search(_BOX, text):
-        answer = text
+        answer = one_line_answer(text)
     if answer is None:
         raise ValueError(
             f"no '#### x' line, \\boxed{{x}} or one short line as answer in solution {text[:80]!r}"
@@ -80,10 +83,63 @@ def reference_answer(solution: str) -> str:
     return answer
 
 
+def check_solution(solution: str) -> None:
+    """Raise ValueError for a solution without an answer, or whose own text would be graded as wrong.
+
+    A problem with such a solution gives nothing to train or to measure with: right responses are graded wrong.
+    """
+    own = grade(solution, solution)
+    if not own.correct:
+        raise ValueError(
+            f"its answer is {reference_answer(solution)!r}, but its text, graded as a response, answers "
+            f"{own.answer!r} in solution {solution.strip()[:80]!r}"
+        )
+
+
+def marked_answer(text: str) -> str | None:
+    """Return what follows the last '####' of the last line, None where there is none."""
+    found = re.search(r"(?<!#)####(?!#)[ \t]*((?:(?!####).)*\S)\Z", text)
+    return found[1] if found else None
+
+
+def one_line_answer(text: str) -> str:
+    """Return the answer that a line of text is or states.
+
+    A sentence states it as 'answer is 4', in <answer> tags, as its only number, or as its last number where that
+    is also the result of its last equation ('2 + 2 = 4, so 4 apples'). Raises ValueError for other sentences.
+    """
+    stated, choice = _STATED.search(text), _CHOICE_LINE.fullmatch(text)
+    bare = bare_answer(stated[1] or stated[2]) if stated else None
+    answer = bare or (choice and choice[1]) or bare_answer(text)
+    if answer is not None:
+        return answer
+    numbers, results = _NUMBER_IN_TEXT.findall(text), _RESULT.findall(text)
+    if not numbers:
+        raise ValueError(f"a sentence that states no answer as solution {text!r}")
+    last = normalize(numbers[-1])
+    if len(set(map(normalize, numbers))) > 1 and not (results and normalize(results[-1]) == last):
+        raise ValueError(f"several numbers, none of them stated as the answer, in solution {text!r}")
+    return numbers[-1]
+
+
+def bare_answer(text: str) -> str | None:
+    """Return a text that is an answer and nothing else, of '2 + 2 = 4' the result; None for sentences."""
+    text = text.strip()
+    if "\n" in text or len(text) > 100:
+        return None
+    result = text.rpartition("=")[2].strip() if re.search(r"\d\s*=", text) else text
+    is_one = result == text or "," not in result
+    return result if result and is_one and answers.is_bare(text) else None
+
+
 def extract_answer(response: str, choices: bool) -> str | None:
     """Return the answer a response gives, None if it gives none; `choices`: the reference is a letter."""
-    patterns = (_STATED_LETTER, _OPTION_LETTER) if choices else (_NUMBER_IN_TEXT,)
-    return last_box(response) or _last_match(patterns, response)
+    if answer := last_box(response):
+        return answer
+    if choices:
+        return _last_match((_STATED_LETTER, _OPTION_LETTER), response)
+    marked = bare_answer(marked_answer(response) or "")
+    return marked or bare_answer(response) or _last_match((_NUMBER_IN_TEXT,), response)
 
 
 def is_choice(reference: str) -> bool:

@@ -372,7 +372,8 @@ def test_extraction_takes_linear_time(text, solution):
 def test_a_time_out_is_wrong_and_flagged(monkeypatch, caplog):
     monkeypatch.setattr(answers, "TIME_LIMIT", 1)
     start = time.perf_counter()
-    assert grade(boxed("(x+y+z+1)^{200}"), boxed("x+y")) == grading.Grade(False, "(x+y+z+1)^{200}", True)
+    slow = "(x+y+z+1)^{200} + 0.1"  # with a decimal, one value that differs does not decide
+    assert grade(boxed(slow), boxed("x+y")) == grading.Grade(False, slow, True)
     assert time.perf_counter() - start < 4
     monkeypatch.undo()
     assert grade(boxed("y+x"), boxed("x+y")) == grading.Grade(True, "y+x", False)
@@ -386,8 +387,8 @@ def break_verify(*args, **kwargs):
 def test_a_crash_of_the_grader_names_both_strings(monkeypatch):
     """A bare except used to count every crash as a wrong answer; a broken install read as 0 % accuracy."""
     monkeypatch.setattr(math_verify, "verify", break_verify)
-    with pytest.raises(RuntimeError, match=r"answer 'x\+1', reference 'x\+2'") as error:
-        grade(boxed("x+1"), boxed("x+2"))
+    with pytest.raises(RuntimeError, match=r"answer 'x\+1', reference '1\+x'") as error:
+        grade(boxed("x+1"), boxed("1+x"))
     assert isinstance(error.value.__cause__, KeyError)
     assert grade(boxed("18"), GSM_18).correct
 
