@@ -39,14 +39,15 @@ _IN_NUMBER = re.compile(
     r",\s*\\!\s*(?=\d)|\{,\}\s*(?=\d{3})|(?<=\d)(?:\\,|\\;|\\ |~|[\u202f\u2009])(?=\d{3}(?!\d))"
 )
 _SPACES = re.compile(
-    r"(?<!\\)\\[,;:>! ]|~|\\(?:qquad|quad|thinspace|enspace)(?![A-Za-z])|\\[hv]space\s*\{[^{}]*\}|\s+"
+    r"(?<!\\)\\[,;:> ]|~|\\(?:qquad|quad|thinspace|enspace)(?![A-Za-z])|\\[hv]space\s*\{[^{}]*\}|\s+"
 )
 _DROPPED = re.compile(
-    rf"{_CURRENCY}|\\?%|\^\s*\{{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}}?(?:\s*(?:\\text\s*\{{\s*)?[CF](?:\s*\}}|\b))?"
-    r"|\\degree(?![A-Za-z])|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle)(?![A-Za-z])|^\s*\\approx(?![A-Za-z])"
-    r"|^\s*\\[(\[]|\\[)\]]\s*$"
+    rf"{_CURRENCY}|\\?%|\^ ?(?:\{{ ?\\(?:circ|degree) ?\}}|\\(?:circ|degree)(?![A-Za-z]))"
+    r"(?: ?(?:\\text ?\{ ?[CF] ?\}|[CF]\b))?|\\degree(?![A-Za-z])"
+    r"|\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle)(?![A-Za-z])"
+    r"|^\s*\\approx(?![A-Za-z])|^\s*\\[(\[]|\\[)\]]\s*$"
 )
-_TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|hbox|boxed|fbox)\s*"
+_TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|math(?:rm|bf|it|sf)|mbox|hbox|boxed|fbox|underline|boldsymbol)\s*"
 _TEXT_MACRO = re.compile(_TEXT + r"\{([^{}]*)\}")
 _UNIT_LETTER = re.compile(rf"(?<=[\w)}}~ ]){_TEXT}\{{\s*([mgshlL])\s*\}}")
 _LETTER_UNITS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "l": "liter", "L": "liter"}
@@ -54,7 +55,7 @@ _ALIASES = {
     "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "leq": r"\le ", "geq": r"\ge ", "leqslant": r"\le ",
     "geqslant": r"\ge ", "neq": r"\ne ", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
     "varnothing": r"\emptyset ", "bar": r"\overline", "dot": r"\overline", "cdot": r"\times ", "ast": r"\times ",
-    "lt": "<", "gt": ">",
+    "langle": "(", "rangle": ")", "lt": "<", "gt": ">",
 }  # fmt: skip
 _ALIAS = re.compile(rf"\\({'|'.join(_ALIASES)})(?![A-Za-z])")
 _GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
@@ -69,10 +70,11 @@ def normalize(answer: str) -> str:
     """Return an answer in one of the ways to write it: no markup, spacing macros, currency, percent, label."""
     text = _SYMBOL.sub(lambda found: SYMBOLS[found[0]], answer.strip().strip("*"))
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastindex]}}}", text)
+    text = re.sub(r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = _SUPERSCRIPTS.sub(lambda found: f"^{{{found[0].translate(_RAISED)}}}", text)
     text = _SUBSCRIPTS.sub(lambda found: f"_{{{found[0].translate(_LOWERED)}}}", text)
     text = _ALIAS.sub(lambda found: _ALIASES[found[1]], text)
-    text = _SPACES.sub(" ", _DROPPED.sub("", _IN_NUMBER.sub(",", text)))
+    text = _SPACES.sub(" ", _DROPPED.sub("", _IN_NUMBER.sub(",", text).replace(r"\!", "")))
     text = _UNIT_LETTER.sub(lambda found: f" {_LETTER_UNITS[found[1]]} ", text)
     text = _TEXT_MACRO.sub(r" \1 ", _TEXT_MACRO.sub(r" \1 ", text))
     text = _SECOND_ARGUMENT.sub(r"\1{\2}", _ONE_ARGUMENT.sub(r"\\\1\3{\2\4}", text))
@@ -82,6 +84,7 @@ def normalize(answer: str) -> str:
         r"\1\\frac{\2}{\3}",
         re.sub(r"\^(\d{2,})", r"^{\1}", text),
     )
+    text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", text)
     return drop_label(" ".join(text.split()).rstrip(".,; ")).strip()
 
 
@@ -91,13 +94,14 @@ def normalize(answer: str) -> str:
 UNITS = """
 length: mm millimeter millimetre, cm centimeter centimetre, dm decimeter, m meter metre, km kilometer kilometre,
  in inch, ft foot feet, yd yard, mi mile
+speed: mph, kph kmh, knot
 mass: mg milligram, g gm gram, kg kilogram, oz ounce, lb pound, ton tonne
 time: ms millisecond, s sec second, min minute, h hr hour, day, week, month, yr year, decade, century centuries
 money: dollar usd buck, cent penny pennies, euro eur, yen, rupee, peso
 volume: ml milliliter millilitre, l liter litre, gal gallon, pint, cup, quart, tablespoon, teaspoon
-speed: mph, kph kmh, knot
 angle: deg degree, rad radian
-other: percent, unit, point, acre, way, calorie, joule, watt, newton, volt, celsius, fahrenheit
+area: acre, hectare
+: percent, unit, point, way, celsius, fahrenheit
 """
 IRREGULAR_PLURALS = "people children men women teeth geese mice fish sheep deer dice cattle".split()
 # words that change a number's value or lead on to another number: never part of a unit or a label
@@ -107,20 +111,23 @@ NUMERALS = (
     "billion trillion dozen half halves third quarter fourth fifth sixth seventh eighth ninth tenth hundredth "
     "thousandth millionth double twice triple once thrice gross"
 )
-JOINERS = (
-    "and or nor but plus minus times over divided multiplied by remainder out squared cubed factorial negative "
-    "positive not no non less fewer more than least most about around almost nearly up down to from with without if "
-    "as on for base mod modulo power root choose sin cos tan log exp sqrt between until approximately roughly versus"
+JOINERS = frozenset(
+    (
+        "and or nor but plus minus times over divided multiplied by remainder out squared cubed factorial negative "
+        "positive not no non less fewer more than least most about around almost nearly up down to from with without "
+        "if as on for base mod modulo power root choose between until approximately roughly versus sin cos tan log exp"
+    ).split()
 )
-CHANGES = frozenset(f"{NUMERALS} {JOINERS}".split())
+CHANGES = frozenset(NUMERALS.split()) | JOINERS
 _AFTER_UNIT = re.compile(
     r"\s(?:each|total|in total|in all|altogether|left|remaining|old|tall|long|wide|high|deep|apart|away)$"
 )
 _WITH_UNIT = re.compile(
-    r"(?P<value>.*?(?:[\d)}\]]|\\pi))(?P<space> ?)(?<![\\A-Za-z])(?P<words>[A-Za-z][A-Za-z ./-]*?)(?: ?\^ ?\{?[234]\}?)?",
+    r"(?P<value>.*?(?:[\d)}\]]|\\pi))(?P<space> ?)(?<![\\A-Za-z])(?P<words>[A-Za-z/][A-Za-z ./-]*?)"
+    r"(?: ?\^ ?\{?[234]\}?|(?<=[a-z])[23])?",
     re.DOTALL,
 )
-_PER = re.compile(r" (?:per|an?|every|of) | ?/ ?")
+_PER = re.compile(r"(?:^| )(?:per|an?|every|of) | ?/ ?")
 _LABEL = re.compile(
     r"(?:so|thus|hence|therefore)?,? ?([A-Za-z][A-Za-z' ]+?) ?(?:(?<=nswer) is\b ?[:=]?|[:=]) ?(?=\S)", re.I
 )
@@ -157,19 +164,22 @@ def split_unit(text: str) -> tuple[str, tuple[str, str] | None]:
     in the singular after 1) is what that number counts.
     """
     found = _WITH_UNIT.fullmatch(text)
-    if found is None or changes_value(found["words"]):
-        return text, None
-    words = _AFTER_UNIT.sub("", f" {found['words']}".replace(".", "").lower().rstrip()).strip()
+    words = (
+        _AFTER_UNIT.sub("", f" {found['words']}".replace(".", "").lower().rstrip()).strip() if found else ""
+    )
     head, *others = _PER.split(words)
+    if found is None or changes_value(head) or any(JOINERS & set(part.split()) for part in others):
+        return text, None
     noun = re.split("[ -]", head)[-1]
     unit = next((UNIT_OF[name] for name in singulars(noun) if name in UNIT_OF), None)
     if unit is None:
-        counts = is_plural(noun) or (len(noun) > 2 and number(found["value"]) == (1, 0))
-        return (found["value"], ("", noun)) if counts and found["space"] else (text, None)
-    is_algebra = (
-        len(noun) == 1 and not others and not (noun == "m" and found["space"] and number(found["value"]))
-    )
-    return (text, None) if is_algebra else (found["value"], unit)
+        is_rate = head == "" and others[-1] in UNIT_OF and len(others[-1]) > 2
+        is_counted = is_plural(noun) or (len(noun) > 2 and number(found["value"]) == (1, 0))
+        is_known = is_rate or (is_counted and found["space"])
+        return (found["value"], ("", noun)) if is_known else (text, None)
+    if len(noun) == 1 and not others and not (noun == "m" and found["space"] and number(found["value"])):
+        return text, None  # 5x and 5 s are products; of single letters only '5 m' is taken for a unit
+    return found["value"], ("", words) if others else unit
 
 
 def singulars(noun: str) -> tuple[str, ...]:
@@ -331,7 +341,7 @@ def without_assignment(given: str, wanted: str) -> tuple[str, str]:
 # Comparison
 
 _MACRO = re.compile(
-    r"\\[A-Za-z]+|(?<![A-Za-z])(?:sqrt|sin|cos|tan|log|exp|arcsin|arccos|arctan|sinh|cosh|tanh)(?![a-z])"
+    r"\\(?!l?dots|cdots)[A-Za-z]+|(?<![A-Za-z])(?:sqrt|sin|cos|tan|log|exp|arcsin|arccos|arctan|sinh|cosh|tanh)(?![a-z])"
 )
 _WORDS = re.compile(r"[A-Za-z]{4,}|^[A-Za-z]{3,}$|^[A-Z]{2,}$")
 _PROSE = re.compile(r"(?i)[a-z]{3,}|(?<![a-z])(?:is|it|so|we|he|of|to|in|at|by|as|be)(?![a-z])|[?!]$")
@@ -370,7 +380,8 @@ def same_parts(given: str, wanted: str) -> bool:
         return same_single(ours[0], theirs[0]) if len(ours) == 1 else same_list(ours, theirs)
     if _RELATION.search(given) or _RELATION.search(wanted):
         return same_expression(given, wanted)
-    ours, theirs = point(given) or ours, point(wanted) or theirs  # a point without its parentheses
+    if r"\{" not in (given[:2], wanted[:2]):  # a point without its parentheses
+        ours, theirs = point(given) or ours, point(wanted) or theirs
     return len(ours) == len(theirs) and all(map(same_parts, ours, theirs))
 
 
@@ -409,22 +420,17 @@ def same_scalar(given: str, wanted: str) -> bool:
     if verdict is not None:
         return verdict
     (given, our_unit), (wanted, their_unit) = split_unit(given), split_unit(wanted)
-    if (
-        our_unit
-        and their_unit
-        and our_unit[0] == their_unit[0] not in ("", "other")
-        and our_unit != their_unit
-    ):
+    if our_unit and their_unit and our_unit != their_unit and "" not in (our_unit[0], their_unit[0]):
         return False
     numbers = number(given), number(wanted)
     if all(numbers):
         return same_number(*numbers)
     ours, theirs = key(given), key(wanted)
     numerals = _NUMERAL_IN_BASE.fullmatch(ours), _NUMERAL_IN_BASE.fullmatch(theirs)
-    if ours == theirs or all(numerals):  # a base that only one of them names is not compared
-        return ours == theirs or (
-            numerals[0][1] == numerals[1][1] and None in (numerals[0][2], numerals[1][2])
-        )
+    if all(numerals):  # an answer may leave out the base
+        return numerals[0][1] == numerals[1][1] and numerals[0][2] in (None, "10", numerals[1][2])
+    if ours == theirs:
+        return True
     if has_words(given) or has_words(wanted):
         return ours.lower() == theirs.lower()
     return same_expression(given, wanted)
@@ -475,11 +481,14 @@ def same_expression(given: str, wanted: str) -> bool:
 def equivalent(given: str, wanted: str) -> bool:
     """Tell whether two expressions, each read to its end, have the same value."""
     from math_verify import verify
-    from sympy import Expr, Rational
+    from math_verify.grader import is_equation
+    from sympy import Expr, Rational, S
 
     ours, theirs = read(given), read(wanted)
     if ours is None or theirs is None:
         return False
+    if is_equation(ours) and any(part.doit() is S.false for part in getattr(ours, "_unsorted_args", [ours])):
+        return False  # 13 = 12
     if isinstance(ours, Expr) and isinstance(theirs, Expr) and differ_at_a_point(ours, theirs):
         return False
     settings = {"allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}
@@ -518,14 +527,16 @@ def read(text: str):
     from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
     from math_verify.grader import should_treat_as_complex
 
-    # no units: math-verify's make 5t equal 5; a space between digits would be dropped
+    if re.search(r"\d\s+\d|[\d}]\s*['\"]", text):  # normalize_latex drops both
+        return None
+    # no units: math-verify's make 5t equal 5
     rules = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     text = normalize_latex(text, rules)
     converter = _Latex2Sympy(is_real=not should_treat_as_complex(text))
     try:
         parser = converter.create_parser(text)
         tree = parser.math()
-        if parser.getCurrentToken().type != Token.EOF or re.search(r"\d\s+\d", text):
+        if parser.getCurrentToken().type != Token.EOF:
             return None
         if tree.set_relation():
             return converter.convert_set_relation(tree.set_relation())
