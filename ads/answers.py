@@ -19,12 +19,12 @@ MAX_ANSWER_CHARS = 400  # longer answers are compared as text; the longest in MA
 # Normal form
 
 SYMBOLS = {
-    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ", "\u00f7": "/",
-    "\u2044": "/", "\u2215": "/", "\u03c0": r"\pi ", "\u03b8": r"\theta ", "\u221e": r"\infty ", "\u2264": r"\le ",
-    "\u2265": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup ", "\u2229": r"\cap ", "\u2208": r"\in ",
-    "\u00b1": r"\pm ", "\u2248": r"\approx ", "\u00b0": r"^\circ ", "\u00a2": " cents", "\u200b": "",
-    "\u00bd": r"\frac{1}{2}", "\u2153": r"\frac{1}{3}", "\u2154": r"\frac{2}{3}", "\u00bc": r"\frac{1}{4}",
-    "\u00be": r"\frac{3}{4}", "\u215b": r"\frac{1}{8}",
+    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
+    "\u00f7": "/", "\u2044": "/", "\u2215": "/", "\u03c0": r"\pi ", "\u03b8": r"\theta ",
+    "\u221e": r"\infty ", "\u2264": r"\le ", "\u2265": r"\ge ", "\u2260": r"\ne ", "\u222a": r"\cup ",
+    "\u2229": r"\cap ", "\u2208": r"\in ", "\u00b1": r"\pm ", "\u2248": r"\approx ", "\u00b0": r"^\circ ",
+    "\u00a2": " cents", "\u200b": "", "\u00bd": r"\frac{1}{2}", "\u2153": r"\frac{1}{3}",
+    "\u2154": r"\frac{2}{3}", "\u00bc": r"\frac{1}{4}", "\u00be": r"\frac{3}{4}", "\u215b": r"\frac{1}{8}",
 }  # fmt: skip
 _SYMBOL = re.compile("|".join(SYMBOLS))
 _SUPERSCRIPTS = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+")
@@ -52,22 +52,23 @@ _TEXT_MACRO = re.compile(_TEXT + r"\{([^{}]*)\}")
 _UNIT_LETTER = re.compile(rf"(?<=[\w)}}~ ]){_TEXT}\{{\s*([mgshlL])\s*\}}")
 _LETTER_UNITS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "l": "liter", "L": "liter"}
 _ALIASES = {
-    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "leq": r"\le ", "geq": r"\ge ", "leqslant": r"\le ",
-    "geqslant": r"\ge ", "neq": r"\ne ", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]",
-    "varnothing": r"\emptyset ", "bar": r"\overline", "dot": r"\overline", "cdot": r"\times ", "ast": r"\times ",
-    "langle": "(", "rangle": ")", "lt": "<", "gt": ">",
+    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "leq": r"\le ", "geq": r"\ge ",
+    "leqslant": r"\le ", "geqslant": r"\ge ", "neq": r"\ne ", "lbrace": r"\{", "rbrace": r"\}",
+    "lbrack": "[", "rbrack": "]", "varnothing": r"\emptyset ", "bar": r"\overline", "dot": r"\overline",
+    "cdot": r"\times ", "ast": r"\times ", "langle": "(", "rangle": ")", "lt": "<", "gt": ">",
 }  # fmt: skip
 _ALIAS = re.compile(rf"\\({'|'.join(_ALIASES)})(?![A-Za-z])")
 _GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _ONE_ARGUMENT = re.compile(r"\\(frac|binom)\s*(\\[A-Za-z]+|[^\s{}\\])|\\(sqrt)\s*([^\s{}\\\[])")
 _SECOND_ARGUMENT = re.compile(rf"(\\(?:frac|binom)\s*{_GROUP})\s*(\\[A-Za-z]+|[^\s{{}}\\])")
 
+_MIXED = re.compile(r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])")
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _GROUPED_DIGITS = re.compile(rf"(?<!\\)\{{({_WHOLE})\}}")
 
 
 def normalize(answer: str) -> str:
-    """Return an answer in one of the ways to write it: no markup, spacing macros, currency, percent, label."""
+    """Return an answer in one of the ways to write it: no markup, spacing, currency, percent sign, label."""
     text = _SYMBOL.sub(lambda found: SYMBOLS[found[0]], answer.strip().strip("*"))
     text = _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastindex]}}}", text)
     text = re.sub(r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)
@@ -79,46 +80,64 @@ def normalize(answer: str) -> str:
     text = _TEXT_MACRO.sub(r" \1 ", _TEXT_MACRO.sub(r" \1 ", text))
     text = _SECOND_ARGUMENT.sub(r"\1{\2}", _ONE_ARGUMENT.sub(r"\\\1\3{\2\4}", text))
     text = _GROUPED_DIGITS.sub(lambda found: f"{{{found[1].replace(',', '')}}}", text)
-    text = re.sub(
-        r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])",
-        r"\1\\frac{\2}{\3}",
-        re.sub(r"\^(\d{2,})", r"^{\1}", text),
-    )
-    text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", text)
-    return drop_label(" ".join(text.split()).rstrip(".,; ")).strip()
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", re.sub(r"\^(\d{2,})", r"^{\1}", text))
+    text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", " ".join(text.split()).rstrip(".,; "))
+    return drop_rounding(drop_label(text).strip())
+
+
+def drop_rounding(text: str) -> str:
+    r"""Return what stands before '\approx 1.41', unless that is a number far from it."""
+    exact, _, rounded = (part.strip() for part in text.rpartition(r"\approx"))
+    exact_value, rounded_value = number(exact), number(rounded)
+    if not exact or rounded_value is None:
+        return text
+    is_far = exact_value and abs(exact_value[0] - rounded_value[0]) > abs(exact_value[0]) / 20
+    return text if is_far else exact
 
 
 # Labels and units
 
-# one unit, by all its names, between commas; two answers in different units of one kind differ
+# by kind, the names of one unit between commas; different units differ, but for the last, nameless kind
 UNITS = """
-length: mm millimeter millimetre, cm centimeter centimetre, dm decimeter, m meter metre, km kilometer kilometre,
- in inch, ft foot feet, yd yard, mi mile
+length: mm millimeter millimetre, cm centimeter centimetre, dm decimeter, m meter metre,
+ km kilometer kilometre, in inch, ft foot feet, yd yard, mi mile
 speed: mph, kph kmh, knot
 mass: mg milligram, g gm gram, kg kilogram, oz ounce, lb pound, ton tonne
-time: ms millisecond, s sec second, min minute, h hr hour, day, week, month, yr year, decade, century centuries
+time: ms millisecond, s sec second, min minute, h hr hour, day, week, month,
+ yr year, decade, century
 money: dollar usd buck, cent penny pennies, euro eur, yen, rupee, peso
 volume: ml milliliter millilitre, l liter litre, gal gallon, pint, cup, quart, tablespoon, teaspoon
 angle: deg degree, rad radian
 area: acre, hectare
 : percent, unit, point, way, celsius, fahrenheit
 """
-IRREGULAR_PLURALS = "people children men women teeth geese mice fish sheep deer dice cattle".split()
+IRREGULAR_PLURALS = (
+    "people",
+    "children",
+    "men",
+    "women",
+    "teeth",
+    "geese",
+    "mice",
+    "fish",
+    "sheep",
+    "deer",
+    "dice",
+)
 # words that change a number's value or lead on to another number: never part of a unit or a label
 NUMERALS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million "
-    "billion trillion dozen half halves third quarter fourth fifth sixth seventh eighth ninth tenth hundredth "
-    "thousandth millionth double twice triple once thrice gross"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred "
+    "thousand million billion trillion dozen half halves third quarter fourth fifth sixth seventh "
+    "eighth ninth tenth hundredth thousandth millionth double twice triple once thrice gross"
 )
-JOINERS = frozenset(
-    (
-        "and or nor but plus minus times over divided multiplied by remainder out squared cubed factorial negative "
-        "positive not no non less fewer more than least most about around almost nearly up down to from with without "
-        "if as on for base mod modulo power root choose between until approximately roughly versus sin cos tan log exp"
-    ).split()
+JOINERS = (
+    "and or nor but plus minus times over divided multiplied by remainder out squared cubed factorial "
+    "negative positive not no non less fewer more than least most about around almost nearly up down to "
+    "from with without if as on for base mod modulo power root choose between until approximately "
+    "roughly versus sin cos tan log exp"
 )
-CHANGES = frozenset(NUMERALS.split()) | JOINERS
+CHANGES = frozenset(f"{NUMERALS} {JOINERS}".split())
 _AFTER_UNIT = re.compile(
     r"\s(?:each|total|in total|in all|altogether|left|remaining|old|tall|long|wide|high|deep|apart|away)$"
 )
@@ -129,7 +148,9 @@ _WITH_UNIT = re.compile(
 )
 _PER = re.compile(r"(?:^| )(?:per|an?|every|of) | ?/ ?")
 _LABEL = re.compile(
-    r"(?:so|thus|hence|therefore)?,? ?([A-Za-z][A-Za-z' ]+?) ?(?:(?<=nswer) is\b ?[:=]?|[:=]) ?(?=\S)", re.I
+    r"(?:so|thus|hence|therefore)?,? ?([A-Za-z]{3,}(?: (?:[A-Za-z']{2,}|a))*) ?"
+    r"(?:(?<=nswer) is\b ?[:=]?|[:=]) ?(?=\S)",
+    re.IGNORECASE,
 )
 
 
@@ -158,17 +179,17 @@ def changes_value(words: str) -> bool:
 
 
 def split_unit(text: str) -> tuple[str, tuple[str, str] | None]:
-    """Return (value, unit) of '5 cm', '5 square feet', '12 red apples', '60 miles per hour', else (text, None).
+    """Split '5 cm', '5 square feet', '12 red apples' or '5 miles per hour' into (value, unit or None).
 
-    The unit is its kind and name where it is in UNITS, else ('', noun): a noun in the plural after a number (or
-    in the singular after 1) is what that number counts.
+    The unit is its kind and name where it is in UNITS, else ('', noun): a noun in the plural after a number
+    (or in the singular after 1) is what that number counts.
     """
     found = _WITH_UNIT.fullmatch(text)
-    words = (
-        _AFTER_UNIT.sub("", f" {found['words']}".replace(".", "").lower().rstrip()).strip() if found else ""
-    )
+    if found is None:
+        return text, None
+    words = _AFTER_UNIT.sub("", f" {found['words']}".replace(".", "").lower().rstrip()).strip()
     head, *others = _PER.split(words)
-    if found is None or changes_value(head) or any(JOINERS & set(part.split()) for part in others):
+    if changes_value(head) or set(" ".join(others).split()) & set(JOINERS.split()):
         return text, None
     noun = re.split("[ -]", head)[-1]
     unit = next((UNIT_OF[name] for name in singulars(noun) if name in UNIT_OF), None)
@@ -204,7 +225,7 @@ _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?(?::([0-5]\d))?(?: ?([ap])\.? ?m\.
 
 
 def number(text: str) -> tuple[Fraction, int] | None:
-    """Return (value, decimals) of a number written in digits, None for all else; a fraction has 0 decimals."""
+    """Return (value, decimals) of a number in digits, None for all else; a fraction has 0 decimals."""
     decimals = 0
     if found := _DECIMAL_NUMBER.fullmatch(text):
         sign, digits, exponent = found.groups()
@@ -300,7 +321,7 @@ def inside(text: str, opening: str, closing: str) -> str | None:
 
 
 def elements(text: str, tokens: re.Pattern) -> list[str]:
-    """Return the parts of a list or set, {a, b} or 'a, b and c'; a \pm b are two; else the answer alone."""
+    r"""Return the parts of a list or set, {a, b} or 'a, b and c'; a \pm b are two; else the answer alone."""
     inner = inside(text, r"\{", r"\}")
     found = []
     for part in split(text, _COMMAS, tokens) if inner is None else split(inner, _COMMAS):
@@ -326,7 +347,7 @@ def point(text: str) -> list[str] | None:
 
 
 def without_assignment(given: str, wanted: str) -> tuple[str, str]:
-    """Drop 'x =' or 'x \in' where only one answer has it, or both the same."""
+    r"""Drop 'x =' or 'x \in' where only one answer has it, or both the same."""
     ours, theirs = _ASSIGNMENT.match(given), _ASSIGNMENT.match(wanted)
     if ours and theirs:
         is_same = key(ours[1]) == key(theirs[1])
@@ -341,10 +362,14 @@ def without_assignment(given: str, wanted: str) -> tuple[str, str]:
 # Comparison
 
 _MACRO = re.compile(
-    r"\\(?!l?dots|cdots)[A-Za-z]+|(?<![A-Za-z])(?:sqrt|sin|cos|tan|log|exp|arcsin|arccos|arctan|sinh|cosh|tanh)(?![a-z])"
+    r"\\(?!l?dots|cdots)[A-Za-z]+"
+    r"|(?<![A-Za-z])(?:sqrt|sin|cos|tan|log|exp|arcsin|arccos|arctan|sinh|cosh|tanh)(?![a-z])"
 )
 _WORDS = re.compile(r"[A-Za-z]{4,}|^[A-Za-z]{3,}$|^[A-Z]{2,}$")
 _PROSE = re.compile(r"(?i)[a-z]{3,}|(?<![a-z])(?:is|it|so|we|he|of|to|in|at|by|as|be)(?![a-z])|[?!]$")
+# what latex2sympy leaves out without a word: quotes, dots, a base, what follows an approximate sign; and a
+# space between digits, for which it adds them up
+_UNREAD = re.compile(r"['\"]|\\l?dots|[\d)}]\s*_|\\approx|\d\s+\d")
 # 9^{9^9}, 10^{1000000}, 1000000!, 9!!: sympy would fill gigabytes with one number, in C, where an alarm waits
 _GIANT = re.compile(r"\^[\s{(-]*(?:\d{6,}|\d+\s*(?:!|\^[\s{(-]*\d))|\d{6,}\s*!|![\s)}]*!")
 
@@ -354,7 +379,7 @@ class OutOfTime(Exception):
 
 
 def same_answer(answer: str, reference: str) -> bool:
-    """Tell whether two answers agree. Raises OutOfTime, RuntimeError where math-verify fails on the reference."""
+    """Tell whether two answers agree. Raises OutOfTime, and RuntimeError where the reference is broken."""
     if max(len(answer), len(reference)) > MAX_ANSWER_CHARS:
         return answer.strip() == reference.strip()
     given, wanted = normalize(answer), normalize(reference)
@@ -415,7 +440,7 @@ def same_shape(ours, theirs) -> bool:
 
 
 def same_scalar(given: str, wanted: str) -> bool:
-    """Compare two answers of one part: times, numbers in the same unit, numerals in a base, words, expressions."""
+    """Compare two answers of one part: times, numbers, numerals in a base, words, expressions."""
     verdict = same_time(given, wanted)
     if verdict is not None:
         return verdict
@@ -454,8 +479,8 @@ def is_bare(text: str) -> bool:
 def same_expression(given: str, wanted: str) -> bool:
     """Compare two expressions with math-verify.
 
-    An answer without a value (0/0) may make sympy raise: that is wrong, and logged. Where the reference cannot
-    be compared with itself either, grader or reference is broken: RuntimeError that names both.
+    An answer without a value (0/0) may make sympy raise: that is wrong, and logged. Where the reference
+    cannot be compared with itself either, grader or reference is broken: RuntimeError that names both.
     """
     if _GIANT.search(given) or _GIANT.search(wanted):
         return False
@@ -502,46 +527,38 @@ def equivalent(given: str, wanted: str) -> bool:
 
 
 def differ_at_a_point(ours, theirs) -> bool:
-    """Tell whether two exact expressions differ where each variable is some positive number: no need to simplify.
+    """Tell whether two exact expressions differ where each variable is some positive number.
 
-    False where one has decimals, which math-verify compares after rounding, or is a single letter.
+    That saves simplifying them. False where one has decimals, which math-verify rounds, or is one letter.
     """
     from sympy import Float, Rational, Symbol
 
     if any(isinstance(one, Symbol) or one.has(Float) for one in (ours, theirs)):
         return False
-    difference = ours - theirs
-    symbols = sorted(difference.free_symbols, key=str)
-    value = difference.subs({symbol: Rational(17 + 6 * i, 13) for i, symbol in enumerate(symbols)}).evalf(30)
-    return bool(value.is_number and value.is_finite and abs(value) > 1e-6)
+    symbols = sorted(ours.free_symbols | theirs.free_symbols, key=str)
+    place = {symbol: Rational(17 + 6 * i, 13) for i, symbol in enumerate(symbols)}
+    values = [one.subs(place).evalf(30) for one in (ours, theirs)]
+    if not all(value.is_number and value.is_finite for value in values):
+        return False
+    return bool(abs(values[0] - values[1]) > 1e-9 * (1 + abs(values[1])))
 
 
 @functools.lru_cache(maxsize=64)
 def read(text: str):
-    """Return the sympy object that an expression stands for, None where the parser cannot read all of it.
+    """Return the sympy object that an expression stands for, None where it cannot be read as a whole.
 
-    latex2sympy's grammar does not ask for the end of the text: it stops, without a word, at what it cannot read.
+    math_verify.parse is not used: of what it cannot read it takes the part after the last equals sign.
+    latex2sympy reads to the end or raises, but does not see what _UNREAD finds.
     """
-    from antlr4 import Token
-    from latex2sympy2_extended import NormalizationConfig, normalize_latex
-    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
 
-    if re.search(r"\d\s+\d|[\d}]\s*['\"]", text):  # normalize_latex drops both
+    if _UNREAD.search(text):
         return None
     # no units: math-verify's make 5t equal 5
     rules = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     text = normalize_latex(text, rules)
-    converter = _Latex2Sympy(is_real=not should_treat_as_complex(text))
     try:
-        parser = converter.create_parser(text)
-        tree = parser.math()
-        if parser.getCurrentToken().type != Token.EOF:
-            return None
-        if tree.set_relation():
-            return converter.convert_set_relation(tree.set_relation())
-        if tree.set_elements():
-            return converter.convert_set_elements(tree.set_elements())
-        return converter.convert_set_elements_relation(tree.set_elements_relation())
-    except Exception:  # the parser raises Exception itself at what it cannot read
+        return latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None)
+    except Exception:  # its parser raises Exception itself
         return None

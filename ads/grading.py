@@ -1,9 +1,9 @@
 r"""Grade a response against a reference solution, by one rule for every dataset.
 
-The answer is the last complete \boxed{...} of the response (never of the prompt); without one, its last line if
-that is '#### x', the response itself if that is one line of mathematics, else the last number, or the last stated
-letter where the reference is a single letter A-J (multiple choice). A box that the length limit cut open counts
-as no box. When two answers are the same: ads/answers.py.
+The answer is the last complete \boxed{...} of the response (never of the prompt); without one, what follows
+'####' in its last line, the response itself where it is one line of mathematics, else the last number, or the
+last stated letter where the reference is a single letter A-J (multiple choice). A box that the length limit
+cut open counts as no box. When two answers are the same is said in ads/answers.py.
 """
 
 import re
@@ -69,8 +69,8 @@ def grade_forced(continuation: str, solution: str) -> Grade:
 def reference_answer(solution: str) -> str:
     r"""Return the answer in a solution: what follows '####' in its last line, else its last \boxed.
 
-    Without either, a solution of one line of up to 100 characters is its own answer ('3/4', '18 apples', 'Evelyn')
-    or a sentence that says which of its numbers is the answer. Raises ValueError when there is no answer.
+    Without either, a solution of one line of up to 100 characters is its own answer ('3/4', '18 apples') or a
+    sentence that says which of its numbers is the answer. Raises ValueError when there is no answer.
     """
     text = solution.strip()
     answer = marked_answer(text) or last_box(text)
@@ -86,7 +86,7 @@ def reference_answer(solution: str) -> str:
 def check_solution(solution: str) -> None:
     """Raise ValueError for a solution without an answer, or whose own text would be graded as wrong.
 
-    A problem with such a solution gives nothing to train or to measure with: right responses are graded wrong.
+    Such a problem gives nothing to train or to measure with: right responses would be graded wrong.
     """
     own = grade(solution, solution)
     if not own.correct:
@@ -105,8 +105,8 @@ def marked_answer(text: str) -> str | None:
 def one_line_answer(text: str) -> str:
     """Return the answer that a line of text is or states.
 
-    A sentence states it as 'answer is 4', in <answer> tags, as its only number, or as its last number where that
-    is also the result of its last equation ('2 + 2 = 4, so 4 apples'). Raises ValueError for other sentences.
+    A sentence states it as 'answer is 4', in <answer> tags, as its only number, or as its last number where
+    that is also the result of its last equation ('2 + 2 = 4, so 4 apples'). Raises ValueError for other sentences.
     """
     stated, choice = _STATED.search(text), _CHOICE_LINE.fullmatch(text)
     bare = bare_answer(stated[1] or stated[2]) if stated else None
