@@ -88,11 +88,14 @@ def resolve_numerics(cfg, device):
 
 
 def leave_out_unanswered(problems):
-    """The problems that have an answer to grade against (2 of MATH's 7,500 solutions end in an empty box)."""
+    """The problems that have an answer to grade against: their own solution, graded as a response, is right.
+
+    2 of MATH's 7,500 solutions end in an empty box; a line of prose may not say which number is the answer.
+    """
     kept, reasons = [], {}
     for problem in problems:
         try:
-            grading.reference_answer(problem["solution"])
+            grading.check_solution(problem["solution"])
             kept.append(problem)
         except ValueError as error:
             reasons[problem["id"]] = error
