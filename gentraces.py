@@ -273,9 +273,8 @@ def trace_row(completion, cfg, tokenizer, models, prompts, solutions):
     given = chat.force_ids(tokenizer, prompts[completion.id], completion.ids, models.eos)
     continuation = chat.response_text(tokenizer, completion.forced_ids, models.eos)
     grade = grading.grade_forced(continuation, solution)
-    ids = completion.ids[: len(completion.ids) - completion.finished]
     return row | {
-        "trace_af": chat.decode_next(tokenizer, ids + given) + continuation,
+        "trace_af": trace + chat.decode_next(tokenizer, given) + continuation,
         "af_answer": grade.answer,
         "is_af_correct": grade.correct,
         "af_timed_out": grade.timed_out,
