@@ -87,10 +87,11 @@ def normalize(answer: str) -> str:
 
 def drop_rounding(text: str) -> str:
     r"""Return what stands before '\approx 1.41', unless that is a number far from it."""
-    exact, _, rounded = (part.strip() for part in text.rpartition(r"\approx"))
-    exact_value, rounded_value = number(exact), number(rounded)
-    if not exact or rounded_value is None:
+    exact, sign, rounded = (part.strip() for part in text.rpartition(r"\approx"))
+    rounded_value = number(rounded) if sign and exact else None
+    if rounded_value is None:
         return text
+    exact_value = number(exact)
     is_far = exact_value and abs(exact_value[0] - rounded_value[0]) > abs(exact_value[0]) / 20
     return text if is_far else exact
 

@@ -106,7 +106,7 @@ def one_line_answer(text: str) -> str:
     """Return the answer that a line of text is or states.
 
     A sentence states it as 'answer is 4', in <answer> tags, as its only number, or as its last number where
-    that is also the result of its last equation ('2 + 2 = 4, so 4 apples'). Raises ValueError for other sentences.
+    that is also the result of its last equation ('2 + 2 = 4, so 4 apples'). ValueError for other sentences.
     """
     stated, choice = _STATED.search(text), _CHOICE_LINE.fullmatch(text)
     bare = bare_answer(stated[1] or stated[2]) if stated else None

@@ -1,7 +1,7 @@
 r"""Error rates and speed of the grader on mechanical variants of the answers of MATH and GSM8K.
 
-    python bench/grading.py --data_dir data                     # 100 pairs of each kind: 7,000 pairs, 2 minutes
-    python bench/grading.py --data_dir data --per_kind 2000     # 85,000 pairs
+    python bench/grading.py --data_dir data                     # 100 pairs of each kind: about 8,000
+    python bench/grading.py --data_dir data --per_kind 1900     # about 85,000
     python bench/grading.py --data_dir data --show 5            # and 5 wrong verdicts of each kind
 
 Each kind makes, of a reference answer, one that a reader takes for the same (EQUAL) or for another (UNEQUAL):
@@ -28,8 +28,10 @@ FILES = {
     "train": ("hendrycks_math_train", "gsm8k_train"),
     "test": ("hendrycks_math_test", "gsm8k_platinum_test"),
 }
-UNITS = ("cm", "km", "feet", "inches", "dollars", "hours", "pounds", "miles", "square feet", "units", "apples",
-         "miles per hour", "meters", "minutes", "kg", "students")  # fmt: skip
+UNITS = (
+    "cm", "km", "feet", "inches", "dollars", "hours", "pounds", "miles", "square feet", "units", "apples",
+    "miles per hour", "meters", "minutes", "kg", "students",
+)  # fmt: skip
 LENGTHS = ("mm", "cm", "m", "km")
 INTEGER = re.compile(r"-?\d+")
 FRACTION = re.compile(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
@@ -39,7 +41,8 @@ INTERVAL = re.compile(r"([(\[])(-?\d+), ?(-?\d+)([)\]])")
 EXPRESSION = re.compile(r"(?=.*(?:\\sqrt|\\pi|[a-z]\^|\di\b))[^,:=<>(\[&]+")
 
 
-# Variants that are equal. Each takes a reference and a random generator and gives None where it does not apply.
+# Variants that are equal. Each takes a reference and a random generator, and gives None where it does not
+# apply; one that makes its own reference gives (reference, variant)
 
 
 def spaced(text, rng):
@@ -286,11 +289,12 @@ def same_clock(text, rng):
 
 
 EQUAL = (
-    spaced, tight, macro_spaces, display_fraction, bare_fraction, sized_brackets, plain_brackets, in_dollars,
-    with_period, with_unit, with_square_unit, expression_with_unit, without_unit, in_text, with_currency,
-    with_thousands, without_thousands, with_zeros, as_decimal, decimal_as_fraction, slashed, unreduced, mixed,
-    repeating, minus_inside, reordered, in_braces, joined_by_and, degrees, percents, labelled, unicode_signs,
-    braced_powers, turned_sum, with_dot, bare_root, starred, parenthesized, braced_base, bracketed_matrix, same_clock,
+    spaced, tight, macro_spaces, display_fraction, bare_fraction, sized_brackets, plain_brackets,
+    in_dollars, with_period, with_unit, with_square_unit, expression_with_unit, without_unit, in_text,
+    with_currency, with_thousands, without_thousands, with_zeros, as_decimal, decimal_as_fraction, slashed,
+    unreduced, mixed, repeating, minus_inside, reordered, in_braces, joined_by_and, degrees, percents,
+    labelled, unicode_signs, braced_powers, turned_sum, with_dot, bare_root, starred, parenthesized,
+    braced_base, bracketed_matrix, same_clock,
 )  # fmt: skip
 
 
@@ -351,7 +355,7 @@ def turned_point(text, rng):
 
 
 def appended(words):
-    return lambda text, rng: text + words if re.fullmatch(r"[2-9]|[1-9]\d+", text) else None
+    return lambda text, rng: text + words if re.fullmatch(r"[3-9]|[1-9]\d+", text) else None  # 2! is 2
 
 
 def longer(text, rng):
@@ -398,7 +402,7 @@ def other_half_of_day(text, rng):
 
 def other_variable(text, rng):
     letters = set(re.findall(r"(?<![\\A-Za-z])[a-z](?![A-Za-z])", text))
-    if len(letters) != 1 or has_words(text) or "=" in text or letters & set("ie") or not re.search(r"\d|\^", text):
+    if len(letters) != 1 or has_words(text) or re.search(r"=|^[a-z]$", text) or letters & set("ie"):
         return None
     return re.sub(r"(?<![\\A-Za-z])[a-z](?![A-Za-z])", "q" if letters != {"q"} else "r", text)
 
@@ -452,15 +456,17 @@ def rounded(text, rng):
 
 
 UNEQUAL = (
-    off_by_one, other_number_inside, opposite, swapped_digits, inverted, dropped_element, added_element, turned_point,
-    longer, moved_point, other_power, other_bracket, infinite_bracket, other_half_of_day, other_variable, cube_root,
-    without_root, without_pi, other_base, split_number, other_unit, other_word, mixed_up, rounded,
+    off_by_one, other_number_inside, opposite, swapped_digits, inverted, dropped_element, added_element,
+    turned_point, longer, moved_point, other_power, other_bracket, infinite_bracket, other_half_of_day,
+    other_variable, cube_root, without_root, without_pi, other_base, split_number, other_unit, other_word,
+    mixed_up, rounded,
 )  # fmt: skip
 TAILS = (
-    r" \text{ and a half}", r"\text{ and a third}", r"\text{k}", "k", " squared", r"\text{ thousand}", " million",
-    r" \text{ dozen}", r" \text{ out of 60}", r" \text{ remainder 3}", r" \text{ hours and 30 minutes}",
-    r" \text{ feet 6 inches}", r"\text{ hundred}", "x", "!", "^2", r" \text{ or } 7", r" \text{ halves}", " R 3", "/7",
-    r" \text{ less than half}", r" \text{ to the third power}", r"\times 10^3", r" \pm 1", r"\sqrt{2}", " + c", r"\text{ or more}",
+    r" \text{ and a half}", r"\text{ and a third}", r"\text{k}", "k", " squared", r"\text{ thousand}",
+    " million", r" \text{ dozen}", r" \text{ out of 60}", r" \text{ remainder 3}",
+    r" \text{ hours and 30 minutes}", r" \text{ feet 6 inches}", r"\text{ hundred}", "x", "!", "^2",
+    r" \text{ or } 7", r" \text{ halves}", " R 3", "/7", r" \text{ less than half}",
+    r" \text{ to the third power}", r"\times 10^3", r" \pm 1", r"\sqrt{2}", " + c", r"\text{ or more}",
 )  # fmt: skip
 
 
@@ -584,17 +590,22 @@ def half_as_much(text, rng):
     )
 
 
+def not_a_time(text, rng):
+    return rf"{text}\text{{ p.m.}}" if re.fullmatch(r"[1-9]\d+", text) and int(text) > 12 else None
+
+
 HELD_OUT_EQUAL = (
-    with_plus, in_bold, sentence, integer_as_fraction, product, inequality, member, scientific, plain_word, money_words,
-    spaced_fraction,
+    with_plus, in_bold, sentence, integer_as_fraction, product, inequality, member, scientific, plain_word,
+    money_words, spaced_fraction,
 )  # fmt: skip
 HELD_OUT_UNEQUAL = (
-    lost_digit, doubled_digit, conjugate, transposed, negated_coordinate, intersection, other_decimal, squared_inside,
-    half_as_much,
+    lost_digit, doubled_digit, conjugate, transposed, negated_coordinate, intersection, other_decimal,
+    squared_inside, half_as_much, not_a_time,
 )  # fmt: skip
 HELD_OUT_TAILS = (
-    r"\text{ tenths}", " minus 2", r" \text{ to } 700", "^\\circ 30'", r"\text{ days 4 hours}", "M", r"\text{ pm}", " choose 2",
-    r" \text{ plus tax of 3}", " mod 7", r"\text{ and } \frac{1}{3}", r"\text{ times } x", ":45", " 1/2", r" \div 4", r"\text{ point five}",
+    r"\text{ tenths}", " minus 2", r" \text{ to } 700", "^\\circ 30'", r"\text{ days 4 hours}", "M",
+    " choose 2", r" \text{ plus tax of 3}", " mod 7", r"\text{ and } \frac{1}{3}", r"\text{ times } x",
+    ":45", " 1/2", r" \div 4", r"\text{ point five}",
 )  # fmt: skip
 
 

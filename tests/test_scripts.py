@@ -347,6 +347,19 @@ def test_problems_without_an_answer_are_left_out_and_counted(model_folders, tmp_
     assert (stats["n"], stats["num_without_answer"], stats["num_prompts_too_long"]) == (1, 1, 0)
 
 
+def test_one_line_solutions_are_read_as_a_reader_does_or_left_out(model_folders, tmp_path):
+    """'0 + 2 = 2 #### 2' on one line was its own reference: right answers were graded 0.0, without a word."""
+    solutions = ["0 + 2 = 2 #### 2", "The answer is 3.", "2 + 2 = 4, so 4 apples.", "4 apples after 2 days."]
+    rows = [{"problem": f"{i} + 2", "solution": solution} for i, solution in enumerate(solutions)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"exp_dir={tmp_path}/x", f"teacher={model_folders['teacher']}", *SMALL]
+    result = run_script("gentraces.py", *arguments, f"data_split={tmp_path}_test")
+    reason = "several numbers, none of them stated as the answer, in solution '4 apples after 2 days.'"
+    assert "left out: 1 of 4 problems have no answer" in result.stdout and reason in result.stdout
+    stats = json.loads(result.stdout.splitlines()[-1])
+    assert (stats["n"], stats["num_without_answer"]) == (3, 1)
+
+
 def test_two_runs_of_one_stage_make_it_once(model_folders, problem_folder, tmp_path):
     """Shards of a sweep share the first stages: one makes them, the other waits and finds them done."""
     arguments = [f"exp_dir={tmp_path}", f"teacher={model_folders['teacher']}", "trace_name=t", *SMALL]
