@@ -45,6 +45,8 @@ def add_adapters(model, cfg):
     try:
         model = get_peft_model(model, settings)
         beside_TV, merged_TV = try_out(model)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever PEFT raises for modules, and modules for being replaced
         problem = f"adapters do not work in a {kind!r} model ({store.reason(error)})"
         raise ValueError(f"student {cfg.student}: {problem}; set lora=false") from error
@@ -116,7 +118,7 @@ def logits(model, ids):
     library, was_training = next(m for m in model.modules() if isinstance(m, PreTrainedModel)), model.training
     attention = library.config._attn_implementation
     if "flash" in attention:
-        library.set_attn_implementation("sdpa")
+        library.set_attn_implementation("eager")
     logits_TV = models.logits_of(model.eval(), ids)
     if "flash" in attention:
         library.set_attn_implementation(attention)

@@ -8,7 +8,7 @@ import torch
 from conftest import byte_tokenizer, run_script, save_folder, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_loss import add_plainly_, config, flat_gradient
+from test_loss import config, flat_gradient
 from test_proxy import sequences
 
 import distill
@@ -92,7 +92,10 @@ def test_a_model_that_makes_all_logits_has_the_same_gradient():
     """Decoders of some families do not know logits_to_keep, and ended in a traceback."""
     rows = sequences(5)
     ours, plain = (family("trocr") for _ in range(2))
-    add_plainly_(plain, rows)
+    for s in rows:
+        ids, first = torch.tensor(s.ids), s.num_prompt_tokens
+        logits_TV = models.logits_of(plain, s.ids)[first - 1 : -1]
+        (torch.nn.functional.cross_entropy(logits_TV, ids[first:]) / len(rows)).backward()
     gradient.add_gradient_(ours, rows, len(rows), 2)
     found, wanted = ([p.grad for p in m.parameters() if p.grad is not None] for m in (ours, plain))
     assert all(torch.allclose(f, w, atol=1e-6) for f, w in zip(found, wanted, strict=True))
@@ -102,6 +105,16 @@ def test_a_model_that_sees_later_tokens_is_refused():
     """It sees the padding of a batch too, so that its gradient hung on the batch size."""
     with pytest.raises(ValueError, match="a 'xlnet' model cannot be trained here: its logits change with"):
         models.check_causal(family("xlnet"), list(range(1, 60)), torch.float32)
+
+
+def test_what_is_not_finite_is_named_before_and_after_the_passes():
+    model = tiny_model()
+    model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, torch.inf)
+    with pytest.raises(ValueError, match="the gradient of lm_head.weight .* is not finite"):
+        gradient.norms(model)
+    model.lm_head.weight.data[5] = torch.nan
+    with pytest.raises(ValueError, match="logits of the 'qwen2' model are not finite: check its weights"):
+        models.check_causal(model, list(range(1, 60)), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
