@@ -130,8 +130,10 @@ def check_causal(model, ids, dtype):
     if not whole_TV.isfinite().all():
         raise ValueError(f"logits of the {kind!r} model are not finite: check its weights")
     if not all(are_same):
+        # beyond some length: RoPE that depends on it, and keys chosen from those of all tokens
         raise ValueError(
-            f"a {kind!r} model cannot be trained here: its logits change with the tokens that follow"
+            f"a {kind!r} model cannot be trained on {len(ids)} tokens: its logits change with those that "
+            "follow; lower max_length, or choose another model"
         )
 
 

@@ -103,8 +103,25 @@ def test_a_model_that_makes_all_logits_has_the_same_gradient():
 
 def test_a_model_that_sees_later_tokens_is_refused():
     """It sees the padding of a batch too, so that its gradient hung on the batch size."""
-    with pytest.raises(ValueError, match="a 'xlnet' model cannot be trained here: its logits change with"):
+    with pytest.raises(ValueError, match="a 'xlnet' model cannot be trained on 59 tokens: its logits change"):
         models.check_causal(family("xlnet"), list(range(1, 60)), torch.float32)
+
+
+def test_rope_that_depends_on_length_is_refused_where_sequences_get_so_long():
+    """The longest row of a batch decided on the positions of all."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    short = AutoConfig.for_model(
+        "llama", **FAMILIES["seed_oss"], max_position_embeddings=40, rope_parameters=rope
+    )
+    model = AutoModelForCausalLM.from_config(short).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    models.check_causal(model, list(range(1, 41)), torch.float32)
+    with pytest.raises(ValueError, match="cannot be trained on 60 tokens: .*; lower max_length"):
+        models.check_causal(model, list(range(1, 61)), torch.float32)
 
 
 def test_what_is_not_finite_is_named_before_and_after_the_passes():
