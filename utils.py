@@ -151,16 +151,30 @@ def read_hub(source):
     """Rows of a hub dataset, its configs one after another."""
     from datasets import concatenate_datasets, load_dataset
 
+    commit = store.find_snapshot(source.hub, "dataset").name
     try:
-        parts = [load_dataset(source.hub, config, split=source.split) for config in source.configs]
+        parts = [
+            load_dataset(source.hub, config, split=source.split, revision=commit) for config in source.configs
+        ]
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"dataset {source.hub} could not be loaded ({reason}); set data_dir to local copies"
         ) from error
+    check_commit(source, parts, commit)
     rows = concatenate_datasets(parts).to_list()
     check_rows(source.hub, rows, functools.partial(check_problem, columns=source.columns))
     return rows
+
+
+def check_commit(source, parts, commit):
+    """ValueError unless all parts are of a commit: without a network `datasets` takes what it cached last."""
+    files = [Path(file["filename"]) for part in parts for file in part.cache_files]
+    if wrong := [file for file in files if file.parent.name != commit]:
+        raise ValueError(
+            f"dataset {source.hub} is at commit {commit}, but {wrong[0]} is cached: load it with a network "
+            "once, or set data_dir to local copies"
+        )
 
 
 def folder_file(folder, split):
@@ -294,15 +308,16 @@ def read_table(path, columns=None):
 
 
 def fingerprint_data(data_split, data_dir=None):
-    """What identifies the file behind a split, without reading its rows: contents, or the hub name."""
+    """What identifies the file behind a split, without reading its rows: contents, or name and commit."""
     dataset, _, split = data_split.rpartition("_")
     if dataset == GENERATED:
         return store.fingerprint_file(arithmetic.__file__)
     if is_folder(dataset):
         return store.fingerprint_file(folder_file(Path(dataset), split))
     source = find_source(data_split)
-    data_dir = local_copies(data_dir)
-    return store.fingerprint_file(local_file(source, data_dir)) if data_dir else f"hub:{source.hub}"
+    if data_dir := local_copies(data_dir):
+        return store.fingerprint_file(local_file(source, data_dir))
+    return f"{store.HUB}{source.hub}@{store.find_snapshot(source.hub, 'dataset').name}"
 
 
 def check_columns(path, rows, columns):
@@ -419,6 +434,18 @@ class World:
         total = torch.tensor([value], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return total.item()
+
+    def check_same(self, inputs):
+        """ValueError unless all processes have the same inputs: caches of several nodes may differ."""
+        if self.size == 1:
+            return
+        import torch
+
+        found = [None] * self.size
+        torch.distributed.all_gather_object(found, inputs)
+        for rank, others in enumerate(found):
+            if differences := store.differing_keys(found[0], others):
+                raise ValueError(f"process {rank} has other inputs than process 0: {'; '.join(differences)}")
 
 
 def start_world():
@@ -575,7 +602,9 @@ def is_finished(cfg, inputs):
     """Whether the stage is done with these settings and inputs; clears away what a kill left."""
     if not store.is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
         return False
-    print0(f"{cfg.sidecar_path} is there: nothing to do{store.made_by_other_code(cfg.sidecar_path)}")
+    notes = store.made_at_unknown_commits(cfg.sidecar_path, inputs)
+    notes += store.made_by_other_code(cfg.sidecar_path)
+    print0(f"{cfg.sidecar_path} is there: nothing to do{notes}")
     if is_main_process():
         for path in cfg.leftovers:
             shutil.rmtree(path, ignore_errors=True)
@@ -588,6 +617,7 @@ def run_stage(cfg, inputs, make):
     Where another run held the lock, the stage may be done by now.
     """
     world = start_world()
+    world.check_same(inputs)
     name = "-".join(cfg.sidecar_path.with_suffix("").relative_to(cfg.exp_dir).parts)
     with store.stage_lock(cfg.exp_dir, name) if world.is_main else contextlib.nullcontext():
         world.barrier()

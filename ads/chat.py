@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
+from ads import store
+
 SYSTEM_PROMPT = "You are a helpful assistant. Reason step by step and put your final answer within \\boxed{}."
 FORCE_TEXT = "\n\n**Final Answer**\n\\[\\boxed{"
 THINK_END = "\n</think>"
@@ -33,11 +35,11 @@ def load_tokenizer(name, need_chat_template=True):
     """The tokenizer `name` (folder or hub name); ValueError when it has no usable chat template or no eos."""
     from transformers import AutoTokenizer
 
+    where, commit = store.locate(name, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: some need another package
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"tokenizer {name!r} could not be loaded: {reason}") from error
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=commit)
+    except Exception as error:  # whatever a folder that does not hold together makes the library raise
+        raise ValueError(f"tokenizer {name!r} could not be loaded: {store.reason(error)}") from error
     if need_chat_template and not tokenizer.chat_template:
         raise ValueError(
             f"tokenizer {name!r} has no chat template: set tokenizer to one of the family that has"
@@ -70,7 +72,7 @@ def find_tokenizer(model_name):
     """The tokenizer stored with a model, or None where there is none."""
     try:
         return load_tokenizer(model_name, need_chat_template=False)
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return None
 
 

@@ -3,16 +3,19 @@
 Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
+import tempfile
 
 import psutil
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from torch.utils.checkpoint import checkpoint
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ads import decoder
+from ads import decoder, store
 from ads.cache import Pages, Placement, SlotCache, Slots
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
@@ -20,6 +23,8 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 # room and, on a CPU, hardly less time per token.
 PREFILL_TOKENS = 16384
 CPU_PREFILL_TOKENS = 512  # in float32; of 16 bits, twice as many in the same room
+# for check_causal: shares of a sequence's tokens but the last, and tokens that a backward pass is tried on
+PREFIXES, BACKWARD_TOKENS = (1 / 2, 9 / 10, 1), 16
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -29,22 +34,113 @@ def load_model(name, dtype, device, attn_implementation="auto"):
     dtype "auto" is bfloat16 on CUDA, float32 elsewhere; attention "auto" is the library's choice.
     """
     attention = None if attn_implementation == "auto" else attn_implementation
+    store.check_no_adapter(name)
+    where, commit = store.locate(name, "model")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            name,
+            where,
+            revision=commit,
             dtype=resolve_dtype(dtype, device),
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
             use_safetensors=True,  # no pickle
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"model {name!r} could not be loaded: {reason}") from error
+    except Exception as error:  # whatever a folder that does not hold together makes the library raise
+        raise ValueError(f"model {name!r} could not be loaded: {store.reason(error)}") from error
+    check_weights(name, report)
+    return model.to(device).eval()
+
+
+def check_weights(name, report):
+    """ValueError unless a model folder has all weights in their shapes; the library would make up others.
+
+    report: what the library tells of a load. Weights that the model has no place for are said.
+    """
+    if wrong := sorted(report["mismatched_keys"]):
+        key, stored, wanted = wrong[0]
+        raise ValueError(
+            f"model {name!r}: weights and config.json do not belong together: {key} is {tuple(stored)}, "
+            f"by the configuration {tuple(wanted)} ({len(wrong)} weights differ)"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"model {name!r} is not complete: {len(missing)} weights missing, such as {missing[0]}"
         )
-    return model.to(device).eval()
+    if unused := sorted(report["unexpected_keys"]):
+        print(
+            f"WARNING: model {name!r} has no use for {len(unused)} weights, such as {unused[0]}", flush=True
+        )
+
+
+@contextlib.contextmanager
+def recomputed(model, is_on=True):
+    """A context in which layers keep no activations for the backward pass, which makes them again.
+
+    The library's own gradient checkpointing works in training mode alone, and that lets in dropout, in
+    whatever form and under whatever name a model has it; here mode and gradient stay what they are. Cached
+    keys would be written twice: pass use_cache=False. ValueError for a model without layers to recompute.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if is_on else []
+    if is_on and not layers:
+        kind = model.config.model_type
+        raise ValueError(f"gradient_checkpointing=true: a {kind!r} model has no layers for it; set false")
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def check_loadable(model):
+    """ValueError unless the library can load a model that is saved: it cannot load parts of some."""
+    kind = model.config.model_type
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        try:
+            is_known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+        except ValueError:  # of no type that it knows
+            is_known = False
+    if not is_known:
+        raise ValueError(f"a {kind!r} model could not be loaded again once saved: choose another student")
+
+
+def check_causal(model, ids, dtype):
+    """ValueError unless logits are finite, have a gradient and hang on no later token, and so on no padding.
+
+    ids: a sequence as long as any. dtype: that of the passes' matrix products.
+    """
+    device = model.get_input_embeddings().weight.device.type
+    lengths = [max(1, int(share * (len(ids) - 1))) for share in PREFIXES]
+    kind = model.config.model_type
+    try:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            with torch.no_grad():
+                whole_TV = logits_of(model, ids)
+                parts = (logits_of(model, ids[:length]) for length in lengths)
+                are_same = [decoder.agrees(part_LV, whole_TV[: len(part_LV)]) for part_LV in parts]
+            logits_of(model, ids[:BACKWARD_TOKENS]).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise ValueError(f"a {kind!r} model cannot be trained here: {store.reason(error)}") from error
+    model.zero_grad()
+    if not whole_TV.isfinite().all():
+        raise ValueError(f"logits of the {kind!r} model are not finite: check its weights")
+    if not all(are_same):
+        # beyond some length: RoPE that depends on it, and keys chosen from those of all tokens
+        raise ValueError(
+            f"a {kind!r} model cannot be trained on {len(ids)} tokens: its logits change with those that "
+            "follow; lower max_length, or choose another model"
+        )
+
+
+def logits_of(model, ids):
+    """Logits (T, V) of one row."""
+    ids_1T = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    return model(input_ids=ids_1T, use_cache=False).logits[0]
 
 
 def free_bytes(device):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, byte_tokenizer, run_script, save_folder, tiny_model
 from safetensors.torch import load_file, save_file
+from test_training import family
 
 SMALL = ["max_length=120", "max_prompt_length=115", "batch_size=6", "answer_force=false"]
 
@@ -45,6 +46,10 @@ def break_models(folder, models):
     )
     broken["other_vocabulary"] = folder / "other_vocabulary"
     save_folder(broken["other_vocabulary"], tiny_model("qwen2", 272), tokenizer)
+    broken["unmergeable"], broken["adapter"] = folder / "unmergeable", folder / "adapter"
+    save_folder(broken["unmergeable"], family("zamba"), tokenizer)
+    shutil.copytree(models["proxy"], broken["adapter"])
+    (broken["adapter"] / "adapter_config.json").write_text("{}")
     spec_path = broken["other_vocabulary"] / "tokenizer.json"
     spec = json.loads(spec_path.read_text())
     vocab = spec["model"]["vocab"]
@@ -138,7 +143,7 @@ TABLE = (
     (ADS + "proxy_student={teacher}", "belongs to another proxy"),
     (GRAD + "proxy_student={other_vocabulary}", "teacher and proxy use different vocabularies"),
     (GRAD + "proxy_student={small_model}", "only 200 embedding rows"),
-    (GRAD + "proxy_student={nan_model}", "is not finite: check the proxy's weights"),
+    (GRAD + "proxy_student={nan_model}", "logits of the 'qwen2' model are not finite: check its weights"),
     (GRAD + "tokenizer={small_model}/none", "neither a folder nor the name of a model on the hub"),
     (GRAD + "holdout_traces={exp}/none.parquet", "none.parquet does not exist: make it with gentraces.py"),
     (
@@ -153,6 +158,7 @@ TABLE = (
         GRAD + "tokenizer={teacher} holdout_traces={folder}/long_prompts.parquet max_length=20",
         "no response token within max_length=20",
     ),
+    (GRAD + "proxy_student={adapter}", "holds an adapter (adapter_config.json): merge it"),
     (GEN + "tokenizer={other_vocabulary}", "does not belong to model"),
     (GEN + "teacher={small_model}", "only 200 embedding rows: the tokenizer does not belong to this model"),
     (GEN + "teacher={no_template}", "has no chat template: set tokenizer"),
@@ -195,6 +201,7 @@ TABLE = (
     ("gentraces.py nowhere.yaml", "nowhere.yaml does not exist"),
     (TRAIN + "do_eval=true", "holdout_traces is not set"),
     (TRAIN + "train_traces={folder}/other_columns.parquet", "no column problem, trace, finished"),
+    (TRAIN + "student={unmergeable}", "adapters cannot be merged into the weights of a 'zamba' model"),
     (TRAIN + "lr=0", "lr=0.0: must be above 0"),
     (TRAIN + "max_length=2", "no trace has a token to train on within max_length=2"),
     (TRAIN + "lr_scheduler_type=zigzag", "lr_scheduler_type='zigzag': must be one of"),
