@@ -42,13 +42,18 @@ TRACE_KEYS = ("exp_dir", "teacher", "is_teacher", "data_split", "few_shot", *SAM
 MODEL_KEYS = ("student", "train_traces", "seed")
 # Settings by which curves are not told apart. Those that ads.config does not compare (places, whose contents
 # count by fingerprint, and what concerns speed alone) are left out as well.
-NO_SETTING = {
-    GenConfig: {  # names, diagnostics, what changes rounding alone, and what has a column of its own
+NO_SETTING = {  # names, diagnostics, what changes rounding alone, and the seed, in which replicates differ
+    GenConfig: {
         *("trace_name", "trace_colname", "one_step", "one_step_samples", "num_contrasts", "answer_force"),
-        *("attn_implementation", "is_teacher", "direction", "tau", "lam", "eps", "top_k", "top_p", "seed"),
+        *("attn_implementation", "is_teacher", "seed"),
     },
     GradConfig: {"attn_implementation", "seed"},
     TrainConfig: {"model_name", "do_eval", "eval_epochs", "attn_implementation", "seed"},
+}
+OWN_COLUMNS = {  # settings of a stage that have a column without a dot, or that follow from another
+    "train": (*SAMPLING_KEYS, "direction"),
+    "teacher": (*SAMPLING_KEYS, "direction", "data_split"),
+    "student": ("lam", "few_shot", "data_split"),
 }
 NUMBERS = {  # heading in the table: column of results.csv
     "t.fin": "teacher_finished",
@@ -343,11 +348,10 @@ def setting_columns(stages):
     """{STAGE.SETTING: value} of a point's stages, and `recipe`, the fingerprint of the student's."""
     classes = {"model": TrainConfig, "gradient": GradConfig}
     columns = {}
-    for stage, sidecar in stages.items():
-        found = settings_of(sidecar, classes.get(stage, GenConfig)) | stage_files(stage, stages)
-        columns |= {f"{stage}.{key}": value for key, value in found.items()}
-    for key in ("teacher.data_split", "student.data_split", "student.few_shot"):
-        columns.pop(key, None)  # these have columns of their own
+    for stage in (name for name in tradeoff.STAGES if name in stages):
+        found = settings_of(stages[stage], classes.get(stage, GenConfig)) | stage_files(stage, stages)
+        own = OWN_COLUMNS.get(stage, ())
+        columns |= {f"{stage}.{key}": value for key, value in found.items() if key not in own}
     recipe = {key: value for key, value in columns.items() if key.startswith("model.")}
     return columns | ({"recipe": store.fingerprint_json(recipe)[:8]} if recipe else {})
 

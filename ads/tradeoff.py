@@ -319,7 +319,7 @@ def seed_interval(values, least=-1.0):
 
     values = np.asarray(values, float)
     error = values.std(-1, ddof=1) / values.shape[-1] ** 0.5
-    error = np.where(np.ptp(values, axis=-1) > 0, error, np.nan)  # 0 up to rounding is no spread
+    error = np.where(np.ptp(values, axis=-1) > 1e-9, error, np.nan)  # less is rounding
     low, high = stats.t.interval(0.95, values.shape[-1] - 1, values.mean(-1), error)
     return np.clip(low, least, 1.0), np.clip(high, least, 1.0)
 
@@ -645,7 +645,8 @@ def second_finding(matches):
     difference, *ends = in_points(other)
     return (
         f"By {RULES[other.rule]} answers, at a teacher accuracy of {100 * other.level:.3g} %: {shares}, "
-        f"a difference of {difference} points{bounds(other, ends)}.{doubt(other)}"
+        f"a difference of {difference} points{bounds(other, ends)}{f' {MARK}' if other.flags else ''}."
+        f"{doubt(other) if other.flags != best.flags else ''}"
     )
 
 
