@@ -115,7 +115,7 @@ DIAGNOSTICS = {
 }  # fmt: skip
 
 
-def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N):
+def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N, inputs=()):
     write_traces(exp_dir, "clean", 0.91, 0.9, data_split=f"{dataset}_holdout")
     cfg = GradConfig(
         exp_dir=str(exp_dir), proxy_student=PROXY, holdout_traces=f"{exp_dir}/traces/clean.parquet"
@@ -123,7 +123,13 @@ def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N):
     stats = {"n": 2242, "num_left_out": 0, "loss": 0.412345, "grad_norm": 7.412345, "num_response_tokens": 9}
     norms = {"lm_head.weight": 1.0} | {f"model.layers.{i}.mlp.up_proj.weight": 0.9**i for i in range(12)}
     store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms, diagnostics=DIAGNOSTICS)
-    base = {"is_teacher": False, "teacher": STUDENT, "data_split": f"{dataset}_test", "n": n}
+    base = {
+        "is_teacher": False,
+        "teacher": STUDENT,
+        "data_split": f"{dataset}_test",
+        "n": n,
+        "inputs": inputs,
+    }
     write_traces(exp_dir, "base", *baseline, few_shot=4, few_shot_traces="clean.parquet", **base)
 
 
