@@ -63,16 +63,12 @@ NUMBERS = {  # heading in the table: column of results.csv
     "loss": "model_holdout_loss",
 }
 ONE_STEP = "train_one_step_change"
-LEGEND = (
-    """\
+LEGEND = f"""\
 forced, raw: accuracy on the n test problems with and without answer forcing
-[low, high]: 95 % Wilson interval of one run; """
-    + ONE_SEED
-    + """
+[low, high]: 95 % Wilson interval of one run; {ONE_SEED}
 t.fin, s.fin: share of the teacher's and the student's test traces that finished
 nll, tokens: of the training traces, mean nats/token under the unadjusted teacher and median length
 loss: the student's on the holdout traces after training, nats/token"""
-)
 ONE_STEP_LEGEND = (
     "step: change of the proxy's holdout loss after one SGD step on the training traces, nats/token"
 )
@@ -217,21 +213,17 @@ def settings_of(sidecar, cls):
     """
     known = {field.name for field in dataclasses.fields(cls)}
     config = cls(**{key: value for key, value in sidecar["config"].items() if key in known})
-    resolved = {
-        key: sidecar[f"resolved_{key}"] for key in ("dtype", "proxy_dtype") if f"resolved_{key}" in sidecar
-    }
-    values = to_dict(config) | sidecar["config"] | resolved
+    dtypes = {key: sidecar.get(f"resolved_{key}") for key in ("dtype", "proxy_dtype")}
+    values = to_dict(config) | sidecar["config"] | {key: value for key, value in dtypes.items() if value}
     left_out = ignored_keys(config) | NO_SETTING[cls]
     return {key: plain(value) for key, value in values.items() if key not in left_out}
 
 
 def plain(value):
     """A setting as a number or short text."""
-    return (
-        value
-        if isinstance(value, bool | int | float)
-        else short_name("null" if value is None else str(value))
-    )
+    if isinstance(value, bool | int | float):
+        return value
+    return "null" if value is None else short_name(str(value))
 
 
 def data_name(trace):
@@ -295,22 +287,21 @@ def in_order(points):
 def points_of(experiment):
     """Training traces joined with their model, its test and the teacher's test, as far as these exist."""
     tests, students = select(experiment, True, "test"), select(experiment, False, "test")
-    pairs = [(traces_behind(experiment, model), name) for name, model in experiment.models.items()]
+    models = experiment.models.items()
     pairs = [
-        (train, name)
-        for train, name in pairs
-        if train and not traces_changed(experiment, experiment.models[name])
+        (traces_behind(experiment, model), name)
+        for name, model in models
+        if not traces_changed(experiment, model)
     ]
+    pairs = [(train, name) for train, name in pairs if train]
     used = [train for train, _ in pairs]
     pairs += [(train, None) for train in select(experiment, True, "train") if train not in used]
     students = [student for student in students if not model_changed(experiment, student)]
     gradient = next(iter(experiment.gradients.values()), None)
     points, shown = [], []
     for train, name in pairs:
-        model, same_point = (
-            experiment.models.get(name),
-            [t for t in tests if sampled_from(t) == sampled_from(train)],
-        )
+        model = experiment.models.get(name)
+        same_point = [test for test in tests if sampled_from(test) == sampled_from(train)]
         for student in [s for s in students if name and model_behind(experiment, s) == name] or [None]:
             same = [t for t in same_point if student is None or data_name(t) == data_name(student)]
             points += [
@@ -411,15 +402,8 @@ def table(points):
     """Header and lines of cells; a setting has a column only where points differ in it."""
     settings = ["tau", "lam", *differing(points)]
     accuracies = [(who, rule) for who in ("teacher", "student") for rule in RULES]
-    lines = [
-        [
-            "arm",
-            *map(show_name, settings),
-            "n",
-            *(f"{who} {RULES[rule]}" for who, rule in accuracies),
-            *NUMBERS,
-        ]
-    ]
+    lines = [["arm", *map(show_name, settings), "n", *(f"{who} {RULES[rule]}" for who, rule in accuracies)]]
+    lines[0] += NUMBERS
     lines[0] += ["step"] if has_one_step(points) else []
     for row in points:
         cells = [row["arm"], *(show_setting(row.get(key)) for key in settings), show_sizes([row], "/")]
@@ -509,6 +493,9 @@ def doubts(experiment):
         if num := stats.get("num_prompts_too_long"):
             yield "problems left out, prompts too long", num, f"{name} {num}"
     for name, gradient in experiment.gradients.items():
+        for trace_name, trace in experiment.traces.items():
+            if trace["config"]["lam"] and has_changed(trace, "gradient", gradient, f"{name}.safetensors"):
+                yield f"traces of another gradient than the one that {name} describes", 0, trace_name
         found, eps = gradient.get("diagnostics"), gradient["config"].get("eps", 0)
         if found and (correlation := delta_table.used(found, eps)["correlation"]) < LEAST_CORRELATION:
             kind = f"Delta a poor one, correlation with the exact one below {LEAST_CORRELATION}"
@@ -520,11 +507,8 @@ def doubts(experiment):
             yield "models left out, their training traces have changed since", 0, name
     for student in select(experiment, False, "test"):
         if model_changed(experiment, student):
-            yield (
-                "student tests left out, the models have changed since",
-                0,
-                model_behind(experiment, student),
-            )
+            name = model_behind(experiment, student)
+            yield "student tests left out, the models have changed since", 0, name
     for name in {model_behind(experiment, s) for s in select(experiment, False, "test")}:
         if name and name not in experiment.models:
             yield "student tests left out, the sidecars of the models are not here", 0, name
@@ -636,7 +620,7 @@ def read_answers(stage):
 
 def is_demo(experiments):
     """Whether anything was made with the models that are part of this repository, as they are now."""
-    shipped = {store.fingerprint_model(str(path)) for path in DEMO_MODELS.iterdir()}
+    shipped = {store.fingerprint_model(str(path.parent)) for path in DEMO_MODELS.glob("*/config.json")}
     read = [sidecar.get("inputs") or {} for e in experiments for sidecar in sidecars_of(e)]
     return any(shipped & {str(inputs.get(name)) for name in ("teacher", "student")} for inputs in read)
 

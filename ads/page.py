@@ -202,17 +202,17 @@ def matched_table(matches):
 
 def matched_line(match):
     students = [show_percent(share, 2) for share in (match.temperature, match.student)]
-    difference, interval = "-", match.note
+    difference, below = "-", [match.note]
     if match.difference is not None:
         difference, *ends = [number.replace("-", "\N{MINUS SIGN}") for number in tradeoff.in_points(match)]
         difference = f"<strong>{difference}</strong>{f' {tradeoff.MARK}' if match.flags else ''}"
         if ends:
-            interval = f"[{f',{NBSP}'.join(ends)}] {tradeoff.interval_kind(match.num_seeds)}"
+            below = [f"[{f',{NBSP}'.join(ends)}]", tradeoff.interval_kind(match.num_seeds)]
     cells = (
         f"{show_percent(match.level)}<br>{small(tradeoff.show_seeds(match))}",
         escape(match.name),
         f"{track(match)}{small(f',{NBSP}'.join(students))}",
-        f"{difference}<br>{small(interval)}",
+        "<br>".join([difference, *map(small, below)]),
     )
     kinds = ("", ' class="left"', ' class="left"', "")
     line = f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"

@@ -197,6 +197,8 @@ def mean_row(rows):
     row = dict(rows[0])
     for key in dict.fromkeys(key for row in rows for key in row):
         values = [row[key] for row in rows if is_number(row.get(key))]
+        if key.endswith("_accuracy"):
+            values = [value for value in values if 0 <= value <= 1]
         if len(set(values)) > 1:
             row[key] = min(values) if key.endswith("_n") else float(np.mean(values))
         elif values:
@@ -521,6 +523,8 @@ def flags_of(match, sides, measured):
     texts = []
     if len(paired) < len(measured):
         texts.append(f"{len(paired)} of {len(measured)} seeds reach this teacher accuracy on both curves")
+    if (num := len({seed for seed, *_ in paired})) < len(paired):
+        texts.append(f"students of {len(paired)} seeds, traces of {num}")
     for side, name in zip(sides, ("temperature", match.name), strict=True):
         found = {}
         for key in paired:
@@ -706,7 +710,7 @@ def explain_no_finding(curves):
     if not any(curve.arm == "ADS" for _, curve in pair_up(curves)):
         rows = [c.points[0].row for c in curves if c.arm in ("temperature", "ADS")]
         names = [key for key in differing(rows) if key not in SEEDS and not concerns_delta(key)]
-        what = ", ".join(map(show_name, names))
+        what = ", ".join(map(show_name, names)) or "what one of them does not name"
         return f"The temperature and the ADS curve differ in {what}: nothing is compared."
     return "The temperature and the ADS curve have no teacher accuracy in common: nothing is compared."
 

@@ -245,6 +245,20 @@ def test_what_was_made_from_something_that_has_changed_since_is_left_out_and_sai
     ]
 
 
+def test_traces_of_another_gradient_than_the_one_described_are_named(tmp_path):
+    write_stage_1_and_2(tmp_path)
+    path = tmp_path / "student_grads.yaml"
+    store.write_text(
+        path, path.read_text().replace("outputs: {}", "outputs: {student_grads.safetensors: '01'}")
+    )
+    for name, gradient in (("a", "01"), ("b", "23")):
+        more = {"grad_path": "g", "proxy_student": PROXY, "inputs": {"gradient": gradient}}
+        write_traces(tmp_path, name, 0.7, 0.6, lam=0.02, data_split="gsm8k_train", **more)
+    assert warnings_of(tmp_path) == [
+        "WARNING: traces of another gradient than the one that student_grads describes: b"
+    ]
+
+
 # Points that are there twice, and accuracies that are none
 
 
@@ -279,6 +293,16 @@ def test_points_measured_twice_are_pooled_named_and_flagged(tmp_path, capsys):
             (row["student_af_accuracy"], row["flags"]) for row in csv.DictReader(file) if row["lam"] == "0.03"
         ]
     assert sorted(flags) == [("0.25", POOLED), ("0.29", POOLED)]
+
+
+def test_a_copy_whose_accuracy_is_none_is_not_pooled(tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    write_copy_of_ads(exp_dir)
+    for value in (math.nan, 8.4):
+        edit(exp_dir / "traces" / "e.yaml", af__accuracy=value)
+        (ads,) = [curve for curve in curves_of(exp_dir) if curve.arm == "ADS"]
+        assert [point.row["student_af_accuracy"] for point in ads.points] == [0.49, 0.25]
+        assert f"ADS {NO_SHARE}: \N{GREEK SMALL LETTER LAMDA} 0.03" in forced(matches_of(exp_dir)).flags
 
 
 def test_a_teacher_tested_twice_is_pooled_too(tmp_path):
@@ -366,7 +390,7 @@ def test_an_interval_says_what_it_stands_on_wherever_it_is(tmp_path, capsys):
         assert text.count(f"({kind})") == len(lines) + 2
         markup = (folder / "report.html").read_text()
         shown = page.escape(kind)
-        assert markup.count(f"({shown})") == 2 and markup.count(f"] {shown}</span>") == len(lines)
+        assert markup.count(f"({shown})") == 2 and markup.count(f">{shown}</span>") == len(lines)
         with (folder / "comparisons.csv").open(newline="") as file:
             kinds = {row["interval"] for row in csv.DictReader(file)}
         assert kinds == {kind if len(folders) > 1 else f"problem bootstrap, {kind}"}
@@ -391,6 +415,16 @@ def test_seeds_that_do_not_reach_a_level_are_counted(tmp_path):
     match = forced(matches_of(tmp_path, levels=(0.76,)))
     assert match.num_seeds == 2
     assert match.flags[0] == "2 of 3 seeds reach this teacher accuracy on both curves"
+
+
+def test_seeds_of_the_students_alone_are_no_seeds_of_the_experiment(tmp_path):
+    """They share traces and teachers: an interval over them knows nothing of how those differ."""
+    exp_dir = write_both_arms(tmp_path / "x")
+    for i, share in enumerate((0.25, 0.55, 0.49, 0.61), start=1):
+        write_model(exp_dir, f"other{i}", f"a{i}", seed=7)
+        write_student_test(exp_dir, f"test{i}", f"other{i}", share + 0.01 * i, 0.2)
+    match = forced(matches_of(exp_dir))
+    assert match.num_seeds == 2 and match.flags[0] == "students of 2 seeds, traces of 1"
 
 
 # What is said of the demo
