@@ -237,7 +237,11 @@ class TrainConfig:
         """Folders that a finished stage no longer needs."""
         return [] if self.keep_checkpoints else sorted(self.model_path.glob("checkpoint-*"))
 
-    idle_keys = frozenset()
+    @property
+    def idle_keys(self):
+        """Keys without effect under these settings."""
+        without_lora = set() if self.lora else {"lora_r", "lora_alpha", "lora_dropout"}
+        return without_lora | (set() if self.do_eval else {"eval_epochs"})
 
     def check(self):
         check_name("model_name", self.model_name)

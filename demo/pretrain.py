@@ -4,8 +4,9 @@
     python demo/pretrain.py out=/tmp/models seed=1 scale=0.01    # a hundredth of the steps
 
 The teacher is trained on worked problems, then to recover from a corrupted trace: large reasoning models can,
-and antidistillation relies on it. Proxy and student know how traces go, but their arithmetic is unreliable,
-and mostly they answer without working. One process of one thread per model, up to the number of cores.
+and antidistillation relies on it. Proxy and student are pretrained on worked problems with a fifth of the
+results wrong, and then mostly on answers without working: that is how they answer until they are taught, or
+told, to begin otherwise (demo/notes.txt). One process of one thread per model, up to the number of cores.
 Interrupted, it goes on from its last checkpoint (OUT/unfinished).
 """
 

@@ -10,8 +10,10 @@ import torch
 from conftest import ROOT, run_script
 
 import utils
-from ads import arithmetic, chat, store
-from ads.models import load_model
+from ads import arithmetic, chat, grading, store
+from ads.engine import Models, Request, generate
+from ads.models import CachedModel, load_model
+from ads.sampling import Sampling
 
 sys.path.insert(0, str(ROOT / "demo"))
 import pretrain
@@ -50,12 +52,33 @@ def test_tokenizers_know_every_word_and_bring_text_back(name):
     assert tokenizer.unk_token_id not in chat.encode(tokenizer, chat.FORCE_TEXT)
 
 
-def test_the_teacher_knows_how_and_the_student_does_not_yet():
+def test_the_teacher_works_problems_out_and_the_student_answers_without_working():
     reached = {}
     for name in ("teacher", "student"):
         tokenizer = chat.load_tokenizer(str(MODELS / name))
         reached[name] = pretrain.evaluate(load_model(str(MODELS / name), "float32", "cpu"), tokenizer, seed=3)
     assert reached["teacher"]["tau 0"] > 0.97 and reached["student"]["tau 0"] < 0.2
+
+
+@pytest.mark.parametrize("words", ["start", "start with"])
+def test_the_student_works_problems_out_once_it_is_made_to_begin_so(words):
+    """It was said that the student's arithmetic could not be relied on; what it lacks is how to begin."""
+    assert reached_after("") < 0.1 and reached_after(words) > 0.9
+
+
+def reached_after(words, num_problems=100):
+    """Share of the test problems that the student solves, greedily, after words that it is made to say."""
+    tokenizer = chat.load_tokenizer(str(MODELS / "student"))
+    rows = arithmetic.generate("test", seed=1, count=num_problems)
+    said = chat.encode(tokenizer, words) if words else []
+    requests = [Request(row["id"], chat.prompt_ids(tokenizer, row["problem"]) + said, 120) for row in rows]
+    student = CachedModel(load_model(str(MODELS / "student"), "float32", "cpu"))
+    allowed_V = torch.ones(len(tokenizer), dtype=torch.bool)
+    models = Models(student, None, allowed_V, frozenset([tokenizer.eos_token_id]))
+    solutions = {row["id"]: row["solution"] for row in rows}
+    completions = list(generate(models, Sampling(0.0), 0, requests, num_problems))
+    texts = {c.id: chat.response_text(tokenizer, c.ids, models.eos) for c in completions}
+    return sum(grading.grade(text, solutions[i]).correct for i, text in texts.items()) / num_problems
 
 
 def test_no_document_holds_a_computation_of_the_experiment():
