@@ -194,6 +194,7 @@ def test_an_environment_of_another_python_is_not_taken_away(project):
     """Only what cannot run is made anew."""
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / ".venv" / "bin" / "activate").touch()
+    (project / ".venv" / "pyvenv.cfg").touch()
     (project / ".venv" / "bin" / "python").write_text('#!/bin/sh\n[ "$2" = "" ]\n')
     (project / ".venv" / "bin" / "python").chmod(0o755)
     result = set_up(project, check=False)
