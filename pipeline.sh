@@ -12,7 +12,7 @@ fail() {
   exit 2
 }
 
-[[ -n "${EXP_DIR-unset}" ]] || fail "EXP_DIR is empty: give a folder, or unset it for runs/gsm8k"
+[[ -n "${EXP_DIR-unset}" ]] || fail "EXP_DIR is empty: give a folder, or unset it for the default one"
 EXP_DIR="${EXP_DIR:-runs/gsm8k}"
 case "$EXP_DIR" in
   -*) EXP_DIR="./$EXP_DIR" ;; # no option of some command

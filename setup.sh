@@ -33,8 +33,10 @@ one_at_a_time() {
 }
 
 make_environment() {
-  # `python -m venv` writes bin/activate last: without it a Ctrl-C came between
-  if [[ -e "$prefix" ]] && ! { [[ -f "$prefix/bin/activate" ]] && "$prefix/bin/python" -c ""; } 2>/dev/null; then
+  # `python -m venv` writes bin/activate last, without which a Ctrl-C came between; without pyvenv.cfg its python
+  # would install into the system's
+  if [[ -e "$prefix" ]] && ! { [[ -f "$prefix/pyvenv.cfg" && -f "$prefix/bin/activate" ]] &&
+    "$prefix/bin/python" -c ""; } 2>/dev/null; then
     echo "setup.sh: $prefix is not complete: making it anew" >&2
     rm -rf "$prefix"
   fi

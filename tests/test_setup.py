@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import shutil
@@ -36,6 +37,11 @@ from pathlib import Path
 def build_editable(folder, config_settings=None, metadata_directory=None):
     return write_wheel(folder, "tiny", "1.0", "Requires-Dist: needed")
 """
+
+
+with_ensurepip = pytest.mark.skipif(
+    importlib.util.find_spec("ensurepip") is None, reason="this Python makes no environment with pip"
+)
 
 
 def write_wheel(folder, name, version, *headers):
@@ -122,6 +128,7 @@ def uv(tmp_path_factory):
     return folder
 
 
+@with_ensurepip
 def test_an_environment_left_half_made_by_ctrl_c_is_made_anew_and_filled_by_pip(project):
     """It once had a python without pip, which every later run took for an environment."""
     making = subprocess.Popen(
@@ -151,7 +158,7 @@ def test_an_environment_made_by_uv_is_filled_by_uv(project, uv, tmp_path):
     assert not (project / ".venv").exists()
 
 
-@pytest.mark.parametrize("with_uv", (True, pytest.param(False, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("with_uv", (True, pytest.param(False, marks=[pytest.mark.slow, with_ensurepip])))
 def test_an_environment_without_pip_is_filled_by_uv_or_gets_pip(project, tmp_path, request, with_uv):
     on_path = [request.getfixturevalue("uv")] if with_uv else []
     venv.create(tmp_path / "bare", symlinks=True)
@@ -160,6 +167,7 @@ def test_an_environment_without_pip_is_filled_by_uv_or_gets_pip(project, tmp_pat
 
 
 @pytest.mark.slow
+@with_ensurepip
 def test_an_environment_with_pip_is_filled_by_pip_whatever_is_on_path(project, uv, tmp_path):
     """pip may be set up for indexes of which uv knows nothing."""
     venv.create(tmp_path / "mine", symlinks=True, with_pip=True)
@@ -194,6 +202,7 @@ def test_an_environment_of_another_python_is_not_taken_away(project):
     """Only what cannot run is made anew."""
     (project / ".venv" / "bin").mkdir(parents=True)
     (project / ".venv" / "bin" / "activate").touch()
+    (project / ".venv" / "pyvenv.cfg").touch()
     (project / ".venv" / "bin" / "python").write_text('#!/bin/sh\n[ "$2" = "" ]\n')
     (project / ".venv" / "bin" / "python").chmod(0o755)
     result = set_up(project, check=False)
