@@ -560,8 +560,20 @@ def read(text: str):
         return None
     # no units: math-verify's make 5t equal 5
     rules = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-    text = normalize_latex(text, rules)
+    latex = normalize_latex(text, rules)
     try:
-        return latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None)
+        value = latex2sympy(latex, is_real=not should_treat_as_complex(latex), normalization_config=None)
+        return as_union(value) if re.search(r"\bor\b", text) else value
     except Exception:  # its parser raises Exception itself
         return None
+
+
+def as_union(value):
+    """Return the set that a list of inequalities stands for, 'x < 2 or x > 3'; all else as it is."""
+    from math_verify.grader import is_equation, is_relation
+    from sympy import FiniteSet, Union
+
+    is_list = isinstance(value, FiniteSet) and all(
+        is_relation(part) and not is_equation(part) for part in value
+    )
+    return Union(*(part.as_set() for part in value)) if is_list else value
