@@ -34,7 +34,7 @@ _LOWERED = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088
 _ROOT = re.compile("\u221a\\s*(?:(\\d+(?:\\.\\d+)?|[A-Za-z])|\\(([^()]*)\\)|\\{([^{}]*)\\})")
 _CURRENCY = r"\\?\$|[\u20ac\u00a3\u00a5\u20b9]|\\(?:euro|pounds|texteuro|yen)(?![A-Za-z])"
 
-# in 11,\! 111 and 1\,234 and 1{,}234; an ordinary space stays, as "1 2" is not 12
+# in 11,\! 111 and 1\,234 and 1{,}234; an ordinary space stays, as "1 2" is not 12, but in 12 345
 _IN_NUMBER = re.compile(
     r",\s*\\!\s*(?=\d)|\{,\}\s*(?=\d{3})|(?<=\d)(?:\\,|\\;|\\ |~|[\u202f\u2009])(?=\d{3}(?!\d))"
 )
@@ -62,6 +62,7 @@ _GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _ONE_ARGUMENT = re.compile(r"\\(frac|binom)\s*(\\[A-Za-z]+|[^\s{}\\])|\\(sqrt)\s*([^\s{}\\\[])")
 _SECOND_ARGUMENT = re.compile(rf"(\\(?:frac|binom)\s*{_GROUP})\s*(\\[A-Za-z]+|[^\s{{}}\\])")
 
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/,]| ?[\d/])")
 _MIXED = re.compile(r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])")
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _GROUPED_DIGITS = re.compile(rf"(?<!\\)\{{({_WHOLE})\}}")
@@ -80,6 +81,7 @@ def normalize(answer: str) -> str:
     text = _TEXT_MACRO.sub(r" \1 ", _TEXT_MACRO.sub(r" \1 ", text))
     text = _SECOND_ARGUMENT.sub(r"\1{\2}", _ONE_ARGUMENT.sub(r"\\\1\3{\2\4}", text))
     text = _GROUPED_DIGITS.sub(lambda found: f"{{{found[1].replace(',', '')}}}", text)
+    text = _SPACED_THOUSANDS.sub(lambda found: found[0].replace(" ", ""), text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", re.sub(r"\^(\d{2,})", r"^{\1}", text))
     text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", " ".join(text.split()).rstrip(".,; "))
     return drop_rounding(drop_label(text).strip())
@@ -370,7 +372,7 @@ _WORDS = re.compile(r"[A-Za-z]{4,}|^[A-Za-z]{3,}$|^[A-Z]{2,}$")
 _PROSE = re.compile(r"(?i)[a-z]{3,}|(?<![a-z])(?:is|it|so|we|he|of|to|in|at|by|as|be)(?![a-z])|[?!]$")
 # what latex2sympy leaves out without a word: quotes, dots, a base, what follows an approximate sign; and a
 # space between digits, for which it adds them up
-_UNREAD = re.compile(r"['\"]|\\l?dots|[\d)}]\s*_|\\approx|\d\s+\d")
+_UNREAD = re.compile(r"['\"]|\\l?dots|[\d)}]\s*_|\\approx|(?<!_)\d\s+\d")
 # 9^{9^9}, 10^{1000000}, 1000000!, 9!!: sympy would fill gigabytes with one number, in C, where an alarm waits
 _GIANT = re.compile(r"\^[\s{(-]*(?:\d{6,}|\d+\s*(?:!|\^[\s{(-]*\d))|\d{6,}\s*!|![\s)}]*!")
 
@@ -558,8 +560,20 @@ def read(text: str):
         return None
     # no units: math-verify's make 5t equal 5
     rules = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
-    text = normalize_latex(text, rules)
+    latex = normalize_latex(text, rules)
     try:
-        return latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None)
+        value = latex2sympy(latex, is_real=not should_treat_as_complex(latex), normalization_config=None)
+        return as_union(value) if re.search(r"\bor\b", text) else value
     except Exception:  # its parser raises Exception itself
         return None
+
+
+def as_union(value):
+    """Return the set that a list of inequalities stands for, 'x < 2 or x > 3'; all else as it is."""
+    from math_verify.grader import is_equation, is_relation
+    from sympy import FiniteSet, Union
+
+    is_list = isinstance(value, FiniteSet) and all(
+        is_relation(part) and not is_equation(part) for part in value
+    )
+    return Union(*(part.as_set() for part in value)) if is_list else value

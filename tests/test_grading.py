@@ -327,6 +327,8 @@ EQUAL = [
     ("2*sqrt(3)", r"2\sqrt{3}"),
     (r"\frac\pi4", r"\frac{\pi}{4}"),
     ("2^10", "1024"),
+    (r"\log_2 8", "3"),
+    ("12 345", "12345"),
     ("x\u00b2 \u2212 1", "x^2-1"),
     (r"\langle 1, 2 \rangle", "(1,2)"),
     (r"\lbrace 1, 2 \rbrace", r"\{2,1\}"),
@@ -340,6 +342,8 @@ EQUAL = [
     # sets of numbers
     ("2 \u2264 x < 5", "[2,5)"),
     (r"x \ne 2", r"(-\infty,2)\cup(2,\infty)"),
+    (r"x<2 \text{ or } x>3", r"(-\infty,2)\cup(3,\infty)"),
+    (r"x>3 \text{ or } 0 \le x < 2", r"[0,2)\cup(3,\infty)"),
     (r"(3,\infty) \cup (-\infty,2)", r"(-\infty,2)\cup(3,\infty)"),
 ]
 # and not the same
@@ -398,6 +402,8 @@ UNEQUAL = [
     (r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
     (r"(-\infty,2)\cap(1,\infty)", r"(-\infty,2)\cup(1,\infty)"),
     (r"x \le 3", r"(-\infty,3)"),
+    (r"x<2 \text{ or } x \ge 3", r"(-\infty,2)\cup(3,\infty)"),
+    (r"x>2 \text{ and } x<5", r"(-\infty,5)\cup(2,\infty)"),
     # expressions
     ("x^2+5x+4", "q^2+5q+4"),
     (r"\sqrt[3]{2}", r"\sqrt{2}"),
