@@ -163,7 +163,9 @@ def load_experiment(path):
 def load_sidecar(path, config_keys):
     """A sidecar; ValueError if the file is none or its config lacks a key."""
     sidecar = store.read_yaml(path)
-    if not all(isinstance(sidecar.get(part), dict) for part in ("config", "stats")):
+    parts = [sidecar.get(part) for part in ("config", "stats")]
+    parts += [sidecar.get(part) or {} for part in ("inputs", "outputs")]  # old ones have none
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not a sidecar (no config, no stats): move it elsewhere")
     if missing := [key for key in config_keys if key not in sidecar["config"]]:
         raise ValueError(f"{path}: config has no {', '.join(missing)}: delete it to redo the stage")
@@ -200,7 +202,7 @@ def sampled_from(trace):
 def files_of(sidecar, *names):
     """{input: fingerprint} of what a stage was made from; old sidecars lack some."""
     found = sidecar.get("inputs") or {}
-    return {f"{name}{tradeoff.FILES}": found[name] for name in names if found.get(name)}
+    return {f"{name}{tradeoff.FILES}": plain(found[name]) for name in names if found.get(name)}
 
 
 def settings_of(sidecar, cls):
