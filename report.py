@@ -91,6 +91,7 @@ def main(arguments):
     rows = [point.row for point in points]
     notes = [*baseline_lines(baselines), *gradient_lines(experiments), *warning_lines(experiments, points)]
     curves = tradeoff.make_curves(points)
+    notes += unpaired_lines(curves)
     matches = compare_arms(curves, levels)
     print0(*text_table(rows), *notes, *map(tradeoff.show_match, matches), sep="\n")
     finding = tradeoff.finding(curves, matches)
@@ -476,6 +477,16 @@ def point_doubts(points):
     for point in points:
         for _, test in tradeoff.lost_shares(point.row):
             yield tradeoff.NO_SHARE, 0, f"{point_name(point.row)} ({test})"
+
+
+def unpaired_lines(curves):
+    """What to say of curves that have nothing to be compared with, where others have."""
+    arms, paired = {curve.arm for curve in curves}, [curve for _, curve in tradeoff.pair_up(curves)]
+    alone = [curve for curve in curves if curve.arm != "temperature" and curve not in paired]
+    if not alone or "temperature" not in arms:
+        return []
+    labels = "; ".join(curve.label for curve in alone)
+    return [f"WARNING: not compared, no temperature curve shares the settings: {labels}"]
 
 
 def doubts(experiment):

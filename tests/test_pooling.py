@@ -203,6 +203,9 @@ def test_arms_whose_students_are_unlike_are_not_compared_and_the_reason_is_said(
         path = exp_dir / "models" / f"{name}.yaml"
         store.write_text(path, path.read_text().replace("lr: 0.0005", "lr: 0.001"))
     assert matches_of(exp_dir) == []
+    (line,) = report.unpaired_lines(curves_of(exp_dir))
+    assert line.startswith("WARNING: not compared, no temperature curve shares the settings: ADS, ")
+    assert line.endswith(", lr 0.0005")
     finding = tradeoff.finding(curves_of(exp_dir), [])
     assert finding == "The temperature and the ADS curve differ in lr: nothing is compared."
 
