@@ -91,6 +91,7 @@ def main(arguments):
     rows = [point.row for point in points]
     notes = [*baseline_lines(baselines), *gradient_lines(experiments), *warning_lines(experiments, points)]
     curves = tradeoff.make_curves(points)
+    notes += unpaired_lines(curves)
     matches = compare_arms(curves, levels)
     print0(*text_table(rows), *notes, *map(tradeoff.show_match, matches), sep="\n")
     finding = tradeoff.finding(curves, matches)
@@ -165,7 +166,9 @@ def load_experiment(path):
 def load_sidecar(path, config_keys):
     """A sidecar; ValueError if the file is none or its config lacks a key."""
     sidecar = store.read_yaml(path)
-    if not all(isinstance(sidecar.get(part), dict) for part in ("config", "stats")):
+    parts = [sidecar.get(part) for part in ("config", "stats")]
+    parts += [sidecar.get(part) or {} for part in ("inputs", "outputs")]  # old ones have none
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not a sidecar (no config, no stats): move it elsewhere")
     if missing := [key for key in config_keys if key not in sidecar["config"]]:
         raise ValueError(f"{path}: config has no {', '.join(missing)}: delete it to redo the stage")
@@ -202,7 +205,7 @@ def sampled_from(trace):
 def files_of(sidecar, *names):
     """{input: fingerprint} of what a stage was made from; old sidecars lack some."""
     found = sidecar.get("inputs") or {}
-    return {f"{name}{tradeoff.FILES}": found[name] for name in names if found.get(name)}
+    return {f"{name}{tradeoff.FILES}": plain(found[name]) for name in names if found.get(name)}
 
 
 def settings_of(sidecar, cls):
@@ -476,6 +479,16 @@ def point_doubts(points):
     for point in points:
         for _, test in tradeoff.lost_shares(point.row):
             yield tradeoff.NO_SHARE, 0, f"{point_name(point.row)} ({test})"
+
+
+def unpaired_lines(curves):
+    """What to say of curves that have nothing to be compared with, where others have."""
+    arms, paired = {curve.arm for curve in curves}, [curve for _, curve in tradeoff.pair_up(curves)]
+    alone = [curve for curve in curves if curve.arm != "temperature" and curve not in paired]
+    if not alone or "temperature" not in arms:
+        return []
+    labels = "; ".join(curve.label for curve in alone)
+    return [f"WARNING: not compared, no temperature curve shares the settings: {labels}"]
 
 
 def doubts(experiment):

@@ -203,6 +203,9 @@ def test_arms_whose_students_are_unlike_are_not_compared_and_the_reason_is_said(
         path = exp_dir / "models" / f"{name}.yaml"
         store.write_text(path, path.read_text().replace("lr: 0.0005", "lr: 0.001"))
     assert matches_of(exp_dir) == []
+    (line,) = report.unpaired_lines(curves_of(exp_dir))
+    assert line.startswith("WARNING: not compared, no temperature curve shares the settings: ADS, ")
+    assert line.endswith(", lr 0.0005")
     finding = tradeoff.finding(curves_of(exp_dir), [])
     assert finding == "The temperature and the ADS curve differ in lr: nothing is compared."
 
@@ -324,18 +327,18 @@ def test_copies_count_as_one_seed(tmp_path):
     assert len(rows) == 2 and tradeoff.pooled(rows, "student_af")[0] == pytest.approx((0.4 + 0.65) / 2)
 
 
-BAD = [
-    ({"af__accuracy": math.nan}, "forced nan"),
-    ({"af__accuracy": math.inf}, "forced inf"),
-    ({"af__accuracy": 8.4}, "forced 8.4"),
-    ({"af__accuracy": "high"}, "forced high"),
-    ({"af__accuracy": None}, "forced missing"),
-    ({"n": 0}, "forced 0.7"),
-]
-
-
-@pytest.mark.parametrize("stats,wanted", BAD)
-@pytest.mark.parametrize("who,stage", [("teacher", "d"), ("student", "c")])
+@pytest.mark.parametrize(
+    "who,stage,stats,wanted",
+    [
+        ("teacher", "d", {"af__accuracy": math.nan}, "forced nan"),
+        ("student", "c", {"af__accuracy": math.nan}, "forced nan"),
+        ("student", "c", {"af__accuracy": math.inf}, "forced inf"),
+        ("student", "c", {"af__accuracy": 8.4}, "forced 8.4"),
+        ("student", "c", {"af__accuracy": "high"}, "forced high"),
+        ("teacher", "d", {"af__accuracy": None}, "forced missing"),
+        ("teacher", "d", {"n": 0}, "forced 0.7"),
+    ],
+)
 def test_an_accuracy_that_is_none_is_named_and_its_neighbours_count(tmp_path, who, stage, stats, wanted):
     """A NaN sorted to the end of the curve, and levels beside it were "not reached by both"."""
     exp_dir = write_both_arms(tmp_path / "x")
@@ -347,10 +350,6 @@ def test_an_accuracy_that_is_none_is_named_and_its_neighbours_count(tmp_path, wh
     name = "ADS, \N{GREEK SMALL LETTER TAU} 0.6, \N{GREEK SMALL LETTER LAMDA} 0.02, seed 42"
     (line,) = warnings_of(exp_dir)
     assert line.startswith(f"WARNING: {NO_SHARE}: ") and f"{name} ({who} {wanted})" in line
-    figure = draw(exp_dir)
-    assert all(
-        math.isfinite(v) for panel in drawn_points(figure) for curve in panel for xy in curve for v in xy
-    )
 
 
 def test_a_whole_report_with_numbers_that_are_none_says_so_and_is_written(tmp_path, capsys):
@@ -358,6 +357,10 @@ def test_a_whole_report_with_numbers_that_are_none_says_so_and_is_written(tmp_pa
     write_point(exp_dir, "5", 0.6, 0.02, (0.7, 0.6), (0.7, 0.3), more_stats={"teacher_nll": math.nan})
     edit(exp_dir / "traces" / "d5.yaml", af__accuracy=math.nan, raw__accuracy=math.nan)
     edit(exp_dir / "traces" / "base.yaml", af__accuracy=math.nan, finished=math.nan)
+    numbers = [
+        v for panel in drawn_points(draw(exp_dir)) for curve in panel for point in curve for v in point
+    ]
+    assert numbers and all(map(math.isfinite, numbers))
     report.main([str(exp_dir), "--at", "0.82"])
     output = capsys.readouterr().out
     assert f"WARNING: {NO_SHARE}: " in output and "finished share below 0.9: base nan" in output

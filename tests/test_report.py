@@ -236,6 +236,7 @@ def test_a_folder_that_is_not_there_and_one_without_sidecars(tmp_path):
     [
         ("hello: there\n", "traces/b.yaml is not a sidecar"),
         ("{", "traces/b.yaml is not readable YAML"),
+        ("config: {}\nstats: {}\ninputs: [1]\n", "traces/b.yaml is not a sidecar"),
         ("config: {exp_dir: x}\nstats: {}\n", "traces/b.yaml: config has no teacher, is_teacher, data_split"),
     ],
 )

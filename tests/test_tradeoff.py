@@ -152,7 +152,7 @@ def test_interval_over_seeds_holds_the_truth_as_often_as_it_says(num_seeds, rati
 def test_comparison_of_whole_curves_holds_the_truth_as_often_as_it_says(num_seeds, ratio):
     """The same through all that a report does: curves with noise in both directions, read off at a level."""
     rng = np.random.default_rng(num_seeds + 10 * ratio)
-    matches = [compare(noisy_curves(rng, num_seeds, ratio))[0] for _ in range(600)]
+    matches = [compare(noisy_curves(rng, num_seeds, ratio))[0] for _ in range(400)]
     assert {match.num_seeds for match in matches} == {num_seeds}
     assert np.mean([match.low <= 0.3 <= match.high for match in matches]) >= 0.93
 
