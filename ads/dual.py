@@ -94,6 +94,9 @@ class DualModel:
         if past_key_values is not None:
             past_key_values.double_placement(len(input_ids))
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "position_ids" not in inputs:  # the library's own would be one row, of no derivative
+            inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            inputs["position_ids"] = inputs["position_ids"].expand_as(input_ids)
         inputs = {name: twice(value) for name, value in inputs.items()}
         # forward-mode AD drops derivatives without a word in inference mode
         with torch.inference_mode(False), torch.no_grad():
@@ -152,6 +155,17 @@ def halves(x):
 def pair_of(weight):
     """(value, tangent) of a Weight."""
     return weight.as_subclass(torch.Tensor), dense(weight.tangent)
+
+
+def rows(x, first, last):
+    """Rows first..last-1 of a Dual."""
+    return torch.cat([half[first:last] for half in halves(x.as_subclass(torch.Tensor))]).as_subclass(Dual)
+
+
+def stack(duals):
+    """One Dual of the rows of several."""
+    pairs = [halves(x.as_subclass(torch.Tensor)) for x in duals]
+    return torch.cat([half for part in zip(*pairs, strict=True) for half in part]).as_subclass(Dual)
 
 
 def as_dual(result):

@@ -10,9 +10,10 @@ import sys
 import psutil
 import torch
 from safetensors import SafetensorError
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from ads import decoder
+from ads import decoder, dual
 from ads.cache import Pages, Placement, SlotCache, Slots
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
@@ -21,6 +22,8 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 PREFILL_TOKENS = 16384
 CPU_PREFILL_TOKENS = 512  # in float32; of 16 bits, twice as many in the same room
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+TRIED = 24  # tokens of a row that a model is tried with
+LOOKUPS = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather)
 
 
 def load_model(name, dtype, device, attn_implementation="auto"):
@@ -45,6 +48,36 @@ def load_model(name, dtype, device, attn_implementation="auto"):
             f"model {name!r} is not complete: {len(missing)} weights missing, such as {missing[0]}"
         )
     return model.to(device).eval()
+
+
+def describe(error):
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def is_out_of_memory(error):
+    """A CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+class CheckedLookups(TorchDispatchMode):
+    """A context in which an index beyond a table is an IndexError: a GPU would give up its process."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.overloadpacket in LOOKUPS:
+            table, where = arguments[0], arguments[1:]
+            if function.overloadpacket is torch.ops.aten.index:
+                places = enumerate(arguments[1])
+            elif function.overloadpacket is torch.ops.aten.embedding:
+                places = [(0, arguments[1])]
+            else:
+                places = [where]
+            for dim, ids in places:
+                if ids is not None and ids.dtype == torch.int64 and ids.numel():
+                    last, size = int(ids.max()), table.shape[dim]
+                    if last >= size:
+                        raise IndexError(f"position {last} of a table of {size}")
+        return function(*arguments, **(keywords or {}))
 
 
 def free_bytes(device):
@@ -78,7 +111,7 @@ def resolve_dtype(dtype, device):
 class CachedModel:
     """A causal language model with its slots. Returns next-token logits, never those of other positions."""
 
-    def __init__(self, model, make_cache=SlotCache):
+    def __init__(self, model, make_cache=SlotCache, may_fuse=True):
         self.model, self.make_cache = model, make_cache
         self.windows = attention_windows(model.config)
         self.cache = None
@@ -86,29 +119,117 @@ class CachedModel:
         self.dtype = model.get_input_embeddings().weight.dtype
         on_cpu = CPU_PREFILL_TOKENS * torch.float32.itemsize // self.dtype.itemsize
         self.prefill_tokens = on_cpu if self.device.type == "cpu" else PREFILL_TOKENS
-        self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
+        self.own_step = None
+        if may_fuse:
+            self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
+        self.num_tried = TRIED  # positions that rows are known to be decoded right within
         self.try_out()
         give_back_freed_memory()
 
     @torch.no_grad()
     def try_out(self):
-        """Find out what a position of the cache takes, and whether decoder.py's step is the library's."""
-        num_rows = self.model.get_input_embeddings().weight.shape[0]
-        ids = (torch.arange(24) * 7919 % num_rows).tolist()
-        self.allocate(2, 16)
-        self.prefill_group([ids[:14], ids[14:23]], 0)
-        self.bytes_per_position = self.cache.storage.bytes_per_position
+        """See that the cache changes nothing, on two rows of few tokens, one with a prompt in two chunks.
+
+        ValueError in one line where a row alone and without a cache has other logits, or the library fails.
+        What a position of the cache takes, and whether decoder.py's step is the library's, is found on the
+        way. The cost is that of about 100 tokens.
+        """
+        rows = self.tried_rows()
+        try:
+            found = self.decode_tried(rows)
+            wanted = self.alone(rows)
+        except Exception as error:  # whatever a family raises that is not made to be called like this
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(self.refusal(describe(error))) from error
+        if not self.bytes_per_position:
+            raise ValueError(self.refusal("it keeps no keys and values in the cache it is given"))
+        if not is_right(found, wanted):
+            raise ValueError(self.refusal("its logits with a cache are not those without"))
         if self.own_step is not None:
-            given = [ids[23], ids[0]], [14, 9]
-            given_2N = torch.tensor(given, device=self.device)
-            wanted = self.library_step(*given_2N, 14)
             try:
-                is_right = decoder.agrees(self.own_step(*given_2N, 14, self.cache), wanted)
+                may_stay = decoder.agrees(self.own_step(*self.last_tokens(rows), self.cache), found)
             except (TypeError, ValueError, LookupError, RuntimeError):
                 # modules of the same names that are called otherwise
-                is_right = False
-            self.own_step = self.own_step if is_right else None
+                may_stay = False
+            self.own_step = self.own_step if may_stay else None
         self.cache = None
+
+    def tried_rows(self):
+        """Two rows of ids, of TRIED and of fewer tokens."""
+        num_ids = self.model.get_input_embeddings().weight.shape[0]
+        ids = (torch.arange(TRIED + 9) * 7919 % num_ids).tolist()
+        return ids[:TRIED], ids[TRIED:]
+
+    def decode_tried(self, rows):
+        """Logits (2, V) after the rows: all but their last tokens are prompts."""
+        self.allocate(2, TRIED)
+        usual, self.prefill_tokens = self.prefill_tokens, TRIED  # for two rows, so in chunks of half of it
+        self.prefill_group([row[:-1] for row in rows], 0)
+        self.prefill_tokens = usual
+        self.bytes_per_position = self.cache.storage.bytes_per_position
+        return self.library_step(*self.last_tokens(rows))
+
+    def last_tokens(self, rows):
+        """The rows' last tokens, as `step` takes them."""
+        given = [row[-1] for row in rows], [len(row) - 1 for row in rows]
+        return *torch.tensor(given, device=self.device), max(given[1])
+
+    def alone(self, rows):
+        """Logits after each row (B, V), as the library computes them of one row without a cache."""
+        ids = [torch.tensor([row], device=self.device) for row in rows]
+        logits = [self.model(input_ids=i, use_cache=False).logits[:, -1] for i in ids]
+        return dual.stack(logits) if isinstance(logits[0], dual.Dual) else torch.cat(logits)
+
+    @torch.no_grad()
+    def try_length(self, num_positions):
+        """ValueError where rows of so many tokens would be decoded wrong, with how many would not.
+
+        There are tables of positions, and angles and windows that follow the longest row of a batch. Tried
+        with a row of few tokens beside one that is as long and empty, so the cost is that of few tokens and
+        of a cache for two rows.
+        """
+        if num_positions <= self.num_tried:
+            return
+        if reason := self.flaw_at(num_positions):
+            fitting, failing = self.num_tried, num_positions
+            while failing - fitting > 1:
+                middle = (fitting + failing) // 2
+                is_flawed = self.flaw_at(middle)
+                fitting, failing = (fitting, middle) if is_flawed else (middle, failing)
+            raise ValueError(
+                f"rows may come to {num_positions} tokens, but model type {self.model.config.model_type!r} is "
+                f"decoded right only up to {fitting} ({reason}): lower max_length by {num_positions - fitting}"
+            )
+        self.num_tried = num_positions
+
+    def flaw_at(self, length):
+        """What is wrong with the logits of a row of few tokens beside one of so many; None if nothing is."""
+        row = self.tried_rows()[1]
+        tokens_2, lengths_2, _ = self.last_tokens([row, row])
+        lengths_2[1] = length - 1
+        self.allocate(2, length)
+        try:
+            with CheckedLookups():
+                self.prefill_group([row[:-1], row[:-1]], 0)
+                found = self.step(tokens_2, lengths_2, length - 1)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return describe(error)
+        finally:
+            self.cache = None
+        found = dual.rows(found, 0, 1) if isinstance(found, dual.Dual) else found[:1]
+        if is_right(found, self.alone([row])):
+            return None
+        return "its short rows follow the longest of the batch, or change as they grow"
+
+    def refusal(self, reason):
+        """The line that says why a model is not taken, and what to do."""
+        kind = self.model.config.model_type
+        if isinstance(self.model, dual.DualModel):
+            return f"the exact Delta does not cover model type {kind!r} ({reason}): set eps above 0"
+        return f"model type {kind!r} cannot be decoded in batches with a cache ({reason}): take another model"
 
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
@@ -195,6 +316,11 @@ class CachedModel:
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+
+def is_right(found, wanted):
+    """Whether logits are those wanted; where these are not finite, that is for the sampled row to say."""
+    return not wanted.as_subclass(torch.Tensor).isfinite().all() or decoder.agrees(found, wanted, slack=3)
 
 
 def additive_mask(positions_BT, key_positions_BL, window, dtype):

@@ -39,6 +39,9 @@ class CentralDifference:
         self.plus.allocate(num_slots, num_positions)
         self.minus.allocate(num_slots, num_positions)
 
+    def try_length(self, num_positions):
+        self.plus.try_length(num_positions)  # minus is a model of the same kind
+
     def prefill(self, prompts, first_slot):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
         return self.delta(*(m.prefill(prompts, first_slot) for m in (self.plus, self.minus)))
@@ -77,6 +80,9 @@ class ExactDerivative:
 
     def allocate(self, num_slots, num_positions):
         self.dual.allocate(num_slots, num_positions)
+
+    def try_length(self, num_positions):
+        self.dual.try_length(num_positions)
 
     def prefill(self, prompts, first_slot):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
