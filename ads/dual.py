@@ -36,6 +36,7 @@ from ads.gradient import Factors, dense
 
 ATTENTION = "dual"
 IN_PLACE = ("__iadd__", "add_", "__isub__", "sub_")
+TRIED = 24  # tokens of the row that derivatives are tried with
 # what some architectures add to the scores, which dual_attention does not
 NOT_COVERED = ("s_aux", "sinks", "position_bias", "block_indices", "indices")
 
@@ -101,6 +102,77 @@ class DualModel:
         # forward-mode AD drops derivatives without a word in inference mode
         with torch.inference_mode(False), torch.no_grad():
             return self.library(past_key_values=past_key_values, **inputs)
+
+
+def make_checked(model, read_gradient):
+    """DualModel(model, read_gradient), once a few tokens show that it is right.
+
+    Its values must be the model's, its derivatives those of reverse-mode AD: for a random c, the derivative of
+    c z along g, for logits z, is the sum over parameters of (gradient of c z) g (the dot-product test of
+    derivatives, as of adjoint codes). Else ValueError in one line. The cost is a forward and a backward pass
+    of TRIED tokens and reading g once; gradients are held one parameter at a time.
+    """
+    kind, table = model.config.model_type, model.get_input_embeddings().weight
+    ids_1T = torch.tensor([tried_ids(model, TRIED)], device=table.device)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        logits_V, weights_V, wanted = reverse(model, read_gradient, ids_1T, generator)
+        dual_model = DualModel(model, read_gradient)
+        both = dual_model(ids_1T, use_cache=False).logits[:, -1].as_subclass(torch.Tensor).float()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a family's operations raise that are not covered
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the exact Delta does not cover model type {kind!r} ({type(error).__name__}: {reason}): set eps above 0"
+        ) from error
+    values_V, changes_V = both
+    slack = 1e-3 if table.dtype == torch.float32 else 0.5
+    is_right = (values_V - logits_V).norm() <= slack * (logits_V - logits_V.mean()).norm()
+    is_right &= (weights_V @ changes_V - wanted).abs() <= slack * changes_V.norm()
+    if logits_V.isfinite().all() and wanted.isfinite() and not is_right:
+        raise ValueError(
+            f"the exact Delta of model type {kind!r} is not the derivative that backpropagation gives: "
+            "set eps above 0"
+        )
+    return dual_model
+
+
+def tried_ids(model, number):
+    """A list of token ids to try a model with: none of the padding, which backpropagation leaves out."""
+    table = model.get_input_embeddings()
+    ids = (torch.arange(number + 1) * 7919 % len(table.weight)).tolist()
+    return [i for i in ids if i != getattr(table, "padding_idx", None)][:number]
+
+
+def reverse(model, read_gradient, ids_1T, generator):
+    """(logits z after the last id, random weights c, derivative of c z along g by backpropagation)."""
+    kept, dots = [(p, p.grad) for p in model.parameters()], []
+    for p, _ in kept:
+        p.grad = None
+    hooks = [
+        p.register_post_accumulate_grad_hook(functools.partial(take_dot, dots, read_gradient, name))
+        for name, p in model.named_parameters()
+    ]
+    with torch.inference_mode(False), torch.enable_grad():
+        logits_V = model(input_ids=ids_1T, use_cache=False).logits[0, -1].float()
+        weights_V = torch.randn(len(logits_V), generator=generator).to(logits_V)
+        (weights_V @ logits_V).backward()
+    for hook in hooks:
+        hook.remove()
+    for p, grad in kept:
+        p.grad = grad
+    return logits_V.detach(), weights_V, torch.stack(dots).sum()
+
+
+def take_dot(dots, read_gradient, name, parameter):
+    """Add a parameter's share of a derivative along g, and give its gradient's room back."""
+    grad, g = parameter.grad.float(), read_gradient(name).to(parameter.device)
+    parameter.grad = None
+    if isinstance(g, Factors):
+        dots.append(((g.left.float().T @ grad) * g.right.float()).sum())
+    else:
+        dots.append((grad * g.float()).sum())
 
 
 def own_weight(parameter, tangent, is_table):

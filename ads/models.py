@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from ads import decoder, dual
 from ads.cache import Pages, Placement, SlotCache, Slots
+from ads.dual import TRIED
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 # Prompts run through a model in pieces of at most this many tokens, padding included: more would take more
@@ -22,7 +23,6 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 PREFILL_TOKENS = 16384
 CPU_PREFILL_TOKENS = 512  # in float32; of 16 bits, twice as many in the same room
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-TRIED = 24  # tokens of a row that a model is tried with
 LOOKUPS = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather)
 
 
@@ -157,8 +157,7 @@ class CachedModel:
 
     def tried_rows(self):
         """Two rows of ids, of TRIED and of fewer tokens."""
-        num_ids = self.model.get_input_embeddings().weight.shape[0]
-        ids = (torch.arange(TRIED + 9) * 7919 % num_ids).tolist()
+        ids = dual.tried_ids(self.model, TRIED + 9)
         return ids[:TRIED], ids[TRIED:]
 
     def decode_tried(self, rows):
