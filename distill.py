@@ -40,6 +40,8 @@ def fingerprint_inputs(cfg):
 
 
 def distil(cfg, inputs, world):
+    from ads import models
+
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
     train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
@@ -51,6 +53,7 @@ def distil(cfg, inputs, world):
     world.barrier()
 
     model = load_student(cfg, tokenizer, world.device)
+    models.try_batches(model, max(map(num_tokens, train + (holdout or []))))
     trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
     checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
     if checkpoint:

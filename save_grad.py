@@ -34,7 +34,7 @@ def fingerprint_inputs(cfg):
 
 def compute_gradient(cfg, inputs, world):
     from ads import gradient
-    from ads.models import keep_freed_memory, load_model
+    from ads.models import keep_freed_memory, load_model, try_batches
 
     start = time.time()
     keep_freed_memory()
@@ -44,6 +44,7 @@ def compute_gradient(cfg, inputs, world):
     model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     num_rows = model.get_input_embeddings().weight.shape[0]
     check_ids(sequences, num_rows, cfg)
+    try_batches(model, max(len(s.ids) for s in sequences))
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # checkpointing is skipped in eval mode

@@ -3,6 +3,7 @@
 Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from ads import decoder, dual
 from ads.cache import Pages, Placement, SlotCache, Slots
-from ads.dual import TRIED
+from ads.dual import TRIED, describe, is_out_of_memory
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 # Prompts run through a model in pieces of at most this many tokens, padding included: more would take more
@@ -23,6 +24,8 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 PREFILL_TOKENS = 16384
 CPU_PREFILL_TOKENS = 512  # in float32; of 16 bits, twice as many in the same room
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+TRIED_WINDOW = 6
+NUM_SHORT = 9  # tokens of the shorter of two rows
 LOOKUPS = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather)
 
 
@@ -50,14 +53,59 @@ def load_model(name, dtype, device, attn_implementation="auto"):
     return model.to(device).eval()
 
 
-def describe(error):
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def longest_without(flaw_at, fitting, failing):
+    """The largest length below `failing` that has no flaw, by bisection; `fitting` has none."""
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        fitting, failing = (fitting, middle) if flaw_at(middle) else (middle, failing)
+    return fitting
 
 
-def is_out_of_memory(error):
-    """A CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def try_batches(model, longest):
+    """ValueError where a model cannot be trained, or differentiated, on sequences of up to `longest` tokens.
+
+    It may have fewer positions, give a short row other logits beside a long one than alone (angles that follow
+    the longest), see the padding (attention that is not causal), or not run at all. The cost is a forward pass
+    of two rows of `longest` tokens and a backward pass of a few. Gradients are left empty.
+    """
+    if not (reason := flaw_of_batch(model, longest)):
+        return
+    fitting, kind = (
+        longest_without(functools.partial(flaw_of_batch, model), 0, longest),
+        model.config.model_type,
+    )
+    if fitting <= NUM_SHORT:
+        raise ValueError(
+            f"model type {kind!r} cannot be trained in padded batches ({reason}): take another model"
+        )
+    raise ValueError(
+        f"sequences come to {longest} tokens, but padded batches of model type {kind!r} are right only up to "
+        f"{fitting} ({reason}): set max_length={fitting}"
+    )
+
+
+def flaw_of_batch(model, longest):
+    """What is wrong with the logits of a row of few tokens, padded to so many; None if nothing is."""
+    ids = dual.tried_ids(model, TRIED)
+    short = ids[: min(NUM_SHORT, longest)]
+    rows = [short + [0] * (longest - len(short)), (ids * longest)[:longest]]
+    device = model.get_input_embeddings().weight.device
+    ids_2T, last = torch.tensor(rows, device=device), torch.tensor([len(short) - 1], device=device)
+    try:
+        with CheckedLookups(), torch.no_grad():
+            found = model(input_ids=ids_2T, use_cache=False, logits_to_keep=last).logits[:1]
+        wanted = model(input_ids=ids_2T[:1, : len(short)], use_cache=False).logits[:, -1]
+        wanted.float().logsumexp(-1).sum().backward()
+        model.zero_grad()
+    except Exception as error:  # whatever a family raises
+        if is_out_of_memory(error):
+            raise
+        return describe(error)
+    if found.shape[1] > 1:
+        return "it makes logits of all tokens, whichever it is asked for"
+    return (
+        None if is_right(found[:, 0], wanted.detach()) else "the logits of short rows depend on the longest"
+    )
 
 
 class CheckedLookups(TorchDispatchMode):
@@ -123,7 +171,8 @@ class CachedModel:
         if may_fuse:
             self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
         self.num_tried = TRIED  # positions that rows are known to be decoded right within
-        self.try_out()
+        with self.narrow_windows():
+            self.try_out()
         give_back_freed_memory()
 
     @torch.no_grad()
@@ -155,9 +204,23 @@ class CachedModel:
             self.own_step = self.own_step if may_stay else None
         self.cache = None
 
+    @contextlib.contextmanager
+    def narrow_windows(self):
+        """A context in which few tokens go beyond the attention windows, the library's and ours."""
+        config, windows = self.model.config.get_text_config(decoder=True), dict(self.windows)
+        if any(windows.values()):
+            self.windows.update({kind: window and TRIED_WINDOW for kind, window in windows.items()})
+            usual, config.sliding_window = config.sliding_window, TRIED_WINDOW
+        try:
+            yield
+        finally:
+            if any(windows.values()):
+                self.windows.update(windows)
+                config.sliding_window = usual
+
     def tried_rows(self):
         """Two rows of ids, of TRIED and of fewer tokens."""
-        ids = dual.tried_ids(self.model, TRIED + 9)
+        ids = dual.tried_ids(self.model, TRIED + NUM_SHORT)
         return ids[:TRIED], ids[TRIED:]
 
     def decode_tried(self, rows):
@@ -191,11 +254,7 @@ class CachedModel:
         if num_positions <= self.num_tried:
             return
         if reason := self.flaw_at(num_positions):
-            fitting, failing = self.num_tried, num_positions
-            while failing - fitting > 1:
-                middle = (fitting + failing) // 2
-                is_flawed = self.flaw_at(middle)
-                fitting, failing = (fitting, middle) if is_flawed else (middle, failing)
+            fitting = longest_without(self.flaw_at, self.num_tried, num_positions)
             raise ValueError(
                 f"rows may come to {num_positions} tokens, but model type {self.model.config.model_type!r} is "
                 f"decoded right only up to {fitting} ({reason}): lower max_length by {num_positions - fitting}"
@@ -347,6 +406,6 @@ def attention_windows(config):
     if unknown:
         raise ValueError(
             f"model type {config.model_type!r} has {', '.join(unknown)} layers; "
-            f"decoding supports {' and '.join(ATTENTION_KINDS)}"
+            f"decoding supports {' and '.join(ATTENTION_KINDS)}: take another model"
         )
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}

@@ -10,9 +10,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-VOCABULARY = 200
+VOCABULARY = 272
 EOS = 0
 MAX_POSITIONS = 256
+WINDOW = 40  # beyond the rows that models are tried with at load
 MOST_PARAMETERS = 1_000_000
 WIDTH, HEADS, KEYS, HEAD_WIDTH, INNER, LAYERS, EXPERTS = 32, 4, 2, 8, 48, 2, 4
 
@@ -53,8 +54,7 @@ SIZES = {
         ("mamba_d_ssm", 64),
         ("chunk_size mamba_chunk_size block_size index_block_size", 8),
         ("sliding_window attention_window_size window_size local_attention sliding_window_size"
-         " keep_window_size attention_chunk_size", 12),
-        ("index_topk", 16),
+         " keep_window_size attention_chunk_size index_topk", WINDOW),
         ("index_topk_blocks", 2),
         ("rotary_dim", 4),
         ("query_pre_attn_scalar", HEAD_WIDTH),
@@ -105,14 +105,42 @@ OVERRIDES = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": WINDOW}
+LONG = {"short_factor": [1.0] * (HEAD_WIDTH // 2), "long_factor": [4.0] * (HEAD_WIDTH // 2)}
+# the same family with other settings: "FAMILY what"
+VARIANTS = {
+    "bert not causal": {"is_decoder": False},
+    "falcon ALiBi": {"alibi": True},
+    "gpt2 of 48 positions": {"n_positions": 48},
+    "llama dynamic": {"max_position_embeddings": WINDOW,
+                      "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    "llama yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, **ROPE}},
+    "opt of 48 positions": {"max_position_embeddings": 48},
+    "phi3 longrope": {"original_max_position_embeddings": WINDOW,
+                      "rope_parameters": {"rope_type": "longrope", **ROPE, **LONG}},
+}  # fmt: skip
+# one of each kind of difficulty
+QUICK = ("bert not causal", "bloom", "deepseek_v2", "gemma", "gpt_neo", "gpt_oss", "gpt2 of 48 positions",
+         "llama dynamic", "mamba", "opt", "phi3 longrope")  # fmt: skip
+
 
 class NotBuildable(Exception):
     """A family that has no tiny model; the text says why."""
 
 
-def families():
-    """The names of all families, in alphabetical order."""
+def kinds():
+    """Every model_type of the library, in alphabetical order."""
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def kind_of(name):
+    """The model_type of a family or variant."""
+    return name.split(" ")[0]
+
+
+def families():
+    """The names of all families and variants."""
+    return sorted([*kinds(), *(name for name in VARIANTS if kind_of(name) in kinds())])
 
 
 def build(name, seed=0, **settings):
@@ -144,14 +172,22 @@ def spread_(model):
 def tiny_config(name, **settings):
     """The shrunk configuration of a family."""
     logging.set_verbosity_error()
-    kind = CONFIG_MAPPING[name]
-    shrunk = shrink(kind().to_dict(), OVERRIDES.get(name, {}) | settings)
+    kind = CONFIG_MAPPING[kind_of(name)]
+    changed = OVERRIDES.get(kind_of(name), {}) | VARIANTS.get(name, {}) | settings
+    shrunk = shrink(kind().to_dict(), changed)
     return kind(**shrunk)
 
 
 def shrink(default, settings):
     """Keyword arguments of a smaller configuration, of the default one as a dict."""
     found = {key: SIZES[key] for key, value in default.items() if key in SIZES and isinstance(value, int)}
+    if "sliding_window" in default:  # where it is off, too
+        found["sliding_window"] = WINDOW
+        found |= {
+            key: value
+            for key, value in (("use_sliding_window", True), ("max_window_layers", 1))
+            if key in default
+        }
     if "kv_lora_rank" in default:  # multi-head latent attention has as many keys as queries
         found["num_key_value_heads"] = HEADS
     kinds = default.get("layer_types")
@@ -160,7 +196,9 @@ def shrink(default, settings):
         found["num_hidden_layers"] = len(found["layer_types"])
     for key, part in default.items():
         if isinstance(part, dict) and "model_type" in part and key not in PARTS:
-            found[key] = shrink(part, OVERRIDES.get(part["model_type"], {})) | {"model_type": part["model_type"]}
+            found[key] = shrink(part, OVERRIDES.get(part["model_type"], {})) | {
+                "model_type": part["model_type"]
+            }
     if isinstance(found.get("text_config"), dict):
         found["text_config"] |= settings
         return found
