@@ -107,16 +107,15 @@ class DualModel:
 def make_checked(model, read_gradient):
     """DualModel(model, read_gradient), once a few tokens show that it is right.
 
-    Its values must be the model's, its derivatives those of reverse-mode AD: for a random c, the derivative of
-    c z along g, for logits z, is the sum over parameters of (gradient of c z) g (the dot-product test of
-    derivatives, as of adjoint codes). Else ValueError in one line. The cost is a forward and a backward pass
-    of TRIED tokens and reading g once; gradients are held one parameter at a time.
+    Its values must be the model's, its derivatives those of reverse-mode AD: for logits z and random weights
+    c, the derivative of c z along g is the sum over parameters of (gradient of c z) g, which is the
+    dot-product test of derivatives (Claerbout, 1992). Else ValueError in one line. The cost is a forward and
+    a backward pass of TRIED tokens and reading g once; gradients are held one parameter at a time.
     """
     kind, table = model.config.model_type, model.get_input_embeddings().weight
     ids_1T = torch.tensor([tried_ids(model, TRIED)], device=table.device)
-    generator = torch.Generator().manual_seed(0)
     try:
-        logits_V, weights_V, wanted = reverse(model, read_gradient, ids_1T, generator)
+        logits_V, weights_V, wanted = reverse(model, read_gradient, ids_1T)
         dual_model = DualModel(model, read_gradient)
         values_V, changes_V = halves(dual_model(ids_1T, use_cache=False).logits.as_subclass(torch.Tensor))
         values_V, changes_V = values_V[0, -1].float(), changes_V[0, -1].float()
@@ -144,7 +143,7 @@ def tried_ids(model, number):
     return [i for i in ids if i != getattr(table, "padding_idx", None)][:number]
 
 
-def reverse(model, read_gradient, ids_1T, generator):
+def reverse(model, read_gradient, ids_1T):
     """(logits z after the last id, random weights c, derivative of c z along g by backpropagation)."""
     kept, dots = [(p, p.grad, p.requires_grad) for p in model.parameters()], []
     for p, *_ in kept:
@@ -157,7 +156,7 @@ def reverse(model, read_gradient, ids_1T, generator):
     ]
     with torch.inference_mode(False), torch.enable_grad():
         logits_V = model(input_ids=ids_1T, use_cache=False).logits[0, -1].float()
-        weights_V = torch.randn(len(logits_V), generator=generator).to(logits_V)
+        weights_V = torch.randn(len(logits_V), generator=torch.Generator().manual_seed(0)).to(logits_V)
         (weights_V @ logits_V).backward()
     for hook in hooks:
         hook.remove()
@@ -273,9 +272,10 @@ def differentiate(function, arguments, keywords):
         inputs, others = mapped(split, arguments), {key: mapped(split, x) for key, x in keywords.items()}
         join = functools.partial(from_forward, inputs=inputs, is_weight=not duals)
         try:
-            return mapped(join, function(*inputs, **others))
+            result = function(*inputs, **others)
         except NotImplementedError as error:  # some operations have no derivative
             raise not_covered(f"calls {function.__name__}") from error
+        return mapped(join, result)
 
 
 def not_covered(what):
@@ -691,7 +691,7 @@ def weigh(scores, d_scores, v, dv):
 def check_covered(attention_mask, others):
     unknown = [name for name in NOT_COVERED if others.get(name) is not None]
     if unknown:
-        raise NotImplementedError(f"the proxy's attention takes {', '.join(unknown)}")
+        raise not_covered(f"attends with {', '.join(unknown)}, which attn_implementation=eager may cover")
     assert attention_mask is not None, "a mask is always made: see eager_mask"
 
 

@@ -26,7 +26,6 @@ CPU_PREFILL_TOKENS = 512  # in float32; of 16 bits, twice as many in the same ro
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TRIED_WINDOW = 6
 NUM_SHORT = 9  # tokens of the shorter of two rows
-LOOKUPS = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select, torch.ops.aten.gather)
 
 
 def load_model(name, dtype, device, attn_implementation="auto"):
@@ -64,16 +63,14 @@ def longest_without(flaw_at, fitting, failing):
 def try_batches(model, longest):
     """ValueError where a model cannot be trained, or differentiated, on sequences of up to `longest` tokens.
 
-    It may have fewer positions, give a short row other logits beside a long one than alone (angles that follow
-    the longest), see the padding (attention that is not causal), or not run at all. The cost is a forward pass
-    of two rows of `longest` tokens and a backward pass of a few. Gradients are left empty.
+    It may have fewer positions, give a short row other logits beside a long one than alone (angles that
+    follow the longest), see the padding (attention that is not causal), or not run at all. The cost is a
+    forward pass of two rows of `longest` tokens and a backward pass of a few. Gradients are left empty.
     """
-    if not (reason := flaw_of_batch(model, longest)):
+    reason, kind = flaw_of_batch(model, longest), model.config.model_type
+    if not reason:
         return
-    fitting, kind = (
-        longest_without(functools.partial(flaw_of_batch, model), 0, longest),
-        model.config.model_type,
-    )
+    fitting = longest_without(functools.partial(flaw_of_batch, model), 0, longest)
     if fitting <= NUM_SHORT:
         raise ValueError(
             f"model type {kind!r} cannot be trained in padded batches ({reason}): take another model"
@@ -112,20 +109,21 @@ class CheckedLookups(TorchDispatchMode):
     """A context in which an index beyond a table is an IndexError: a GPU would give up its process."""
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function.overloadpacket in LOOKUPS:
-            table, where = arguments[0], arguments[1:]
-            if function.overloadpacket is torch.ops.aten.index:
-                places = enumerate(arguments[1])
-            elif function.overloadpacket is torch.ops.aten.embedding:
-                places = [(0, arguments[1])]
-            else:
-                places = [where]
-            for dim, ids in places:
-                if ids is not None and ids.dtype == torch.int64 and ids.numel():
-                    last, size = int(ids.max()), table.shape[dim]
-                    if last >= size:
-                        raise IndexError(f"position {last} of a table of {size}")
+        for dim, ids in lookups(function.overloadpacket, arguments):
+            if ids is not None and ids.dtype in (torch.int32, torch.int64) and ids.numel():
+                last, size = int(ids.max()), arguments[0].shape[dim]
+                if last >= size:
+                    raise IndexError(f"position {last} of a table of {size}")
         return function(*arguments, **(keywords or {}))
+
+
+def lookups(operation, arguments):
+    """[(dimension, ids)] by which an operation reads from its first argument."""
+    if operation is torch.ops.aten.embedding:
+        return [(0, arguments[1])]
+    if operation is torch.ops.aten.index:
+        return list(enumerate(arguments[1]))
+    return [arguments[1:3]] if operation in (torch.ops.aten.gather, torch.ops.aten.index_select) else []
 
 
 def free_bytes(device):
@@ -160,6 +158,7 @@ class CachedModel:
     """A causal language model with its slots. Returns next-token logits, never those of other positions."""
 
     def __init__(self, model, make_cache=SlotCache, may_fuse=True):
+        """may_fuse: decoder.py may move the weights into fused matrices; False leaves the model as it is."""
         self.model, self.make_cache = model, make_cache
         self.windows = attention_windows(model.config)
         self.cache = None
@@ -256,8 +255,9 @@ class CachedModel:
         if reason := self.flaw_at(num_positions):
             fitting = longest_without(self.flaw_at, self.num_tried, num_positions)
             raise ValueError(
-                f"rows may come to {num_positions} tokens, but model type {self.model.config.model_type!r} is "
-                f"decoded right only up to {fitting} ({reason}): lower max_length by {num_positions - fitting}"
+                f"rows may come to {num_positions} tokens, but model type {self.model.config.model_type!r} "
+                f"is decoded right only up to {fitting} ({reason}): "
+                f"lower max_length by {num_positions - fitting}"
             )
         self.num_tried = num_positions
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, byte_tokenizer, run_script, save_folder, tiny_model
+from families import build
 from safetensors.torch import load_file, save_file
 
 SMALL = ["max_length=120", "max_prompt_length=115", "batch_size=6", "answer_force=false"]
@@ -34,6 +35,8 @@ def break_models(folder, models):
     save_folder(broken["nan_model"], sick, tokenizer)
     broken["small_model"] = folder / "small"
     save_folder(broken["small_model"], tiny_model("qwen2", 200), tokenizer)
+    broken["few_positions"] = folder / "few_positions"
+    save_folder(broken["few_positions"], build("gpt2 of 48 positions"), tokenizer)
     broken["no_template"] = folder / "no_template"
     save_folder(broken["no_template"], tiny_model("qwen2", 272), byte_tokenizer(chat_template=None))
     broken["other_vocabulary"] = folder / "other_vocabulary"
@@ -144,6 +147,12 @@ TABLE = (
     ),
     (GEN + "tokenizer={other_vocabulary}", "does not belong to model"),
     (GEN + "teacher={small_model}", "only 200 embedding rows: the tokenizer does not belong to this model"),
+    (
+        GEN + "teacher={few_positions} answer_force=false",
+        "rows may come to 120 tokens, but model type 'gpt2' is decoded right only up to 48 "
+        "(IndexError: position 119 of a table of 48): lower max_length by 72",
+    ),
+    (GRAD + "proxy_student={few_positions}", "right only up to 48 (IndexError"),
     (GEN + "teacher={no_template}", "has no chat template: set tokenizer"),
     (GEN + "teacher={empty_folder}", "is not complete: it has no config.json"),
     (GEN + "teacher=/no/such/model", "neither a folder nor the name of a model on the hub"),
