@@ -32,8 +32,8 @@ OURS = ROOT, ROOT / "ads"
 HEAD = """# Families of language models
 
 Written by `python tests/test_families.py`, and checked by the tests of that file. transformers {version},
-float32 on a CPU. Every family of causal language models of the library, and some variants, as a tiny random model
-with windows of {window} tokens, on rows from 9 to 70 tokens:
+float32 on a CPU. Every family of causal language models of the library, and some variants, as a tiny random
+model with windows of {window} tokens, on rows from 9 to 70 tokens:
 
 - decode: greedy decoding in batches of unequal rows with a cache, against passes over one row without;
 - exact Delta: in batches with a cache, against the central difference in float64 of passes over one row;
