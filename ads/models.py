@@ -67,10 +67,13 @@ def try_batches(model, longest):
     follow the longest), see the padding (attention that is not causal), or not run at all. The cost is a
     forward pass of two rows of `longest` tokens and a backward pass of a few. Gradients are left empty.
     """
-    reason, kind = flaw_of_batch(model, longest), model.config.model_type
+    is_training, kind = model.training, model.config.model_type
+    model.eval()  # dropout would change logits
+    reason = flaw_of_batch(model, longest)
+    fitting = longest_without(functools.partial(flaw_of_batch, model), 0, longest) if reason else longest
+    model.train(is_training)
     if not reason:
         return
-    fitting = longest_without(functools.partial(flaw_of_batch, model), 0, longest)
     if fitting <= NUM_SHORT:
         raise ValueError(
             f"model type {kind!r} cannot be trained in padded batches ({reason}): take another model"

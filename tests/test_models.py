@@ -80,10 +80,13 @@ def test_batches_that_training_would_get_wrong_are_refused(name, longest, words)
         try_batches(families.build(name), longest)
 
 
-def test_batches_that_are_right_leave_no_gradient():
-    model = families.build("phi3 longrope")
+@pytest.mark.parametrize("is_training", (False, True))
+@pytest.mark.parametrize("name", ("phi3 longrope", "gpt2"))
+def test_batches_that_are_right_leave_no_gradient(name, is_training):
+    """GPT-2 has dropout in training mode."""
+    model = families.build(name).train(is_training)
     try_batches(model, WINDOW)
-    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters()) and model.training == is_training
 
 
 class Detached(torch.nn.Linear):
