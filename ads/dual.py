@@ -15,8 +15,9 @@ more (RULES):
     attention      y = P v       keys and values, each read once for value and derivative
 
 All others (softmax, layer norm, activations, soft caps, ...) are differentiated by torch's forward-mode AD,
-one operation at a time: any causal LM will do. (The whole forward under forward-mode AD is the rival: less
-code and, when decoding, twice the time beside the linear layers, most of it on the host.)
+one operation at a time; `make_checked` finds out whether that is right. (The whole forward under forward-mode
+AD is the rival: less code and, when decoding, twice the time beside the linear layers, most of it on the
+host.)
 
 Shapes: B rows, T tokens given, L positions attended to, H heads of queries, K of keys, G = H / K, D head
 width, I and O a linear layer's inputs and outputs, N = B T.
