@@ -53,7 +53,8 @@ def distil(cfg, inputs, world):
     world.barrier()
 
     model = load_student(cfg, tokenizer, world.device)
-    models.try_batches(model, max(map(num_tokens, train + (holdout or []))))
+    longest = max(map(num_tokens, train + (holdout or [])))
+    models.try_batches(model, longest, models.resolve_dtype(cfg.dtype, world.device))
     trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
     checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
     if checkpoint:

@@ -33,6 +33,8 @@ def fingerprint_inputs(cfg):
 
 
 def compute_gradient(cfg, inputs, world):
+    import torch
+
     from ads import gradient
     from ads.models import keep_freed_memory, load_model, try_batches
 
@@ -44,7 +46,7 @@ def compute_gradient(cfg, inputs, world):
     model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     num_rows = model.get_input_embeddings().weight.shape[0]
     check_ids(sequences, num_rows, cfg)
-    try_batches(model, max(len(s.ids) for s in sequences))
+    try_batches(model, max(len(s.ids) for s in sequences), getattr(torch, cfg.dtype))
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.train()  # checkpointing is skipped in eval mode

@@ -140,7 +140,7 @@ def make_checked(model, read_gradient):
 def tried_ids(model, number):
     """A list of token ids to try a model with: none of the padding, which backpropagation leaves out."""
     table = model.get_input_embeddings()
-    ids = (torch.arange(number + 1) * 7919 % len(table.weight)).tolist()
+    ids = (torch.arange(2 * number + 1) * 7919 % len(table.weight)).tolist()
     return [i for i in ids if i != getattr(table, "padding_idx", None)][:number]
 
 

@@ -60,17 +60,19 @@ def longest_without(flaw_at, fitting, failing):
     return fitting
 
 
-def try_batches(model, longest):
+def try_batches(model, longest, dtype=torch.float32):
     """ValueError where a model cannot be trained, or differentiated, on sequences of up to `longest` tokens.
 
-    It may have fewer positions, give a short row other logits beside a long one than alone (angles that
-    follow the longest), see the padding (attention that is not causal), or not run at all. The cost is a
-    forward pass of two rows of `longest` tokens and a backward pass of a few. Gradients are left empty.
+    It may have fewer positions, look at later tokens and so at padding (attention that is not causal, angles
+    that follow the longest row, keys chosen among those of all tokens), have logits that are not finite, or
+    not run at all. The cost is 3.4 forward passes of `longest` tokens and a backward pass of a few.
+    Gradients are left empty. dtype: that of the passes' matrix products.
     """
     is_training, kind = model.training, model.config.model_type
     model.eval()  # dropout would change logits
-    reason = flaw_of_batch(model, longest)
-    fitting = longest_without(functools.partial(flaw_of_batch, model), 0, longest) if reason else longest
+    flaw_at = functools.partial(flaw_of_batch, model, dtype)
+    reason = flaw_at(longest)
+    fitting = longest_without(flaw_at, 0, longest) if reason else longest
     model.train(is_training)
     if not reason:
         return
@@ -84,28 +86,33 @@ def try_batches(model, longest):
     )
 
 
-def flaw_of_batch(model, longest):
-    """What is wrong with the logits of a row of few tokens, padded to so many; None if nothing is."""
-    ids = dual.tried_ids(model, TRIED)
-    short = ids[: min(NUM_SHORT, longest)]
-    rows = [short + [0] * (longest - len(short)), (ids * longest)[:longest]]
+def flaw_of_batch(model, dtype, longest):
+    """What is wrong with the logits of a row of so many tokens, beside those of its parts; else None."""
+    ids = dual.tried_ids(model, longest)
+    lengths = sorted(
+        {max(1, n) for n in (min(NUM_SHORT, longest), longest // 2, 9 * longest // 10, longest - 1)}
+    )
     device = model.get_input_embeddings().weight.device
-    ids_2T, last = torch.tensor(rows, device=device), torch.tensor([len(short) - 1], device=device)
+    ids_1T, last_C = torch.tensor([ids], device=device), torch.tensor(lengths, device=device) - 1
     try:
-        with CheckedLookups(), torch.no_grad():
-            found = model(input_ids=ids_2T, use_cache=False, logits_to_keep=last).logits[:1]
-        wanted = model(input_ids=ids_2T[:1, : len(short)], use_cache=False).logits[:, -1]
-        wanted.float().logsumexp(-1).sum().backward()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with CheckedLookups(), torch.no_grad():
+                found = model(input_ids=ids_1T, use_cache=False, logits_to_keep=last_C).logits[0]
+                parts = [model(input_ids=ids_1T[:, :n], use_cache=False, logits_to_keep=1) for n in lengths]
+            logits_V = model(input_ids=ids_1T[:, :NUM_SHORT], use_cache=False).logits[0, -1]
+        logits_V.float().logsumexp(-1).backward()
         model.zero_grad()
     except Exception as error:  # whatever a family raises
         if is_out_of_memory(error):
             raise
         return describe(error)
-    if found.shape[1] > 1:
-        return "it makes logits of all tokens, whichever it is asked for"
-    return (
-        None if is_right(found[:, 0], wanted.detach()) else "the logits of short rows depend on the longest"
-    )
+    wanted_CV = torch.stack([part.logits[0, -1] for part in parts])
+    if not wanted_CV.isfinite().all():
+        raise ValueError(f"logits of the {model.config.model_type!r} model are not finite: check its weights")
+    if len(found) > len(lengths):  # of all tokens: some families do not know logits_to_keep
+        found = found[last_C]
+    are_same = all(is_right(a[None], b[None]) for a, b in zip(found, wanted_CV, strict=True))
+    return None if are_same else "logits change with the tokens that follow"
 
 
 class CheckedLookups(TorchDispatchMode):

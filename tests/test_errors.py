@@ -130,7 +130,7 @@ TABLE = (
     (ADS + "proxy_student={teacher}", "belongs to another proxy"),
     (GRAD + "proxy_student={other_vocabulary}", "teacher and proxy use different vocabularies"),
     (GRAD + "proxy_student={small_model}", "only 200 embedding rows"),
-    (GRAD + "proxy_student={nan_model}", "is not finite: check the proxy's weights"),
+    (GRAD + "proxy_student={nan_model}", "logits of the 'qwen2' model are not finite: check its weights"),
     (GRAD + "tokenizer={small_model}/none", "neither a folder nor the name of a model on the hub"),
     (GRAD + "holdout_traces={exp}/none.parquet", "none.parquet does not exist: make it with gentraces.py"),
     (
