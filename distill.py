@@ -42,7 +42,7 @@ def fingerprint_inputs(cfg):
 
 
 def distil(cfg, inputs, world):
-    from ads.models import check_causal, recomputed, resolve_dtype
+    from ads import models
 
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
@@ -58,12 +58,13 @@ def distil(cfg, inputs, world):
     world.barrier()
 
     model = load_student(cfg, tokenizer, world.device)
-    check_causal(model, max(train, key=num_tokens)["input_ids"], resolve_dtype(cfg.dtype, world.device))
+    longest = max(map(num_tokens, train + (holdout or [])))
+    models.try_batches(model, longest, models.resolve_dtype(cfg.dtype, world.device))
     trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
     checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
     if checkpoint:
         print0(f"resuming from {checkpoint}")
-    with recomputed(model, cfg.gradient_checkpointing):
+    with models.recomputed(model, cfg.gradient_checkpointing):
         result = train_fast(trainer, checkpoint)
     if not math.isfinite(result.training_loss):
         raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")

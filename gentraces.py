@@ -347,7 +347,7 @@ def is_correct(row, text):
 def one_step_test(cfg, rows, world):
     """What a step of gradient descent on the traces does to the proxy's loss on the holdout traces."""
     from ads import diagnostics, gradient
-    from ads.models import load_model
+    from ads.models import load_model, try_batches
 
     taught = utils.take_subset(rows, cfg.one_step_samples, cfg.seed)
     holdout = utils.read_parquet(cfg.holdout_traces)
@@ -357,6 +357,7 @@ def one_step_test(cfg, rows, world):
         raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
     print0(f"loading {cfg.proxy_student} for the one-step test")
     proxy = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
+    try_batches(proxy, max(len(s.ids) for s in taught + holdout))
     return diagnostics.one_step(proxy, taught, holdout, cfg.one_step, world)
 
 

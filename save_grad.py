@@ -36,7 +36,7 @@ def compute_gradient(cfg, inputs, world):
     import torch
 
     from ads import gradient
-    from ads.models import check_causal, keep_freed_memory, load_model, recomputed
+    from ads.models import keep_freed_memory, load_model, recomputed, try_batches
 
     start = time.time()
     keep_freed_memory()
@@ -46,8 +46,7 @@ def compute_gradient(cfg, inputs, world):
     model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     num_rows = model.get_input_embeddings().weight.shape[0]
     check_ids(sequences, num_rows, cfg)
-    longest = max(sequences, key=lambda s: len(s.ids))
-    check_causal(model, longest.ids, getattr(torch, cfg.dtype))
+    try_batches(model, max(len(s.ids) for s in sequences), getattr(torch, cfg.dtype))
 
     with recomputed(model, cfg.gradient_checkpointing):
         loss, half = accumulate(cfg, model, sequences, world)

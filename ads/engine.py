@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ads import sampling
-from ads.models import CachedModel, free_bytes, give_back_freed_memory
+from ads.models import CachedModel, free_bytes, give_back_freed_memory, is_out_of_memory
 from ads.proxy import CentralDifference, ExactDerivative
 
 REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
@@ -90,6 +90,11 @@ class Models:
         if self.proxy:
             self.proxy.allocate(num_slots, num_positions)
 
+    def try_length(self, num_positions):
+        self.teacher.try_length(num_positions)
+        if self.proxy:
+            self.proxy.try_length(num_positions)
+
     def release(self, slot, last, length):
         self.teacher.release(slot, last, length)
         if self.proxy:
@@ -135,11 +140,6 @@ def generate(models, rule, seed, requests, batch_size, forcing=None):
             print(f"out of memory: going on with batch_size={batch_size}", flush=True)
 
 
-def is_out_of_memory(error):
-    """A CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def num_positions(requests, forcing):
     """Tokens that the longest row may come to."""
     longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
@@ -150,6 +150,7 @@ class Decoder:
     """The slots of one batch: token buffers and lengths, with the models' KV caches beside them."""
 
     def __init__(self, models, rule, seed, num_slots, num_positions, forcing=None):
+        models.try_length(num_positions)
         models.allocate(num_slots, num_positions)
         self.models, self.rule, self.seed, self.forcing = models, rule, seed, forcing
         device = models.allowed_V.device

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, byte_tokenizer, run_script, save_folder, tiny_model
+from families import build
 from safetensors.torch import load_file, save_file
 from test_training import family
 
@@ -36,6 +37,8 @@ def break_models(folder, models):
     save_folder(broken["nan_model"], sick, tokenizer)
     broken["small_model"] = folder / "small"
     save_folder(broken["small_model"], tiny_model("qwen2", 200), tokenizer)
+    broken["few_positions"] = folder / "few_positions"
+    save_folder(broken["few_positions"], build("gpt2 of 48 positions"), tokenizer)
     broken["no_template"] = folder / "no_template"
     save_folder(broken["no_template"], tiny_model("qwen2", 272), byte_tokenizer(chat_template=None))
     broken["no_problem_shown"] = folder / "no_problem_shown"
@@ -161,6 +164,12 @@ TABLE = (
     (GRAD + "proxy_student={adapter}", "holds an adapter (adapter_config.json): merge it"),
     (GEN + "tokenizer={other_vocabulary}", "does not belong to model"),
     (GEN + "teacher={small_model}", "only 200 embedding rows: the tokenizer does not belong to this model"),
+    (
+        GEN + "teacher={few_positions} answer_force=false",
+        "rows may come to 120 tokens, but model type 'gpt2' is decoded right only up to 48 "
+        "(IndexError: position 119 of a table of 48): lower max_length by 72",
+    ),
+    (GRAD + "proxy_student={few_positions}", "right only up to 48 (IndexError"),
     (GEN + "teacher={no_template}", "has no chat template: set tokenizer"),
     (GEN + "teacher={no_problem_shown}", "does not show the problem 'Is 3 < 4"),
     (GEN + "teacher={empty_folder}", "is not complete: it has no config.json"),
