@@ -195,7 +195,7 @@ def lora(folder):
     wanted = [plain_logits(model, ids) for ids in tried]
     if torch.allclose(before, wanted[0], atol=1e-3):
         raise Different("training changed nothing")
-    distill.save_student(cfg, model, tokenizer, "cpu")
+    distill.save_student(cfg, model, tokenizer, "cpu", tried)
     merged = load(str(cfg.model_path / "final"))
     for ids, logits_V in zip(tried, wanted, strict=True):
         check(plain_logits(merged, ids), logits_V, f"merged, {len(ids)} tokens")
