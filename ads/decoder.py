@@ -64,10 +64,12 @@ def is_norm(module):
 def agrees(found, wanted, slack=1):
     """Whether logits (R, V) are what they should be; in 16 bits rounding leaves a difference.
 
-    slack: by how much more than in one step of decoding that may be.
+    There a model of 30 layers differs from itself by .05 through the order of its sums, and the nearest wrong
+    step (Llama's for SmolLM3, which leaves some angles out) by .146. slack: by how much more than in one step
+    of decoding the logits may differ.
     """
     is_dual = isinstance(wanted, dual.Dual)
-    tolerances = (1e-3, 1e-3) if wanted.dtype == torch.float32 else (0.15 * slack, 0.3 * slack)
+    tolerances = (1e-3, 1e-3) if wanted.dtype == torch.float32 else (0.09 * slack, 0.25 * slack)
     pairs = [x.as_subclass(torch.Tensor).float().chunk(1 + is_dual) for x in (found, wanted)]
     differences = [((a - b).norm(), (b - b.mean()).norm()) for a, b in zip(*pairs, strict=True)]
     return all(d <= tolerance * size for (d, size), tolerance in zip(differences, tolerances, strict=False))

@@ -126,7 +126,7 @@ VARIANTS = {
 }  # fmt: skip
 # one of each kind of difficulty
 QUICK = ("bert not causal", "bloom", "deepseek_v2", "gemma", "gpt_neo", "gpt_oss", "gpt2 of 48 positions",
-         "llama dynamic", "opt", "phi3 longrope")  # fmt: skip
+         "llama dynamic", "mamba", "opt", "phi3 longrope")  # fmt: skip
 
 
 class NotBuildable(Exception):
