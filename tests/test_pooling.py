@@ -38,7 +38,7 @@ def forced(matches, arm="ADS"):
 
 
 def warnings_of(*exp_dirs):
-    experiments = [report.load_experiment(path) for path in exp_dirs]
+    experiments = report.load_experiments(exp_dirs)
     return report.warning_lines(experiments, report.collect_points(experiments))
 
 
