@@ -258,7 +258,7 @@ def model_name(sidecar, key):
     """The short name of a stage's model; of the hub without its commit, which counts by fingerprint."""
     name = sidecar["config"][key]
     is_of_hub = str((sidecar.get("inputs") or {}).get(key)).startswith(store.HUB)
-    return short_name(name.partition("@")[0] if is_of_hub else name)
+    return short_name((name.partition("@")[0] or name) if is_of_hub else name)
 
 
 def data_name(trace):

@@ -441,9 +441,9 @@ def check_no_adapter(name):
 #
 # A branch moves while an experiment runs, so each name is looked up once for an experiment, not for a stage:
 # the first stage that needs it records the commit in EXP_DIR/hub.yaml, and all others, of later runs too,
-# take that one. So an old gradient never meets new weights, and a sweep of many hours is not cut in two. Names
-# stay as they are in settings and records; datasets and stages run by hand take part. `print_moved` says what
-# has moved since.
+# take that one. So an old gradient never meets new weights, and a sweep of many hours is not cut in two.
+# Names stay as they are in settings and records; datasets and stages run by hand take part. `print_moved`
+# says what has moved since.
 
 COMMITS = {}  # {name on the hub: commit} in this process: what is fingerprinted is what is loaded
 OF_DATASETS = "datasets/"  # begins their names there

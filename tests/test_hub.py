@@ -173,22 +173,20 @@ def test_a_look_at_the_hub_leaves_the_cache_s_main_where_it_is(hub, online):
     assert found == {"config.json", "tokenizer_config.json"} and asked(online) == 1
 
 
-def test_an_experiment_asks_once_for_each_name(
-    hub, online, problem_folder, model_folders, tmp_path, monkeypatch
-):
-    """Each stage did, and again with each --check: 300 times for the dry run of a sweep of 75 points."""
-    words = dict(model_folders, teacher=NAME)
+def test_an_experiment_asks_once_for_each_name(hub, online, problem_folder, model_folders, tmp_path):
+    """Each stage did, and so did each --check: hundreds of times in the dry run of a sweep."""
+    models = dict(model_folders, teacher=NAME)
     settings = {"HF_HUB_OFFLINE": "0", "GRID_ARGS": "--points 0.6,0,0"}
-    fresh = run_pipeline(words, problem_folder, tmp_path / "new", "--dry-run", **settings)
+    fresh = run_pipeline(models, problem_folder, tmp_path / "new", "--dry-run", **settings)
     assert fresh.stdout.count("to do   ") == 7 and not (tmp_path / "new").exists()
     assert asked(online) == 1
-    store.read_commits(tmp_path)
-    store.fingerprint_model(NAME)
-    store.record_commits(tmp_path)
-    assert store.read_yaml(tmp_path / "hub.yaml") == {NAME: NEW} and asked(online) == 2
-    num_requests, online.commit = len(online.requests), OLD
-    store.read_commits(tmp_path)
-    assert store.fingerprint_model(NAME) == f"hub:{NAME}@{NEW}" and len(online.requests) == num_requests
+    settings["TRAIN_ARGS"] = "lr=-1"  # all stages are checked, none is run
+    for commit, num_asked, said in ((NEW, 2, ""), (OLD, 3, f"{NAME} has moved on the hub from {NEW}")):
+        online.commit = commit
+        refused = run_pipeline(models, problem_folder, tmp_path, check=False, **settings)
+        assert "lr=-1" in refused.stderr and said in refused.stdout
+        assert store.read_yaml(tmp_path / "hub.yaml") == {NAME: NEW}
+        assert asked(online) == num_asked
 
 
 def test_what_has_moved_since_is_said(hub, online, tmp_path, capsys):

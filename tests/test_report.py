@@ -22,6 +22,7 @@ from ads.tradeoff import make_curves, wilson_interval
 ROOT = Path(report.__file__).parent
 N = 1200
 TEACHER, STUDENT, PROXY = "owner/teacher-7B", "owner/student-3B", "owner/proxy-1B"
+COMMIT = "c" * 40
 PERTURBATION = {"share_changed": 0.99, "cosine": 0.9995, "relative_norm": 1.0}
 
 
@@ -44,9 +45,8 @@ def write_traces(
         **dict(more_stats),
     }
     notes = {"perturbation": perturbation or PERTURBATION} if cfg.lam else {}
-    store.write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), {"teacher": f"hub:{cfg.teacher}", **dict(inputs)}, stats, 360, **notes
-    )
+    made_from = {"teacher": f"hub:{cfg.teacher}@{COMMIT}", **dict(inputs)}
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), made_from, stats, 360, **notes)
     if parquet:
         write_answers(cfg.parquet_path, stats)
 
