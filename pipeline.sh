@@ -72,6 +72,7 @@ main() {
   choose_launcher
   split_words
   [[ "$dry_run" == 1 ]] || mkdir -p "$EXP_DIR/logs" || fail "EXP_DIR='$EXP_DIR' is not writable"
+  choose_commits
   run_experiment
 }
 
@@ -108,6 +109,23 @@ choose_launcher() {
     launch=(env ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node "$NPROC")
   else
     launch=(accelerate launch --config_file "$here/acc_config.yaml" --num_processes "$NPROC" --main_process_port 0)
+  fi
+}
+
+# All stages, of this run and of later ones, take what is of the hub at the commits that this file records
+# (ads/store.py); those of a dry run record theirs in a copy.
+choose_commits() {
+  export HUB_RECORD="$EXP_DIR/hub.yaml"
+  if [[ "$dry_run" == 1 ]]; then
+    local copy
+    copy="$(mktemp -d)"
+    # shellcheck disable=SC2064 # the name as it is now
+    trap "$(printf 'rm -rf %q' "$copy")" EXIT
+    [[ ! -f "$HUB_RECORD" ]] || cp "$HUB_RECORD" "$copy"
+    HUB_RECORD="$copy/hub.yaml"
+  elif [[ -f "$HUB_RECORD" ]]; then
+    PYTHONPATH="$here" python -c 'import utils; from ads import store
+utils.run_script(lambda words: store.print_moved(*words))' "$EXP_DIR"
   fi
 }
 

@@ -84,7 +84,7 @@ NUM_NAMED = 4  # cases that one warning names
 
 def main(arguments):
     exp_dirs, folder, levels = parse_arguments(arguments)
-    experiments = [load_experiment(path) for path in exp_dirs]
+    experiments = load_experiments(exp_dirs)
     if not any(map(sidecars_of, experiments)):
         raise ValueError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
     points, baselines = collect_points(experiments), collect_baselines(experiments)
@@ -151,6 +151,29 @@ class Experiment:
     traces: dict
     models: dict
     gradients: dict
+
+
+def load_experiments(paths):
+    """The experiments that are reported together.
+
+    Commits of the hub were not always recorded. What lacks one may be of any, so where a stage of one of the
+    experiments does, that repository counts as one in all (`doubts` says so): else a point begun before and
+    finished after would fall apart.
+    """
+    experiments = [load_experiment(path) for path in paths]
+    sidecars = [sidecar for experiment in experiments for sidecar in sidecars_of(experiment)]
+    bare = {name for sidecar in sidecars for name in without_commit(sidecar)}
+    for sidecar in sidecars:
+        for key, made_from in (sidecar.get("inputs") or {}).items():
+            if (name := str(made_from).partition("@")[0]) in bare:
+                sidecar["inputs"][key] = name
+    return experiments
+
+
+def without_commit(sidecar):
+    """Fingerprints of what a stage took from the hub that do not tell the commit."""
+    found = (sidecar.get("inputs") or {}).values()
+    return [text for text in map(str, found) if text.startswith(store.HUB) and "@" not in text]
 
 
 def load_experiment(path):
@@ -229,6 +252,13 @@ def plain(value):
     if isinstance(value, bool | int | float):
         return value
     return "null" if value is None else short_name(str(value))
+
+
+def model_name(sidecar, key):
+    """The short name of a stage's model; of the hub without its commit, which counts by fingerprint."""
+    name = sidecar["config"][key]
+    is_of_hub = str((sidecar.get("inputs") or {}).get(key)).startswith(store.HUB)
+    return short_name((name.partition("@")[0] or name) if is_of_hub else name)
 
 
 def data_name(trace):
@@ -322,15 +352,15 @@ def make_point(teacher=None, student=None, train=None, model=None, gradient=None
     row = {"arm": "undistilled"}
     if sampled := train or teacher:
         row = {"arm": tradeoff.arm_of(sampled["config"]), **sampling(sampled)}
-        row["teacher"] = short_name(sampled["config"]["teacher"])
+        row["teacher"] = model_name(sampled, "teacher")
     if test := student or teacher:
         row["data"] = data_name(test)
     if student:
-        row["student"] = short_name(student["config"]["teacher"])
+        row["student"] = model_name(student, "teacher")
         row["student_few_shot"] = student["config"]["few_shot"]
         row.setdefault("seed", student["config"]["seed"])
     if model:
-        row |= {"student": short_name(model["config"]["student"]), "student_seed": model["config"]["seed"]}
+        row |= {"student": model_name(model, "student"), "student_seed": model["config"]["seed"]}
     stages = {"teacher": teacher, "student": student, "train": train, "model": model}
     stages = {stage: sidecar for stage, sidecar in stages.items() if sidecar}
     row |= setting_columns(stages | ({"gradient": gradient} if gradient else {}))
@@ -493,6 +523,8 @@ def unpaired_lines(curves):
 
 def doubts(experiment):
     """(kind, badness, case) of everything that puts a number in doubt or is in no row."""
+    for name in {name for sidecar in sidecars_of(experiment) for name in without_commit(sidecar)}:
+        yield "of the hub at commits not recorded, taken for one and the same", 0, name
     for name, trace in experiment.traces.items():
         stats = trace["stats"]
         finished, cosine = stats.get("finished", 1), trace.get("perturbation", {}).get("cosine", 1)

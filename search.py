@@ -43,8 +43,10 @@ REMEDIES = {
 
 def main(arguments):
     cfg, words = parse(arguments)
+    store.read_commits(stages_dir(cfg))
     check_stages(cfg, words)
     utils.prepare_exp_dir(cfg.exp_dir)
+    store.record_commits(stages_dir(cfg))
     with store.stage_lock(cfg.exp_dir, f"search-{cfg.output}"):
         matches = [match for arm in cfg.arm_names for match in search_arm(arm, cfg, words)]
         lines = [line for match in matches for line in match_lines(match, cfg, words)]
@@ -225,13 +227,15 @@ def stage_config(point, cfg, words):
     return load_config(GenConfig, ROOT / "gen_config.yaml", stage_words(point, cfg, words))
 
 
-def stage_words(point, cfg, words):
-    """The arguments of gentraces.py; the user's come first, as the first may name a YAML file.
+def stages_dir(cfg):
+    """A folder of their own: the report would take the evaluations for points of the experiment."""
+    return f"{cfg.exp_dir}/search"
 
-    The folder is one of its own: the report would take the evaluations for points of the experiment.
-    """
+
+def stage_words(point, cfg, words):
+    """The arguments of gentraces.py; the user's come first, as the first may name a YAML file."""
     max_samples = "null" if cfg.max_samples is None else cfg.max_samples
-    ours = (f"exp_dir={cfg.exp_dir}/search", f"trace_name={point.name}", f"data_split={cfg.data_split}")
+    ours = (f"exp_dir={stages_dir(cfg)}", f"trace_name={point.name}", f"data_split={cfg.data_split}")
     settings = (f"max_samples={max_samples}", f"tau={point.tau}", f"lam={point.lam}")
     return [*words, *ours, *settings, f"direction={point.direction}"]
 

@@ -152,7 +152,7 @@ def read_hub(source):
     """Rows of a hub dataset, its configs one after another."""
     from datasets import concatenate_datasets, load_dataset
 
-    commit = store.find_snapshot(source.hub, "dataset").name
+    commit = store.find_commit(source.hub, "dataset")
     try:
         parts = [
             load_dataset(source.hub, config, split=source.split, revision=commit) for config in source.configs
@@ -318,7 +318,7 @@ def fingerprint_data(data_split, data_dir=None):
     source = find_source(data_split)
     if data_dir := local_copies(data_dir):
         return store.fingerprint_file(local_file(source, data_dir))
-    return f"{store.HUB}{source.hub}@{store.find_snapshot(source.hub, 'dataset').name}"
+    return f"{store.HUB}{source.hub}@{store.find_commit(source.hub, 'dataset')}"
 
 
 def check_columns(path, rows, columns):
@@ -583,6 +583,7 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
     only_check, arguments = "--check" in arguments, [a for a in arguments if a != "--check"]
     cfg = load_config(config_class, ROOT / default_yaml, arguments)
     native_setting()
+    store.read_commits(cfg.exp_dir)
     try:
         inputs = fingerprint_inputs(cfg)
     except FileNotFoundError as error:
@@ -590,6 +591,9 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
             raise
         print0(f"waits: {error}")
         sys.exit(NOT_DONE)
+    finally:  # by itself --check writes nothing
+        if os.environ.get("HUB_RECORD") and is_main_process():
+            store.record_commits(cfg.exp_dir)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
     if (only_check or store.world_size() == 1) and is_finished(cfg, inputs):
         sys.exit(0)
@@ -597,6 +601,8 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
         sys.exit(NOT_DONE)
     check_launcher()
     prepare_exp_dir(cfg.exp_dir)
+    if is_main_process():
+        store.record_commits(cfg.exp_dir)
     return cfg, inputs
 
 

@@ -1,11 +1,18 @@
 """What is of the hub, in a cache as huggingface_hub lays it out, without a network."""
 
+import http.server
+import json
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import byte_tokenizer, run_script, save_folder, tiny_model
+from test_pipeline import run_pipeline
 
+import gentraces
+import save_grad
 import utils
 from ads import gradient, store
 
@@ -21,8 +28,14 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    store.find_snapshot.cache_clear()
+    forget()
     yield home
+    forget()
+
+
+def forget():
+    """As a new process is: without what this one has looked up."""
+    store.COMMITS.clear()
     store.find_snapshot.cache_clear()
 
 
@@ -33,7 +46,7 @@ def snapshot(hub, commit, name=NAME, kind="model"):
     (repository / "refs" / "main").write_text(commit)
     folder = repository / "snapshots" / commit
     folder.mkdir(parents=True, exist_ok=True)
-    store.find_snapshot.cache_clear()
+    forget()
     return folder
 
 
@@ -64,48 +77,192 @@ def test_the_commit_that_is_recorded_is_the_one_that_is_loaded(hub):
     """main may move between the two, as another process downloads."""
     add_model(hub, OLD, 1)
     assert store.fingerprint_model(NAME).endswith(OLD)
-    commits = store.find_snapshot(NAME, "model")
+    folder = store.find_folder(NAME, "model")
     repository = hub / "hub" / "models--owner--tiny"
     (repository / "refs" / "main").write_text(NEW)
-    assert store.locate(NAME, "model") == (NAME, OLD) and store.find_snapshot(NAME, "model") == commits
+    assert store.locate(NAME, "model") == (NAME, OLD) and store.find_folder(NAME, "model") == folder
 
 
-def traces(exp_dir, *more, **keywords):
+def test_without_a_network_a_commit_is_taken_that_is_there_with_its_weights(hub, capfd):
+    """A look at the hub once left main, in the cache, at a new commit with its config.json alone: where there
+    is no network, that was then loaded, though the whole model was there as of yesterday."""
+    whole = add_model(hub, OLD, 1)
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copy(Path(whole) / name, snapshot(hub, NEW))
+    assert store.fingerprint_model(NAME) == f"hub:{NAME}@{OLD}"
+    assert f"{NAME}: at {OLD}, the newest complete commit in the cache" in capfd.readouterr().err
+    forget()
+    assert store.fingerprint_tokenizer(NAME) == f"hub:{NAME}@{OLD}"
+    shutil.copy(Path(whole) / "model.safetensors", snapshot(hub, NEW) / "model-00001-of-00002.safetensors")
+    (snapshot(hub, NEW) / "model.safetensors.index.json").write_text(
+        json.dumps(
+            {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+        )
+    )
+    assert store.fingerprint_model(NAME) == f"hub:{NAME}@{OLD}"
+    shutil.rmtree(whole)
+    forget()
+    with pytest.raises(FileNotFoundError, match=f"{NAME} is no folder, nor to be had from the hub"):
+        store.fingerprint_model(NAME)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a look at one model needs; the server has its commit, files and requests."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        path = self.path.partition("?")[0]
+        if path == f"/api/models/{NAME}":
+            self.answer(json.dumps({"id": NAME, "sha": self.server.commit}))
+        elif path.startswith(f"/api/models/{NAME}/tree/"):
+            sizes = {name: len(text) for name, text in self.server.files.items()}
+            found = [{"type": "file", "path": n, "size": size, "oid": n} for n, size in sizes.items()]
+            self.answer(json.dumps(found))
+        else:
+            self.answer(self.server.files[path.rpartition("/")[2]])
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def answer(self, text):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.send_header("ETag", f'"{len(text)}"')
+        self.send_header("X-Repo-Commit", self.server.commit)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def online(hub, monkeypatch):
+    """A server that stands for the hub, with NAME at NEW."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.commit, server.requests = NEW, []
+    server.files = {"config.json": "{}", "tokenizer_config.json": "{}", "model.safetensors": "weights"}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def asked(server):
+    """How often the server was asked where main is."""
+    return sum(path.partition("?")[0] == f"/api/models/{NAME}" for path in server.requests)
+
+
+def test_a_look_at_the_hub_leaves_the_cache_s_main_where_it_is(hub, online):
+    add_model(hub, OLD, 1)
+    assert store.fingerprint_model(NAME) == store.fingerprint_tokenizer(NAME) == f"hub:{NAME}@{NEW}"
+    assert (hub / "hub" / "models--owner--tiny" / "refs" / "main").read_text() == OLD
+    found = {path.name for path in (hub / "hub" / "models--owner--tiny" / "snapshots" / NEW).iterdir()}
+    assert found == {"config.json", "tokenizer_config.json"} and asked(online) == 1
+
+
+def test_an_experiment_asks_once_for_each_name(hub, online, problem_folder, model_folders, tmp_path):
+    """Each stage did, and so did each --check: hundreds of times in the dry run of a sweep."""
+    models = dict(model_folders, teacher=NAME)
+    settings = {"HF_HUB_OFFLINE": "0", "GRID_ARGS": "--points 0.6,0,0"}
+    fresh = run_pipeline(models, problem_folder, tmp_path / "new", "--dry-run", **settings)
+    assert fresh.stdout.count("to do   ") == 7 and not (tmp_path / "new").exists()
+    assert asked(online) == 1
+    settings["TRAIN_ARGS"] = "lr=-1"  # all stages are checked, none is run
+    for commit, num_asked, said in ((NEW, 2, ""), (OLD, 3, f"{NAME} has moved on the hub from {NEW}")):
+        online.commit = commit
+        refused = run_pipeline(models, problem_folder, tmp_path, check=False, **settings)
+        assert "lr=-1" in refused.stderr and said in refused.stdout
+        assert store.read_yaml(tmp_path / "hub.yaml") == {NAME: NEW}
+        assert asked(online) == num_asked
+
+
+def test_what_has_moved_since_is_said(hub, online, tmp_path, capsys):
+    store.write_text(tmp_path / "hub.yaml", f"{NAME}: {OLD}")
+    store.print_moved(tmp_path)
+    assert (
+        f"{NAME} has moved on the hub from {OLD} to {NEW}: this experiment stays" in capsys.readouterr().out
+    )
+    online.commit = OLD
+    store.print_moved(tmp_path)
+    online.shutdown()
+    online.server_close()
+    store.print_moved(tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_two_stages_that_begin_as_main_moves_do_not_take_two_commits(hub, tmp_path):
+    store.COMMITS[NAME] = OLD
+    store.record_commits(tmp_path)
+    store.COMMITS |= {NAME: NEW, "owner/other": NEW}
+    with pytest.raises(
+        ValueError, match=f"hub.yaml has just been written by another .*{NAME} was '{OLD}'.*run again"
+    ):
+        store.record_commits(tmp_path)
+    store.read_commits(tmp_path)
+    assert store.COMMITS == {NAME: OLD}
+
+
+def traces(exp_dir, *more):
     arguments = [f"exp_dir={exp_dir}", "answer_force=false", "max_length=125", "max_prompt_length=120"]
-    return run_script("gentraces.py", f"teacher={NAME}", *arguments, "max_samples=4", *more, **keywords)
+    gentraces.main([f"teacher={NAME}", *arguments, "max_samples=2", *more])
 
 
-def save_grad(exp_dir, *more, **keywords):
+def save_gradient(exp_dir, *more):
     arguments = [f"exp_dir={exp_dir}", f"holdout_traces={exp_dir}/traces/holdout.parquet", "num_diagnosed=0"]
-    return run_script("save_grad.py", f"proxy_student={NAME}", *arguments, *more, **keywords)
+    save_grad.main([f"proxy_student={NAME}", *arguments, *more])
 
 
-def test_stages_after_main_has_moved(hub, problem_folder, tmp_path):
-    """A finished stage is refused, a gradient meets no other proxy's weights, and NAME@COMMIT goes on."""
+def test_stages_after_main_has_moved(hub, problem_folder, tmp_path, monkeypatch):
+    """A running sweep once failed in all points that were left, as each stage looked by itself."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     data, holdout = f"data_split={problem_folder}_holdout", "trace_name=holdout"
     add_model(hub, OLD, 1)
     traces(tmp_path, data, holdout)
-    save_grad(tmp_path)
-    assert "nothing to do\n" in traces(tmp_path, data, holdout, "--check").stdout
+    assert store.read_yaml(tmp_path / "hub.yaml") == {NAME: OLD}
+    save_gradient(tmp_path)
 
     add_model(hub, NEW, 2)
-    for result in (
-        traces(tmp_path, data, holdout, "--check", check=False),
-        save_grad(tmp_path, "--check", check=False),
-    ):
-        assert result.returncode == 2 and "Traceback" not in result.stderr
-        assert f"was 'hub:{NAME}@{OLD}', now 'hub:{NAME}@{NEW}'" in result.stderr
-        assert "OWNER/NAME@COMMIT is a model of the hub at an earlier commit" in result.stderr
+    with pytest.raises(SystemExit, match="0"):  # nothing to do
+        traces(tmp_path, data, holdout, "--check")
     path = tmp_path / "student_grads.safetensors"
+    traces(
+        tmp_path, data, "trace_name=ads", "lam=0.1", "tau=0.8", f"grad_path={path}", f"proxy_student={NAME}"
+    )
+    found = store.read_yaml(tmp_path / "traces" / "ads.yaml")["inputs"]
+    assert found["teacher"] == found["proxy_student"] == f"hub:{NAME}@{OLD}"
+
+
+def test_another_commit_than_the_recorded_one_is_refused(hub, problem_folder, tmp_path, monkeypatch):
+    """A finished stage has not been made with it, a gradient meets no other weights; NAME@COMMIT goes on."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    data = f"data_split={problem_folder}_holdout"
+    add_model(hub, OLD, 1)
+    traces(tmp_path, data)
+    add_model(hub, NEW, 2)
+    (tmp_path / "hub.yaml").unlink()
+    wanted = f"was 'hub:{NAME}@{OLD}', now 'hub:{NAME}@{NEW}'.*OWNER/NAME@COMMIT is a model of the hub at"
+    with pytest.raises(ValueError, match=wanted):
+        traces(tmp_path, data, "--check")
+    with pytest.raises(SystemExit, match="0"):
+        traces(tmp_path, data, f"teacher={NAME}@{OLD}", "--check")
+    path = tmp_path / "g.safetensors"
+    made_for = {"proxy_student": NAME, "proxy_fingerprint": f"hub:{NAME}@{OLD}"}
+    gradient.save(path, {"w": torch.ones(2)}, made_for)
     with pytest.raises(ValueError, match=f"belongs to another proxy .*@{OLD}', now .*@{NEW}'"):
         gradient.open_checked(path, store.fingerprint_model(NAME))
-
-    more = ["trace_name=ads", "lam=0.1", "tau=0.8", f"grad_path={path}", f"proxy_student={NAME}@{OLD}"]
-    traces(tmp_path, data, *more)
-    found = store.read_yaml(tmp_path / "traces" / "ads.yaml")["inputs"]
-    assert (found["teacher"], found["proxy_student"]) == (f"hub:{NAME}@{NEW}", f"hub:{NAME}@{OLD}")
-    pinned = traces(tmp_path, data, holdout, f"teacher={NAME}@{OLD}", "--check")
-    assert "nothing to do\n" in pinned.stdout
 
 
 def test_records_without_a_commit_are_taken_for_any_and_said(tmp_path):

@@ -38,7 +38,7 @@ def forced(matches, arm="ADS"):
 
 
 def warnings_of(*exp_dirs):
-    experiments = [report.load_experiment(path) for path in exp_dirs]
+    experiments = report.load_experiments(exp_dirs)
     return report.warning_lines(experiments, report.collect_points(experiments))
 
 
@@ -228,6 +228,66 @@ def test_a_teacher_s_test_of_another_teacher_or_gradient_is_another_point(tmp_pa
     assert [("train_n" in row, "teacher_n" in row) for row in rows].count((True, True)) == 0 and len(
         rows
     ) == 3
+
+
+# Commits of the hub
+
+NO_COMMIT, OLD, NEW = (f"hub:owner/teacher-7B{commit}" for commit in ("", f"@{'a' * 40}", f"@{'b' * 40}"))
+UNRECORDED = "of the hub at commits not recorded, taken for one and the same: hub:owner/teacher-7B"
+
+
+def write_points_of(exp_dir, *made_from):
+    """Two temperature and two ADS points; made_from: the teacher in the traces and in the test of each."""
+    settings = ((0.6, 0.0, 0.9, 0.8), (1.4, 0.0, 0.7, 0.6), (0.6, 0.01, 0.88, 0.5), (0.6, 0.03, 0.72, 0.2))
+    for i, ((tau, lam, forced, student), teachers) in enumerate(zip(settings, made_from, strict=True)):
+        write_point(exp_dir, str(i), tau, lam, (forced, forced), (student, student))
+        for stage, teacher in zip("ad", teachers, strict=True):
+            path = exp_dir / "traces" / f"{stage}{i}.yaml"
+            sidecar = store.read_yaml(path)
+            sidecar["inputs"]["teacher"] = teacher
+            store.write_text(path, store.yaml.safe_dump(sidecar))
+
+
+@pytest.mark.parametrize(
+    "made_from,wanted",
+    [
+        ([(NO_COMMIT, NO_COMMIT)] * 4, [UNRECORDED]),
+        ([(OLD, OLD)] * 4, []),
+        ([(NO_COMMIT, OLD)] * 4, [UNRECORDED]),
+        ([(NO_COMMIT, NO_COMMIT)] * 2 + [(NO_COMMIT, OLD), (OLD, OLD)], [UNRECORDED]),
+    ],
+    ids=["old", "new", "a point begun before and finished after", "some points before, some after"],
+)
+def test_an_experiment_begun_before_commits_were_recorded_is_one(tmp_path, made_from, wanted):
+    """Stages took the two fingerprints for the same, the report did not: traces and the teacher's test were
+    two points that lacked a stage each, and arms from before and after were not compared."""
+    write_points_of(tmp_path, *made_from)
+    rows, _ = rows_of(tmp_path)
+    assert len(rows) == 4 and all(map(tradeoff.is_complete, rows))
+    assert [curve.arm for curve in curves_of(tmp_path)] == ["temperature", "ADS"]
+    assert forced(matches_of(tmp_path)).difference > 0.2
+    assert warnings_of(tmp_path) == [f"WARNING: {line}" for line in wanted]
+
+
+def test_folders_with_and_without_commits_are_reported_as_one(tmp_path):
+    write_points_of(tmp_path / "x", *[(NO_COMMIT, NO_COMMIT)] * 4)
+    write_points_of(tmp_path / "y", *[(OLD, OLD)] * 4)
+    assert len(curves_of(tmp_path / "x", tmp_path / "y")) == 2
+
+
+def test_two_recorded_commits_are_two_curves_and_a_name_with_its_commit_is_the_plain_one(tmp_path):
+    """Who goes on with NAME@COMMIT, as an error proposes, still has one teacher in the table."""
+    write_points_of(tmp_path, *[(OLD, OLD)] * 2, *[(NEW, NEW)] * 2)
+    labels = [curve.label.split(", ")[-1] for curve in curves_of(tmp_path)]
+    assert labels == [f"traces teacher files {OLD}", f"traces teacher files {NEW}"]
+    write_points_of(tmp_path, *[(OLD, OLD)] * 4)
+    for name in ("a2", "d2", "a3", "d3"):
+        path = tmp_path / "traces" / f"{name}.yaml"
+        plain, pinned = "teacher: owner/teacher-7B\n", f"teacher: {OLD.removeprefix('hub:')}\n"
+        assert plain in path.read_text()
+        store.write_text(path, path.read_text().replace(plain, pinned))
+    assert {row["teacher"] for row in rows_of(tmp_path)[0]} == {"owner/teacher-7B"}
+    assert forced(matches_of(tmp_path)).difference > 0.2
 
 
 def test_what_was_made_from_something_that_has_changed_since_is_left_out_and_said(tmp_path):

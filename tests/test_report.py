@@ -22,6 +22,7 @@ from ads.tradeoff import make_curves, wilson_interval
 ROOT = Path(report.__file__).parent
 N = 1200
 TEACHER, STUDENT, PROXY = "owner/teacher-7B", "owner/student-3B", "owner/proxy-1B"
+COMMIT = "c" * 40
 PERTURBATION = {"share_changed": 0.99, "cosine": 0.9995, "relative_norm": 1.0}
 
 
@@ -44,9 +45,8 @@ def write_traces(
         **dict(more_stats),
     }
     notes = {"perturbation": perturbation or PERTURBATION} if cfg.lam else {}
-    store.write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), {"teacher": f"hub:{cfg.teacher}", **dict(inputs)}, stats, 360, **notes
-    )
+    made_from = {"teacher": f"hub:{cfg.teacher}@{COMMIT}", **dict(inputs)}
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), made_from, stats, 360, **notes)
     if parquet:
         write_answers(cfg.parquet_path, stats)
 
@@ -164,12 +164,12 @@ def csv_rows(exp_dir):
 
 
 def rows_of(*exp_dirs):
-    experiments = [report.load_experiment(path) for path in exp_dirs]
+    experiments = report.load_experiments(exp_dirs)
     return [p.row for p in report.collect_points(experiments)], report.collect_baselines(experiments)
 
 
 def curves_of(*exp_dirs):
-    return make_curves(report.collect_points([report.load_experiment(path) for path in exp_dirs]))
+    return make_curves(report.collect_points(report.load_experiments(exp_dirs)))
 
 
 def draw(*exp_dirs):
@@ -546,7 +546,7 @@ def test_doubtful_numbers_are_said(tmp_path, capsys, stats, perturbation, wanted
 def test_one_warning_names_the_worst_few(tmp_path):
     for i in range(7):
         write_traces(tmp_path, f"t{i}", 0.5, 0.5, tau=i / 10, more_stats={"finished": 0.8 - i / 10})
-    (line,) = report.warning_lines([report.load_experiment(tmp_path)])
+    (line,) = report.warning_lines(report.load_experiments([tmp_path]))
     assert line.endswith("0.9: t6 .200, t5 .300, t4 .400, t3 .500 and 3 more")
 
 
@@ -556,7 +556,7 @@ def test_a_model_whose_traces_are_gone_is_left_out_and_said(tmp_path):
     points, baselines = rows_of(exp_dir)
     assert [row["tau"] for row in points if "model_n" in row] == [0.6, 0.6, 0.6]
     assert len(baselines) == 1
-    (line,) = report.warning_lines([report.load_experiment(exp_dir)])
+    (line,) = report.warning_lines(report.load_experiments([exp_dir]))
     assert line == "WARNING: models left out, the sidecars of their training traces are not here: b2"
 
 
