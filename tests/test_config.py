@@ -90,6 +90,10 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
         (["lam=0.1", "grad_path=g", "proxy_student=p", "eps=-1"], "eps=-1.0: must be at least 0"),
         (["lam=0.1", "grad_path=g", "proxy_student=p", "is_teacher=false"], "only a teacher"),
         (["few_shot=2"], "set few_shot_traces"),
+        (["direction_seed=-1"], "direction_seed=-1: must be"),
+        (["lam=1.5", "direction=corrupt"], "lam=1.5: with direction=corrupt it is the share"),
+        (["lam=-0.1", "direction=corrupt"], "lam=-0.1: with direction=corrupt"),
+        (["lam=0.5", "direction=corrupt", "is_teacher=false"], "only a teacher"),
         (["tau"], "write key=value"),
     ),
 )
