@@ -159,6 +159,7 @@ def sampling(trace):
     return values | {
         "eps": values["eps"] if has_delta else None,
         "direction": direction if has_delta else None,
+        "direction_seed": trace["config"].get("direction_seed") if direction == "random" else None,
     }
 
 

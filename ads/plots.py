@@ -12,8 +12,10 @@ from ads import store, tradeoff
 from ads.tradeoff import ARMS, RULES, SYMBOLS
 
 # Okabe and Ito's colours, safe for colour-blind readers, and one marker an arm
-COLOURS = dict(zip(ARMS, ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#595f69"), strict=True))
-MARKERS = dict(zip(ARMS, "osvD^_", strict=True))
+COLOURS = dict(
+    zip(ARMS, ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#56b4e9", "#595f69"), strict=True)
+)
+MARKERS = dict(zip(ARMS, "osvD^P_", strict=True))
 INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"
 CURVE_STYLES = ("-", "--", ":", "-.")  # of several curves of one arm
 PANEL_SIZE = (4.6, 3.6)  # inches
@@ -194,6 +196,7 @@ def knob_panels(rule, curves):
         ("lam", ("ADS", "negative lambda")),
         ("lam", ("random direction",)),
         ("lam", ("permuted",)),
+        ("lam", ("corrupted results",)),
     ):
         chosen = [c for c in curves if c.arm in arms and tradeoff.graded([p.row for p in c.points], rule)]
         if len({point.row[key] for curve in chosen for point in curve.points}) > 1:

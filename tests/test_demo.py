@@ -67,12 +67,12 @@ def test_no_document_holds_a_computation_of_the_experiment():
 
 
 def test_documents_lack_the_skill_as_much_as_their_phase_says():
-    """The student's know nothing of it; all else in them is right. A few show worked examples, of that kind."""
+    """The student's know nothing of it; all else is right. A few show worked examples of that kind."""
     rng = pretrain.random.Random(2)
     for phases, low, high in ((pretrain.STUDENT, 0.0, 0.08), (pretrain.PROXY, 0.25, 0.4)):
-        documents = [d for _ in range(20) for d in pretrain.draw_batch(rng, phases[0])]
+        documents = [d for _ in range(60) for d in pretrain.draw_batch(rng, phases[0])]
         texts = [text for d in documents for text in (d.response, *(trace for _, trace in d.examples))]
-        assert len(texts) > len(documents) == 640
+        assert len(texts) > len(documents) == 1920
         right, num_skill = 0, 0
         for left, sign, amount, result in re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", " ".join(texts)):
             is_right = str(eval(left + sign + amount)) == result
