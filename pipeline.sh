@@ -26,6 +26,8 @@ GEN_ARGS="${GEN_ARGS:-}"             # key=value words for every gentraces.py
 HOLDOUT_ARGS="${HOLDOUT_ARGS:-}"     # more of them, for the holdout traces alone
 TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8}" # more of them, for the training traces alone (one_step=0.1 ...)
 BASE_ARGS="${BASE_ARGS:-}"           # more of them, for the undistilled student alone (few_shot=4 ...)
+FEW_SHOT_ARGS="${FEW_SHOT_ARGS:-}"   # the undistilled student again, with few_shot=4 ...
+PREFILL="${PREFILL:-}"               # the undistilled student again, made to begin with these words
 GRAD_ARGS="${GRAD_ARGS:-}"           # for save_grad.py
 TRAIN_ARGS="${TRAIN_ARGS:-}"         # for distill.py
 GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,lam,eps ...
@@ -106,6 +108,7 @@ split_words() {
   read -r -d '' -a holdout_args <<<"$HOLDOUT_ARGS" || true
   read -r -d '' -a trace_args <<<"$TRACE_ARGS" || true
   read -r -d '' -a base_args <<<"$BASE_ARGS" || true
+  read -r -d '' -a few_shot_args <<<"$FEW_SHOT_ARGS" || true
   read -r -d '' -a grad_args <<<"$GRAD_ARGS" || true
   read -r -d '' -a train_args <<<"$TRAIN_ARGS" || true
   read -r -d '' -a grid_args <<<"$GRID_ARGS" || true
@@ -150,9 +153,9 @@ run_grid() {
 run_points() {
   trap 'stop 143' TERM # a worker in the background starts without
   point_number=0
-  while read -r tau lam eps direction; do
+  while read -r tau lam eps direction direction_seed; do
     point_number=$((point_number + 1))
-    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}"
+    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
     ran=0
     [[ "$dry_run" == 1 ]] || mkdir "$taken/$point_number" 2>/dev/null || continue
     if ! run_point; then
@@ -166,10 +169,10 @@ run_points() {
 check_settings() {
   [[ "$dry_run" == 1 ]] || (
     dry_run=1 checking=1
-    read -r tau lam eps direction <<<"$grid"
-    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}"
+    read -r tau lam eps direction direction_seed <<<"$grid"
+    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
     run_shared_stages && distil_student || exit
-    tau=0 lam=0 eps=0 direction="" point=settings # a point that is wrong in itself does not stop the others
+    tau=0 lam=0 eps=0 direction="" direction_seed="" point=settings # a point that is wrong in itself does not stop the others
     sample_training_traces
   ) >/dev/null || exit 2
 }
@@ -180,9 +183,16 @@ run_shared_stages() {
     trace_name=holdout ${holdout_args[@]+"${holdout_args[@]}"} || return
   run_stage student_grads save_grad.py "${common[@]}" "proxy_student=$PROXY_STUDENT" "holdout_traces=$holdout" \
     ${grad_args[@]+"${grad_args[@]}"} || return
-  run_stage student_base gentraces.py "${problems[@]}" is_teacher=false "teacher=$STUDENT" \
-    "tokenizer=$STUDENT_TOKENIZER" "data_split=${DATASET}_test" tau=0 trace_name=student_base \
-    "few_shot_traces=$holdout" ${base_args[@]+"${base_args[@]}"} || return
+  sample_base student_base || return
+  [[ -z "$FEW_SHOT_ARGS" ]] || sample_base student_base_few_shot "${few_shot_args[@]}" || return
+  [[ -z "$PREFILL" ]] || sample_base student_base_prefill "prefill=$PREFILL" || return
+}
+
+# sample_base NAME key=value...: the student before distillation.
+sample_base() {
+  run_stage "$1" gentraces.py "${problems[@]}" is_teacher=false "teacher=$STUDENT" \
+    "tokenizer=$STUDENT_TOKENIZER" "data_split=${DATASET}_test" tau=0 "trace_name=$1" \
+    "few_shot_traces=$holdout" ${base_args[@]+"${base_args[@]}"} "${@:2}"
 }
 
 # What is left is reckoned from the points that ran, not from those that were done before.
@@ -212,7 +222,7 @@ run_point() {
 
 sample_training_traces() {
   teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps" "direction=${direction:-gradient}"
-    "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
+    ${direction_seed:+"direction_seed=$direction_seed"} "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
   run_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
     "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"}
 }

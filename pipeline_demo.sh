@@ -15,7 +15,9 @@ export JOBS="${JOBS:-$(getconf _NPROCESSORS_ONLN)}"
 export GEN_ARGS="max_length=200 max_prompt_length=100 batch_size=300 top_k=0 top_p=1 ${GEN_ARGS:-}"
 export TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8 one_step=0.1}"
 export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}"
-export TRAIN_ARGS="lora_r=16 lora_alpha=16 lr=3e-3 num_epochs=2 per_device_batch_size=16 warmup=0 ${TRAIN_ARGS:-}"
+export TRAIN_ARGS="lora=false lr=1e-3 num_epochs=4 per_device_batch_size=16 do_eval=false ${TRAIN_ARGS:-}"
+# What the undistilled student reaches when it is asked in other ways. Prompts with worked problems are longer.
+export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=2 max_length=400 max_prompt_length=300}" PREFILL="${PREFILL-start with}"
 export GRID_ARGS="${GRID_ARGS:---points
   0.4,0,0 1.2,0,0 1.35,0,0 1.5,0,0 1.65,0,0
   0.4,5,0 0.4,8,0 0.4,11,0 0.4,14,0 0.4,18,0 0.4,24,0

@@ -234,6 +234,7 @@ def make_point(teacher=None, student=None, train=None, model=None):
     if student:
         row["student"] = short_name(student["config"]["teacher"])
         row["student_few_shot"] = student["config"]["few_shot"]
+        row["student_prefill"] = student["config"].get("prefill")
     if model:
         row |= {"student": short_name(model["config"]["student"]), "student_seed": model["config"]["seed"]}
     stages = {"teacher": teacher, "student": student, "train": train, "model": model}
@@ -316,6 +317,7 @@ def baseline_lines(baselines):
     return [
         f"undistilled {row['student']} on {row['data']}: forced {show_accuracy(row, 'student_af')}, "
         f"raw {show_accuracy(row, 'student_raw')}, few_shot {row['student_few_shot']}, "
+        f"{'prefill ' + repr(row['student_prefill']) + ', ' if row['student_prefill'] else ''}"
         f"n {show_sizes([row], '/')}, finished {show_number(row.get('student_finished'))}"
         for row in baselines
     ] or ["undistilled student: -"]

@@ -107,7 +107,8 @@ def by_label(baselines, rule=None):
     differs = len(tradeoff.values_of(baselines, "student")) > 1
     groups = {}
     for row in baselines:
-        label = f"undistilled {row['student'] if differs else 'student'}, {row['student_few_shot']}-shot"
+        shown = "prefilled" if row.get("student_prefill") else f"{row['student_few_shot']}-shot"
+        label = f"undistilled {row['student'] if differs else 'student'}, {shown}"
         if rule is None or f"student_{rule}_accuracy" in row:
             groups.setdefault(label, []).append(row)
     return groups

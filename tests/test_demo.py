@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, run_script
 
 import utils
-from ads import arithmetic, chat, store
-from ads.models import load_model
+from ads import arithmetic, chat, grading, sampling, store
+from ads.engine import Models, Request, generate
+from ads.models import CachedModel, load_model
 
 sys.path.insert(0, str(ROOT / "demo"))
 import pretrain
@@ -26,7 +28,7 @@ def test_models_are_small_and_whole():
     assert sorted(path.name for path in MODELS.iterdir()) == ["proxy", "student", "teacher"]
     for name in pretrain.PHASES:
         model = load_model(str(MODELS / name), "float32", "cpu")
-        assert 300_000 < model.num_parameters() < 400_000
+        assert 100_000 < model.num_parameters() < 400_000
         made = pretrain.make_tokenizer("student" if name == "student" else "teacher")
         assert chat.load_tokenizer(str(MODELS / name)).get_vocab() == made.get_vocab()
 
@@ -51,12 +53,51 @@ def test_tokenizers_know_every_word_and_bring_text_back(name):
     assert tokenizer.unk_token_id not in chat.encode(tokenizer, chat.FORCE_TEXT)
 
 
-def test_the_teacher_knows_how_and_the_student_does_not_yet():
-    reached = {}
-    for name in ("teacher", "student"):
-        tokenizer = chat.load_tokenizer(str(MODELS / name))
-        reached[name] = pretrain.evaluate(load_model(str(MODELS / name), "float32", "cpu"), tokenizer, seed=3)
-    assert reached["teacher"]["tau 0"] > 0.97 and reached["student"]["tau 0"] < 0.2
+def responses(folder, rows, examples=(), opening=""):
+    """(greedy responses by a model, the share that is right); opening: what they are made to begin with."""
+    tokenizer = chat.load_tokenizer(folder)
+    given = chat.encode(tokenizer, opening)
+    prompts = {row["id"]: chat.prompt_ids(tokenizer, row["problem"], examples) + given for row in rows}
+    requests = [Request(i, prompt, 100) for i, prompt in prompts.items()]
+    allowed_V, eos = torch.ones(len(tokenizer), dtype=torch.bool), frozenset([tokenizer.eos_token_id])
+    models = Models(CachedModel(load_model(folder, "float32", "cpu")), None, allowed_V, eos)
+    found = {c.id: given + c.ids for c in generate(models, sampling.GREEDY, 0, requests, len(rows))}
+    texts = {i: chat.response_text(tokenizer, ids, eos) for i, ids in found.items()}
+    right = sum(grading.grade(texts[row["id"]], row["solution"]).correct for row in rows)
+    return texts.values(), right / len(rows)
+
+
+def test_no_prompt_elicits_the_skill_from_the_student():
+    """An earlier student had learned to answer at once: one forced word, `start`, and it could do the task.
+    Distillation taught it a format. This one works step by step by itself, adds and subtracts rightly, and
+    yet cannot double or triple, whatever it is shown or made to begin with."""
+    rows, student = arithmetic.generate("test", seed=3, count=200), str(MODELS / "student")
+    shown = [(row["problem"], row["solution"]) for row in arithmetic.generate("holdout", seed=3, count=2)]
+    for settings in ({}, {"examples": shown}, {"opening": "start with"}):
+        texts, accuracy = responses(student, rows, **settings)
+        assert accuracy < 0.1, settings
+        equations = [e for text in texts for e in re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", text)]
+        right = {"*": [], "+": [], "-": []}
+        for left, sign, amount, result in equations:
+            right[sign].append(str(eval(left + sign + amount)) == result)
+        assert len(equations) > 3.5 * len(rows), settings
+        assert sum(right["*"]) < 0.3 * len(right["*"])
+        if "examples" not in settings:
+            assert sum(right["+"] + right["-"]) > 0.9 * len(right["+"] + right["-"])
+    assert responses(str(MODELS / "teacher"), rows)[1] > 0.97
+
+
+@pytest.mark.slow
+def test_clean_traces_teach_the_skill(tmp_path):
+    """With the settings of the demo, which they are read from."""
+    rows = [{**row, "trace": row["solution"], "finished": True} for row in arithmetic.generate("train", 3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "clean.parquet")
+    script = (ROOT / "pipeline_demo.sh").read_text()
+    recipe = re.search(r'TRAIN_ARGS="(.*?) \$\{', script)[1].split()
+    student, traces = f"student={MODELS / 'student'}", f"train_traces={tmp_path}/clean.parquet"
+    run_script("distill.py", f"exp_dir={tmp_path}", student, traces, "do_eval=false", *recipe)
+    taught = str(tmp_path / "models" / "student" / "final")
+    assert responses(taught, arithmetic.generate("test", seed=3, count=200))[1] > 0.85
 
 
 def test_no_document_holds_a_computation_of_the_experiment():
