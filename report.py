@@ -159,7 +159,9 @@ def sampling(trace):
     return values | {
         "eps": values["eps"] if has_delta else None,
         "direction": direction if has_delta else None,
-        "direction_seed": trace["config"].get("direction_seed") if direction == "random" else None,
+        "direction_seed": trace["config"].get("direction_seed")
+        if has_delta and direction == "random"
+        else None,
     }
 
 
