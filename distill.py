@@ -21,6 +21,8 @@ from ads import chat, store
 from ads.config import TrainConfig, ignored_keys, to_dict
 from utils import print0, print_result
 
+NUM_COMPARED, COMPARED_TOKENS = 3, 256  # sequences, and tokens of each, that a saved student is checked on
+
 
 def main(arguments):
     cfg, inputs = utils.begin_stage(TrainConfig, "train_config.yaml", fingerprint_inputs, arguments)
@@ -40,27 +42,37 @@ def fingerprint_inputs(cfg):
 
 
 def distil(cfg, inputs, world):
+    from ads import models
+
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
+    if place := chat.describe_place(tokenizer):
+        print0(place)
     train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
     per_device = per_device_batch(cfg, world.size)
     numerics = resolve_numerics(cfg, world.device)
+    made_with = numerics | {"sequences": store.fingerprint_json([train, holdout])}
     if world.is_main:
-        store.open_parts(cfg.model_path, to_dict(cfg), inputs | numerics, ignored_keys(cfg))
+        store.open_parts(cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
     world.barrier()
 
     model = load_student(cfg, tokenizer, world.device)
+    longest = max(map(num_tokens, train + (holdout or [])))
+    models.try_batches(model, longest, models.resolve_dtype(cfg.dtype, world.device))
     trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
     checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
     if checkpoint:
         print0(f"resuming from {checkpoint}")
-    result = train_fast(trainer, checkpoint)
+    with models.recomputed(model, cfg.gradient_checkpointing):
+        result = train_fast(trainer, checkpoint)
     if not math.isfinite(result.training_loss):
         raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
     if world.is_main:
-        save_student(cfg, trainer.accelerator.unwrap_model(trainer.model), tokenizer, world.device)
-        finish(cfg, inputs, numerics, trainer, len(train), num_cut, time.time() - start)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        rows = [example["input_ids"][:COMPARED_TOKENS] for example in train[:NUM_COMPARED]]
+        save_student(cfg, model, tokenizer, world.device, rows)
+        finish(cfg, inputs, made_with, trainer, len(train), num_cut, time.time() - start)
 
 
 def load_examples(cfg, tokenizer, path):
@@ -91,27 +103,18 @@ def load_student(cfg, tokenizer, device):
     import torch
     from transformers import set_seed
 
-    from ads.models import load_model, resolve_dtype
+    from ads import lora
+    from ads.models import check_loadable, load_model, resolve_dtype
 
     print0(f"loading {cfg.student}")
     dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.") if cfg.lora else "float32"
     model = load_model(cfg.student, dtype, device, resolve_numerics(cfg, device)["attention"])
     chat.check_rows(tokenizer, model.get_input_embeddings().weight.shape[0], cfg.student)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_loadable(model)
     set_seed(cfg.seed)
     if not cfg.lora:
         return model
-    from peft import LoraConfig, get_peft_model
-
-    lora = LoraConfig(
-        r=cfg.lora_r,
-        lora_alpha=cfg.lora_alpha,
-        lora_dropout=cfg.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, lora)
+    model = lora.add_adapters(model, cfg)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad), (
         "adapters must be float32"
@@ -254,15 +257,19 @@ def is_json(path):
     return True
 
 
-def save_student(cfg, model, tokenizer, device):
-    """Merge the adapters in float32, round once, and write model, tokenizer and generation config."""
+def save_student(cfg, model, tokenizer, device, rows):
+    """Merge the adapters in float32, round once, and write model, tokenizer and generation config.
+
+    rows: a few lists of token ids, whose logits must stay the same. ValueError, and nothing is kept, if not.
+    """
     from transformers import GenerationConfig
 
+    from ads import lora
     from ads.models import resolve_dtype
 
     if cfg.lora:
-        model = model.float().merge_and_unload()
-    model = model.to(resolve_dtype(cfg.dtype, device))
+        model = lora.merge(model, rows)
+    model = model.to(resolve_dtype(cfg.dtype, device)).eval()
     # The student learned to stop with the tokenizer's eos, which may not be the one its base config names.
     eos = sorted(chat.eos_ids(tokenizer, model))
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
@@ -271,9 +278,24 @@ def save_student(cfg, model, tokenizer, device):
     with store.atomic_folder(cfg.model_path / "final") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        check_saved(cfg, model, folder, device, rows)
 
 
-def finish(cfg, inputs, numerics, trainer, num_examples, num_cut, seconds):
+def check_saved(cfg, model, folder, device, rows):
+    """ValueError unless what was saved is the model."""
+    import torch
+
+    from ads import decoder
+    from ads.models import load_model, logits_of
+
+    saved = load_model(str(folder), cfg.dtype, device, resolve_numerics(cfg, device)["attention"])
+    with torch.no_grad():
+        are_right = [decoder.agrees(logits_of(saved, ids), logits_of(model, ids)) for ids in rows]
+    if not all(are_right):
+        raise ValueError(f"student {cfg.student}: loaded from where it was saved it is another model")
+
+
+def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
     """Registry, sidecar (last), and only then away with the checkpoints."""
     history = trainer.state.log_history
     losses = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
@@ -291,7 +313,7 @@ def finish(cfg, inputs, numerics, trainer, num_examples, num_cut, seconds):
     curves = {"train": losses, "holdout": holdout_losses}
     outputs = [cfg.model_path / "final"]
     store.write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **numerics
+        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **made_with
     )
     for path in cfg.leftovers:
         shutil.rmtree(path)

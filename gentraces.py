@@ -20,6 +20,8 @@ from ads import chat, grading, store
 from ads.config import GenConfig, ignored_keys, to_dict
 from utils import print0, print_result
 
+PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
+
 
 def main(arguments):
     cfg, inputs = utils.begin_stage(GenConfig, "gen_config.yaml", fingerprint_inputs, arguments)
@@ -49,12 +51,14 @@ def fingerprint_inputs(cfg):
 def generate_traces(cfg, inputs, world):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
+    if place := chat.describe_place(tokenizer):
+        print0(place)
     found = utils.load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
     problems = leave_out_unanswered(found)
     prompts = render_prompts(cfg, tokenizer, problems)
-    numerics = resolve_numerics(cfg, world.device)
+    made_with = resolve_numerics(cfg, world.device) | {"prompts": store.fingerprint_json(prompts)}
     if world.is_main:
-        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | numerics, ignored_keys(cfg))
+        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
     world.barrier()
 
     vocabulary = check_vocabulary(cfg, tokenizer) if cfg.has_delta or cfg.one_step else None
@@ -72,7 +76,7 @@ def generate_traces(cfg, inputs, world):
             "num_prompts_too_long": len(problems) - len(prompts),
         }
         stats = compute_stats(cfg, rows) | left_out | diagnostics | speed
-        finish(cfg, inputs, stats, notes | numerics, time.time() - start)
+        finish(cfg, inputs, stats, notes | made_with, time.time() - start)
 
 
 def resolve_numerics(cfg, device):
@@ -86,11 +90,14 @@ def resolve_numerics(cfg, device):
 
 
 def leave_out_unanswered(problems):
-    """The problems that have an answer to grade against (2 of MATH's 7,500 solutions end in an empty box)."""
+    """The problems that have an answer to grade against: their own solution, graded as a response, is right.
+
+    2 of MATH's 7,500 solutions end in an empty box; a line of prose may not say which number is the answer.
+    """
     kept, reasons = [], {}
     for problem in problems:
         try:
-            grading.reference_answer(problem["solution"])
+            grading.check_solution(problem["solution"])
             kept.append(problem)
         except ValueError as error:
             reasons[problem["id"]] = error
@@ -126,7 +133,7 @@ def render_prompts(cfg, tokenizer, problems):
 
 def opening_ids(cfg, tokenizer):
     """The ids of what each response is made to begin with."""
-    ids = chat.encode(tokenizer, cfg.prefill or "")
+    ids = chat.encode_next(tokenizer, cfg.prefill or "")
     if tokenizer.eos_token_id in ids:
         raise ValueError(f"prefill={cfg.prefill!r}: holds the token that ends a response; leave it out")
     return ids
@@ -245,8 +252,8 @@ def make_forcing(tokenizer, eos, opening):
     """How the model is made to state its answer after a response."""
     from ads.engine import Forcing
 
-    most = len(chat.encode(tokenizer, chat.THINK_END + chat.FORCE_TEXT))
-    most = max(most, len(chat.encode(tokenizer, chat.FORCE_TEXT)))
+    most = len(chat.encode_next(tokenizer, chat.THINK_END + chat.FORCE_TEXT))
+    most = max(most, len(chat.encode_next(tokenizer, chat.FORCE_TEXT)))
     ids_of = functools.partial(force_ids, tokenizer=tokenizer, eos=eos, opening=opening)
     return Forcing(ids_of, most, chat.NUM_FORCED_TOKENS)
 
@@ -288,9 +295,8 @@ def trace_row(cfg, tokenizer, eos, opening, completion, requests, solutions):
     given = force_ids(requests[completion.id], completion.ids, tokenizer, eos, opening)
     continuation = chat.response_text(tokenizer, completion.forced_ids, eos)
     grade = grading.grade_forced(continuation, solution)
-    ids = completion.ids[: len(completion.ids) - completion.finished]
     return row | {
-        "trace_af": tokenizer.decode(opening + ids + given) + continuation,
+        "trace_af": trace + chat.decode_next(tokenizer, given) + continuation,
         "af_answer": grade.answer,
         "is_af_correct": grade.correct,
         "af_timed_out": grade.timed_out,
@@ -298,7 +304,8 @@ def trace_row(cfg, tokenizer, eos, opening, completion, requests, solutions):
 
 
 def decode_to_parts(cfg, models, forcing, requests, to_row, world):
-    """Decode this process's requests that are in no part, a part per batch of rows; tokens sampled."""
+    """Decode this process's requests that are in no part, and write what is finished in parts; tokens
+    sampled."""
     from tqdm import tqdm
 
     from ads.engine import choose_batch_size, generate
@@ -312,20 +319,23 @@ def decode_to_parts(cfg, models, forcing, requests, to_row, world):
     if batch_size == "auto":
         batch_size = choose_batch_size(models, requests, forcing, world.size)
         print0(f"batch_size: {batch_size} rows at once, by free memory")
-    rows, num_tokens, start = [], 0, time.time()
-    with tqdm(
-        total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2
-    ) as progress:
-        for completion in generate(models, sampling_rule(cfg), cfg.seed, mine, batch_size, forcing):
-            rows.append(to_row(completion))
-            num_tokens += len(completion.ids)
-            progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
-            progress.update()
-            if len(rows) == batch_size:
-                store.write_part(folder, world.rank, rows)
-                rows = []
-    if rows:
-        store.write_part(folder, world.rank, rows)
+    part_rows = min(PART_ROWS, batch_size)
+    rows, num_tokens, start, written = [], 0, time.time(), time.monotonic()
+    try:
+        with tqdm(
+            total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2
+        ) as progress:
+            for completion in generate(models, sampling_rule(cfg), cfg.seed, mine, batch_size, forcing):
+                rows.append(to_row(completion))
+                num_tokens += len(completion.ids)
+                progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
+                progress.update()
+                if len(rows) >= part_rows or time.monotonic() - written > PART_SECONDS:
+                    store.write_part(folder, world.rank, rows)
+                    rows, written = [], time.monotonic()
+    finally:  # stopped, or another row failed: what is finished is kept
+        if rows:
+            store.write_part(folder, world.rank, rows)
     return num_tokens
 
 
@@ -359,7 +369,7 @@ def is_correct(row, text):
 def one_step_test(cfg, rows, world):
     """What a step of gradient descent on the traces does to the proxy's loss on the holdout traces."""
     from ads import diagnostics, gradient
-    from ads.models import load_model
+    from ads.models import load_model, try_batches
 
     taught = utils.take_subset(rows, cfg.one_step_samples, cfg.seed)
     holdout = utils.read_parquet(cfg.holdout_traces)
@@ -369,6 +379,7 @@ def one_step_test(cfg, rows, world):
         raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
     print0(f"loading {cfg.proxy_student} for the one-step test")
     proxy = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
+    try_batches(proxy, max(len(s.ids) for s in taught + holdout))
     return diagnostics.one_step(proxy, taught, holdout, cfg.one_step, world)
 
 

@@ -8,6 +8,7 @@ python grid.py --file runs/x/matched.txt         # those that search.py found
 """
 
 import argparse
+import os
 import random
 import sys
 from pathlib import Path
@@ -73,7 +74,7 @@ def points_in(path):
     """The points of a file, each once; its blank lines and # comments are left out."""
     points = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, start=1):

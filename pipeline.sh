@@ -7,8 +7,18 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
+fail() {
+  echo "pipeline.sh: $1" >&2
+  exit 2
+}
+
+[[ -n "${EXP_DIR-unset}" ]] || fail "EXP_DIR is empty: give a folder, or unset it for the default one"
 EXP_DIR="${EXP_DIR:-runs/gsm8k}"
-[[ "$EXP_DIR" != -* ]] || EXP_DIR="./$EXP_DIR" # no option of some command
+case "$EXP_DIR" in
+  -*) EXP_DIR="./$EXP_DIR" ;; # no option of some command
+  "~" | "~/"*) EXP_DIR="$HOME${EXP_DIR#"~"}" ;;
+  "~"*) fail "EXP_DIR='$EXP_DIR': write that home folder out, or ./$EXP_DIR for what is named so" ;;
+esac
 DATASET="${DATASET:-gsm8k}"
 SEED="${SEED:-42}"
 TEACHER="${TEACHER:-deepseek-ai/DeepSeek-R1-Distill-Qwen-7B}"
@@ -32,13 +42,18 @@ GRAD_ARGS="${GRAD_ARGS:-}"           # for save_grad.py
 TRAIN_ARGS="${TRAIN_ARGS:-}"         # for distill.py
 GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,lam,eps ...
 
+# What a scheduler or an outer launcher left: a stage would wait for processes that never come. LAUNCH may need it.
+[[ -n "$LAUNCH" ]] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT \
+  "${!TORCHELASTIC_@}" "${!PET_@}"
+
 # A stage that was interrupted is no failed grid point: stop, the next run goes on there.
 trap 'stop 130' INT
 trap 'stop 143' TERM
+trap 'stop 129' HUP
 
 # stop CODE: end what runs in the background, which the terminal's Ctrl-C does not reach, and leave.
 stop() {
-  trap '' INT TERM
+  trap '' INT TERM HUP
   local attempt running
   for attempt in 1 2 3 4 5; do # one that has just been started may miss the first
     running="$(jobs -pr)"
@@ -70,11 +85,6 @@ parse_arguments() {
       *) fail "unknown argument '$argument': known is --dry-run; settings are environment variables (README)" ;;
     esac
   done
-}
-
-fail() {
-  echo "pipeline.sh: $1" >&2
-  exit 2
 }
 
 choose_processes() {
@@ -136,10 +146,10 @@ run_grid() {
   if [[ "$dry_run" == 0 ]]; then
     rm -rf "$taken" && mkdir -p "$taken"
     trap 'rm -rf "$taken"' EXIT
-    if [[ "$JOBS" -gt 1 && -z "${OMP_NUM_THREADS:-}" ]]; then # threads beyond the cores wait for one another
-      local num_cores
-      num_cores="$(getconf _NPROCESSORS_ONLN)"
-      export OMP_NUM_THREADS=$((num_cores > JOBS ? num_cores / JOBS : 1))
+    if [[ "$JOBS" -gt 1 && -z "${OMP_NUM_THREADS:-}" ]]; then # threads beyond the CPUs wait for one another
+      local num_cpus
+      num_cpus="$(cd "$here" && python -c 'import utils; print(utils.num_cpus())')"
+      export OMP_NUM_THREADS=$((num_cpus > JOBS ? num_cpus / JOBS : 1))
     fi
     while [[ ${#workers[@]} -lt $((JOBS - 1)) ]]; do
       run_points &
@@ -240,7 +250,7 @@ run_stage() {
   local name="$1" script="$2" status=0
   shift 2
   local command=("${launch[@]}" "$here/$script" "$@")
-  check="$(WORLD_SIZE="$NPROC" python "$here/$script" "$@" --check)" || status=$?
+  check="$(RANK=0 WORLD_SIZE="$NPROC" python "$here/$script" "$@" --check)" || status=$?
   if [[ "$status" == 0 ]]; then
     echo "done    $name${check##*nothing to do}" # where the code has changed since, that is said
     return 0
@@ -256,16 +266,36 @@ run_stage() {
   fi
   ran=1
   echo "run     $name ($(date '+%F %T')): $(printf '%q ' "${command[@]}")"
+  local log="$EXP_DIR/logs/$name.log" size=0
+  [[ ! -f "$log" ]] || size="$(wc -c <"$log")"
   # in the background, as a trap waits for what runs in the foreground
   if [[ "$JOBS" == 1 ]]; then
-    "${command[@]}" </dev/null > >(tee -a "$EXP_DIR/logs/$name.log") 2>&1 &
+    exec 8> >(tee -a "$log")
+    local writer="$!"
+    "${command[@]}" </dev/null >&8 2>&1 8>&- &
+    exec 8>&-
   else
-    "${command[@]}" </dev/null >>"$EXP_DIR/logs/$name.log" 2>&1 &
+    "${command[@]}" </dev/null >>"$log" 2>&1 &
   fi
   wait "$!" && return
   status=$?
-  [[ "$JOBS" == 1 ]] || tail -n 3 "$EXP_DIR/logs/$name.log" >&2
+  [[ "$JOBS" != 1 ]] || wait "$writer" 2>/dev/null || true
+  show_failure "$log" "$size"
   return "$status"
+}
+
+# show_failure LOG SIZE: of what a stage wrote beyond SIZE bytes, the line that says why it failed comes last on the
+# terminal. A launcher of several processes writes a report below it, and leaves with 1 whatever the stage's exit code.
+show_failure() {
+  local error code
+  error="$(tail -c "+$(($2 + 1))" "$1" | grep -a '^error: ' | tail -n 1)" || true
+  if [[ -z "$error" ]]; then
+    [[ "$JOBS" == 1 ]] || tail -n 3 "$1" >&2
+  elif [[ "$JOBS" != 1 || "$(tail -n 1 "$1")" != "$error" ]]; then
+    echo "$error" >&2
+  fi
+  code="$(tail -c "+$(($2 + 1))" "$1" | sed -n 's/^ *exitcode *: *\([0-9]\{1,\}\) .*/\1/p' | tail -n 1)"
+  status="${code:-$status}"
 }
 
 duration() {

@@ -11,7 +11,6 @@ SEEDS="${SEEDS:-1}"
 export DATASET=arithmetic
 export TEACHER="$here/demo/models/teacher" PROXY_STUDENT="$here/demo/models/proxy" STUDENT="$here/demo/models/student"
 export NPROC=1 OMP_NUM_THREADS=1 # at this size processes help and threads do not
-export JOBS="${JOBS:-$(getconf _NPROCESSORS_ONLN)}"
 export GEN_ARGS="max_length=200 max_prompt_length=100 batch_size=300 top_k=0 top_p=1 ${GEN_ARGS:-}"
 export TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8 one_step=0.1}"
 export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}"
@@ -27,13 +26,14 @@ export GRID_ARGS="${GRID_ARGS:---points
 export ACCELERATE_USE_CPU=true # these models are too small for a GPU, and results should not hang on having one
 
 # The first seed's experiment is the folder itself; its report/ shows all seeds.
-demo_dir="${EXP_DIR:-runs/demo}" first="${SEED:-1}" status=0
+demo_dir="${EXP_DIR-runs/demo}" first="${SEED:-1}" status=0
 [[ "$SEEDS" =~ ^[1-9][0-9]*$ && "$first" =~ ^[0-9]+$ ]] || {
   echo "pipeline_demo.sh: SEEDS='$SEEDS', SEED='$first': must be whole numbers, SEEDS from 1" >&2
   exit 2
 }
 # shellcheck source=setup.sh
 source "$here/setup.sh" ""
+export JOBS="${JOBS:-$(cd "$here" && python -c 'import utils; print(utils.num_cpus())')}"
 folders=()
 for ((seed = first; seed < first + SEEDS; seed++)); do
   folder="$demo_dir"

@@ -4,11 +4,13 @@
     python report.py runs/seed42 runs/seed43    # several seeds, or one sweep spread over machines
 
 Stages are joined by the settings and path tails in their sidecars, as experiments get moved; the names of
-grid points are never parsed. Intervals at equal teacher accuracy need the tests' .parquet files.
+grid points are never parsed. Where there is one seed, intervals at equal teacher accuracy need the tests'
+.parquet files.
 """
 
 import argparse
 import csv
+import dataclasses
 import html
 import io
 import shlex
@@ -17,15 +19,18 @@ from pathlib import Path
 
 import utils
 from ads import delta_table, page, plots, store, tradeoff
-from ads.config import LEAST_COSINE
+from ads.config import LEAST_COSINE, GenConfig, GradConfig, TrainConfig, expand_home, ignored_keys, to_dict
 from ads.delta_table import LEAST_CORRELATION
 from ads.tradeoff import (
     ARMS,
+    ONE_SEED,
     RULES,
     SETTINGS,
     Point,
     differing,
     is_complete,
+    point_name,
+    show_name,
     show_number,
     show_setting,
     values_of,
@@ -35,6 +40,21 @@ from utils import print0, print_result
 SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")  # and direction, which old sidecars lack
 TRACE_KEYS = ("exp_dir", "teacher", "is_teacher", "data_split", "few_shot", *SAMPLING_KEYS)
 MODEL_KEYS = ("student", "train_traces", "seed")
+# Settings by which curves are not told apart. Those that ads.config does not compare (places, whose contents
+# count by fingerprint, and what concerns speed alone) are left out as well.
+NO_SETTING = {  # names, diagnostics, what changes rounding alone, and the seed, in which replicates differ
+    GenConfig: {
+        *("trace_name", "trace_colname", "one_step", "one_step_samples", "num_contrasts", "answer_force"),
+        *("attn_implementation", "is_teacher", "seed"),
+    },
+    GradConfig: {"attn_implementation", "seed"},
+    TrainConfig: {"model_name", "do_eval", "eval_epochs", "attn_implementation", "seed"},
+}
+OWN_COLUMNS = {  # settings of a stage that have a column without a dot, or that follow from another
+    "train": (*SAMPLING_KEYS, "direction"),
+    "teacher": (*SAMPLING_KEYS, "direction", "data_split"),
+    "student": ("lam", "few_shot", "data_split"),
+}
 NUMBERS = {  # heading in the table: column of results.csv
     "t.fin": "teacher_finished",
     "s.fin": "student_finished",
@@ -43,15 +63,22 @@ NUMBERS = {  # heading in the table: column of results.csv
     "loss": "model_holdout_loss",
 }
 ONE_STEP = "train_one_step_change"
-LEGEND = """\
-forced, raw: accuracy on the n test problems with and without answer forcing [95 % interval]
+LEGEND = f"""\
+forced, raw: accuracy on the n test problems with and without answer forcing
+[low, high]: 95 % Wilson interval of one run; {ONE_SEED}
 t.fin, s.fin: share of the teacher's and the student's test traces that finished
 nll, tokens: of the training traces, mean nats/token under the unadjusted teacher and median length
 loss: the student's on the holdout traces after training, nats/token"""
 ONE_STEP_LEGEND = (
     "step: change of the proxy's holdout loss after one SGD step on the training traces, nats/token"
 )
+MATCH_LEGEND = (
+    "95 % intervals over seeds (t) or, of one seed, over problems (bootstrap); "
+    f"{tradeoff.MARK} marks what is in doubt"
+)
 LEAST_FINISHED = 0.9
+DEMO_MODELS = utils.ROOT / "demo" / "models"
+DEMO_NOTES = utils.ROOT / "demo" / "notes.txt"  # what is known of experiments with these models
 NUM_NAMED = 4  # cases that one warning names
 
 
@@ -62,17 +89,20 @@ def main(arguments):
         raise ValueError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
     points, baselines = collect_points(experiments), collect_baselines(experiments)
     rows = [point.row for point in points]
-    notes = [*baseline_lines(baselines), *gradient_lines(experiments), *warning_lines(experiments)]
+    notes = [*baseline_lines(baselines), *gradient_lines(experiments), *warning_lines(experiments, points)]
     curves = tradeoff.make_curves(points)
+    notes += unpaired_lines(curves)
     matches = compare_arms(curves, levels)
     print0(*text_table(rows), *notes, *map(tradeoff.show_match, matches), sep="\n")
     finding = tradeoff.finding(curves, matches)
-    sentences = [finding, tradeoff.second_finding(matches), tradeoff.controls(matches)]
+    more = (tradeoff.finding_doubt, tradeoff.second_finding, tradeoff.controls)
+    sentences = [finding, *(sentence(matches) for sentence in more)]
     print0(*filter(None, sentences), sep="\n")
 
     utils.prepare_exp_dir(folder)
     with store.stage_lock(folder if folder.parent != exp_dirs[0] else exp_dirs[0], "report"):
-        store.write_text(folder / "results.csv", to_csv([*rows, *baselines]))
+        store.write_text(folder / "results.csv", to_csv(results(points, baselines)))
+        store.write_text(folder / "comparisons.csv", to_csv(map(comparison, matches)))
         panels = plots.make_panels(curves, baselines, matches)
         plots.write_plots(folder, panels, plot_title(curves, baselines))
         store.write_text(
@@ -91,12 +121,14 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("exp_dirs", type=Path, nargs="+", metavar="EXP_DIR")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: report/ in the first EXP_DIR")
+    parser.add_argument("exp_dirs", nargs="+", metavar="EXP_DIR")
+    parser.add_argument("--out", metavar="FOLDER", help="default: report/ in the first EXP_DIR")
     parser.add_argument("--at", metavar="0.85,0.75", help="teacher accuracies to compare the arms at")
     parsed = parser.parse_args(arguments)
     levels = None if parsed.at is None else parse_levels(parsed.at)
-    return parsed.exp_dirs, parsed.out or parsed.exp_dirs[0] / "report", levels
+    exp_dirs = [Path(expand_home("EXP_DIR", text)) for text in parsed.exp_dirs]
+    out = Path(expand_home("--out", parsed.out)) if parsed.out is not None else exp_dirs[0] / "report"
+    return exp_dirs, out, levels
 
 
 def parse_levels(text):
@@ -134,7 +166,9 @@ def load_experiment(path):
 def load_sidecar(path, config_keys):
     """A sidecar; ValueError if the file is none or its config lacks a key."""
     sidecar = store.read_yaml(path)
-    if not all(isinstance(sidecar.get(part), dict) for part in ("config", "stats")):
+    parts = [sidecar.get(part) for part in ("config", "stats")]
+    parts += [sidecar.get(part) or {} for part in ("inputs", "outputs")]  # old ones have none
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(f"{path} is not a sidecar (no config, no stats): move it elsewhere")
     if missing := [key for key in config_keys if key not in sidecar["config"]]:
         raise ValueError(f"{path}: config has no {', '.join(missing)}: delete it to redo the stage")
@@ -165,6 +199,41 @@ def sampling(trace):
     }
 
 
+def sampled_from(trace):
+    """The settings and the files that traces of one grid point are sampled with."""
+    names = ("teacher", "proxy_student", "gradient") if trace["config"]["lam"] else ("teacher",)
+    return sampling(trace), files_of(trace, *names)
+
+
+def files_of(sidecar, *names):
+    """{input: fingerprint} of what a stage was made from; old sidecars lack some."""
+    found = sidecar.get("inputs") or {}
+    return {f"{name}{tradeoff.FILES}": plain(found[name]) for name in names if found.get(name)}
+
+
+def settings_of(sidecar, cls):
+    """{setting: value} of a stage by which curves are told apart, from the config of its sidecar.
+
+    All keys of the stage's YAML but NO_SETTING and those without effect (lora_r where all weights are
+    trained): for a student this is its recipe, be it a kind of training, a rate, a size of batch or of
+    sequence, epochs or weight decay. dtype is what "auto" stood for. A key that an old sidecar lacks had its
+    default, and of a path given the end counts.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    config = cls(**{key: value for key, value in sidecar["config"].items() if key in known})
+    dtypes = {key: sidecar.get(f"resolved_{key}") for key in ("dtype", "proxy_dtype")}
+    values = to_dict(config) | sidecar["config"] | {key: value for key, value in dtypes.items() if value}
+    left_out = ignored_keys(config) | NO_SETTING[cls]
+    return {key: plain(value) for key, value in values.items() if key not in left_out}
+
+
+def plain(value):
+    """A setting as a number or short text."""
+    if isinstance(value, bool | int | float):
+        return value
+    return "null" if value is None else short_name(str(value))
+
+
 def data_name(trace):
     return short_name(trace["config"]["data_split"], num_parts=1)
 
@@ -182,6 +251,23 @@ def model_behind(experiment, student_test):
     name, is_final = path.parent.name, path.parts[-3::2] == ("models", "final")
     is_ours = name in experiment.models or path.is_relative_to(student_test["config"]["exp_dir"])
     return name if is_final and is_ours else None
+
+
+def has_changed(reader, name, writer, output):
+    """Whether what one stage read is no longer what another wrote; old sidecars do not say."""
+    read, written = (reader.get("inputs") or {}).get(name), (writer.get("outputs") or {}).get(output)
+    return None not in (read, written) and read != written
+
+
+def traces_changed(experiment, model):
+    train = traces_behind(experiment, model)
+    return train and has_changed(model, "train_traces", train, f"{train['path'].stem}.parquet")
+
+
+def model_changed(experiment, student_test):
+    name = model_behind(experiment, student_test)
+    model = experiment.models.get(name)
+    return model and has_changed(student_test, "teacher", model, f"{name}/final")
 
 
 # Points
@@ -209,23 +295,32 @@ def in_order(points):
 def points_of(experiment):
     """Training traces joined with their model, its test and the teacher's test, as far as these exist."""
     tests, students = select(experiment, True, "test"), select(experiment, False, "test")
-    pairs = [(traces_behind(experiment, model), name) for name, model in experiment.models.items()]
+    models = experiment.models.items()
+    pairs = [
+        (traces_behind(experiment, model), name)
+        for name, model in models
+        if not traces_changed(experiment, model)
+    ]
     pairs = [(train, name) for train, name in pairs if train]
     used = [train for train, _ in pairs]
     pairs += [(train, None) for train in select(experiment, True, "train") if train not in used]
+    students = [student for student in students if not model_changed(experiment, student)]
+    gradient = next(iter(experiment.gradients.values()), None)
     points, shown = [], []
     for train, name in pairs:
-        model, same_point = experiment.models.get(name), [t for t in tests if sampling(t) == sampling(train)]
+        model = experiment.models.get(name)
+        same_point = [test for test in tests if sampled_from(test) == sampled_from(train)]
         for student in [s for s in students if name and model_behind(experiment, s) == name] or [None]:
             same = [t for t in same_point if student is None or data_name(t) == data_name(student)]
             points += [
-                make_point(teacher=t, student=student, train=train, model=model) for t in same or [None]
+                make_point(t, student, train, model, gradient if train["config"]["lam"] else None)
+                for t in same or [None]
             ]
             shown += same
     return points + [make_point(teacher=test) for test in tests if test not in shown]
 
 
-def make_point(teacher=None, student=None, train=None, model=None):
+def make_point(teacher=None, student=None, train=None, model=None, gradient=None):
     """What the sidecars of a point say; the numbers of a missing stage are missing."""
     row = {"arm": "undistilled"}
     if sampled := train or teacher:
@@ -237,14 +332,43 @@ def make_point(teacher=None, student=None, train=None, model=None):
         row["student"] = short_name(student["config"]["teacher"])
         row["student_few_shot"] = student["config"]["few_shot"]
         row["student_prefill"] = student["config"].get("prefill")
+        row.setdefault("seed", student["config"]["seed"])
     if model:
         row |= {"student": short_name(model["config"]["student"]), "student_seed": model["config"]["seed"]}
     stages = {"teacher": teacher, "student": student, "train": train, "model": model}
     stages = {stage: sidecar for stage, sidecar in stages.items() if sidecar}
+    row |= setting_columns(stages | ({"gradient": gradient} if gradient else {}))
     for stage, sidecar in stages.items():
         row |= flatten(stage, sidecar["stats"])
         row |= flatten(f"{stage}_perturbation", sidecar.get("perturbation"))
     return Point(row, stages)
+
+
+def setting_columns(stages):
+    """{STAGE.SETTING: value} of a point's stages, and `recipe`, the fingerprint of the student's."""
+    classes = {"model": TrainConfig, "gradient": GradConfig}
+    columns = {}
+    for stage in (name for name in tradeoff.STAGES if name in stages):
+        found = settings_of(stages[stage], classes.get(stage, GenConfig)) | stage_files(stage, stages)
+        own = OWN_COLUMNS.get(stage, ())
+        columns |= {f"{stage}.{key}": value for key, value in found.items() if key not in own}
+    recipe = {key: value for key, value in columns.items() if key.startswith("model.")}
+    return columns | ({"recipe": store.fingerprint_json(recipe)[:8]} if recipe else {})
+
+
+def stage_files(stage, stages):
+    """Fingerprints of what a stage was made from, as far as no other column follows from it."""
+    sidecar = stages[stage]
+    if stage == "model":
+        return files_of(sidecar, "student", "tokenizer")
+    if stage == "gradient":
+        return {}
+    if stage == "student":  # a distilled one's weights differ in every point
+        return files_of(sidecar, "data", *(() if "model" in stages else ("teacher", "tokenizer")))
+    names, rank = ("teacher", "tokenizer", "data"), sidecar.get("grad_rank")
+    if not sidecar["config"]["lam"]:
+        return files_of(sidecar, *names)
+    return files_of(sidecar, *names, "proxy_student") | ({} if rank is None else {"grad_rank": rank})
 
 
 def flatten(prefix, value):
@@ -287,7 +411,8 @@ def table(points):
     """Header and lines of cells; a setting has a column only where points differ in it."""
     settings = ["tau", "lam", *differing(points)]
     accuracies = [(who, rule) for who in ("teacher", "student") for rule in RULES]
-    lines = [["arm", *settings, "n", *(f"{who} {RULES[rule]}" for who, rule in accuracies), *NUMBERS]]
+    lines = [["arm", *map(show_name, settings), "n", *(f"{who} {RULES[rule]}" for who, rule in accuracies)]]
+    lines[0] += NUMBERS
     lines[0] += ["step"] if has_one_step(points) else []
     for row in points:
         cells = [row["arm"], *(show_setting(row.get(key)) for key in settings), show_sizes([row], "/")]
@@ -320,7 +445,7 @@ def baseline_lines(baselines):
         f"undistilled {row['student']} on {row['data']}: forced {show_accuracy(row, 'student_af')}, "
         f"raw {show_accuracy(row, 'student_raw')}, few_shot {row['student_few_shot']}, "
         f"{'prefill ' + repr(row['student_prefill']) + ', ' if row['student_prefill'] else ''}"
-        f"n {show_sizes([row], '/')}, finished {show_number(row.get('student_finished'))}"
+        f"n {show_sizes([row], '/')}, finished {show_number(row.get('student_finished'))}, seed {row['seed']}"
         for row in baselines
     ] or ["undistilled student: -"]
 
@@ -339,16 +464,36 @@ def gradient_lines(experiments):
     return list(dict.fromkeys(lines)) or ["gradient: -"]
 
 
-def warning_lines(experiments):
+def warning_lines(experiments, points=()):
     """One line per kind of doubt, naming the worst cases first."""
     found, lines = {}, []
-    for kind, badness, case in [doubt for e in experiments for doubt in doubts(e)]:
+    for kind, badness, case in [*(doubt for e in experiments for doubt in doubts(e)), *point_doubts(points)]:
         found.setdefault(kind, set()).add((badness, short_name(case)))
     for kind, cases in found.items():
         named = ", ".join(case for _, case in sorted(cases, reverse=True)[:NUM_NAMED])
         more = f" and {len(cases) - NUM_NAMED} more" if len(cases) > NUM_NAMED else ""
         lines.append(f"WARNING: {kind}: {named}{more}")
     return lines
+
+
+def point_doubts(points):
+    """(kind, badness, case) of points that are there more than once, or without an accuracy."""
+    for point in tradeoff.pool_copies(point for point in points if is_complete(point.row)):
+        if point.copies:
+            yield tradeoff.POOLED, len(point.copies), f"{point_name(point.row)} ({len(point.copies)} times)"
+    for point in points:
+        for _, test in tradeoff.lost_shares(point.row):
+            yield tradeoff.NO_SHARE, 0, f"{point_name(point.row)} ({test})"
+
+
+def unpaired_lines(curves):
+    """What to say of curves that have nothing to be compared with, where others have."""
+    arms, paired = {curve.arm for curve in curves}, [curve for _, curve in tradeoff.pair_up(curves)]
+    alone = [curve for curve in curves if curve.arm != "temperature" and curve not in paired]
+    if not alone or "temperature" not in arms:
+        return []
+    labels = "; ".join(curve.label for curve in alone)
+    return [f"WARNING: not compared, no temperature curve shares the settings: {labels}"]
 
 
 def doubts(experiment):
@@ -359,7 +504,7 @@ def doubts(experiment):
         if cosine < LEAST_COSINE:
             kind = f"theta +- eps g lost to rounding, cosine below {LEAST_COSINE}"
             yield kind, -cosine, f"{name} {show_number(cosine)}"
-        if finished < LEAST_FINISHED:
+        if not finished >= LEAST_FINISHED:
             yield f"finished share below {LEAST_FINISHED}", -finished, f"{name} {show_number(finished)}"
         if num := stats.get("num_grader_timeouts"):
             yield "answers counted as wrong, the grader timed out", num, f"{name} {num}"
@@ -368,6 +513,9 @@ def doubts(experiment):
         if num := stats.get("num_prompts_too_long"):
             yield "problems left out, prompts too long", num, f"{name} {num}"
     for name, gradient in experiment.gradients.items():
+        for trace_name, trace in experiment.traces.items():
+            if trace["config"]["lam"] and has_changed(trace, "gradient", gradient, f"{name}.safetensors"):
+                yield f"traces of another gradient than the one that {name} describes", 0, trace_name
         found, eps = gradient.get("diagnostics"), gradient["config"].get("eps", 0)
         if found and (correlation := delta_table.used(found, eps)["correlation"]) < LEAST_CORRELATION:
             kind = f"Delta a poor one, correlation with the exact one below {LEAST_CORRELATION}"
@@ -375,14 +523,40 @@ def doubts(experiment):
     for name, model in experiment.models.items():
         if traces_behind(experiment, model) is None:
             yield "models left out, the sidecars of their training traces are not here", 0, name
+        elif traces_changed(experiment, model):
+            yield "models left out, their training traces have changed since", 0, name
+    for student in select(experiment, False, "test"):
+        if model_changed(experiment, student):
+            name = model_behind(experiment, student)
+            yield "student tests left out, the models have changed since", 0, name
     for name in {model_behind(experiment, s) for s in select(experiment, False, "test")}:
         if name and name not in experiment.models:
             yield "student tests left out, the sidecars of the models are not here", 0, name
 
 
+def results(points, baselines):
+    """The lines of results.csv: what the intervals are, the rows, and what puts each in doubt."""
+    copies = [
+        part for p in tradeoff.pool_copies(p for p in points if is_complete(p.row)) for part in p.copies
+    ]
+    for point in points:
+        lost = [f"{tradeoff.NO_SHARE}: {test}" for _, test in tradeoff.lost_shares(point.row)]
+        flags = ([tradeoff.POOLED] if point in copies else []) + lost
+        yield {**point.row, "interval": f"Wilson, {ONE_SEED}", "flags": "; ".join(flags)}
+    for row in baselines:
+        yield {**row, "interval": f"Wilson, {ONE_SEED}", "flags": ""}
+
+
+def comparison(match):
+    """A line of comparisons.csv."""
+    values = dataclasses.asdict(match) | {"flags": "; ".join(match.flags)}
+    kind = "" if match.low is None else tradeoff.interval_kind(match.num_seeds)
+    return values | {"interval": kind if match.num_seeds > 1 or not kind else f"problem bootstrap, {kind}"}
+
+
 def to_csv(rows):
     """All numbers, a line per row; empty where a stage is missing."""
-    file = io.StringIO()
+    rows, file = list(rows), io.StringIO()
     columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
@@ -405,7 +579,7 @@ def to_markdown(exp_dirs, experiments, points, notes, sentences, matches, panels
         lines += ["", *(f"- {inline(line)}" for line in legend_of(points).splitlines()), ""]
     lines += [f"- {inline(note)}" for note in notes]
     if matches:
-        lines += ["", "At equal teacher accuracy (95 % bootstrap intervals):", ""]
+        lines += ["", f"At equal teacher accuracy, {MATCH_LEGEND}:", ""]
         lines += [f"- {inline(tradeoff.show_match(match))}" for match in matches]
     lines += ["", *(f"![{name}]({name}.png)" for name, drawn in panels.items() if drawn)]
     lines += ["", "Made by", "", f"    {shlex.join(['python', 'report.py', *map(str, exp_dirs)])}", ""]
@@ -434,7 +608,8 @@ def compare_arms(curves, levels):
     """The arms at equal teacher accuracies: those given, else the usual ones."""
     pairs = tradeoff.pair_up(curves)
     chosen = {rule: levels or tradeoff.choose_levels(pairs, rule) for rule in RULES}
-    stages = [p.stages[who] for c in curves for p in [*c.start, *c.points] for who in ("teacher", "student")]
+    points = [part for c in curves for p in [*c.start, *c.points] for part in tradeoff.parts_of(p)]
+    stages = [point.stages[who] for point in points for who in ("teacher", "student")]
     answers, missing = {}, []
     for stage in {stage["path"]: stage for stage in stages}.values() if pairs else ():
         found, problem = read_answers(stage)
@@ -463,10 +638,19 @@ def read_answers(stage):
     return answers, ""
 
 
+def is_demo(experiments):
+    """Whether anything was made with the models that are part of this repository, as they are now."""
+    shipped = {store.fingerprint_model(str(path.parent)) for path in DEMO_MODELS.glob("*/config.json")}
+    read = [sidecar.get("inputs") or {} for e in experiments for sidecar in sidecars_of(e)]
+    return any(shipped & {str(inputs.get(name)) for name in ("teacher", "student")} for inputs in read)
+
+
 def plot_title(curves, baselines):
     tested = [point.row for curve in curves for point in curve.points] or baselines
     data = ", ".join(values_of(tested, "data")) or "no test has finished"
-    return f"{data}: n = {show_sizes(tested, ' to ')} problems, 95 % intervals"
+    most = max((len(rows) for c in curves for rows in tradeoff.by_setting(c.points).values()), default=1)
+    kind = ONE_SEED if most == 1 else f"over up to {most} seeds"
+    return f"{data}: n = {show_sizes(tested, ' to ')} problems, 95 % intervals, {kind}"
 
 
 def to_page(experiments, points, baselines, notes, curves, matches, panels):
@@ -484,7 +668,7 @@ def to_page(experiments, points, baselines, notes, curves, matches, panels):
         notes=notes,
         gradients=list({repr(g["stats"]): g for e in experiments for g in e.gradients.values()}.values()),
         contrasts=page.load_contrasts(points),
-        is_toy=any(name.startswith("arithmetic_") for name in values_of([*rows, *baselines], "data")),
+        about=DEMO_NOTES.read_text(encoding="utf-8").splitlines() if is_demo(experiments) else (),
         made_from=provenance(experiments),
     )
 

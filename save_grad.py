@@ -33,8 +33,10 @@ def fingerprint_inputs(cfg):
 
 
 def compute_gradient(cfg, inputs, world):
+    import torch
+
     from ads import gradient
-    from ads.models import keep_freed_memory, load_model
+    from ads.models import keep_freed_memory, load_model, recomputed, try_batches
 
     start = time.time()
     keep_freed_memory()
@@ -44,12 +46,10 @@ def compute_gradient(cfg, inputs, world):
     model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     num_rows = model.get_input_embeddings().weight.shape[0]
     check_ids(sequences, num_rows, cfg)
-    if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-        model.train()  # checkpointing is skipped in eval mode
-        switch_off_dropout_(model)
+    try_batches(model, max(len(s.ids) for s in sequences), getattr(torch, cfg.dtype))
 
-    loss, half = accumulate(cfg, model, sequences, world)
+    with recomputed(model, cfg.gradient_checkpointing):
+        loss, half = accumulate(cfg, model, sequences, world)
     seconds = {"gradient": time.time() - start}
     norms = gradient.norms(model)
     stats = {
@@ -115,7 +115,7 @@ def diagnose(cfg, model, compressed, half, sequences, seconds):
     start = time.time()
     chosen = utils.take_subset(sequences, cfg.num_diagnosed, cfg.seed)
     try:
-        found = agreement.diagnose(cfg, model.eval(), compressed, half, chosen)
+        found = agreement.diagnose(cfg, model, compressed, half, chosen)
     except (ValueError, RuntimeError) as error:  # not covered, too little memory: g is worth keeping
         print0(f"WARNING: no diagnostics: {' '.join(str(error).split())[:300]}")
         return None
@@ -160,17 +160,6 @@ def check_ids(sequences, num_rows, cfg):
         raise ValueError(
             f"{cfg.holdout_traces} has token id {largest}, {cfg.proxy_student} only {num_rows} embedding rows"
         )
-
-
-def switch_off_dropout_(model):
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        # that of attention is no module of its own but a number its function is called with
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 def progress_bar(batches):

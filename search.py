@@ -10,7 +10,6 @@ target was not hit; the points of the others are in EXP_DIR/matched.txt all the 
 """
 
 import functools
-import os
 import shlex
 import shutil
 import subprocess
@@ -70,7 +69,7 @@ def parse(arguments):
 
 def check_stages(cfg, words):
     """What would fail at the first stage, or at the last, fails here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if store.world_size() > 1:
         raise ValueError(
             "search.py is one process: give the launcher as launch='...', it starts gentraces.py"
         )

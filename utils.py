@@ -1,21 +1,26 @@
 """What every script needs: datasets and their splits, start-up (ranks, device), one-line errors, printing."""
 
+import codecs
 import contextlib
 import errno
+import functools
 import gzip
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 import warnings
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 from ads import arithmetic, store
-from ads.config import ignored_keys, load_config, to_dict
+from ads.config import expand_home, ignored_keys, load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent
 SHUFFLE_SEED = 42  # of the train/holdout split of datasets that are stored by subject
@@ -48,6 +53,7 @@ class Source:
 GSM8K = ("question", "answer")
 MATH = ("problem", "solution", "level", "type")
 MMLU = ("question", "choices", "answer", "subject")
+LETTERS = "ABCDEFGHIJ"  # of MMLU's choices
 SOURCES = {
     ("gsm8k", "train"): Source("gsm8k_train", "openai/gsm8k", ("main",), "train", GSM8K),
     ("gsm8k", "test"): Source("gsm8k_platinum_test", "madrylab/gsm8k-platinum", ("main",), "test", GSM8K),
@@ -78,7 +84,7 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     if is_folder(dataset):
         problems = load_folder(Path(dataset), split)
     else:
-        problems = load_known(data_split, data_dir or os.environ.get("DATA_DIR"))
+        problems = load_known(data_split, local_copies(data_dir))
     if not problems:
         raise ValueError(f"data_split={data_split!r} holds no problems")
     return take_subset(problems, max_samples, seed)
@@ -111,7 +117,7 @@ def load_known(data_split, data_dir):
     """The split of a known dataset: train is cut 70/30 into train and holdout (MATH, MMLU: shuffled)."""
     source = find_source(data_split)
     dataset, _, split = data_split.rpartition("_")
-    rows = read_local(source, Path(data_dir)) if data_dir else read_hub(source)
+    rows = read_local(source, data_dir) if data_dir else read_hub(source)
     order = list(range(len(rows)))
     if split != "test":
         order = permutation(len(rows), SHUFFLE_SEED) if dataset in SHUFFLED else order
@@ -119,6 +125,12 @@ def load_known(data_split, data_dir):
         order = order[:num_train] if split == "train" else order[num_train:]
     part = "test" if split == "test" else "train"
     return [{"id": f"{dataset}/{part}/{i}", **to_problem(dataset, rows[i])} for i in order]
+
+
+def local_copies(data_dir):
+    """The folder of local copies of the datasets: data_dir, else $DATA_DIR; None: the hub."""
+    text = data_dir or os.environ.get("DATA_DIR")
+    return Path(expand_home("DATA_DIR", text)) if text else None
 
 
 def local_file(source, data_dir):
@@ -132,26 +144,37 @@ def local_file(source, data_dir):
 
 def read_local(source, data_dir):
     """Rows of <data_dir>/<file>.jsonl.gz, in the hub's schema."""
-    path = local_file(source, data_dir)
-    rows = read_lines(path)
-    check_columns(path, rows, source.columns)
-    return rows
+    return read_lines(local_file(source, data_dir), functools.partial(check_problem, columns=source.columns))
 
 
 def read_hub(source):
     """Rows of a hub dataset, its configs one after another."""
     from datasets import concatenate_datasets, load_dataset
 
+    commit = store.find_snapshot(source.hub, "dataset").name
     try:
-        parts = [load_dataset(source.hub, config, split=source.split) for config in source.configs]
+        parts = [
+            load_dataset(source.hub, config, split=source.split, revision=commit) for config in source.configs
+        ]
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"dataset {source.hub} could not be loaded ({reason}); set data_dir to local copies"
         ) from error
+    check_commit(source, parts, commit)
     rows = concatenate_datasets(parts).to_list()
-    check_columns(source.hub, rows, source.columns)
+    check_rows(source.hub, rows, functools.partial(check_problem, columns=source.columns))
     return rows
+
+
+def check_commit(source, parts, commit):
+    """ValueError unless all parts are of a commit: without a network `datasets` takes what it cached last."""
+    files = [Path(file["filename"]) for part in parts for file in part.cache_files]
+    if wrong := [file for file in files if file.parent.name != commit]:
+        raise ValueError(
+            f"dataset {source.hub} is at commit {commit}, but {wrong[0]} is cached: load it with a network "
+            "once, or set data_dir to local copies"
+        )
 
 
 def folder_file(folder, split):
@@ -165,13 +188,14 @@ def folder_file(folder, split):
 def load_folder(folder, split):
     """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet: problem, solution, perhaps id."""
     path = folder_file(folder, split)
-    rows = read_parquet(path) if path.suffix == ".parquet" else read_lines(path)
-    check_columns(path, rows, ("problem", "solution"))
+    check = functools.partial(check_problem, columns=("problem", "solution"))
+    if path.suffix == ".parquet":
+        rows = read_parquet(path)
+        check_rows(path, rows, check)
+    else:
+        rows = read_lines(path, check)
     rows = one_table(path, rows)
     problems = [{**row, "id": str(row.get("id", f"{folder.name}/{split}/{i}"))} for i, row in enumerate(rows)]
-    for row in problems:
-        if not isinstance(row["problem"], str) or not isinstance(row["solution"], str):
-            raise ValueError(f"{path}: problem and solution of {row['id']} must be text")
     if len({row["id"] for row in problems}) < len(problems):
         raise ValueError(f"{path}: the ids in column 'id' are not all different")
     return problems
@@ -191,19 +215,69 @@ def one_table(path, rows):
     return rows
 
 
-def read_lines(path):
-    """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first bad line."""
-    opener = gzip.open if path.suffix == ".gz" else open
+def read_lines(path, check):
+    """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first line that will not do.
+
+    check(object) raises one of what it finds. As `datasets` does, it passes over a byte order mark and empty
+    lines.
+    """
     rows = []
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise ValueError("not a JSON object")
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}, line {len(rows) + 1}: {' '.join(str(error).split())}") from error
+    for number, line in enumerate(read_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(parse_object(line))
+            check(rows[-1])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
     return rows
+
+
+def read_bytes(path):
+    """What a file holds, unpacked if its name ends in .gz; ValueError when it is damaged."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            return file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable gzip file: {error}") from error
+
+
+def parse_object(line):
+    """The JSON object in a line of bytes; ValueError saying what is wrong, with the column where one is."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode()) + 1
+        raise ValueError(f"column {column}: {line[error.start]:#04x} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column {error.colno}: {error.msg} (one JSON object a line)") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object (one a line)")
+    if b"\\ud" in line.lower() and not is_text(json.dumps(row, ensure_ascii=False)):
+        raise ValueError("\\ud800 to \\udfff stand for a character in pairs only")
+    return row
+
+
+def is_text(text):
+    """Whether a string can be stored: half a surrogate pair, which JSON can write, is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def unique_keys(pairs):
+    """The dict of a JSON object's pairs; ValueError when a key is there twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {ascii(twice)} is given twice")
+    return row
 
 
 def read_parquet(path):
@@ -234,22 +308,55 @@ def read_table(path, columns=None):
 
 
 def fingerprint_data(data_split, data_dir=None):
-    """What identifies the file behind a split, without reading its rows: contents, or the hub name."""
+    """What identifies the file behind a split, without reading its rows: contents, or name and commit."""
     dataset, _, split = data_split.rpartition("_")
     if dataset == GENERATED:
         return store.fingerprint_file(arithmetic.__file__)
     if is_folder(dataset):
         return store.fingerprint_file(folder_file(Path(dataset), split))
     source = find_source(data_split)
-    data_dir = data_dir or os.environ.get("DATA_DIR")
-    return store.fingerprint_file(local_file(source, Path(data_dir))) if data_dir else f"hub:{source.hub}"
+    if data_dir := local_copies(data_dir):
+        return store.fingerprint_file(local_file(source, data_dir))
+    return f"{store.HUB}{source.hub}@{store.find_snapshot(source.hub, 'dataset').name}"
 
 
 def check_columns(path, rows, columns):
+    check_rows(path, rows, functools.partial(check_row, columns=columns))
+
+
+def check_rows(path, rows, check):
+    """ValueError naming the first row of which check(row) raises one."""
     for i, row in enumerate(rows):
-        missing = [name for name in columns if name not in row]
-        if missing:
-            raise ValueError(f"{path}, row {i}: no column {', '.join(missing)} (found: {', '.join(row)})")
+        try:
+            check(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {i}: {error}") from error
+
+
+def check_row(row, columns):
+    if missing := [name for name in columns if name not in row]:
+        raise ValueError(f"no column {', '.join(missing)} (found: {', '.join(row)})")
+
+
+def check_problem(row, columns):
+    """ValueError when a row lacks one of the columns or one holds no text (see check_choices for MMLU's)."""
+    check_row(row, columns)
+    text = [name for name in columns if "choices" not in columns or name not in ("choices", "answer")]
+    if wrong := [name for name in text if not isinstance(row[name], str)]:
+        raise ValueError(f"{wrong[0]} must be text, but is {ascii(row[wrong[0]])[:50]}")
+    if "choices" in columns:
+        check_choices(row["choices"], row["answer"])
+
+
+def check_choices(choices, answer):
+    """ValueError unless choices are texts, no more than LETTERS, and answer is the number of one, from 0."""
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+        raise ValueError(f"choices must be a list of texts, but is {ascii(choices)[:50]}")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise ValueError(f"choices must be 2 to {len(LETTERS)} texts, but are {len(choices)}")
+    if type(answer) is not int or answer not in range(len(choices)):
+        allowed = f"the number of the right choice, 0 to {len(choices) - 1}"
+        raise ValueError(f"answer must be {allowed}, but is {ascii(answer)[:50]}")
 
 
 def check_traces(path, rows, ids=(), text=(), flags=()):
@@ -273,12 +380,11 @@ def to_problem(dataset, row):
         return {"problem": row["question"], "solution": row["answer"]}
     if dataset == "hendrycks_math":
         return {key: row[key] for key in MATH}
-    letters = "ABCDEFGHIJ"
-    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, row["choices"], strict=False))
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
     question = f"{row['question']}\n\n{choices}\n\nAnswer with the letter of the correct choice."
     return {
         "problem": question,
-        "solution": f"\\boxed{{{letters[row['answer']]}}}",
+        "solution": f"\\boxed{{{LETTERS[row['answer']]}}}",
         "subject": row["subject"],
     }
 
@@ -292,7 +398,13 @@ def permutation(num_rows, seed):
 
 # Start-up
 
+HOW_TO_LAUNCH = "start several processes with torchrun or accelerate launch, or unset WORLD_SIZE to run one"
 NOT_DONE = 3  # exit code of --check for a stage that is still to be done
+JOIN_SECONDS = 600  # between the first process of a stage and the last
+STOP_SECONDS = 10  # within which a second signal does not cut short what the first one makes us write
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # by the last, schedulers warn
+# By these accelerate would take a single process for one of several, or change what it computes.
+OF_OTHER_LAUNCHERS = ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -323,24 +435,124 @@ class World:
         torch.distributed.all_reduce(total)
         return total.item()
 
+    def check_same(self, inputs):
+        """ValueError unless all processes have the same inputs: caches of several nodes may differ."""
+        if self.size == 1:
+            return
+        import torch
+
+        found = [None] * self.size
+        torch.distributed.all_gather_object(found, inputs)
+        for rank, others in enumerate(found):
+            if differences := store.differing_keys(found[0], others):
+                raise ValueError(f"process {rank} has other inputs than process 0: {'; '.join(differences)}")
+
 
 def start_world():
     """Join the processes that a launcher started (or be the only one) and choose the device."""
-    num_started = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_started == 1:  # one process, one GPU: the trainer would spread its batches over all it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    num_started = store.world_size()
+    if num_started == 1:
+        forget_launchers()
     import torch
 
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     use_cpu = use_cpu or not torch.cuda.is_available()
     if num_started == 1:
+        limit_threads(1)
         return World(0, 1, "cpu" if use_cpu else "cuda")
     from accelerate import PartialState
 
-    # Ranks meet when the slowest has sampled its last trace, which may be hours after the first.
-    state = PartialState(cpu=use_cpu, timeout=timedelta(days=2))
+    join_processes("gloo" if use_cpu else "nccl")
+    state = PartialState(cpu=use_cpu)
     assert state.num_processes == num_started, f"{state.num_processes} of {num_started} processes joined"
+    limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE") or num_started))
     return World(state.process_index, state.num_processes, "cpu" if use_cpu else str(state.device))
+
+
+def forget_launchers():
+    """Take from the environment what a scheduler or an outer launcher left there: this process is alone."""
+    # one process, one GPU: the trainer would spread its batches over all it sees
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    accelerate = [name for name in os.environ if name.startswith("ACCELERATE_")]
+    for name in (*OF_OTHER_LAUNCHERS, *accelerate):
+        if name != "ACCELERATE_USE_CPU":
+            os.environ.pop(name, None)
+
+
+def check_launcher():
+    """ValueError if this is one of several processes and what they need to meet is not there."""
+    num_processes = store.world_size()
+    if num_processes == 1:
+        return
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
+            raise ValueError(f"WORLD_SIZE={num_processes}, but {name}={value!r}: {HOW_TO_LAUNCH}")
+    if int(os.environ["RANK"]) >= num_processes:
+        raise ValueError(f"WORLD_SIZE={num_processes}, but RANK={os.environ['RANK']}: {HOW_TO_LAUNCH}")
+
+
+def join_processes(backend):
+    """Meet the other processes of the stage; ValueError if they do not come within JOIN_SECONDS."""
+    import torch
+
+    # Python's handlers do not run while C++ waits, and there is nothing yet to be written at a signal.
+    ours = [number for number in STOPPING if signal.getsignal(number) == stop]
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        meeting = torch.distributed.rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))
+        place, rank, size = next(meeting)
+        # Ranks meet again when the slowest has sampled its last trace, which may be hours after the first.
+        patience = timedelta(days=2)
+        place.set_timeout(patience)
+        torch.distributed.init_process_group(
+            backend, store=place, rank=rank, world_size=size, timeout=patience
+        )
+    except torch.distributed.DistError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason}): {HOW_TO_LAUNCH}"
+        ) from error
+    finally:
+        for number in ours:
+            signal.signal(number, stop)
+
+
+def limit_threads(num_local):
+    """No more threads than the CPUs that each of the processes on this machine may use."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), num_cpus() // num_local)))
+
+
+def num_cpus():
+    """How many CPUs this process may use: by its affinity, and by the quotas of its control groups."""
+    if sys.platform != "linux":
+        return os.cpu_count()
+    return max(1, min(len(os.sched_getaffinity(0)), *cpu_quotas(Path("/sys/fs/cgroup"))))
+
+
+def cpu_quotas(root, groups=Path("/proc/self/cgroup")):
+    """CPUs' worth of time that each control group above this process may take, rounded up."""
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    own = [root / line.split(":", 2)[2].lstrip("/") for line in lines if line.startswith("0::")]
+    quotas = [math.inf]
+    for folder in {path for group in own for path in (group, *group.parents)} | {root, root / "cpu"}:
+        quotas += read_quota(folder)
+    return quotas
+
+
+def read_quota(folder):
+    """[the quota of one control group] (version 2, else 1), or nothing where it has none."""
+    files = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for names in files:
+        if all((folder / name).is_file() for name in names):
+            words = [word for name in names for word in (folder / name).read_text().split()]
+            return [math.ceil(int(words[0]) / int(words[1]))] if words[0] not in ("max", "-1") else []
+    return []
 
 
 def leave_world():
@@ -352,7 +564,7 @@ def leave_world():
 
 def is_main_process():
     """Whether this process should speak for all (known before start_world)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return store.world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def print0(*values, **keywords):
@@ -377,11 +589,11 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
         print0(f"waits: {error}")
         sys.exit(NOT_DONE)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if (only_check or is_alone) and is_finished(cfg, inputs):
+    if (only_check or store.world_size() == 1) and is_finished(cfg, inputs):
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
+    check_launcher()
     prepare_exp_dir(cfg.exp_dir)
     return cfg, inputs
 
@@ -390,7 +602,9 @@ def is_finished(cfg, inputs):
     """Whether the stage is done with these settings and inputs; clears away what a kill left."""
     if not store.is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
         return False
-    print0(f"{cfg.sidecar_path} is there: nothing to do{store.made_by_other_code(cfg.sidecar_path)}")
+    notes = store.made_at_unknown_commits(cfg.sidecar_path, inputs)
+    notes += store.made_by_other_code(cfg.sidecar_path)
+    print0(f"{cfg.sidecar_path} is there: nothing to do{notes}")
     if is_main_process():
         for path in cfg.leftovers:
             shutil.rmtree(path, ignore_errors=True)
@@ -403,6 +617,7 @@ def run_stage(cfg, inputs, make):
     Where another run held the lock, the stage may be done by now.
     """
     world = start_world()
+    world.check_same(inputs)
     name = "-".join(cfg.sidecar_path.with_suffix("").relative_to(cfg.exp_dir).parts)
     with store.stage_lock(cfg.exp_dir, name) if world.is_main else contextlib.nullcontext():
         world.barrier()
@@ -425,11 +640,13 @@ def run_script(main):
     """Run a script's main() and leave with the right exit code.
 
     2 and one line: an error that a user can cause, that is ValueError, FileNotFoundError or RuntimeError from
-    a `raise` of this project's own. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143:
-    stopped by SIGINT, SIGTERM (or SIGUSR1, by which some schedulers warn). All else keeps its traceback.
+    a `raise` of this project's own. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143,
+    129: stopped by SIGINT, by SIGTERM or SIGUSR1, by SIGHUP. All else keeps its traceback.
     """
     quiet_libraries()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for stream in (sys.stdout, sys.stderr):  # models write what some terminals cannot show
+        stream.reconfigure(errors="backslashreplace")
+    for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
             signal.signal(number, stop)
     try:
@@ -450,9 +667,26 @@ def run_script(main):
 
 def stop(number, frame):
     """Leave at a signal; what is finished is written on the way out (by `finally`)."""
+    again = functools.partial(stop_again, time.monotonic())
+    for other in STOPPING:
+        if signal.getsignal(other) == stop:
+            signal.signal(other, again)
     name = signal.Signals(number).name
-    print0(f"stopped by {name}: what is finished is kept; the same command goes on from there")
-    sys.exit(130 if number == signal.SIGINT else 143)
+    if is_main_process():
+        line = f"stopped by {name}: what is finished is kept; the same command goes on from there\n"
+        with contextlib.suppress(OSError):  # of a terminal that is gone; a print within a print would fail
+            os.write(sys.stdout.fileno(), line.encode())
+    sys.exit(exit_code(number))
+
+
+def stop_again(since, number, frame):
+    """Leave at once, as something hangs; a signal shortly after the first is another of the same stop."""
+    if time.monotonic() - since > STOP_SECONDS:
+        os._exit(exit_code(number))
+
+
+def exit_code(number):
+    return 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
 
 def explain_fault(error):

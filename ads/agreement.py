@@ -68,7 +68,7 @@ def twin(model):
 
 def exact(model, read_gradient, sequences):
     """(Delta, log p), both float32 (P, V), by forward-mode differentiation; the model is taken over."""
-    dual_model = dual.DualModel(model, read_gradient)
+    dual_model = dual.make_checked(model, read_gradient)
     pairs = [dual.halves(logits_at(dual_model, s).as_subclass(torch.Tensor)) for s in sequences]
     logits_PV, tangents_PV = (torch.cat(parts).float() for parts in zip(*pairs, strict=True))
     log_probs_PV = torch.log_softmax(logits_PV, -1)

@@ -3,34 +3,51 @@
 Token ids are carried end to end; text is for people, for grading and for the student's other tokenizer.
 """
 
+import contextlib
+import copy
 import functools
+import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
+
+from ads import store
 
 SYSTEM_PROMPT = "You are a helpful assistant. Reason step by step and put your final answer within \\boxed{}."
 FORCE_TEXT = "\n\n**Final Answer**\n\\[\\boxed{"
 THINK_END = "\n</think>"
 NUM_FORCED_TOKENS = 32
-# The Llama-3 template prints today's date unless it is given one: prompts may not depend on the day.
-DATE_STRING = "26 Jul 2024"
 IGNORED_LABEL = -100
+# Many templates print today's date, but prompts may not depend on the day. Llama 3's prints date_string where
+# it is given; others call strftime_now, which the library lends them: a macro of that name takes its place.
+FIXED_DATE = datetime(2024, 7, 26)
+DATE_STRING = f"{FIXED_DATE:%d %b %Y}"
+DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcdDeFGhHIjmMpRSTuUVwWxXyY"]
+STRFTIME_NOW = (
+    "{% macro strftime_now(format) %}{% set made = namespace(text=format) %}"
+    f"{{% for directive, text in {json.dumps([(d, FIXED_DATE.strftime(d)) for d in DIRECTIVES])} %}}"
+    "{% set made.text = made.text.replace(directive, text) %}{% endfor %}{{ made.text }}{% endmacro %}\n"
+)
+EXAMPLE_PROBLEM = 'Is 3 < 4 & 5 > 4?\nSay "yes" or "no".'
 
 
 def load_tokenizer(name, need_chat_template=True):
-    """The tokenizer `name` (folder or hub name); ValueError when it has no chat template or no eos."""
+    """The tokenizer `name` (folder or hub name); ValueError when it has no usable chat template or no eos."""
     from transformers import AutoTokenizer
 
+    where, commit = store.locate(name, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"tokenizer {name!r} could not be loaded: {reason}") from error
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=commit)
+    except Exception as error:  # whatever a folder that does not hold together makes the library raise
+        raise ValueError(f"tokenizer {name!r} could not be loaded: {store.reason(error)}") from error
     if need_chat_template and not tokenizer.chat_template:
         raise ValueError(
             f"tokenizer {name!r} has no chat template: set tokenizer to one of the family that has"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no eos token: set eos_token in its tokenizer_config.json")
+    if need_chat_template:
+        instruction_place(tokenizer)
     return tokenizer
 
 
@@ -55,13 +72,127 @@ def find_tokenizer(model_name):
     """The tokenizer stored with a model, or None where there is none."""
     try:
         return load_tokenizer(model_name, need_chat_template=False)
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         return None
 
 
+# Text of one piece and of pieces put together
+
+
 def encode(tokenizer, text):
-    """Token ids of `text`, nothing added."""
+    """Token ids of a text that begins a sequence, nothing added."""
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_next(tokenizer, text, **keywords):
+    """Token ids of a text that follows other text: they stand for it alone, with no space before it."""
+    return continuing(tokenizer).encode(text, add_special_tokens=False, **keywords)
+
+
+def decode_next(tokenizer, ids):
+    """The text that ids add to those before them, a space that it begins with included."""
+    return continuing(tokenizer).decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+@functools.lru_cache(maxsize=8)
+def continuing(tokenizer):
+    """A tokenizer for text that follows other text: `tokenizer` itself, or a copy without its space in front.
+
+    SentencePiece's tokenizers put a space in front of whatever they encode, as if each text began a sequence,
+    and take it away when they decode.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    parts = {
+        "normalizer": backend.normalizer,
+        "pre_tokenizer": backend.pre_tokenizer,
+        "decoder": backend.decoder,
+    }
+    before = {name: json.loads(part.__getstate__()) if part else None for name, part in parts.items()}
+    after = {name: without_space(part, name) for name, part in before.items()}
+    if after == before:
+        return tokenizer
+    from tokenizers import Tokenizer, models
+
+    made = copy.deepcopy(tokenizer)
+    holder = Tokenizer.from_str(json.dumps(json.loads(Tokenizer(models.BPE()).to_str()) | after))
+    for name in parts:
+        setattr(made.backend_tokenizer, name, getattr(holder, name))
+    return made
+
+
+def without_space(part, name, is_first=True):
+    """A part of tokenizer.json that leaves a text's beginning alone; None where nothing is left of it.
+
+    A Metaspace behind what splits a text into words adds the spaces between them, and stays.
+    """
+    if part is None or part["type"] == "Prepend":
+        return None
+    if part["type"] == "Sequence":
+        key = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[name]
+        inner = [without_space(each, name, k == 0) for k, each in enumerate(part[key])]
+        return {**part, key: [each for each in inner if each is not None]}
+    if part["type"] == "Metaspace" and (is_first or name == "decoder" or part["prepend_scheme"] == "first"):
+        return {**part, "prepend_scheme": "never"}
+    if part["type"] == "ByteLevel" and name == "pre_tokenizer":
+        return {**part, "add_prefix_space": False}
+    if part["type"] == "Strip" and name == "decoder":
+        return {**part, "start": 0}
+    return part
+
+
+# Prompts
+
+
+def instruction_place(tokenizer):
+    """Where the chat template shows the instruction: "system", or "user" when it refuses or drops that role.
+
+    Where it does, and the vocabulary lacks words of the instruction: "nowhere". ValueError when the template
+    does not show instruction and problem as they are.
+    """
+    with contextlib.suppress(ValueError):
+        render(tokenizer, "system", EXAMPLE_PROBLEM)
+        return "system"
+    place = "nowhere" if tokenizer.unk_token_id in encode(tokenizer, SYSTEM_PROMPT) else "user"
+    try:
+        render(tokenizer, place, EXAMPLE_PROBLEM)
+    except ValueError as error:
+        raise ValueError(f"{error}; set tokenizer to one of the family whose template works") from error
+    return place
+
+
+def describe_place(tokenizer):
+    """What to say of an instruction that is not in a system message; an empty text where it is."""
+    name = f"tokenizer {tokenizer.name_or_path}: the chat template shows no system message"
+    return {
+        "system": "",
+        "user": f"{name}: the instruction goes into the user's turn",
+        "nowhere": f"{name}, and the vocabulary lacks the instruction's words: prompts go without it",
+    }[instruction_place(tokenizer)]
+
+
+def render(tokenizer, place, user):
+    """The prompt as text, the instruction at its place; ValueError unless it and then `user` are shown."""
+    messages = [{"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{user}" if place == "user" else user}]
+    if place == "system":
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
+    name = f"the chat template of tokenizer {tokenizer.name_or_path!r}"
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=STRFTIME_NOW + tokenizer.get_chat_template(),
+            add_generation_prompt=True,
+            tokenize=False,
+            date_string=DATE_STRING,
+        )
+    except Exception as error:  # a template is a program of its own, which may raise anything
+        raise ValueError(f"{name} fails: {' '.join(str(error).split())[:200]}") from error
+    rest = text if place == "nowhere" else text.partition(SYSTEM_PROMPT)[2]
+    if user.strip() not in rest:  # templates may strip what they are given
+        missing = f"problem {ascii(user[:50])}" if rest else "instruction"
+        raise ValueError(f"{name} does not show the {missing} as it is")
+    return text
 
 
 def render_prompt(tokenizer, problem, examples=()):
@@ -72,10 +203,7 @@ def render_prompt(tokenizer, problem, examples=()):
     """
     shown = "".join(f"Problem: {p}\n\nSolution: {s}\n\n\n" for p, s in examples)
     user = f"{shown}Problem: {problem}\n\nSolution:" if examples else problem
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, date_string=DATE_STRING
-    )
+    return render(tokenizer, instruction_place(tokenizer), user)
 
 
 def prompt_ids(tokenizer, problem, examples=()):
@@ -87,7 +215,19 @@ def prompt_ids(tokenizer, problem, examples=()):
     mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in given))
     inert = [break_control_text(tokenizer, text, mark) for text in given]
     text = render_prompt(tokenizer, inert[0], list(zip(inert[1::2], inert[2::2], strict=True)))
-    return [i for piece in text.split(mark) for i in encode(tokenizer, piece)]
+    first, *rest = text.split(mark)
+    return encode(tokenizer, first) + [i for piece in rest for i in encode_rest(tokenizer, piece)]
+
+
+def encode_rest(tokenizer, text):
+    """Token ids of the rest of a prompt: its beginning follows other text, the template's tokens start anew.
+
+    What comes after an added token is as it is in a prompt that is encoded in one piece.
+    """
+    added = tokenizer.added_tokens_decoder
+    following, alone = encode_next(tokenizer, text), encode(tokenizer, text)
+    first, rest = (next((k for k, i in enumerate(ids) if i in added), len(ids)) for ids in (following, alone))
+    return following[:first] + alone[rest:]
 
 
 def break_control_text(tokenizer, text, mark):
@@ -121,7 +261,7 @@ def response_text(tokenizer, ids, eos):
     """The response as text, without the eos that ended it; special tokens sampled on the way stay visible."""
     if ids and ids[-1] in eos:
         ids = ids[:-1]
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return decode_next(tokenizer, ids)
 
 
 def token_texts(tokenizer, ids):
@@ -131,7 +271,7 @@ def token_texts(tokenizer, ids):
     """
     texts, before = [], ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = decode_next(tokenizer, ids[:end])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
             text = before
         texts.append(text[len(before) :])
@@ -150,7 +290,7 @@ def force_ids(tokenizer, ids, response_ids, eos):
     response = tokenizer.decode(response_ids, skip_special_tokens=False)
     text = ("<think>" if prompt.endswith("<think>") else "") + response
     is_thinking = text.rfind("<think>") > text.rfind("</think>")
-    return encode(tokenizer, (THINK_END if is_thinking else "") + FORCE_TEXT)
+    return encode_next(tokenizer, (THINK_END if is_thinking else "") + FORCE_TEXT)
 
 
 def student_example(tokenizer, problem, trace, finished):
@@ -159,7 +299,7 @@ def student_example(tokenizer, problem, trace, finished):
     Labels mask the prompt by its length. Special-token text inside a trace stays text.
     """
     prompt = prompt_ids(tokenizer, problem)
-    response = tokenizer.encode(trace, add_special_tokens=False, split_special_tokens=True)
+    response = encode_next(tokenizer, trace, split_special_tokens=True)
     if finished:
         response = response + [tokenizer.eos_token_id]
     labels = [IGNORED_LABEL] * len(prompt) + response

@@ -1,8 +1,8 @@
 """Configuration: dataclass defaults <- YAML file <- key=value on the command line, for every script."""
 
 import dataclasses
+import importlib.util
 import os
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +21,26 @@ ARMS = ("ads", "random", "permuted", "temperature")  # of search.py
 # place whose contents are compared by fingerprint.
 NOT_COMPARED = {"compare": False}
 AutoInt = typing.NewType("AutoInt", object)  # an int or "auto"
+PathText = typing.NewType("PathText", str)  # a path, in which ~ is the home folder, or a name on the hub
+# of report_to, as transformers knows them; and the modules it imports where they are named otherwise
+TRACKERS = ("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "mlflow",
+            "neptune", "swanlab", "tensorboard", "trackio", "wandb")  # fmt: skip
+TRACKER_MODULES = {
+    "azure_ml": ("azureml",),
+    "flyte": ("flytekit",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+}
 
 
 @dataclass(frozen=True)
 class GenConfig:
     """gentraces.py: sample a model on the problems of one split, force answers, grade (stages 1, 3, 5, 6)."""
 
-    exp_dir: str = field(default="runs/default", metadata=NOT_COMPARED)
+    exp_dir: PathText = field(default="runs/default", metadata=NOT_COMPARED)
     trace_name: str = "traces"
     trace_colname: str = "trace"
-    teacher: str = field(default="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", metadata=NOT_COMPARED)
-    tokenizer: str | None = field(default=None, metadata=NOT_COMPARED)
+    teacher: PathText = field(default="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", metadata=NOT_COMPARED)
+    tokenizer: PathText | None = field(default=None, metadata=NOT_COMPARED)
     is_teacher: bool = True
     dtype: str = "auto"
     attn_implementation: str = "auto"
@@ -42,22 +51,22 @@ class GenConfig:
     direction_seed: int | None = None
     top_k: int = 50
     top_p: float = 0.95
-    proxy_student: str | None = field(default=None, metadata=NOT_COMPARED)
-    grad_path: str | None = field(default=None, metadata=NOT_COMPARED)
+    proxy_student: PathText | None = field(default=None, metadata=NOT_COMPARED)
+    grad_path: PathText | None = field(default=None, metadata=NOT_COMPARED)
     proxy_dtype: str = "auto"
     one_step: float = 0.0
     one_step_samples: int = 300
-    holdout_traces: str | None = field(default=None, metadata=NOT_COMPARED)
+    holdout_traces: PathText | None = field(default=None, metadata=NOT_COMPARED)
     num_contrasts: int = 0
-    data_split: str = "gsm8k_holdout"
-    data_dir: str | None = field(default=None, metadata=NOT_COMPARED)
+    data_split: PathText = "gsm8k_holdout"
+    data_dir: PathText | None = field(default=None, metadata=NOT_COMPARED)
     max_samples: int | None = None
     max_length: int = 1024
     max_prompt_length: int = 512
     answer_force: bool = True
     prefill: str | None = None
     few_shot: int = 0
-    few_shot_traces: str | None = field(default=None, metadata=NOT_COMPARED)
+    few_shot_traces: PathText | None = field(default=None, metadata=NOT_COMPARED)
     batch_size: AutoInt = field(default=64, metadata=NOT_COMPARED)
     seed: int = 42
 
@@ -155,10 +164,10 @@ class GenConfig:
 class GradConfig:
     """save_grad.py: the proxy's mean gradient over holdout traces (stage 2)."""
 
-    exp_dir: str = field(default="runs/default", metadata=NOT_COMPARED)
-    proxy_student: str = field(default="Qwen/Qwen2.5-3B", metadata=NOT_COMPARED)
-    tokenizer: str | None = field(default=None, metadata=NOT_COMPARED)
-    holdout_traces: str | None = field(default=None, metadata=NOT_COMPARED)
+    exp_dir: PathText = field(default="runs/default", metadata=NOT_COMPARED)
+    proxy_student: PathText = field(default="Qwen/Qwen2.5-3B", metadata=NOT_COMPARED)
+    tokenizer: PathText | None = field(default=None, metadata=NOT_COMPARED)
+    holdout_traces: PathText | None = field(default=None, metadata=NOT_COMPARED)
     max_samples: int | None = None
     max_length: int = 4096
     dtype: str = "float32"
@@ -200,18 +209,18 @@ class GradConfig:
 class TrainConfig:
     """distill.py: fine-tune a student on traces (stage 4)."""
 
-    exp_dir: str = field(default="runs/default", metadata=NOT_COMPARED)
+    exp_dir: PathText = field(default="runs/default", metadata=NOT_COMPARED)
     model_name: str = "student"
-    train_traces: str | None = field(default=None, metadata=NOT_COMPARED)
-    holdout_traces: str | None = field(default=None, metadata=NOT_COMPARED)
+    train_traces: PathText | None = field(default=None, metadata=NOT_COMPARED)
+    holdout_traces: PathText | None = field(default=None, metadata=NOT_COMPARED)
     trace_colname: str = "trace"
     max_length: int = 4096
     do_eval: bool = True
     eval_epochs: float = 0.5
     save_epochs: float = field(default=0.5, metadata=NOT_COMPARED)
-    student: str = field(default="meta-llama/Llama-3.2-3B", metadata=NOT_COMPARED)
-    tokenizer: str | None = field(default=None, metadata=NOT_COMPARED)
-    checkpoint: str | None = None
+    student: PathText = field(default="meta-llama/Llama-3.2-3B", metadata=NOT_COMPARED)
+    tokenizer: PathText | None = field(default=None, metadata=NOT_COMPARED)
+    checkpoint: PathText | None = None
     dtype: str = "auto"
     attn_implementation: str = "auto"
     lora: bool = True
@@ -244,7 +253,11 @@ class TrainConfig:
         """Folders that a finished stage no longer needs."""
         return [] if self.keep_checkpoints else sorted(self.model_path.glob("checkpoint-*"))
 
-    idle_keys = frozenset()
+    @property
+    def idle_keys(self):
+        """Keys without effect under these settings."""
+        without_lora = set() if self.lora else {"lora_r", "lora_alpha", "lora_dropout"}
+        return without_lora | (set() if self.do_eval else {"eval_epochs"})
 
     def check(self):
         check_name("model_name", self.model_name)
@@ -258,7 +271,7 @@ class TrainConfig:
             check_above(key, getattr(self, key), 0)
         for key in ("batch_size", "per_device_batch_size", "lora_r", "lora_alpha"):
             check_at_least(key, getattr(self, key), 1)
-        num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        num_processes = store.world_size()
         if self.batch_size % num_processes:
             raise ValueError(
                 f"batch_size={self.batch_size}: must be a multiple of the {num_processes} processes"
@@ -271,6 +284,7 @@ class TrainConfig:
             raise ValueError(
                 f"warmup={self.warmup}: the share of steps to warm up in, at least 0 and below 1"
             )
+        check_trackers("report_to", self.report_to)
         check_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("attn_implementation", self.attn_implementation, ATTENTION)
@@ -280,7 +294,7 @@ class TrainConfig:
 class SearchConfig:
     """search.py: find the lam and tau at which the teacher's accuracy hits targets."""
 
-    exp_dir: str = "runs/default"
+    exp_dir: PathText = "runs/default"
     output: str = "matched.txt"
     targets: str | None = None
     arms: str = "ads,temperature"
@@ -292,7 +306,7 @@ class SearchConfig:
     lam_max: float = 1.28
     tau_start: float = 1.2
     tau_max: float = 4.8
-    data_split: str = "gsm8k_train"
+    data_split: PathText = "gsm8k_train"
     max_samples: int | None = 300
     launch: str | None = None
 
@@ -330,6 +344,16 @@ class SearchConfig:
             raise ValueError(
                 f"data_split={self.data_split!r}: settings chosen on test problems spoil the test; take train"
             )
+
+
+def check_trackers(key, value):
+    """none, all (that are installed), or trackers that are installed, parted by commas."""
+    for name in () if value in ("none", "all") else value.split(","):
+        check_one_of(key, name, ("none", "all", *TRACKERS) if name == value else TRACKERS)
+        modules = TRACKER_MODULES.get(name, (name,))
+        if not any(map(importlib.util.find_spec, modules)):
+            remedy = f"pip install {modules[0]}, or report_to=none"
+            raise ValueError(f"{key}={value!r}: {modules[0]} is not installed: {remedy}")
 
 
 def check_shares(key, value):
@@ -392,7 +416,7 @@ def load_config(cls, default_yaml, arguments):
     arguments = list(arguments)
     yaml_path = Path(default_yaml)
     if arguments and arguments[0].endswith((".yaml", ".yml")) and "=" not in arguments[0]:
-        yaml_path = Path(arguments.pop(0))
+        yaml_path = Path(expand_home("the YAML file", arguments.pop(0)))
     values = {key: cast(cls, key, value, yaml_path.name) for key, value in store.read_yaml(yaml_path).items()}
     for argument in arguments:
         key, equals, text = argument.removeprefix("--").partition("=")
@@ -412,6 +436,8 @@ def cast(cls, key, value, source, from_text=False):
     wanted, optional = unwrap_optional(hints[key])
     if optional and (value is None or (from_text and value in ("", "null", "None"))):
         return None
+    if wanted is PathText and isinstance(value, str):
+        return expand_home(key, value)
     try:
         return PARSERS[wanted](value)
     except (TypeError, ValueError, OverflowError):
@@ -420,9 +446,8 @@ def cast(cls, key, value, source, from_text=False):
 
 def unwrap_optional(hint):
     """(type, whether None is allowed) of a field's annotation."""
-    if isinstance(hint, types.UnionType):
-        return hint.__args__[0], True
-    return hint, False
+    arguments = typing.get_args(hint)
+    return (arguments[0], True) if arguments else (hint, False)
 
 
 def parse_bool(value):
@@ -455,13 +480,31 @@ def parse_str(value):
     return value
 
 
-PARSERS = {bool: parse_bool, int: parse_int, AutoInt: parse_auto_int, float: parse_float, str: parse_str}
+def expand_home(key, text):
+    """A path with its leading ~ or ~user replaced, as shells do where it stands unquoted."""
+    if not text.strip():
+        raise ValueError(f"{key}={text!r}: is empty; give a path or a name")
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(f"{key}={text!r}: has no such home folder; write ./{text} for what is named so")
+    return expanded
+
+
+PARSERS = {
+    bool: parse_bool,
+    int: parse_int,
+    AutoInt: parse_auto_int,
+    float: parse_float,
+    str: parse_str,
+    PathText: parse_str,
+}
 DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
     AutoInt: "a whole number or auto",
     float: "a finite number",
     str: "text (quote it in YAML)",
+    PathText: "text (quote it in YAML)",
 }
 
 

@@ -61,10 +61,15 @@ def is_norm(module):
     return hasattr(module, "weight") and hasattr(module, "variance_epsilon")
 
 
-def agrees(found, wanted):
-    """Whether logits (R, V) are what they should be; in 16 bits rounding leaves a difference."""
+def agrees(found, wanted, slack=1):
+    """Whether logits (R, V) are what they should be; in 16 bits rounding leaves a difference.
+
+    There a model of 30 layers differs from itself by .05 through the order of its sums, and the nearest wrong
+    step (Llama's for SmolLM3, which leaves some angles out) by .146. slack: by how much more than in one step
+    of decoding the logits may differ.
+    """
     is_dual = isinstance(wanted, dual.Dual)
-    tolerances = (1e-3, 1e-3) if wanted.dtype == torch.float32 else (0.15, 0.3)
+    tolerances = (1e-3, 1e-3) if wanted.dtype == torch.float32 else (0.09 * slack, 0.25 * slack)
     pairs = [x.as_subclass(torch.Tensor).float().chunk(1 + is_dual) for x in (found, wanted)]
     differences = [((a - b).norm(), (b - b.mean()).norm()) for a, b in zip(*pairs, strict=True)]
     return all(d <= tolerance * size for (d, size), tolerance in zip(differences, tolerances, strict=False))
@@ -279,9 +284,7 @@ class Step:
     def __call__(self, tokens_N, lengths_N, longest, cache):
         """Logits (N, V) that follow, or a Dual of them; see models.CachedModel.step."""
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            x_RI = self.embed(tokens_N)
-            if self.compiled:
-                x_RI = x_RI.float()
+            x_RI = self.compiled.embed(tokens_N) if self.compiled else self.embed(tokens_N)
             cos, sin = (angle.squeeze(0) for angle in self.rotary(x_RI, lengths_N[None]))
             if self.compiled:
                 windows = [self.windows[layer.kind] for layer in self.layers]

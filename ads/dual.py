@@ -15,8 +15,9 @@ more (RULES):
     attention      y = P v       keys and values, each read once for value and derivative
 
 All others (softmax, layer norm, activations, soft caps, ...) are differentiated by torch's forward-mode AD,
-one operation at a time: any causal LM will do. (The whole forward under forward-mode AD is the rival: less
-code and, when decoding, twice the time beside the linear layers, most of it on the host.)
+one operation at a time; `make_checked` finds out whether that is right. (The whole forward under forward-mode
+AD is the rival: less code and, when decoding, twice the time beside the linear layers, most of it on the
+host.)
 
 Shapes: B rows, T tokens given, L positions attended to, H heads of queries, K of keys, G = H / K, D head
 width, I and O a linear layer's inputs and outputs, N = B T.
@@ -30,12 +31,13 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from ads import native
+from ads import native, store
 from ads.cache import Placement, SlotCache
 from ads.gradient import Factors, dense
 
 ATTENTION = "dual"
 IN_PLACE = ("__iadd__", "add_", "__isub__", "sub_")
+TRIED = 24  # tokens of the row that derivatives are tried with
 # what some architectures add to the scores, which dual_attention does not
 NOT_COVERED = ("s_aux", "sinks", "position_bias", "block_indices", "indices")
 
@@ -94,10 +96,85 @@ class DualModel:
         if past_key_values is not None:
             past_key_values.double_placement(len(input_ids))
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "position_ids" not in inputs:  # the library's own would be one row, of no derivative
+            inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            inputs["position_ids"] = inputs["position_ids"].expand_as(input_ids)
         inputs = {name: twice(value) for name, value in inputs.items()}
         # forward-mode AD drops derivatives without a word in inference mode
         with torch.inference_mode(False), torch.no_grad():
             return self.library(past_key_values=past_key_values, **inputs)
+
+
+def make_checked(model, read_gradient):
+    """DualModel(model, read_gradient), once a few tokens show that it is right.
+
+    Its values must be the model's, its derivatives those of reverse-mode AD: for logits z and random weights
+    c, the derivative of c z along g is the sum over parameters of (gradient of c z) g, which is the
+    dot-product test of derivatives (Claerbout, 1992). Else ValueError in one line. The cost is a forward and
+    a backward pass of TRIED tokens and reading g once; gradients are held one parameter at a time.
+    """
+    kind, table = model.config.model_type, model.get_input_embeddings().weight
+    ids_1T = torch.tensor([tried_ids(model, TRIED)], device=table.device)
+    try:
+        logits_V, weights_V, wanted = reverse(model, read_gradient, ids_1T)
+        dual_model = DualModel(model, read_gradient)
+        values_V, changes_V = halves(dual_model(ids_1T, use_cache=False).logits.as_subclass(torch.Tensor))
+        values_V, changes_V = values_V[0, -1].float(), changes_V[0, -1].float()
+    except Exception as error:  # whatever a family's operations raise that are not covered
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"the exact Delta does not cover model type {kind!r} ({store.reason(error)}): set eps above 0"
+        ) from error
+    slack = 1e-3 if table.dtype == torch.float32 else 0.5
+    is_right = (values_V - logits_V).norm() <= slack * (logits_V - logits_V.mean()).norm()
+    is_right &= (weights_V @ changes_V - wanted).abs() <= slack * changes_V.norm()
+    if logits_V.isfinite().all() and wanted.isfinite() and not is_right:
+        raise ValueError(
+            f"the exact Delta of model type {kind!r} is not the derivative that backpropagation gives: "
+            "set eps above 0"
+        )
+    return dual_model
+
+
+def tried_ids(model, number):
+    """A list of token ids to try a model with: none of the padding, which backpropagation leaves out."""
+    table = model.get_input_embeddings()
+    ids = (torch.arange(2 * number + 1) * 7919 % len(table.weight)).tolist()
+    return [i for i in ids if i != getattr(table, "padding_idx", None)][:number]
+
+
+def reverse(model, read_gradient, ids_1T):
+    """(logits z after the last id, random weights c, derivative of c z along g by backpropagation)."""
+    kept, dots = [(p, p.grad, p.requires_grad) for p in model.parameters()], []
+    for p, *_ in kept:
+        p.grad = None
+        p.requires_grad_(p.is_floating_point())
+    hooks = [
+        p.register_post_accumulate_grad_hook(functools.partial(take_dot, dots, read_gradient, name))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    with torch.inference_mode(False), torch.enable_grad():
+        logits_V = model(input_ids=ids_1T, use_cache=False).logits[0, -1].float()
+        weights_V = torch.randn(len(logits_V), generator=torch.Generator().manual_seed(0)).to(logits_V)
+        (weights_V @ logits_V).backward()
+    for hook in hooks:
+        hook.remove()
+    for p, grad, requires_grad in kept:
+        p.requires_grad_(requires_grad)
+        p.grad = grad
+    return logits_V.detach(), weights_V, torch.stack(dots).sum()
+
+
+def take_dot(dots, read_gradient, name, parameter):
+    """Add a parameter's share of a derivative along g, and give its gradient's room back."""
+    grad, g = parameter.grad.float(), read_gradient(name).to(parameter.device)
+    parameter.grad = None
+    if isinstance(g, Factors):
+        dots.append(((g.left.float().T @ grad) * g.right.float()).sum())
+    else:
+        dots.append((grad * g.float()).sum())
 
 
 def own_weight(parameter, tangent, is_table):
@@ -154,6 +231,17 @@ def pair_of(weight):
     return weight.as_subclass(torch.Tensor), dense(weight.tangent)
 
 
+def rows(x, first, last):
+    """Rows first..last-1 of a Dual."""
+    return torch.cat([half[first:last] for half in halves(x.as_subclass(torch.Tensor))]).as_subclass(Dual)
+
+
+def stack(duals):
+    """One Dual of the rows of several."""
+    pairs = [halves(x.as_subclass(torch.Tensor)) for x in duals]
+    return torch.cat([half for part in zip(*pairs, strict=True) for half in part]).as_subclass(Dual)
+
+
 def as_dual(result):
     if isinstance(result, torch.Tensor):
         return result.as_subclass(Dual)
@@ -185,15 +273,19 @@ def differentiate(function, arguments, keywords):
         inputs, others = mapped(split, arguments), {key: mapped(split, x) for key, x in keywords.items()}
         join = functools.partial(from_forward, inputs=inputs, is_weight=not duals)
         try:
-            return mapped(join, function(*inputs, **others))
+            result = function(*inputs, **others)
         except NotImplementedError as error:  # some operations have no derivative
             raise not_covered(f"calls {function.__name__}") from error
+        return mapped(join, result)
 
 
 def not_covered(what):
-    return ValueError(
-        f"the proxy's forward {what}, which the exact derivative does not cover: set eps above 0"
-    )
+    return NotImplementedError(f"the proxy's forward {what}")
+
+
+def is_out_of_memory(error):
+    """A CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def leaves(x):
@@ -594,10 +686,7 @@ def weigh(scores, d_scores, v, dv):
 def check_covered(attention_mask, others):
     unknown = [name for name in NOT_COVERED if others.get(name) is not None]
     if unknown:
-        raise ValueError(
-            f"the proxy's attention takes {', '.join(unknown)}, which the exact derivative does not cover: "
-            "set attn_implementation=eager, or an eps above 0"
-        )
+        raise not_covered(f"attends with {', '.join(unknown)}, which attn_implementation=eager may cover")
     assert attention_mask is not None, "a mask is always made: see eager_mask"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ads import sampling
 from ads.corruption import Corruption
-from ads.models import CachedModel, free_bytes, give_back_freed_memory
+from ads.models import CachedModel, free_bytes, give_back_freed_memory, is_out_of_memory
 from ads.proxy import CentralDifference, ExactDerivative
 
 REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
@@ -92,6 +92,11 @@ class Models:
         if self.proxy:
             self.proxy.allocate(num_slots, num_positions)
 
+    def try_length(self, num_positions):
+        self.teacher.try_length(num_positions)
+        if self.proxy:
+            self.proxy.try_length(num_positions)
+
     def release(self, slot, last, length):
         self.teacher.release(slot, last, length)
         if self.proxy:
@@ -137,11 +142,6 @@ def generate(models, rule, seed, requests, batch_size, forcing=None):
             print(f"out of memory: going on with batch_size={batch_size}", flush=True)
 
 
-def is_out_of_memory(error):
-    """A CPU's allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def num_positions(requests, forcing):
     """Tokens that the longest row may come to."""
     longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
@@ -152,6 +152,7 @@ class Decoder:
     """The slots of one batch: token buffers and lengths, with the models' KV caches beside them."""
 
     def __init__(self, models, rule, seed, num_slots, num_positions, forcing=None):
+        models.try_length(num_positions)
         models.allocate(num_slots, num_positions)
         self.models, self.rule, self.seed, self.forcing = models, rule, seed, forcing
         device = models.allowed_V.device
@@ -223,13 +224,14 @@ class Decoder:
         self.steps_B[slots] += 1
         for row in self.rows[slots]:
             row.num_new += 1
-        states = row_states(log_probs_NV, delta_NV, is_end_N).tolist()
-        for slot, state in reversed(list(enumerate(states, slots.start))):
-            row = self.rows[slot]
-            if state in (BAD_TEACHER, BAD_PROXY):
-                raise_not_finite(row.request.id, row.num_new - 1, state)
-            if state == ENDED or row.num_new == row.limit:
+        states = list(enumerate(row_states(log_probs_NV, delta_NV, is_end_N).tolist(), slots.start))
+        bad = [(self.rows[slot], state) for slot, state in states if state in (BAD_TEACHER, BAD_PROXY)]
+        for slot, state in reversed(states):
+            if state == ENDED or (state == GOING_ON and self.rows[slot].num_new == self.rows[slot].limit):
                 yield from self.end(slot, finished=state == ENDED)
+        if bad:  # only now: what ended in the same step is kept
+            row, state = bad[-1]
+            raise_not_finite(row.request.id, row.num_new - 1, state)
 
     def corrupt(self, tokens_N, slots):
         """The sampled tokens with those of results replaced, where they are to be."""

@@ -270,10 +270,14 @@ def open_checked(path, proxy_fingerprint):
     metadata = metadata_of(file)
     if "proxy_fingerprint" not in metadata:
         raise ValueError(f"{path} holds no proxy gradient: {remedy}")
-    if metadata["proxy_fingerprint"] != proxy_fingerprint:
+    made_for = metadata["proxy_fingerprint"]
+    if store.is_unrecorded(made_for, proxy_fingerprint):
+        print(f"WARNING: gradient {path}: at which commit of {made_for} was not recorded", flush=True)
+    elif made_for != proxy_fingerprint:
+        differences = f"contents {made_for!r}, now {proxy_fingerprint!r}"
         raise ValueError(
-            f"gradient {path} belongs to another proxy ({metadata['proxy_student']}, contents "
-            f"{metadata['proxy_fingerprint']}, now {proxy_fingerprint}): set proxy_student to it, or {remedy}"
+            f"gradient {path} belongs to another proxy ({metadata['proxy_student']}, {differences}): "
+            f"set proxy_student to it, or {remedy}" + store.at_a_commit([differences])
         )
     return file
 

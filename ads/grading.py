@@ -1,50 +1,28 @@
 r"""Grade a response against a reference solution, by one rule for every dataset.
 
-The answer is the last complete \boxed{...} of the response (never of the prompt); without one, the last
-number, or the last stated letter where the reference is a single letter A-J (multiple choice). A box that the
-length limit cut open counts as no box. Equal text (after `normalize`) and plain numbers are decided here, the
-rest by math-verify. Units, currency, degree and percent signs are ignored: 50\% is 50 and so is not 0.5.
-
-math-verify's time limit is signal.alarm: outside the main thread, an answer that needs it is a RuntimeError.
+The answer is the last complete \boxed{...} of the response (never of the prompt); without one, what follows
+'####' in its last line, the response itself where it is one line of mathematics, else the last number, or the
+last stated letter where the reference is a single letter A-J (multiple choice). A box that the length limit
+cut open counts as no box. When two answers are the same is said in ads/answers.py.
 """
 
-import logging
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 
-TIME_LIMIT = 5  # seconds to parse and compare one pair; signal.alarm takes whole ones
-MAX_ANSWER_CHARS = 400  # longer answers are compared as text; the longest in MATH has 159
+from ads import answers
+from ads.answers import _WHOLE, normalize
 
 _BOX = r"\\\\?(?:boxed|fbox)\s*"
 _BRACES = re.compile(
     rf"(?P<open>(?P<box>{_BOX})?\{{)|(?P<close>\}})|{_BOX}(?P<bare>-?\d[\d.,/]*(?<=\d)|[A-Z]\b)|\\.",
     re.DOTALL,
 )
-_DROPPED = re.compile(
-    r"(?<!\\)\\[!,;:> ]|\\?[$%]|\^\s*\{?\s*\\circ\s*\}?|\\degree|\u00b0"
-    r"|\\(?:left|right|displaystyle)\b|^\s*\\approx\b|^\\[(\[]|\\[)\]]$"
-)
-_TEXT_MACRO = re.compile(r"\\(?:text(?:bf|it|rm|normal)?|math(?:rm|bf)|mbox|boxed|fbox)\s*\{([^{}]*)\}")
-_NOT_UNIT = r"(?!\s*(?:hundred|thousand|[mb]illion|trillion|dozen|sin|cos|tan|log|exp|sqrt)\b)"
-_UNIT_MACRO = re.compile(
-    rf"(?<=[\w)}}])\s*\\(?:text(?:rm|normal)?|mathrm|mbox)\s*\{{{_NOT_UNIT}[^{{}}]*\}}(?:\^\{{?\d\}}?)?$"
-)
-_NUMBER_WITH_UNIT = re.compile(
-    rf"(-?[\d.,/:]*\d)(?:\s*(?:[ckm]m|kg|ft|mi|lb|oz|ml|hr|mph)|\s+{_NOT_UNIT}(?:[A-Za-z]{{3,}}|m|in|sq|[ap]\.?m))"
-    r"\b\.?(?:[ /-]+[A-Za-z]+\.?)*(?:\s?\^\{?\d\}?)?"
-)
-_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
-_NUMERAL_IN_BASE = re.compile(r"(-?[\dA-Z.]+)_\{?(\d+)\}?")
-# math-verify multiplies the letters of a word (east = seat) and divides the parts of a time (5:00 = 5/0)
-_WORDS_OR_TIME = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z,'-]+|\d+:[0-5]\d")
-# 9^{9^9}, 10^{1000000}, 1000000!, 9!!: sympy would fill gigabytes with one number, in C, where an alarm waits
-_GIANT = re.compile(r"\^[\s{(-]*(?:\d{6,}|\d+\s*(?:!|\^[\s{(-]*\d))|\d{6,}\s*!|![\s)}]*!")
-
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER_IN_TEXT = re.compile(
     rf"(?:(?<![\w)}}\]])[-\u2212])?\$?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{_WHOLE}(?:\.\d+|/\d+)?|\.\d+)"
 )
+_RESULT = re.compile(rf"=\s*({_NUMBER_IN_TEXT.pattern})")
+_STATED = re.compile(r"(?i)<answer>(.+?)</answer>|\banswer\s*(?:is\b|=|:)[\s:=]*(.+?)[.!]?\s*$")
+_CHOICE_LINE = re.compile(r"\(?([A-J])[.)](?:\s.*)?")
 # "answer is (C)", "Answer: **C**", "C is correct"; A or I before a lower-case word is an article or a pronoun
 _STATED_LETTER = re.compile(
     r"(?i:\b(?:answer|option|choice)\b[^.\n]{0,60}?(?:\b(?:is|be)\b|[:=]))"
@@ -89,15 +67,15 @@ def grade_forced(continuation: str, solution: str) -> Grade:
 
 
 def reference_answer(solution: str) -> str:
-    r"""Return the answer in a solution: its final line '#### x', else its last \boxed, else itself if short.
+    r"""Return the answer in a solution: what follows '####' in its last line, else its last \boxed.
 
-    Short means one line of up to 100 characters. Raises ValueError when there is no answer.
+    Without either, a solution of one line of up to 100 characters is its own answer ('3/4', '18 apples') or a
+    sentence that says which of its numbers is the answer. Raises ValueError when there is no answer.
     """
     text = solution.strip()
-    final_line = re.search(r"^####[ \t]*(\S.*)\Z", text, re.MULTILINE)
-    answer = final_line[1] if final_line else last_box(text)
+    answer = marked_answer(text) or last_box(text)
     if answer is None and text and "\n" not in text and len(text) <= 100 and not re.search(_BOX, text):
-        answer = text
+        answer = one_line_answer(text)
     if answer is None:
         raise ValueError(
             f"no '#### x' line, \\boxed{{x}} or one short line as answer in solution {text[:80]!r}"
@@ -105,10 +83,63 @@ def reference_answer(solution: str) -> str:
     return answer
 
 
+def check_solution(solution: str) -> None:
+    """Raise ValueError for a solution without an answer, or whose own text would be graded as wrong.
+
+    Such a problem gives nothing to train or to measure with: right responses would be graded wrong.
+    """
+    own = grade(solution, solution)
+    if not own.correct:
+        raise ValueError(
+            f"its answer is {reference_answer(solution)!r}, but its text, graded as a response, answers "
+            f"{own.answer!r} in solution {solution.strip()[:80]!r}"
+        )
+
+
+def marked_answer(text: str) -> str | None:
+    """Return what follows the last '####' of the last line, None where there is none."""
+    found = re.search(r"(?<!#)####(?!#)[ \t]*((?:(?!####).)*\S)\Z", text)
+    return found[1] if found else None
+
+
+def one_line_answer(text: str) -> str:
+    """Return the answer that a line of text is or states.
+
+    A sentence states it as 'answer is 4', in <answer> tags, as its only number, or as its last number where
+    that is also the result of its last equation ('2 + 2 = 4, so 4 apples'). ValueError for other sentences.
+    """
+    stated, choice = _STATED.search(text), _CHOICE_LINE.fullmatch(text)
+    bare = bare_answer(stated[1] or stated[2]) if stated else None
+    answer = bare or (choice and choice[1]) or bare_answer(text)
+    if answer is not None:
+        return answer
+    numbers, results = _NUMBER_IN_TEXT.findall(text), _RESULT.findall(text)
+    if not numbers:
+        raise ValueError(f"a sentence that states no answer as solution {text!r}")
+    last = normalize(numbers[-1])
+    if len(set(map(normalize, numbers))) > 1 and not (results and normalize(results[-1]) == last):
+        raise ValueError(f"several numbers, none of them stated as the answer, in solution {text!r}")
+    return numbers[-1]
+
+
+def bare_answer(text: str) -> str | None:
+    """Return a text that is an answer and nothing else, of '2 + 2 = 4' the result; None for sentences."""
+    text = text.strip()
+    if "\n" in text or len(text) > 100:
+        return None
+    result = text.rpartition("=")[2].strip() if re.search(r"\d\s*=", text) else text
+    is_one = result == text or "," not in result
+    return result if result and is_one and answers.is_bare(text) else None
+
+
 def extract_answer(response: str, choices: bool) -> str | None:
     """Return the answer a response gives, None if it gives none; `choices`: the reference is a letter."""
-    patterns = (_STATED_LETTER, _OPTION_LETTER) if choices else (_NUMBER_IN_TEXT,)
-    return last_box(response) or _last_match(patterns, response)
+    if answer := last_box(response):
+        return answer
+    if choices:
+        return _last_match((_STATED_LETTER, _OPTION_LETTER), response)
+    marked = bare_answer(marked_answer(response) or "")
+    return marked or bare_answer(response) or _last_match((_NUMBER_IN_TEXT,), response)
 
 
 def is_choice(reference: str) -> bool:
@@ -139,16 +170,6 @@ def last_box(text: str) -> str | None:
     return answer
 
 
-def normalize(answer: str) -> str:
-    """Return an answer without text macros, spacing, units, currency and percent signs, thousands commas."""
-    text = re.sub(r",\s*\\!\s*", "", answer.strip().strip("*"))
-    text = _DROPPED.sub("", text).strip().rstrip(".,;")
-    text = _TEXT_MACRO.sub(r"\1", _UNIT_MACRO.sub("", text)).strip().rstrip(".,;")
-    with_unit = _NUMBER_WITH_UNIT.fullmatch(text)
-    text = with_unit[1] if with_unit else text
-    return text.replace(",", "") if re.fullmatch(rf"-?{_WHOLE}(?:\.\d+)?", text) else text
-
-
 def _last_match(patterns: tuple[re.Pattern, ...], text: str) -> str | None:
     """Return the last match, or its group if it has one, of the first pattern that matches at all."""
     for pattern in patterns:
@@ -173,71 +194,10 @@ def _grade_answer(answer: str | None, reference: str) -> Grade:
     if is_choice(reference):
         letter = choice_letter(answer)
         return Grade(letter == choice_letter(reference), letter or answer, False)
-    correct = _same_text(answer, reference)
-    if correct is None:
-        correct = _same_value(normalize(answer), normalize(reference))
-    return Grade(bool(correct), answer, correct is None)
-
-
-def _same_text(answer: str, reference: str) -> bool | None:
-    """Decide without sympy whether two answers agree; None where only their mathematics can tell."""
-    if max(len(answer), len(reference)) > MAX_ANSWER_CHARS:
-        return answer.strip() == reference.strip()
-    given, wanted = (re.sub(r"\s", "", normalize(text)) for text in (answer, reference))
-    if given == wanted or (given.isalpha() and len(given) > 1 and given.lower() == wanted.lower()):
-        return given != ""
-    if _PLAIN_NUMBER.fullmatch(given) and _PLAIN_NUMBER.fullmatch(wanted):
-        return Fraction(given) == Fraction(wanted)
-    numerals = _NUMERAL_IN_BASE.fullmatch(given), _NUMERAL_IN_BASE.fullmatch(wanted)
-    if all(numerals):
-        return numerals[0].groups() == numerals[1].groups()
-    balanced = _until_closed(given + "}") == given
-    return None if balanced and not _GIANT.search(given) and not _WORDS_OR_TIME.fullmatch(wanted) else False
-
-
-def _same_value(answer: str, reference: str) -> bool | None:
-    """Compare two normalized answers with math-verify; None when that ran past TIME_LIMIT.
-
-    An answer without a value (0/0) may make sympy raise: that is wrong, and logged. Where the reference
-    cannot be compared with itself either, grader or reference is broken: RuntimeError that names both.
-    """
-    from math_verify.errors import TimeoutException
-    from math_verify.utils import timeout
-
-    # it warns when its own limits, one for each step, are switched off in favour of one for all
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    limited = timeout(TIME_LIMIT)(_equivalent)
     try:
-        return limited(answer, reference)
-    except TimeoutException:
-        return None
-    except Exception as error:
-        try:
-            limited(reference, reference)
-        except (Exception, TimeoutException):
-            raise RuntimeError(f"the grader failed on answer {answer!r}, reference {reference!r}") from error
-        logging.getLogger(__name__).warning("no way to compare %r with %r: %r", answer, reference, error)
-        return False
-
-
-def _equivalent(answer: str, reference: str) -> bool:
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, Rational
-
-    # only LaTeX in a box: other extractors pick numbers out of text; no units: they make 5t equal 5
-    rules = NormalizationConfig(units=False, malformed_operators=True, nits=True)
-    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=rules)]
-    boxes = [rf"\boxed{{{text}}}" for text in (reference, answer)]
-    wanted, given = (parse(box, config, parsing_timeout=None, raise_on_error=True) for box in boxes)
-    settings = {"allow_set_relation_comp": True, "timeout_seconds": None, "raise_on_error": True}
-    if not verify(wanted, given, **settings):
-        return False
-    if not isinstance(wanted[0], Expr) or not isinstance(given[0], Expr):
-        return True
-    # verify takes differences below 1e-15 for zero: 1/2^98 would equal 1/2^99
-    difference = (wanted[0] - given[0]).doit()
-    return not (isinstance(difference, Rational) and difference != 0)
+        return Grade(answers.same_answer(answer, reference), answer, False)
+    except answers.OutOfTime:
+        return Grade(False, answer, True)
 
 
 def wilson_interval(num_correct, num_total, z=1.959964):

@@ -1,7 +1,8 @@
 """The loss of stages 2 and 4: -log p of the tokens that are trained on, and logits of hardly any others.
 
 Rows are padded on the right, where causal attention never looks: they need no attention mask, and attention
-takes its fast path. Logits are made at columns where some row trains on the next token, so not for prompts.
+takes its fast path (models.try_batches finds those that do look). Logits are made at columns where some row
+trains on the next token, so not for prompts.
 
 Shapes: B rows, T tokens, C columns with logits, V vocabulary.
 """
@@ -32,7 +33,10 @@ def token_losses(logits_BCV, labels_BT):
 
     logits_BCV: a model's output for a batch of `collate`.
     """
-    targets_BC = labels_BT[:, 1:][:, columns_before_labels(labels_BT)]
+    columns_C = columns_before_labels(labels_BT)
+    targets_BC = labels_BT[:, 1:][:, columns_C]
+    if logits_BCV.shape[1] == labels_BT.shape[1]:  # a model that does not know logits_to_keep
+        logits_BCV = logits_BCV[:, columns_C]
     assert logits_BCV.shape[:2] == targets_BC.shape, (logits_BCV.shape, targets_BC.shape)
     # rows and columns as one: (B, V, C), which the library also takes, is far slower
     losses_N = torch.nn.functional.cross_entropy(

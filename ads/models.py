@@ -3,17 +3,22 @@
 Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
 """
 
+import contextlib
 import ctypes
 import functools
 import sys
+import tempfile
 
 import psutil
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ads import decoder
+from ads import decoder, dual, store
 from ads.cache import Pages, Placement, SlotCache, Slots
+from ads.dual import TRIED, is_out_of_memory
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 # Prompts run through a model in pieces of at most this many tokens, padding included: more would take more
@@ -21,6 +26,8 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention")
 PREFILL_TOKENS = 16384
 CPU_PREFILL_TOKENS = 512  # in float32; of 16 bits, twice as many in the same room
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+TRIED_WINDOW = 6
+NUM_SHORT = 9  # tokens of the shorter of two rows
 
 
 def load_model(name, dtype, device, attn_implementation="auto"):
@@ -29,22 +36,167 @@ def load_model(name, dtype, device, attn_implementation="auto"):
     dtype "auto" is bfloat16 on CUDA, float32 elsewhere; attention "auto" is the library's choice.
     """
     attention = None if attn_implementation == "auto" else attn_implementation
+    store.check_no_adapter(name)
+    where, commit = store.locate(name, "model")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            name,
+            where,
+            revision=commit,
             dtype=resolve_dtype(dtype, device),
             attn_implementation=attention,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
             use_safetensors=True,  # no pickle
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"model {name!r} could not be loaded: {reason}") from error
+    except Exception as error:  # whatever a folder that does not hold together makes the library raise
+        raise ValueError(f"model {name!r} could not be loaded: {store.reason(error)}") from error
+    check_weights(name, report)
+    return model.to(device).eval()
+
+
+def check_weights(name, report):
+    """ValueError unless a model folder has all weights in their shapes; the library would make up others.
+
+    report: what the library tells of a load. Weights that the model has no place for are said.
+    """
+    if wrong := sorted(report["mismatched_keys"]):
+        key, stored, wanted = wrong[0]
+        raise ValueError(
+            f"model {name!r}: weights and config.json do not belong together: {key} is {tuple(stored)}, "
+            f"by the configuration {tuple(wanted)} ({len(wrong)} weights differ)"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"model {name!r} is not complete: {len(missing)} weights missing, such as {missing[0]}"
         )
-    return model.to(device).eval()
+    if unused := sorted(report["unexpected_keys"]):
+        print(
+            f"WARNING: model {name!r} has no use for {len(unused)} weights, such as {unused[0]}", flush=True
+        )
+
+
+@contextlib.contextmanager
+def recomputed(model, is_on=True):
+    """A context in which layers keep no activations for the backward pass, which makes them again.
+
+    The library's own gradient checkpointing works in training mode alone, and that lets in dropout, in
+    whatever form and under whatever name a model has it; here mode and gradient stay what they are. Cached
+    keys would be written twice: pass use_cache=False. ValueError for a model without layers to recompute.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if is_on else []
+    if is_on and not layers:
+        kind = model.config.model_type
+        raise ValueError(f"gradient_checkpointing=true: a {kind!r} model has no layers for it; set false")
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def check_loadable(model):
+    """ValueError unless the library can load a model that is saved: it cannot load parts of some."""
+    kind = model.config.model_type
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        try:
+            is_known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+        except ValueError:  # of no type that it knows
+            is_known = False
+    if not is_known:
+        raise ValueError(f"a {kind!r} model could not be loaded again once saved: choose another student")
+
+
+def logits_of(model, ids):
+    """Logits (T, V) of one row."""
+    ids_1T = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    return model(input_ids=ids_1T, use_cache=False).logits[0]
+
+
+def longest_without(flaw_at, fitting, failing):
+    """The largest length below `failing` that has no flaw, by bisection; `fitting` has none."""
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        fitting, failing = (fitting, middle) if flaw_at(middle) else (middle, failing)
+    return fitting
+
+
+def try_batches(model, longest, dtype=torch.float32):
+    """ValueError where a model cannot be trained, or differentiated, on sequences of up to `longest` tokens.
+
+    It may have fewer positions, look at later tokens and so at padding (attention that is not causal, angles
+    that follow the longest row, keys chosen among those of all tokens), have logits that are not finite, or
+    not run at all. The cost is 3.4 forward passes of `longest` tokens and a backward pass of a few.
+    Gradients are left empty. dtype: that of the passes' matrix products.
+    """
+    is_training, kind = model.training, model.config.model_type
+    model.eval()  # dropout would change logits
+    flaw_at = functools.partial(flaw_of_batch, model, dtype)
+    reason = flaw_at(longest)
+    fitting = longest_without(flaw_at, 0, longest) if reason else longest
+    model.train(is_training)
+    if not reason:
+        return
+    if fitting <= NUM_SHORT:
+        raise ValueError(
+            f"model type {kind!r} cannot be trained in padded batches ({reason}): take another model"
+        )
+    raise ValueError(
+        f"sequences come to {longest} tokens, but padded batches of model type {kind!r} are right only up to "
+        f"{fitting} ({reason}): set max_length={fitting}"
+    )
+
+
+def flaw_of_batch(model, dtype, longest):
+    """What is wrong with the logits of a row of so many tokens, beside those of its parts; else None."""
+    ids = dual.tried_ids(model, longest)
+    lengths = sorted(
+        {max(1, n) for n in (min(NUM_SHORT, longest), longest // 2, 9 * longest // 10, longest - 1)}
+    )
+    device = model.get_input_embeddings().weight.device
+    ids_1T, last_C = torch.tensor([ids], device=device), torch.tensor(lengths, device=device) - 1
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with CheckedLookups(), torch.no_grad():
+                found = model(input_ids=ids_1T, use_cache=False, logits_to_keep=last_C).logits[0]
+                parts = [model(input_ids=ids_1T[:, :n], use_cache=False, logits_to_keep=1) for n in lengths]
+            logits_V = model(input_ids=ids_1T[:, :NUM_SHORT], use_cache=False).logits[0, -1]
+        logits_V.float().logsumexp(-1).backward()
+        model.zero_grad()
+    except Exception as error:  # whatever a family raises
+        if is_out_of_memory(error):
+            raise
+        return store.reason(error)
+    wanted_CV = torch.stack([part.logits[0, -1] for part in parts])
+    if not wanted_CV.isfinite().all():
+        raise ValueError(f"logits of the {model.config.model_type!r} model are not finite: check its weights")
+    if len(found) > len(lengths):  # of all tokens: some families do not know logits_to_keep
+        found = found[last_C]
+    are_same = all(is_right(a[None], b[None]) for a, b in zip(found, wanted_CV, strict=True))
+    return None if are_same else "logits change with the tokens that follow"
+
+
+class CheckedLookups(TorchDispatchMode):
+    """A context in which an index beyond a table is an IndexError: a GPU would give up its process."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        for dim, ids in lookups(function.overloadpacket, arguments):
+            if ids is not None and ids.dtype in (torch.int32, torch.int64) and ids.numel():
+                last, size = int(ids.max()), arguments[0].shape[dim]
+                if last >= size:
+                    raise IndexError(f"position {last} of a table of {size}")
+        return function(*arguments, **(keywords or {}))
+
+
+def lookups(operation, arguments):
+    """[(dimension, ids)] by which an operation reads from its first argument."""
+    if operation is torch.ops.aten.embedding:
+        return [(0, arguments[1])]
+    if operation is torch.ops.aten.index:
+        return list(enumerate(arguments[1]))
+    return [arguments[1:3]] if operation in (torch.ops.aten.gather, torch.ops.aten.index_select) else []
 
 
 def free_bytes(device):
@@ -78,7 +230,8 @@ def resolve_dtype(dtype, device):
 class CachedModel:
     """A causal language model with its slots. Returns next-token logits, never those of other positions."""
 
-    def __init__(self, model, make_cache=SlotCache):
+    def __init__(self, model, make_cache=SlotCache, may_fuse=True):
+        """may_fuse: decoder.py may move the weights into fused matrices; False leaves the model as it is."""
         self.model, self.make_cache = model, make_cache
         self.windows = attention_windows(model.config)
         self.cache = None
@@ -86,29 +239,128 @@ class CachedModel:
         self.dtype = model.get_input_embeddings().weight.dtype
         on_cpu = CPU_PREFILL_TOKENS * torch.float32.itemsize // self.dtype.itemsize
         self.prefill_tokens = on_cpu if self.device.type == "cpu" else PREFILL_TOKENS
-        self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
-        self.try_out()
+        self.own_step = None
+        if may_fuse:
+            self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
+        self.num_tried = TRIED  # positions that rows are known to be decoded right within
+        with self.narrow_windows():
+            self.try_out()
         give_back_freed_memory()
 
     @torch.no_grad()
     def try_out(self):
-        """Find out what a position of the cache takes, and whether decoder.py's step is the library's."""
-        num_rows = self.model.get_input_embeddings().weight.shape[0]
-        ids = (torch.arange(24) * 7919 % num_rows).tolist()
-        self.allocate(2, 16)
-        self.prefill_group([ids[:14], ids[14:23]], 0)
-        self.bytes_per_position = self.cache.storage.bytes_per_position
+        """See that the cache changes nothing, on two rows of few tokens, one with a prompt in two chunks.
+
+        ValueError in one line where a row alone and without a cache has other logits, or the library fails.
+        What a position of the cache takes, and whether decoder.py's step is the library's, is found on the
+        way. The cost is that of about 100 tokens.
+        """
+        rows = self.tried_rows()
+        try:
+            found = self.decode_tried(rows)
+            wanted = self.alone(rows)
+        except Exception as error:  # whatever a family raises that is not made to be called like this
+            if is_out_of_memory(error):
+                raise
+            raise ValueError(self.refusal(store.reason(error))) from error
+        if not self.bytes_per_position:
+            raise ValueError(self.refusal("it keeps no keys and values in the cache it is given"))
+        if not is_right(found, wanted):
+            raise ValueError(self.refusal("its logits with a cache are not those without"))
         if self.own_step is not None:
-            given = [ids[23], ids[0]], [14, 9]
-            given_2N = torch.tensor(given, device=self.device)
-            wanted = self.library_step(*given_2N, 14)
             try:
-                is_right = decoder.agrees(self.own_step(*given_2N, 14, self.cache), wanted)
+                may_stay = decoder.agrees(self.own_step(*self.last_tokens(rows), self.cache), found)
             except (TypeError, ValueError, LookupError, RuntimeError):
                 # modules of the same names that are called otherwise
-                is_right = False
-            self.own_step = self.own_step if is_right else None
+                may_stay = False
+            self.own_step = self.own_step if may_stay else None
         self.cache = None
+
+    @contextlib.contextmanager
+    def narrow_windows(self):
+        """A context in which few tokens go beyond the attention windows, the library's and ours."""
+        config, windows = self.model.config.get_text_config(decoder=True), dict(self.windows)
+        if any(windows.values()):
+            self.windows.update({kind: window and TRIED_WINDOW for kind, window in windows.items()})
+            usual, config.sliding_window = config.sliding_window, TRIED_WINDOW
+        try:
+            yield
+        finally:
+            if any(windows.values()):
+                self.windows.update(windows)
+                config.sliding_window = usual
+
+    def tried_rows(self):
+        """Two rows of ids, of TRIED and of fewer tokens."""
+        ids = dual.tried_ids(self.model, TRIED + NUM_SHORT)
+        return ids[:TRIED], ids[TRIED:]
+
+    def decode_tried(self, rows):
+        """Logits (2, V) after the rows: all but their last tokens are prompts."""
+        self.allocate(2, TRIED)
+        usual, self.prefill_tokens = self.prefill_tokens, TRIED  # for two rows, so in chunks of half of it
+        self.prefill_group([row[:-1] for row in rows], 0)
+        self.prefill_tokens = usual
+        self.bytes_per_position = self.cache.storage.bytes_per_position
+        return self.library_step(*self.last_tokens(rows))
+
+    def last_tokens(self, rows):
+        """The rows' last tokens, as `step` takes them."""
+        given = [row[-1] for row in rows], [len(row) - 1 for row in rows]
+        return *torch.tensor(given, device=self.device), max(given[1])
+
+    def alone(self, rows):
+        """Logits after each row (B, V), as the library computes them of one row without a cache."""
+        ids = [torch.tensor([row], device=self.device) for row in rows]
+        logits = [self.model(input_ids=i, use_cache=False).logits[:, -1] for i in ids]
+        return dual.stack(logits) if isinstance(logits[0], dual.Dual) else torch.cat(logits)
+
+    @torch.no_grad()
+    def try_length(self, num_positions):
+        """ValueError where rows of so many tokens would be decoded wrong, with how many would not.
+
+        There are tables of positions, and angles and windows that follow the longest row of a batch. Tried
+        with a row of few tokens beside one that is as long and empty, so the cost is that of few tokens and
+        of a cache for two rows.
+        """
+        if num_positions <= self.num_tried:
+            return
+        if reason := self.flaw_at(num_positions):
+            fitting = longest_without(self.flaw_at, self.num_tried, num_positions)
+            raise ValueError(
+                f"rows may come to {num_positions} tokens, but model type {self.model.config.model_type!r} "
+                f"is decoded right only up to {fitting} ({reason}): "
+                f"lower max_length by {num_positions - fitting}"
+            )
+        self.num_tried = num_positions
+
+    def flaw_at(self, length):
+        """What is wrong with the logits of a row of few tokens beside one of so many; None if nothing is."""
+        row = self.tried_rows()[1]
+        tokens_2, lengths_2, _ = self.last_tokens([row, row])
+        lengths_2[1] = length - 1
+        self.allocate(2, length)
+        try:
+            with CheckedLookups():
+                self.prefill_group([row[:-1], row[:-1]], 0)
+                found = self.step(tokens_2, lengths_2, length - 1)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return store.reason(error)
+        finally:
+            self.cache = None
+        found = dual.rows(found, 0, 1) if isinstance(found, dual.Dual) else found[:1]
+        if is_right(found, self.alone([row])):
+            return None
+        return "its short rows follow the longest of the batch, or change as they grow"
+
+    def refusal(self, reason):
+        """The line that says why a model is not taken, and what to do."""
+        kind = self.model.config.model_type
+        if isinstance(self.model, dual.DualModel):
+            return f"the exact Delta does not cover model type {kind!r} ({reason}): set eps above 0"
+        return f"model type {kind!r} cannot be decoded in batches with a cache ({reason}): take another model"
 
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
@@ -197,6 +449,11 @@ class CachedModel:
         return output.logits[:, -1]
 
 
+def is_right(found, wanted):
+    """Whether logits are those wanted; where these are not finite, that is for the sampled row to say."""
+    return not wanted.as_subclass(torch.Tensor).isfinite().all() or decoder.agrees(found, wanted, slack=2)
+
+
 def additive_mask(positions_BT, key_positions_BL, window, dtype):
     """(B, 1, T, L) to add to attention scores: a query sees keys up to its own position, within `window`."""
     distance_BTL = positions_BT[:, :, None] - key_positions_BL[:, None, :]
@@ -222,6 +479,6 @@ def attention_windows(config):
     if unknown:
         raise ValueError(
             f"model type {config.model_type!r} has {', '.join(unknown)} layers; "
-            f"decoding supports {' and '.join(ATTENTION_KINDS)}"
+            f"decoding supports {' and '.join(ATTENTION_KINDS)}: take another model"
         )
     return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}

@@ -864,6 +864,13 @@ void ads_step(const model *m, const place *at, int num_threads)
     }
 }
 
+/* y = p v by one thread: p (rows, depth), v (depth, columns). A row is added up in one order, whatever the
+number of rows, as a BLAS does not promise. */
+void ads_mix(const float *p, size rows, const float *v, size depth, size columns, float *y)
+{
+    mix(p, depth, rows, v, columns, depth, columns, v, y, columns, 0);
+}
+
 /* One product alone, for bench/step.py. */
 void ads_product(
     const product *p, int is_dual, size rows, const float *x, float *y, float *thin, const halves *room,

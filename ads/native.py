@@ -1,7 +1,7 @@
 """decoder.Step in compiled code, for CPUs in float32 and bfloat16: native.c, built at first use.
 
 Nothing depends on it. Without a C compiler (CC, else cc) or AVX-512, or with ADS_NATIVE=0, torch computes the
-same. Shapes as in decoder.py.
+same. ADS_NATIVE=avx512 does without matrix registers (AMX) only. Shapes as in decoder.py.
 """
 
 import ctypes
@@ -17,11 +17,13 @@ from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
+from torch.nn import functional
 
 from ads.cache import LANES, PAGE, Pages, whole
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
+WITHOUT_TILES = "-U__AMX_BF16__"
 BUILD_SECONDS = 120
 # Work that pays for another thread, about 10 ms of one core: threads meet after every product, and beside
 # other processes each meeting may take the time slice of one.
@@ -79,18 +81,36 @@ class Place(ctypes.Structure):
 @functools.cache
 def library():
     """The compiled code, or None where it cannot be had."""
-    if os.environ.get("ADS_NATIVE") == "0" or "avx512f" not in cpu_flags():
+    if wanted() == "0" or "avx512f" not in cpu_flags():
         return None
     try:
         code = load()
         code.ads_step.argtypes = [POINTER(Model), POINTER(Place), c_int]
         rooms = [c_void_p, c_void_p, c_void_p, POINTER(Halves)]
         code.ads_product.argtypes = [POINTER(Product), c_int, c_int64, *rooms, c_int]
-        code.ads_step.restype = code.ads_product.restype = None
+        code.ads_mix.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
+        code.ads_step.restype = code.ads_product.restype = code.ads_mix.restype = None
     except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         print(f"native.c cannot be used, torch decodes instead: {reason(error)}", file=sys.stderr)
         return None
     return code
+
+
+def wanted():
+    """ADS_NATIVE: what of the compiled code to use."""
+    value = os.environ.get("ADS_NATIVE") or "1"
+    if value not in ("0", "1", "avx512"):
+        raise ValueError(
+            f"ADS_NATIVE={value}: use 0 (no compiled code), avx512 (no matrix registers) or 1 (all)"
+        )
+    return value
+
+
+def other_ways():
+    """The values of ADS_NATIVE by which this machine would compute in another way than by default."""
+    if library() is None:
+        return []
+    return ["0", "avx512"] if library().ads_has_tiles() else ["0"]
 
 
 def cpu_flags():
@@ -119,6 +139,8 @@ def reason(error):
 def build():
     """The shared library's path; made once per source, command and kind of CPU, in the user's cache."""
     command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS.split()]
+    if wanted() == "avx512":
+        command.append(WITHOUT_TILES)
     # home directories are shared between unlike machines, and -march=native depends on the machine
     made_of = repr([SOURCE.read_text(), command, platform.machine(), cpu_flags()])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "antidistillation-sampling"
@@ -153,7 +175,8 @@ class CompiledStep:
 
     def __init__(self, step):
         self.kept = []  # what C has the addresses of
-        layers, first, hidden = step.layers, step.layers[0], step.table.weight.shape[1]
+        self.table = step.table.weight
+        layers, first, hidden = step.layers, step.layers[0], self.table.shape[1]
         self.indices = [layer.index for layer in layers]
         self.layers = (Layer * len(layers))(*map(self.layer, layers))
         self.model = Model(
@@ -177,7 +200,7 @@ class CompiledStep:
         }
         self.greatest_rank = max(p.rank for p in products)
         self.widest = max(p.ins for p in products)
-        self.is_half = step.table.weight.dtype == torch.bfloat16
+        self.is_half = self.table.dtype == torch.bfloat16
         self.has_tiles = bool(library().ads_has_tiles())
         self.thread_rows = 2 * first.num_heads // first.num_keys
         self.num_weights = sum(p.outs * p.ins for p in products)
@@ -217,6 +240,20 @@ class CompiledStep:
             return None
         self.kept.append(tensor.to(dtype or tensor.dtype).contiguous())
         return self.kept[-1].data_ptr()
+
+    def embed(self, tokens_N):
+        """Float32 embeddings (R, I) of tokens; derivatives from factors of g row by row."""
+        values_NI = functional.embedding(tokens_N, self.table.detach().as_subclass(torch.Tensor)).float()
+        if not self.model.is_dual:
+            return values_NI
+        g = self.table.tangent
+        if isinstance(g, torch.Tensor):  # else its factors
+            return torch.cat([values_NI, functional.embedding(tokens_N, g).float()])
+        left_NR, right_RI = g.left[tokens_N].float().contiguous(), g.right.float().contiguous()
+        changes_NI = torch.empty_like(values_NI)
+        sizes = len(tokens_N), right_RI.data_ptr(), *right_RI.shape
+        library().ads_mix(left_NR.data_ptr(), *sizes, changes_NI.data_ptr())
+        return torch.cat([values_NI, changes_NI])
 
     def __call__(self, x_RI, cos_ND, sin_ND, lengths_N, cache, windows):
         """Logits (R, V) of float32 embeddings, which are overwritten; windows: a layer each, None: all."""

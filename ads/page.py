@@ -25,16 +25,6 @@ NBSP = "\N{NO-BREAK SPACE}"
 GLYPHS = {"o": "&#9679;", "s": "&#9632;", "v": "&#9660;", "D": "&#9670;", "^": "&#9650;", "_": ""}  # markers
 NUM_OPEN = 20  # a longer table of points is folded
 
-TOY_NOTE = (
-    "The models have 345 thousand parameters, were made by demo/pretrain.py, and solve generated word "
-    "problems: toy scale.",
-    "Two things were trained in on purpose. The teacher recovers from wrong results in its trace; large "
-    "reasoning models do so by themselves. The arithmetic of proxy and student is unreliable, as a fifth of "
-    "the results they were pretrained on are wrong: what a student can do hangs on what it is taught with.",
-    "Proxy and student are alike but for architecture and tokenizer. The effect is larger than the paper's.",
-    "A random direction shifts the traces systematically too, and may hurt the student; Delta permuted at "
-    "every step, the paper's control, does not. The sign of Delta is tested by the one-step test.",
-)
 ANY_NOTE = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
     "A fall of the raw accuracy is part of the price, even where forced answers hide it.",
@@ -48,14 +38,15 @@ PAPER = (  # setting, teacher, student: arXiv 2504.13146
     ("MMLU, 4 points of teacher by ADS", "68 %", "40 %"),
 )
 INTERVALS = """\
-Markers are settings with 95 % intervals: Wilson's with one seed; with several, those of the mean over seeds,
-from the binomial variance or the one between seeds, whichever is larger. Dots are single seeds. A line starts
-at the same temperature without Delta where that was run."""
-MATCHING = """\
+Markers are settings with 95 % intervals. One seed: Wilson's, of this seed's problems only. Several: the t
+interval of the mean over seeds, and no narrower than Wilson's of all their problems. Dots are single seeds. A
+line starts at the same temperature without Delta where that was run."""
+MATCHING = f"""\
 Each seed's points are joined by straight lines and read off at the same teacher accuracy, never beyond their
 ends; an arm of one setting is compared at its own. Difference: temperature minus arm, in points, with its
-95 % interval from a hierarchical bootstrap over seeds and, within a seed, over problems. Two or three seeds
-show little of the spread between seeds."""
+95 % interval. Several seeds: the t interval over their differences, cut off at 100 points. One seed: a
+bootstrap over this seed's problems only, which knows nothing of how seeds differ. {tradeoff.MARK} marks what
+is in doubt, and why."""
 READING = """\
 Each token is shaded by how much Delta changed its probability at its place, before truncation. Point at a
 token, tap it, or go there with Tab and the arrow keys."""
@@ -76,14 +67,17 @@ def render(
     notes,
     gradients,
     contrasts,
-    is_toy,
+    about,
     made_from,
 ):
-    """The whole page as text; `cells` is the table of all points, `svgs` come from plots.inline_svgs."""
+    """The whole page as text; `cells` is the table of all points, `svgs` come from plots.inline_svgs.
+
+    `about`: sentences on what the experiment is and is not, where more is known than of any.
+    """
     settings, arms = setting_cells(curves), legend_list(curves, [])
     pale = "The paler a line, the weaker its setting; means over seeds."
     sections = {
-        "Trade-off": first_section(curves, baselines, matches, svgs["tradeoff"], is_toy),
+        "Trade-off": first_section(curves, baselines, matches, svgs["tradeoff"], about),
         "Equal teacher accuracy": matched_section(matches),
         "Trace reader": reader_section(contrasts),
         "Knobs": panel_section("The knobs", "", svgs["knobs"]),
@@ -98,6 +92,7 @@ def render(
     parts = {
         "title": escape(title),
         "finding": sentence(tradeoff.finding(curves, matches)),
+        "doubt": sentence(tradeoff.finding_doubt(matches)),
         "second": sentence(tradeoff.second_finding(matches)),
         "navigation": "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections),
         "sections": warning_section(warnings)
@@ -137,9 +132,9 @@ def warning_section(warnings):
     return f'<section class="warning">{items}</section>\n'
 
 
-def first_section(curves, baselines, matches, panels, is_toy):
+def first_section(curves, baselines, matches, panels, about):
     """The trade-off, its legend, and below it what to make of it."""
-    notes = "".join(f"<li>{escape(line)}</li>" for line in (TOY_NOTE if is_toy else ANY_NOTE))
+    notes = "".join(f"<li>{escape(line)}</li>" for line in (about or ANY_NOTE))
     paper = html_table([["", "teacher", "student"], *PAPER], "paper")
     return (
         f"{figure_grid(panels)}{legend_list(curves, baselines)}<p>{sentence(tradeoff.controls(matches))}</p>"
@@ -207,20 +202,23 @@ def matched_table(matches):
 
 def matched_line(match):
     students = [show_percent(share, 2) for share in (match.temperature, match.student)]
-    difference, interval = "-", match.note
+    difference, below = "-", [match.note]
     if match.difference is not None:
-        difference = f"<strong>{show_points(match.difference)}</strong>"
-    if match.low is not None:
-        interval = f"[{show_points(match.low)},{NBSP}{show_points(match.high)}]"
-    seeds = f"{match.num_seeds} seed{'' if match.num_seeds == 1 else 's'}"
+        difference, *ends = [number.replace("-", "\N{MINUS SIGN}") for number in tradeoff.in_points(match)]
+        difference = f"<strong>{difference}</strong>{f' {tradeoff.MARK}' if match.flags else ''}"
+        if ends:
+            below = [f"[{f',{NBSP}'.join(ends)}]", tradeoff.interval_kind(match.num_seeds)]
     cells = (
-        f"{show_percent(match.level)}<br>{small(seeds)}",
+        f"{show_percent(match.level)}<br>{small(tradeoff.show_seeds(match))}",
         escape(match.name),
         f"{track(match)}{small(f',{NBSP}'.join(students))}",
-        f"{difference}<br>{small(interval)}",
+        "<br>".join([difference, *map(small, below)]),
     )
     kinds = ("", ' class="left"', ' class="left"', "")
-    return f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
+    line = f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
+    if not match.flags:
+        return line
+    return f'{line}<tr><td colspan="4" class="doubt">{small(tradeoff.doubt(match).strip())}</td></tr>'
 
 
 def small(text):
@@ -229,10 +227,6 @@ def small(text):
 
 def show_percent(share, digits=3):
     return "-" if share is None else f"{100 * share:.{digits}g}{NBSP}%"
-
-
-def show_points(share):
-    return f"{round(100 * share)}".replace("-", "\N{MINUS SIGN}")
 
 
 def track(match):

@@ -103,15 +103,18 @@ def draw_tradeoff(rule, curves, baselines, gap, axis):
 
 
 def by_label(baselines, rule=None):
-    """{label: rows} of undistilled students; the seeds of one are one."""
-    differs = len(tradeoff.values_of(baselines, "student")) > 1
+    """{label: rows} of undistilled students, a row per seed; what was measured twice is one."""
+    names = [name for name in tradeoff.differing(baselines) if name not in tradeoff.SEEDS]
     groups = {}
     for row in baselines:
-        shown = "prefilled" if row.get("student_prefill") else f"{row['student_few_shot']}-shot"
-        label = f"undistilled {row['student'] if differs else 'student'}, {shown}"
-        if rule is None or f"student_{rule}_accuracy" in row:
-            groups.setdefault(label, []).append(row)
-    return groups
+        parts = [f"undistilled {row['student'] if 'student' in names else 'student'}"]
+        parts += ["prefilled" if row.get("student_prefill") else f"{row['student_few_shot']}-shot"]
+        for name in names:
+            if name not in ("student", "student_few_shot", "student_prefill") and row.get(name) is not None:
+                parts.append(f"{tradeoff.show_name(name)} {tradeoff.show_setting(row[name])}")
+        if rule is None or tradeoff.has_share(row, f"student_{rule}"):
+            groups.setdefault(", ".join(parts), {}).setdefault(row["seed"], []).append(row)
+    return {label: [tradeoff.mean_row(rows) for rows in seeds.values()] for label, seeds in groups.items()}
 
 
 def line_styles(curves):
@@ -170,7 +173,9 @@ def draw_gap(axis, gap):
     axis.plot(
         [gap.level] * 2, [gap.student, gap.temperature], color=INK, linewidth=2, marker="_", markersize=9
     )
-    text = f"{abs(100 * gap.difference):.0f} points"
+    difference = tradeoff.in_points(gap)[0].removeprefix("-")
+    mark = f" {tradeoff.MARK}" if gap.flags else ""
+    text = f"{difference} points{mark}\n{tradeoff.show_seeds(gap)}{' only' if gap.num_seeds == 1 else ''}"
     middle = (gap.level, (gap.student + gap.temperature) / 2)
     axis.annotate(text, middle, (-6, 0), textcoords="offset points", ha="right", va="center", weight="bold")
 

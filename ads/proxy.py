@@ -39,6 +39,9 @@ class CentralDifference:
         self.plus.allocate(num_slots, num_positions)
         self.minus.allocate(num_slots, num_positions)
 
+    def try_length(self, num_positions):
+        self.plus.try_length(num_positions)  # minus is a model of the same kind
+
     def prefill(self, prompts, first_slot):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
         return self.delta(*(m.prefill(prompts, first_slot) for m in (self.plus, self.minus)))
@@ -65,11 +68,12 @@ class ExactDerivative:
     def __init__(self, model, read_gradient, shared_V):
         """model is taken over; read_gradient(name) is g of a parameter, a tensor or Factors.
 
-        Raises ValueError when the gradient is zero or not finite.
+        Raises ValueError when the gradient is zero or not finite, or the derivative is not covered.
         """
+        CachedModel(model, may_fuse=False)  # what cannot be decoded is no matter of the derivative
         names = [name for name, _ in model.named_parameters()]
         check_length(sum(gradient.square_norm(read_gradient(name)) for name in names))
-        model = dual.DualModel(model, read_gradient)
+        model = dual.make_checked(model, read_gradient)
         self.dual = CachedModel(model, model.make_cache)
         self.dual.prefill_tokens //= 2  # activations take twice the room
         self.bytes_per_position = self.dual.bytes_per_position
@@ -77,6 +81,9 @@ class ExactDerivative:
 
     def allocate(self, num_slots, num_positions):
         self.dual.allocate(num_slots, num_positions)
+
+    def try_length(self, num_positions):
+        self.dual.try_length(num_positions)
 
     def prefill(self, prompts, first_slot):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""

@@ -5,7 +5,9 @@ A stage is done when its sidecar exists; the sidecar is written, by atomic renam
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -26,10 +28,19 @@ os.umask(UMASK)
 # Weights are fingerprinted by NUM_SAMPLES blocks of SAMPLE_BYTES: a retrained model differs in every one.
 WEIGHTS = (".safetensors", ".bin")
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model")
+ADAPTER_FILE = "adapter_config.json"
+# of a repository of the hub: what must be there, and what must not
+HUB_FILES = {
+    "model": ("config.json", ADAPTER_FILE),
+    "tokenizer": ("tokenizer_config.json",),
+    "dataset": ("README.md",),
+}
+HUB = "hub:"  # begins the fingerprint of what is there
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 256
 # what only reads finished stages, or plans them
 NO_STAGE = ("grid.py", "page.py", "plots.py", "report.py", "search.py", "tradeoff.py")
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without flock
 
 
 @contextlib.contextmanager
@@ -119,7 +130,7 @@ def write_sidecar(path, config, inputs, stats, seconds, outputs=(), **more):
         "versions": versions(),
         "commit": git_commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": world_size(),
         "seconds": round(seconds, 1),
     }
     write_text(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110))
@@ -137,10 +148,17 @@ def is_finished(path, config, inputs, ignore=()):
         raise ValueError(
             f"{path} was made with other settings: {'; '.join(differences)}. "
             "Choose another name or exp_dir, restore the settings, or delete that file to redo the stage"
+            + at_a_commit(differences)
         )
     for name in record.get("outputs", {}):
         check_output(path, path.parent / name)
     return True
+
+
+def at_a_commit(differences):
+    """How to go back to what the hub had, where that is among the differences; else an empty text."""
+    names_hub = any(f"'{HUB}" in text for text in differences)
+    return " (OWNER/NAME@COMMIT is a model of the hub at an earlier commit)" if names_hub else ""
 
 
 def read_sidecar(path):
@@ -167,7 +185,9 @@ def check_output(sidecar, path):
 def find_differences(record, config, inputs, ignore):
     """What differs between a record's config and inputs and those given now, one text per key."""
     found = differing_keys(record.get("config", {}), config, ignore)
-    return found + differing_keys(record.get("inputs", {}), inputs)
+    made_with = record.get("inputs", {})
+    alike = {key for key in made_with if is_unrecorded(made_with[key], inputs.get(key))}
+    return found + differing_keys(made_with, inputs, alike)
 
 
 def differing_keys(before, now, ignore=()):
@@ -178,6 +198,22 @@ def differing_keys(before, now, ignore=()):
         for key in keys
         if before.get(key) != now.get(key)
     ]
+
+
+def world_size():
+    """How many processes make the stage, as their launcher says (WORLD_SIZE); 1 without one."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"WORLD_SIZE={text!r} in the environment: must be a whole number from 1; unset it to run alone"
+        )
+    return int(text)
+
+
+def is_unrecorded(before, now):
+    """Whether a fingerprint of the hub is from when commits were not recorded: it may be of any."""
+    is_hub = isinstance(before, str) and before.startswith(HUB)
+    return is_hub and "@" not in before and str(now).startswith(f"{before}@")
 
 
 def versions():
@@ -219,6 +255,13 @@ def made_by_other_code(sidecar):
     if record.get("code") == fingerprint_code():
         return ""
     return f" (made by other code: commit {record.get('commit')}, now {git_commit()})"
+
+
+def made_at_unknown_commits(sidecar, inputs):
+    """What to say of a finished stage whose record does not tell the hub's commits, or an empty text."""
+    made_with = read_sidecar(sidecar).get("inputs", {})
+    names = [key for key, before in made_with.items() if is_unrecorded(before, inputs.get(key))]
+    return f" (at which commit of the hub was not recorded: {', '.join(names)})" if names else ""
 
 
 # Parts: finished batches of a stage that is still running
@@ -275,18 +318,38 @@ def stage_lock(exp_dir, name):
     path = Path(exp_dir) / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            print(f"waiting for {file.read().strip() or 'another run'} (making {path.stem})", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file, path)
         file.truncate(0)
         file.write(
             f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         )
         file.flush()
         yield
+
+
+def take_lock(file, path):
+    """Lock an open file; where its file system has no locks, say what that means and go on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        print(f"waiting for {file.read().strip() or 'another run'} (making {path.stem})", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"WARNING: no locks on the file system of {path} ({error.strerror}): two runs at once on this "
+            "experiment are not kept apart and may spoil it; start one at a time",
+            flush=True,
+        )
+
+
+def reason(error):
+    """One line on an error that a library raised: its text, and its type where that says more."""
+    text = " ".join(str(error).split())[:300]
+    is_plain = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+    return text if is_plain else f"{type(error).__name__}: {text}"
 
 
 # Fingerprints
@@ -316,7 +379,7 @@ def fingerprint_file(path):
 def fingerprint(path):
     """16 hex digits of a file's contents or of a model folder's."""
     is_model = Path(path).is_dir()
-    return fingerprint_folder(str(path), "config.json", MODEL_FILES) if is_model else fingerprint_file(path)
+    return fingerprint_folder(str(path), "model", MODEL_FILES) if is_model else fingerprint_file(path)
 
 
 def fingerprint_existing(path, remedy):
@@ -331,30 +394,86 @@ def fingerprint_existing(path, remedy):
 
 
 def fingerprint_model(name):
-    """What identifies a model: weights, configuration and tokenizer of a folder, or the hub name itself.
+    """What identifies a model: the contents of a folder, tokenizer included, or the hub's name and commit.
 
-    ValueError if it is a student that has changed since it was made.
+    ValueError if it is a student that has changed since it was made, or holds an adapter.
     """
     folder = Path(name).absolute()
     check_output(folder.parent.parent / f"{folder.parent.name}.yaml", folder)
-    return fingerprint_folder(name, "config.json", MODEL_FILES)
+    check_no_adapter(name)
+    return fingerprint_folder(name, "model", MODEL_FILES)
 
 
 def fingerprint_tokenizer(name):
-    """What identifies a tokenizer: its files in a local folder, or the hub name itself."""
-    return fingerprint_folder(
-        name, "tokenizer_config.json", ("tokenizer*", "chat_template*", "vocab*", "merges*")
-    )
+    """What identifies a tokenizer: its files in a local folder, or the hub's name and commit."""
+    return fingerprint_folder(name, "tokenizer", ("tokenizer*", "chat_template*", "vocab*", "merges*"))
 
 
-def fingerprint_folder(name, required, patterns):
-    """Contents of the files that match; FileNotFoundError without `required`, or for no name at all."""
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / required).is_file():
-            raise FileNotFoundError(f"{folder} is not complete: it has no {required}")
-        files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-        return fingerprint_json({path.name: fingerprint_file(path) for path in files})
-    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+def fingerprint_folder(name, kind, patterns):
+    """Contents of the files that match, or a repository's name and commit on the hub.
+
+    FileNotFoundError without the first of the kind's HUB_FILES.
+    """
+    where, commit = locate(name, kind)
+    folder = find_folder(name, kind)
+    if not (folder / HUB_FILES[kind][0]).is_file():
+        raise FileNotFoundError(f"{name} is not complete: it has no {HUB_FILES[kind][0]}")
+    if commit is not None:
+        return f"{HUB}{where}@{commit}"
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return fingerprint_json({path.name: fingerprint_file(path) for path in files})
+
+
+def check_no_adapter(name):
+    """ValueError for a model with an adapter beside it, which transformers would add without a word."""
+    folder = find_folder(name, "model")
+    if (folder / ADAPTER_FILE).is_file():
+        is_model = (folder / "config.json").is_file()
+        remedy = f"or remove {ADAPTER_FILE}" if is_model else "it is no model by itself"
+        raise ValueError(
+            f"{name} holds an adapter ({ADAPTER_FILE}): merge it into its base model first "
+            f"(merge_and_unload of peft, then save_pretrained); {remedy}"
+        )
+
+
+# The hub
+
+
+def locate(name, kind):
+    """(what a library is to load, at which commit): of a folder (itself, None).
+
+    Anything else is OWNER/NAME or OWNER/NAME@REVISION of the hub: a branch, a tag or a commit.
+    """
+    if Path(name).is_dir():
+        return name, None
+    return name.partition("@")[0], find_snapshot(name, kind).name
+
+
+def find_folder(name, kind):
+    """A folder, or that of a repository's snapshot, with the kind's HUB_FILES."""
+    return Path(name) if Path(name).is_dir() else find_snapshot(name, kind)
+
+
+@functools.cache  # what is fingerprinted is what is loaded, though the hub may have moved on in between
+def find_snapshot(name, kind):
+    """The local folder, named by its commit, of a repository's HUB_FILES; without a network, of those cached.
+
+    FileNotFoundError when there is none.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    repository, _, revision = name.partition("@")
+    if Path(name).is_absolute() or name.startswith(".") or repository.count("/") > 1:
         raise FileNotFoundError(f"{name} is neither a folder nor the name of a model on the hub (OWNER/NAME)")
-    return f"hub:{name}"
+    repo_type = "dataset" if kind == "dataset" else "model"
+    try:
+        folder = snapshot_download(
+            repository, repo_type=repo_type, revision=revision or None, allow_patterns=HUB_FILES[kind]
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        remedy = "; set data_dir to local copies" if kind == "dataset" else ""
+        raise FileNotFoundError(
+            f"{name} is no folder, nor to be had from the hub: {reason(error)}{remedy}"
+        ) from error
+    return Path(folder)

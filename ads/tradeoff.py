@@ -1,9 +1,11 @@
 """Student against teacher accuracy: arms, curves, and their comparison at equal teacher accuracy.
 
 The input is a flat dict of numbers per grid point (a row of results.csv) with the sidecars it was made from.
-A replicate is what was run with one seed: its stages are tested on the same problems.
+A replicate is what was run with one seed: its stages are tested on the same problems. Curves are told apart
+by all settings of all stages: SETTINGS, and the columns with a dot, STAGE.SETTING.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,20 +25,40 @@ CONTROLS = {  # direction: arm
 RULES = {"af": "forced", "raw": "raw"}
 SEEDS = ("seed", "student_seed")
 SETTINGS = ("data", "teacher", "student", "student_few_shot", *SEEDS, "eps", "top_k", "top_p")
+STAGES = {  # what a column STAGE.SETTING is called by
+    "model": "",
+    "train": "traces ",
+    "teacher": "teacher test ",
+    "student": "student test ",
+    "gradient": "gradient ",
+}
+FILES = " files"  # ends the name of a setting that is the fingerprint of files
+DELTA_SETTINGS = ("eps", "proxy_dtype", "proxy_student files", "grad_rank")  # without lam they play no part
 SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
 LEVELS = (0.85, 0.8, 0.75, 0.65)  # teacher accuracies to compare at
 HEADLINE_LEVEL = 0.75  # the finding is about the level nearest to this one
 NUM_DRAWS = 2000
 BLOCK = 250  # draws resampled at once: bounds the memory for large test sets
 LEAST_BRACKETED = 0.9  # share of the draws that must reach a level
+WIDEST_BRACKET = 0.1  # of teacher accuracy, between the settings that a reading lies between
+ONE_SEED = "this seed's problems only"  # what an interval of one seed is about
+MARK = "(!)"  # after a number that is in doubt
+WIDE = "is read across more than 10 points of teacher accuracy"
+ZIGZAG = "is not monotone there, it meets this teacher accuracy"
+POOLED = "same settings and seed more than once, pooled"
+NO_SHARE = "left out, an accuracy that is no number from 0 to 1"
 
 
 @dataclass(frozen=True)
 class Point:
-    """A grid point of one replicate: its row of numbers and the sidecars of its stages, by role."""
+    """A grid point of one replicate: its row of numbers and the sidecars of its stages, by role.
+
+    `copies`: the points that were pooled into this one, where the same was measured more than once.
+    """
 
     row: Mapping
     stages: Mapping
+    copies: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Match:
-    """Students' accuracies at one teacher accuracy; the difference is temperature minus arm."""
+    """Students' accuracies at one teacher accuracy; the difference is temperature minus arm.
+
+    `note` says why there is no difference or no interval, `flags` what puts the numbers in doubt.
+    """
 
     rule: str
     arm: str
@@ -67,6 +92,7 @@ class Match:
     high: float | None
     num_seeds: int
     note: str
+    flags: tuple = ()
 
 
 def arm_of(config):
@@ -87,19 +113,63 @@ def is_complete(row):
 
 
 def values_of(rows, key):
-    return sorted({row[key] for row in rows if row.get(key) is not None})
+    """The values of a setting, in order; None is that of a row where it plays no part."""
+    found = {row[key] for row in rows if row.get(key) is not None}
+    return sorted(found, key=lambda value: (isinstance(value, str), value))
+
+
+def setting_names(rows):
+    """The columns that tell curves apart."""
+    return [*SETTINGS, *dict.fromkeys(key for row in rows for key in row if "." in key)]
+
+
+def identity(row, with_delta=True):
+    """What tells a row's curve apart besides arm and knobs: all settings but the seeds, as a dict's key.
+
+    with_delta=False: without those that play a part only where lam is not 0.
+    """
+    names = [key for key in setting_names([row]) if key not in SEEDS and row.get(key) is not None]
+    return tuple(sorted((key, row[key]) for key in names if with_delta or not concerns_delta(key)))
+
+
+def concerns_delta(key):
+    stage, _, name = key.rpartition(".")
+    return stage == "gradient" or name in DELTA_SETTINGS
 
 
 def differing(rows):
-    """The settings in which rows differ; the student's seed only where it is not the traces' seed."""
+    """The settings in which rows differ, as few as name the difference.
+
+    The student's seed only where it is not the traces' seed; a setting that differs alike in several stages
+    once; fingerprints only where nothing else tells rows apart.
+    """
     has_own_seed = any(row.get("student_seed", row["seed"]) != row["seed"] for row in rows)
-    names = [key for key in SETTINGS if key != "student_seed" or has_own_seed]
-    return [key for key in names if len(values_of(rows, key)) > 1]
+    found = {}
+    for key in setting_names(rows):
+        if len(values_of(rows, key)) > 1 and (key != "student_seed" or has_own_seed):
+            found.setdefault((key.rpartition(".")[2], *(row.get(key) for row in rows)), key)
+    names = [key for key in found.values() if not key.endswith(FILES)]
+    for key in [*(key for key in found.values() if key.endswith(FILES)), "recipe"]:
+        if len(values_of(rows, key)) > 1 and num_groups(rows, [*names, key]) > num_groups(rows, names):
+            names.append(key)
+    return names
+
+
+def num_groups(rows, names):
+    return len({tuple(row.get(name) for name in names) for row in rows})
+
+
+def show_name(key):
+    """A setting's column in words: model.lr is lr, train.max_length is traces max_length."""
+    stage, dot, name = key.rpartition(".")
+    return f"{STAGES[stage]}{name}" if dot else key
 
 
 def show_setting(value):
     if value is None:
         return "-"
+    if isinstance(value, bool):
+        return str(value).lower()
     return value if isinstance(value, str) else f"{value:g}"
 
 
@@ -111,33 +181,90 @@ def show_signed(value):
     return "-" if value is None else f"{value:+.4f}"
 
 
+# Points
+
+
+def pool_copies(points):
+    """Points with the same settings and seeds as one, the mean of their numbers."""
+    groups = {}
+    for point in points:
+        row = point.row
+        key = (row["arm"], row["tau"], row["lam"], identity(row), replicate_of(point))
+        groups.setdefault(key, []).append(point)
+    return [pool(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def pool(points):
+    row = mean_row([point.row for point in points])
+    return Point(row, points[0].stages, tuple(points))
+
+
+def mean_row(rows):
+    """A row with the mean of each number; what is no finite number in some is that of the others."""
+    row = dict(rows[0])
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if is_number(row.get(key))]
+        if key.endswith("_accuracy"):
+            values = [value for value in values if 0 <= value <= 1]
+        if len(set(values)) > 1:
+            row[key] = min(values) if key.endswith("_n") else float(np.mean(values))
+        elif values:
+            row[key] = values[0]
+    return row
+
+
+def is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def has_share(row, name):
+    """Whether a row holds an accuracy such as teacher_af: from 0 to 1, on one problem or more."""
+    share, size = row.get(f"{name}_accuracy"), row.get(f"{name.split('_')[0]}_n")
+    return is_number(share) and 0 <= share <= 1 and is_number(size) and size > 0
+
+
+def lost_shares(row):
+    """[(rule, test and value)] of the tests whose accuracy should be there, and is none."""
+    lost = []
+    for who in ("teacher", "student"):
+        for rule, name in RULES.items():
+            # every test has raw answers, and forced ones where any number speaks of them
+            is_due = f"{who}_n" in row and rule == "raw" or any(k.startswith(f"{who}_{rule}_") for k in row)
+            if is_due and not has_share(row, f"{who}_{rule}"):
+                lost.append((rule, f"{who} {name} {row.get(f'{who}_{rule}_accuracy', 'missing')}"))
+    return lost
+
+
+def point_name(row):
+    """A point in words: arm, knobs and seeds."""
+    knobs = [f"{SYMBOLS[key]} {show_setting(row[key])}" for key in ("tau", "lam") if key in row]
+    seeds = list(dict.fromkeys(row[key] for key in SEEDS if key in row))
+    return ", ".join([row["arm"], *knobs, f"seed {' and '.join(map(str, seeds))}"])
+
+
 # Curves
 
 
 def make_curves(points):
     """The curves through the complete points, in the order of the arms."""
-    points = [point for point in points if is_complete(point.row)]
+    points = pool_copies(point for point in points if is_complete(point.row))
     names = [key for key in differing([point.row for point in points]) if key not in SEEDS]
     groups = {}
     for point in points:
-        row, tau = point.row, point.row["tau"] if point.row["lam"] else None
-        groups.setdefault((row["arm"], tau, *(row.get(name) for name in names)), []).append(point)
+        row = point.row
+        groups.setdefault((row["arm"], row["tau"] if row["lam"] else None, identity(row)), []).append(point)
     return [
-        Curve(key[0], curve_label(curve, names), curve, find_start(points, curve[0], names))
+        Curve(key[0], curve_label(curve, names), curve, find_start(points, curve[0]))
         for key, curve in groups.items()
     ]
 
 
-def find_start(points, first, names):
-    """The lam = 0 points that share tau and all else with a curve of another arm; eps plays no part there."""
-    shared = ["tau", *(name for name in names if name != "eps")]
-    return [
-        point
-        for point in points
-        if first.row["lam"]
-        and not point.row["lam"]
-        and all(point.row.get(name) == first.row.get(name) for name in shared)
-    ]
+def find_start(points, first):
+    """The lam = 0 points that share tau and all else with a curve of another arm."""
+    if not first.row["lam"]:
+        return []
+    wanted = (first.row["tau"], identity(first.row, with_delta=False))
+    return [p for p in points if not p.row["lam"] and (p.row["tau"], identity(p.row, False)) == wanted]
 
 
 def curve_label(points, names):
@@ -147,7 +274,9 @@ def curve_label(points, names):
     for key in ("tau", "lam") if rows[0]["lam"] else ("tau",):
         ends = sorted({values_of(rows, key)[0], values_of(rows, key)[-1]})
         parts.append(f"{SYMBOLS[key]} = {' to '.join(map(show_setting, ends))}")
-    parts += [f"{name} {show_setting(rows[0][name])}" for name in names if rows[0].get(name) is not None]
+    for name in names:
+        if rows[0].get(name) is not None:
+            parts.append(f"{show_name(name)} {show_setting(rows[0][name])}")
     return ", ".join(parts)
 
 
@@ -167,7 +296,7 @@ def by_setting(points):
 
 def graded(rows, rule):
     """The rows whose teacher and student were both graded under a rule."""
-    return [row for row in rows if all(f"{who}_{rule}_accuracy" in row for who in ("teacher", "student"))]
+    return [row for row in rows if all(has_share(row, f"{who}_{rule}") for who in ("teacher", "student"))]
 
 
 def pooled(rows, name):
@@ -178,44 +307,70 @@ def pooled(rows, name):
 
 
 def pooled_interval(shares, sizes):
-    """Wilson interval of a mean over seeds.
+    """95 % interval of the mean of a share over seeds.
 
-    The variance of one seed is its binomial one or the one between seeds, whichever is larger; the interval
-    is that of as many problems as would give the mean this variance. One seed: the interval of its run.
+    One seed: Wilson's, of its problems. Several: the t interval over seeds, and no narrower than Wilson's of
+    all their problems: seeds that happen to agree are no reason to be sure.
     """
-    mean, binomial = shares.mean(), (shares * (1 - shares) / sizes).mean()
-    between = shares.var(ddof=1) if len(shares) > 1 else 0.0
-    variance = max(binomial, between) / len(shares)
-    size = min(sizes.sum(), mean * (1 - mean) / variance) if variance else sizes.sum()
-    return wilson_interval(mean * size, size)
+    low, high = wilson_interval(shares.mean() * sizes.sum(), sizes.sum())
+    if len(shares) > 1:
+        ends = seed_interval(shares, least=0.0)
+        low, high = np.fmin(low, ends[0]), np.fmax(high, ends[1])
+    return float(low), float(high)
+
+
+def seed_interval(values, least=-1.0):
+    """(low, high) (...): 95 % t interval of the mean of values (..., S) of S seeds, two or more.
+
+    It is cut off at `least` and 1, beyond which no value can lie; nan where all S values are the same.
+    """
+    from scipy import stats  # half a second
+
+    values = np.asarray(values, float)
+    error = values.std(-1, ddof=1) / values.shape[-1] ** 0.5
+    error = np.where(np.ptp(values, axis=-1) > 1e-9, error, np.nan)  # less is rounding
+    low, high = stats.t.interval(0.95, values.shape[-1] - 1, values.mean(-1), error)
+    return np.clip(low, least, 1.0), np.clip(high, least, 1.0)
+
+
+def interval_kind(num_seeds):
+    """What an interval stands on."""
+    return f"t interval over {num_seeds} seeds" if num_seeds > 1 else ONE_SEED
 
 
 # Equal teacher accuracy
 
 
 def interpolate(x, y, levels):
-    """y (..., L) at `levels` on the broken lines through points x, y (..., P), sorted by x; nan outside."""
+    """y (..., L) at `levels` on the broken lines through points x, y (..., P), sorted by x; nan outside.
+
+    Points of one x are one, the mean of their y.
+    """
     x, y = np.asarray(x, float), np.asarray(y, float)
     levels = np.broadcast_to(levels, (*x.shape[:-1], np.shape(levels)[-1]))
     if x.shape[-1] < 2:
         return np.full(levels.shape, np.nan)
+    is_same = x[..., :, None] == x[..., None, :]
+    y = (is_same * y[..., None, :]).sum(-1) / is_same.sum(-1)
     order = np.argsort(x, axis=-1, kind="stable")
     x, y = np.take_along_axis(x, order, -1), np.take_along_axis(y, order, -1)
     num_below = (x[..., None, :] <= levels[..., None]).sum(-1)  # (..., L)
     left = np.clip(num_below - 1, 0, x.shape[-1] - 2)
     x0, x1, y0, y1 = (np.take_along_axis(v, left + i, -1) for v in (x, y) for i in (0, 1))
     width = x1 - x0
-    weight = np.where(width > 0, (levels - x0) / np.where(width > 0, width, 1), 0.5)
+    weight = np.where(width > 0, (levels - x0) / np.where(width > 0, width, 1), 0.0)
     inside = (x[..., :1] <= levels) & (levels <= x[..., -1:])
     return np.where(inside, y0 + weight * (y1 - y0), np.nan)
 
 
 def pair_up(curves):
-    """(temperature curve, other curve) that share data, models and truncation."""
-    names = [key for key in SETTINGS if key not in (*SEEDS, "eps")]
-    baselines = {tuple(c.points[0].row.get(n) for n in names): c for c in curves if c.arm == "temperature"}
-    others = [(tuple(c.points[0].row.get(n) for n in names), c) for c in curves if c.arm != "temperature"]
-    return [(baselines[key], curve) for key, curve in others if key in baselines]
+    """(temperature curve, other curve) that share all settings but those of Delta."""
+    shared = [identity(curve.points[0].row, with_delta=False) for curve in curves]
+    lines = list(zip(shared, curves, strict=True))
+    baselines = {key: curve for key, curve in lines if curve.arm == "temperature"}
+    return [
+        (baselines[key], curve) for key, curve in lines if curve.arm != "temperature" and key in baselines
+    ]
 
 
 def choose_levels(pairs, rule):
@@ -238,13 +393,16 @@ def common_range(pair, rule):
     return max(low for low, _ in ends), min(high for _, high in ends)
 
 
-def replicates(points, rule):
-    """{replicate: points} of those that were graded under a rule."""
+def replicates(points):
+    """{replicate: points}."""
     groups = {}
     for point in points:
-        if graded([point.row], rule):
-            groups.setdefault(replicate_of(point), []).append(point)
+        groups.setdefault(replicate_of(point), []).append(point)
     return groups
+
+
+def graded_points(points, rule):
+    return [point for point in points if graded([point.row], rule)]
 
 
 def replicate_of(point):
@@ -265,9 +423,11 @@ def compare(pairs, levels, answers, missing=""):
             name = curve.arm if arms.count(curve.arm) == 1 else short_label(curve)
             is_lone = len(by_setting(curve.points)) == 1 and not (curve.arm == "ADS" and curve.start)
             points = curve.points if is_lone else [*curve.start, *curve.points]
-            sides = [replicates(temperature.points, rule), replicates(points, rule)]
+            sides = [replicates(temperature.points), replicates(points)]
             at = None if is_lone else levels[rule]
-            found = compare_sides(sides, (rule, curve.arm, name), at, draws, missing)
+            found = []
+            if graded_points(points, rule):
+                found = compare_sides(sides, (rule, curve.arm, name), at, draws, missing)
             matches += found if curve.arm == "ADS" else without_gaps(found)
     return matches
 
@@ -286,15 +446,18 @@ def compare_sides(sides, names, levels, draws, missing):
         return []
     measured, drawn = {}, {}
     for key in [key for key in sides[1] if key in sides[0]]:
-        groups = [side[key] for side in sides]
+        groups = [graded_points(side[key], names[0]) for side in sides]
+        if not all(groups):
+            continue
         measured[key] = read_off(*(accuracies(group, names[0]) for group in groups), levels)
         found = [draws_of(group, key, names[0], draws) for group in groups]
         if all(side is not None for side in found):
             drawn[key] = read_off(*found, levels)
-    return [
-        match_at(names, level, pick(measured, i), pick(drawn, i), missing)
-        for i, level in enumerate(levels or [None])
-    ]
+    matches = []
+    for i, level in enumerate(levels or [None]):
+        match = match_at(names, level, pick(measured, i), pick(drawn, i), missing)
+        matches.append(dataclasses.replace(match, flags=flags_of(match, sides, pick(measured, i))))
+    return matches
 
 
 def read_off(temperature, other, levels):
@@ -313,7 +476,7 @@ def pick(found, i):
 def match_at(names, level, measured, drawn, missing):
     """The Match at one level from what was read off, {replicate: (3,)} and {replicate: (3, B)}; nan: not
     reached."""
-    paired = [key for key, values in measured.items() if np.isfinite(values).all()]
+    paired = reached_by(measured)
     found = np.array([measured[key] for key in paired or measured]).reshape(-1, 3).T
     means = [float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else None for v in found]
     level, temperature, student = means[0] if level is None else level, *means[1:]
@@ -321,30 +484,101 @@ def match_at(names, level, measured, drawn, missing):
     note = "" if paired else "not reached by both" if measured else "no seed in common"
     if paired:
         difference = temperature - student
-        differences = [drawn[key][1] - drawn[key][2] for key in paired if key in drawn]
-        low, high, note = interval(differences, len(paired), missing)
+        if len(paired) > 1:
+            low, high, note = over_seeds(found[1] - found[2])
+        else:
+            low, high, note = over_problems(drawn.get(paired[0]), missing)
     return Match(*names, level, temperature, student, difference, low, high, len(paired), note)
 
 
-def interval(drawn, num_seeds, missing):
-    """(low, high, note): 95 % percentile interval of the mean over seeds of their drawn differences (B,).
+def reached_by(measured):
+    """The replicates of {replicate: what was read off} in which both curves reach the level."""
+    return [key for key, values in measured.items() if np.isfinite(values).all()]
 
-    Hierarchical: seeds are drawn with replacement, and each drawn seed with a resample of its problems.
+
+def over_seeds(differences):
+    """(low, high, why there are none): the t interval over seeds."""
+    low, high = map(float, seed_interval(differences))
+    if not np.isfinite(low):
+        return None, None, "no interval: the seeds do not differ"
+    return low, high, ""
+
+
+def over_problems(drawn, missing):
+    """(low, high, why there are none): what one seed's differences (3, B) under resampled problems span.
+
+    95 % percentile interval. It knows nothing of how seeds differ.
     """
-    if len(drawn) < num_seeds:
+    if drawn is None:
         return None, None, f"no interval: {missing}"
-    rng = np.random.default_rng(0)
-    total = np.zeros((2, NUM_DRAWS))  # sum and number of the seeds that reach the level in a draw
-    for _ in range(num_seeds):
-        chosen = rng.integers(num_seeds, size=NUM_DRAWS)
-        # a seed that is drawn twice comes with two resamples of its problems
-        differences = np.stack(drawn)[chosen, rng.permutation(NUM_DRAWS)]
-        total += np.nan_to_num(differences), np.isfinite(differences)
-    reached = total[1] > 0
+    differences = drawn[1] - drawn[2]
+    reached = np.isfinite(differences)
     if reached.mean() < LEAST_BRACKETED:
         return None, None, "no interval: too near the end of a curve"
-    low, high = np.percentile(total[0][reached] / total[1][reached], (2.5, 97.5))
+    low, high = np.percentile(differences[reached], (2.5, 97.5))
     return float(low), float(high), ""
+
+
+# What puts a reading in doubt
+
+
+def flags_of(match, sides, measured):
+    """Sentences on what makes a Match's readings doubtful; `measured` is {replicate: what was read off}."""
+    paired = reached_by(measured)
+    if not paired:
+        return ()
+    texts = []
+    if len(paired) < len(measured):
+        texts.append(f"{len(paired)} of {len(measured)} seeds reach this teacher accuracy on both curves")
+    if (num := len({seed for seed, *_ in paired})) < len(paired):
+        texts.append(f"students of {len(paired)} seeds, traces of {num}")
+    for side, name in zip(sides, ("temperature", match.name), strict=True):
+        found = {}
+        for key in paired:
+            for kind, case in reading_flags(side[key], match.rule, measured[key][0]):
+                found.setdefault(kind, {}).setdefault(case, []).append(key[0])
+        texts += [f"{name} {kind}: {cases_of(cases, len(paired))}" for kind, cases in found.items()]
+    return tuple(texts)
+
+
+def cases_of(cases, num_seeds):
+    """Texts of {case: seeds}, with the seeds where it is some of several."""
+    return ", ".join(
+        case if len(seeds) == num_seeds else f"{case} (seed {' and '.join(map(str, seeds))})"
+        for case, seeds in cases.items()
+    )
+
+
+def reading_flags(points, rule, level):
+    """[(kind, case)] of what makes one replicate's curve doubtful where it is read, at a teacher accuracy."""
+    kept = sorted(graded_points(points, rule), key=lambda p: (abs(p.row["lam"]), p.row["tau"]))
+    teacher = accuracies(kept, rule)[0]
+    below, above = teacher[teacher <= level].max(), teacher[teacher >= level].min()
+    ends = [p for p, share in zip(kept, teacher, strict=True) if share in (below, above)]
+    flags = []
+    if above - below > WIDEST_BRACKET:
+        flags.append((WIDE, " to ".join(knob(p.row) for p in ends)))
+    if (num := num_crossings(teacher - level)) > 1:
+        flags.append((ZIGZAG, f"{num} times"))
+    flags += [(POOLED, knob(p.row)) for p in ends if p.copies]
+    lost = [p for p in points if any(rule == r for part in parts_of(p) for r, _ in lost_shares(part.row))]
+    return flags + [(NO_SHARE, knob(p.row)) for p in lost]
+
+
+def num_crossings(heights):
+    """How often a broken line with these heights, in the order of the knob, meets 0."""
+    heights = np.asarray(heights)
+    return int((heights == 0).sum() + (heights[1:] * heights[:-1] < 0).sum())
+
+
+def knob(row):
+    key = "lam" if row["lam"] else "tau"
+    return f"{SYMBOLS[key]} {show_setting(row[key])}"
+
+
+def parts_of(point):
+    """The measured points behind a point."""
+    return point.copies or (point,)
 
 
 def accuracies(points, rule):
@@ -354,10 +588,13 @@ def accuracies(points, rule):
 
 def draws_of(points, replicate, rule, draws):
     """The same (2, B, P) under B resamples of the problems; None where a test's answers are missing."""
-    keys = [[(replicate, p.stages[who]["path"], rule) for p in points] for who in ("teacher", "student")]
-    if any(key not in draws for line in keys for key in line):
-        return None
-    return np.array([[draws[key] for key in line] for line in keys]).transpose(0, 2, 1)
+    lines = []
+    for who in ("teacher", "student"):
+        keys = [[(replicate, p.stages[who]["path"], rule) for p in parts_of(point)] for point in points]
+        if any(key not in draws for copies in keys for key in copies):
+            return None
+        lines.append([np.mean([draws[key] for key in copies], axis=0) for copies in keys])
+    return np.array(lines).transpose(0, 2, 1)
 
 
 def draw_accuracies(pairs, answers):
@@ -367,7 +604,7 @@ def draw_accuracies(pairs, answers):
     """
     tests = {}
     for curve in {id(curve): curve for pair in pairs for curve in pair}.values():
-        for point in [*curve.start, *curve.points]:
+        for point in [part for p in [*curve.start, *curve.points] for part in parts_of(p)]:
             paths = [point.stages[who]["path"] for who in ("teacher", "student")]
             keys = [(path, rule) for path in paths for rule in RULES if (path, rule) in answers]
             tests.setdefault(replicate_of(point), {}).update(dict.fromkeys(keys))
@@ -416,38 +653,72 @@ def second_finding(matches):
     if other is None:
         return ""
     shares = f"{100 * other.temperature:.0f} % by temperature, {100 * other.student:.0f} % by {other.name}"
-    bounds = "" if other.low is None else f" [{100 * other.low:.0f}, {100 * other.high:.0f}]"
+    difference, *ends = in_points(other)
     return (
         f"By {RULES[other.rule]} answers, at a teacher accuracy of {100 * other.level:.3g} %: {shares}, "
-        f"a difference of {100 * other.difference:.0f} points{bounds}."
+        f"a difference of {difference} points{bounds(other, ends)}{f' {MARK}' if other.flags else ''}."
+        f"{doubt(other) if other.flags != best.flags else ''}"
     )
 
 
 def finding(curves, matches):
-    """One sentence on what the data show."""
+    """One sentence on what the data show, with a mark where it is in doubt."""
     best = headline(matches)
     if best is None:
         return explain_no_finding(curves)
-    points, ends = 100 * best.difference, (best.low, best.high)
     temperature, student = (f"{100 * share:.0f} %" for share in (best.temperature, best.student))
     text = (
         f"At a teacher accuracy of {100 * best.level:.3g} % ({RULES[best.rule]} answers), "
         f"temperature-sampled traces bring students to {temperature}, {best.name} traces to {student}"
     )
-    size = f"{abs(points):.0f} points {'less' if points > 0 else 'more'}"
-    if best.low is None:
-        return f"{text}: {size} ({best.note})."
-    if best.low <= 0 <= best.high:
-        low, high = (f"{100 * end:.0f}" for end in ends)
-        return f"{text}: a difference of {points:.0f} points whose 95 % interval [{low}, {high}] includes 0."
-    low, high = sorted(abs(100 * end) for end in ends)
-    return f"{text}: {size} [{low:.0f}, {high:.0f}]."
+    difference, *ends = in_points(best)
+    if best.low is not None and best.low <= 0 <= best.high:
+        text += f": a difference of {difference} points, whose 95 % interval includes 0"
+    else:
+        text += f": {difference.removeprefix('-')} points {'less' if best.difference > 0 else 'more'}"
+        ends = [end.removeprefix("-") for end in (ends if best.difference > 0 else ends[::-1])]
+    return f"{text}{bounds(best, ends)}{f' {MARK}' if best.flags else ''}."
+
+
+def finding_doubt(matches):
+    """Why the finding is in doubt, where it is marked."""
+    best = headline(matches)
+    return doubt(best).strip() if best else ""
+
+
+def in_points(match):
+    """Texts of a Match's difference and, where it has one, its interval, in percentage points."""
+    numbers = [match.difference] + ([] if match.low is None else [match.low, match.high])
+    return [f"{100 * number:.{digits_for(numbers[1:], 0)}f}" for number in numbers]
+
+
+def digits_for(ends, digits):
+    """The decimals to show: one more where a bound is within a point of 0, so that its sign can be read."""
+    return digits + any(abs(end) < 0.01 for end in ends)
+
+
+def bounds(match, ends):
+    """[low, high] and what they stand on, or why there are none."""
+    kind = interval_kind(match.num_seeds)
+    if not ends:
+        return f" ({match.note}; {match.num_seeds} seed{'' if match.num_seeds == 1 else 's'})"
+    return f" [{', '.join(ends)}] ({kind})"
+
+
+def doubt(match):
+    """The mark of a Match that is in doubt, with why, as a sentence to add; else empty."""
+    return f" {MARK} {'; '.join(match.flags)}." if match.flags else ""
 
 
 def explain_no_finding(curves):
     arms = {curve.arm for curve in curves}
     if missing := [arm for arm in ("temperature", "ADS") if arm not in arms]:
         return f"No point of {' or '.join(missing)} is complete yet: there is nothing to compare."
+    if not any(curve.arm == "ADS" for _, curve in pair_up(curves)):
+        rows = [c.points[0].row for c in curves if c.arm in ("temperature", "ADS")]
+        names = [key for key in differing(rows) if key not in SEEDS and not concerns_delta(key)]
+        what = ", ".join(map(show_name, names)) or "what one of them does not name"
+        return f"The temperature and the ADS curve differ in {what}: nothing is compared."
     return "The temperature and the ADS curve have no teacher accuracy in common: nothing is compared."
 
 
@@ -458,12 +729,24 @@ def controls(matches):
         m for m in matches if best and m.rule == best.rule and m.arm != "ADS" and m.difference is not None
     ]
     nearest = {m.name: m for m in sorted(others, key=lambda m: -abs(m.level - best.level))}
+    chosen = sorted(nearest.values(), key=lambda m: ARMS.index(m.arm))
     text = [
         f"{m.name} {100 * m.student:.0f} % against {100 * m.temperature:.0f} % "
-        f"(teacher {100 * m.level:.0f} %)"
-        for m in sorted(nearest.values(), key=lambda m: ARMS.index(m.arm))
+        f"(teacher {100 * m.level:.0f} %, {show_seeds(m)}){f' {MARK}' if m.flags else ''}"
+        for m in chosen
     ]
-    return f"Controls, against temperature at the same teacher accuracy: {', '.join(text)}." if text else ""
+    if not text:
+        return ""
+    doubts = f" {MARK} marks a reading in doubt: why is said in the comparison." if any_flags(chosen) else ""
+    return f"Controls, against temperature at the same teacher accuracy: {', '.join(text)}.{doubts}"
+
+
+def any_flags(matches):
+    return any(match.flags for match in matches)
+
+
+def show_seeds(match):
+    return f"{match.num_seeds} seed{'' if match.num_seeds == 1 else 's'}"
 
 
 def show_match(match):
@@ -472,6 +755,7 @@ def show_match(match):
     both = f"{show_number(match.temperature)}, {match.name} {show_number(match.student)}"
     if match.difference is None:
         return f"{who} {both}; {match.note}"
-    bounds = f"[{match.low:.3f}, {match.high:.3f}]" if match.low is not None else f"({match.note})"
-    seeds = f"{match.num_seeds} seed{'s' if match.num_seeds > 1 else ''}"
-    return f"{who} {both}, difference {match.difference:.3f} {bounds}, {seeds}"
+    ends = [] if match.low is None else [match.low, match.high]
+    digits = digits_for(ends, 3)
+    shown = bounds(match, [f"{end:.{digits}f}" for end in ends])
+    return f"{who} {both}, difference {match.difference:.{digits}f}{shown}{doubt(match)}"

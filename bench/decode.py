@@ -109,7 +109,7 @@ def prepare(args):
     sequences = []
     for problem in problems:
         prompt = chat.prompt_ids(tokenizer, problem["problem"])
-        response = [*chat.encode(tokenizer, problem["solution"]), tokenizer.eos_token_id]
+        response = [*chat.encode_next(tokenizer, problem["solution"]), tokenizer.eos_token_id]
         sequences.append(gradient.Sequence(prompt + response, len(prompt)))
     model = load_model(args.proxy, "float32", args.device)
     gradient.add_gradient_(model, sequences, len(sequences), 1)

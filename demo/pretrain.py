@@ -97,7 +97,7 @@ def main(arguments):
     except ValueError:
         raise ValueError(f"seed={settings['seed']}, scale={settings['scale']}: must be numbers") from None
     jobs = [(name, out, seed, scale) for name in PHASES]
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count())) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), utils.num_cpus())) as pool:
         reached = pool.starmap(make_model, jobs, chunksize=1)
     shutil.rmtree(out / "unfinished", ignore_errors=True)
     print_result(**dict(zip(PHASES, reached, strict=True)))

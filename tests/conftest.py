@@ -16,6 +16,8 @@ SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
 # tests that run in the background inherit that INT is ignored, and would hand it on to what they start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)  # of a scheduler's job in which the tests run
 torch.set_num_threads(1)  # two files run at a time, on perhaps two cores
 # Cases of the same kind are the same in each run; `--hypothesis-profile=many` takes more of them.
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}

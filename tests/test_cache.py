@@ -5,6 +5,8 @@ import torch
 
 from ads.cache import PAGE, Pages, Placement, Slots
 
+pytestmark = pytest.mark.compiled
+
 
 def write(storages, layers, slot, first, num_tokens):
     """The same random keys and values of one slot into all storages, values and derivatives."""

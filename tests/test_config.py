@@ -1,11 +1,12 @@
 """Configuration: precedence, casting, refusals, and that the YAML files say what the dataclasses say."""
 
 import dataclasses
+import importlib.util
 
 import pytest
 from conftest import ROOT
 
-from ads.config import GenConfig, GradConfig, SearchConfig, TrainConfig, load_config
+from ads.config import TRACKERS, GenConfig, GradConfig, SearchConfig, TrainConfig, load_config
 
 FILES = {
     "gen_config.yaml": GenConfig,
@@ -95,6 +96,13 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
         (["lam=-0.1", "direction=corrupt"], "lam=-0.1: with direction=corrupt"),
         (["lam=0.5", "direction=corrupt", "is_teacher=false"], "only a teacher"),
         (["tau"], "write key=value"),
+        (["exp_dir="], "exp_dir='': is empty"),
+        (["teacher="], "teacher='': is empty"),
+        (
+            ["grad_path=~no-such-user/g"],
+            "'~no-such-user/g': has no such home folder; write ./~no-such-user/g",
+        ),
+        (["~no-such-user/x.yaml"], "'~no-such-user/x.yaml': has no such home folder"),
     ),
 )
 def test_bad_values_are_one_line_errors(arguments, words):
@@ -120,6 +128,46 @@ def test_bad_yaml_is_a_one_line_error(tmp_path, text, words):
     with pytest.raises(ValueError) as error:
         load(str(path))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+PATHS = {"exp_dir", "data_dir", "data_split", "teacher", "tokenizer", "proxy_student", "student", "grad_path"}
+PATHS |= {"holdout_traces", "few_shot_traces", "train_traces", "checkpoint"}
+
+
+def test_every_path_knows_the_home_folder(tmp_path, monkeypatch):
+    """From the command line and from YAML; other text keeps its ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c_train").mkdir()
+    (tmp_path / "c_train" / "trainer_state.json").touch()
+    (tmp_path / "x.yaml").write_text("exp_dir: ~/from_yaml\ntrace_name: ~x\n")
+    assert load("~/x.yaml").exp_dir == f"{tmp_path}/from_yaml" and load("~/x.yaml").trace_name == "~x"
+    for name, cls in FILES.items():
+        keys = [field.name for field in dataclasses.fields(cls) if field.name in PATHS]
+        cfg = load(*NEEDED[cls], *(f"{key}=~/c_train" for key in keys), yaml=name)
+        assert keys and {getattr(cfg, key) for key in keys} == {f"{tmp_path}/c_train"}
+        others = [field.name for field in dataclasses.fields(cls) if field.name.endswith(("_dir", "_path"))]
+        assert set(others) <= set(keys)
+
+
+def test_a_tracker_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    """The trainer once said so in a traceback, with the student loaded."""
+    (tmp_path / "trackio.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for value in ("none", "all", "trackio"):
+        assert load(*NEEDED[TrainConfig], f"report_to={value}", yaml="train_config.yaml").report_to == value
+    missing = [name for name in ("comet_ml", "clearml", "dvclive") if not importlib.util.find_spec(name)]
+    with pytest.raises(ValueError, match=f"{missing[0]} is not installed: pip install {missing[0]}, or rep"):
+        load(*NEEDED[TrainConfig], f"report_to=trackio,{missing[0]}", yaml="train_config.yaml")
+    for value in ("wand", "none,trackio", "trackio,", ""):
+        with pytest.raises(ValueError, match="report_to=.*must be one of"):
+            load(*NEEDED[TrainConfig], f"report_to={value}", yaml="train_config.yaml")
+
+
+@pytest.mark.slow
+def test_trackers_are_those_of_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(TRACKERS) <= set(INTEGRATION_TO_CALLBACK)
 
 
 def test_missing_yaml_is_named():

@@ -1,7 +1,9 @@
 """Datasets, splits, subsets and ids; real files where they are there."""
 
+import functools
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 from conftest import shared_path
@@ -104,18 +106,122 @@ def test_folder_of_ones_own(tmp_path, suffix):
     "text,words",
     (
         ("", "holds no problems"),
-        ('{"problem": "x"}\n', "no column solution"),
-        ('{"problem": "x", "solution": "1"}\nnot json\n', "line 2"),
-        ("[1]\n", "not a JSON object"),
-        ('{"problem": "x", "solution": 1}\n', "must be text"),
+        ("\ufeff\n \t\n", "holds no problems"),
+        ('{"problem": "x"}\n', "line 1: no column solution"),
+        ('{"problem": "x", "solution": "1"}\nnot json\n', "line 2: column 1: Expecting value"),
+        ('\ufeff{"problem": "x"; "solution": "1"}\n', "line 1: column 16: Expecting ',' delimiter"),
+        ('\n{"problem": "x", "solution": "1"}\r\n\r\n{"problem": "\u00e9" 1}\n', "line 4: column 17: "),
+        ('\n\n{"problem": "x"}\n', "line 3: no column solution"),
+        ('{"problem": "x",\n"solution": "1"}\n', "line 1: column 17: "),
+        ('[{"problem": "x",\n"solution": "1"}]\n', "one JSON object a line"),
+        ("[1]\n", "line 1: not a JSON object"),
+        ("[" * 100_000, "line 1: nested too deeply"),
+        ('{"problem": "x", "problem": "y", "solution": "1"}\n', "line 1: key 'problem' is given twice"),
+        (
+            '{"problem": "\\uD83E", "solution": "1"}\n',
+            "line 1: \\ud800 to \\udfff stand for a character in pairs",
+        ),
+        ('{"problem": "x", "solution": 1}\n', "line 1: solution must be text, but is 1"),
+        ('{"problem": null, "solution": "1"}\n', "line 1: problem must be text, but is None"),
         ('{"id": 1, "problem": "x", "solution": "1"}\n' * 2, "not all different"),
     ),
 )
 def test_bad_files_are_one_line_errors(tmp_path, text, words):
-    (tmp_path / "test.jsonl").write_text(text)
+    (tmp_path / "test.jsonl").write_bytes(text.encode())
     with pytest.raises(ValueError) as error:
         utils.load_problems(f"{tmp_path}_test")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("newline", ("\n", "\r\n", "\r"))
+@pytest.mark.parametrize("start", ("", "\ufeff", "\n \n", "\ufeff\n"))
+@pytest.mark.parametrize("suffix", (".jsonl", ".jsonl.gz"))
+def test_lines_are_read_as_datasets_reads_them(tmp_path, suffix, start, newline):
+    """A byte order mark or an empty line was an error, and in a line that was not that one."""
+    rows = [{"problem": f"{i} \u2028 \u00e9", "solution": "1", "extra": float(i)} for i in range(3)]
+    lines = [json.dumps(row, ensure_ascii=bool(i % 2)) for i, row in enumerate(rows)]
+    text = start + "\n\n \t \n".join(lines) + "\n\n"
+    opener = gzip.open if suffix.endswith("gz") else open
+    with opener(tmp_path / f"test{suffix}", "wb") as file:
+        file.write(text.replace("\n", newline).encode())
+    found = utils.load_problems(f"{tmp_path}_test")
+    assert [{key: row[key] for key in rows[0]} for row in found] == rows
+    assert ids(found) == [f"{tmp_path.name}/test/{i}" for i in range(3)]
+
+
+def test_datasets_reads_the_same(tmp_path):
+    from datasets import load_dataset
+
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\n{"problem": "x", "solution": "1", "y": NaN}\r\n \t\n{"problem": "z"}\n')
+    theirs = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path)).to_list()
+    ours = utils.read_lines(path, dict)
+    assert [row["problem"] for row in ours] == [row["problem"] for row in theirs] == ["x", "z"]
+    assert ours[0]["y"] != ours[0]["y"] and theirs[0]["y"] != theirs[0]["y"]
+
+
+def test_bytes_that_are_no_text_are_named_by_line_and_column(tmp_path):
+    """Text is decoded in blocks: the line named was that of the block's beginning."""
+    good = '{"problem": "\u00e9", "solution": "1"}\n'.encode()
+    (tmp_path / "test.jsonl").write_bytes(good * 500 + good.replace(b'"1"', b'"\xff"'))
+    with pytest.raises(ValueError, match="line 501: column 31: 0xff is not UTF-8"):
+        utils.load_problems(f"{tmp_path}_test")
+
+
+@pytest.mark.parametrize("cut,overwritten", ((12, b""), (0, b"xxxx"), (8, b"xxxxxxxx")))
+def test_damaged_gzip_is_one_line(tmp_path, cut, overwritten):
+    """Damage within the data was a traceback of zlib's."""
+    packed = gzip.compress(b'{"problem": "x", "solution": "1"}\n' * 100)
+    middle = len(packed) - cut if cut else 30
+    (tmp_path / "test.jsonl.gz").write_bytes(packed[:middle] + overwritten + packed[middle + 4 :] * (not cut))
+    with pytest.raises(ValueError, match="test.jsonl.gz is not a readable gzip file: .+"):
+        utils.load_problems(f"{tmp_path}_test")
+
+
+BAD_ROWS = (
+    ("mmlu", {"answer": -1}, "answer must be the number of the right choice, 0 to 3, but is -1"),
+    ("mmlu", {"answer": 7}, "answer must be the number of the right choice, 0 to 3, but is 7"),
+    ("mmlu", {"answer": 4}, "answer must be the number of the right choice, 0 to 3, but is 4"),
+    ("mmlu", {"answer": "B"}, "answer must be the number of the right choice, 0 to 3, but is 'B'"),
+    ("mmlu", {"answer": None}, "0 to 3, but is None"),
+    ("mmlu", {"answer": True}, "0 to 3, but is True"),
+    ("mmlu", {"answer": 1.0}, "0 to 3, but is 1.0"),
+    ("mmlu", {"choices": list("abcdefghijkl"), "answer": 11}, "choices must be 2 to 10 texts, but are 12"),
+    ("mmlu", {"choices": ["a"], "answer": 0}, "choices must be 2 to 10 texts, but are 1"),
+    ("mmlu", {"choices": None}, "choices must be a list of texts, but is None"),
+    ("mmlu", {"choices": "wxyz"}, "choices must be a list of texts, but is 'wxyz'"),
+    ("mmlu", {"choices": ["w", None]}, "choices must be a list of texts, but is ['w', None]"),
+    ("mmlu", {"question": None}, "question must be text, but is None"),
+    ("gsm8k", {"answer": None}, "answer must be text, but is None"),
+    ("gsm8k", {"question": 5}, "question must be text, but is 5"),
+    ("hendrycks_math", {"solution": None}, "solution must be text, but is None"),
+    ("hendrycks_math", {"problem": ["x"]}, "problem must be text, but is ['x']"),
+    ("hendrycks_math", {"level": 5}, "level must be text, but is 5"),
+)
+
+
+@pytest.mark.parametrize("dataset,change,words", BAD_ROWS)
+def test_a_bad_row_of_a_known_dataset_is_named(data_dir, dataset, change, words):
+    """-1 was the last choice, a twelfth choice was left out; the others were tracebacks."""
+    source = utils.find_source(f"{dataset}_train")
+    path = utils.local_file(source, Path(data_dir))
+    rows = utils.read_local(source, Path(data_dir))
+    rows[2] |= change
+    write_lines(path, rows)
+    with pytest.raises(ValueError) as error:
+        utils.load_problems(f"{dataset}_train", data_dir)
+    assert str(error.value).startswith(f"{path}, line 3: ") and str(error.value).endswith(words)
+    check = functools.partial(utils.check_problem, columns=source.columns)
+    with pytest.raises(ValueError, match="^cais/x, row 2: "):  # as of the hub's rows
+        utils.check_rows("cais/x", rows, check)
+
+
+def test_mmlu_may_have_from_two_to_ten_choices(data_dir):
+    for num_choices in (2, 10):
+        row = {"question": "q", "choices": list("qrstuvwxyz"[:num_choices]), "answer": num_choices - 1}
+        utils.check_choices(row["choices"], row["answer"])
+        problem = utils.to_problem("mmlu", row | {"subject": ""})
+        assert problem["solution"] == f"\\boxed{{{'ABCDEFGHIJ'[num_choices - 1]}}}"
 
 
 def test_unknown_dataset_and_missing_local_file(tmp_path):

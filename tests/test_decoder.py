@@ -11,6 +11,8 @@ from ads import decoder, dual, native
 from ads.cache import Slots
 from ads.models import CachedModel
 
+pytestmark = pytest.mark.compiled
+
 OURS = ("llama", "qwen2", "mistral", "qwen3")
 PROMPTS = [list(range(3, 14)), [5, 6, 7], [20, 21, 22, 23, 24, 25, 26]]
 
@@ -174,7 +176,11 @@ def test_odd_sizes(num_rows, is_dual, rank):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("is_dual", (False, True))
 def test_a_row_does_not_depend_on_the_others_or_on_threads(is_dual, dtype):
-    """To the last bit, given the same caches."""
+    """To the last bit, given the same caches.
+
+    Derivatives of embeddings were once left to the BLAS, which on some CPUs adds up a few rows in another
+    order than many.
+    """
     sizes = {} if dtype == torch.float32 else {"hidden_size": 96, "intermediate_size": 128}
     cached, before = odd_model(is_dual, dtype=dtype, **sizes), torch.get_num_threads()
     assert cached.own_step.compiled
@@ -237,6 +243,23 @@ def test_without_compiled_code_torch_decodes(settings, prepare, said, tmp_path):
     done = run_native(tmp_path, settings, prepare)
     assert done.stdout.strip() == "None"
     assert said in done.stderr and len(done.stderr.splitlines()) == bool(said)
+
+
+@needs_compiled
+def test_each_other_way_computes_without_what_it_names(monkeypatch):
+    """CI repeats the tests of compiled code by these: without it, and without AMX where there is AMX."""
+    ways = native.other_ways()
+    assert ways[0] == "0"
+    found = {}
+    for way in (*ways, "avx512"):
+        monkeypatch.setenv("ADS_NATIVE", way)
+        native.library.cache_clear()
+        found[way] = native.library()
+    native.library.cache_clear()
+    assert found["0"] is None and not found["avx512"].ads_has_tiles()
+    monkeypatch.setenv("ADS_NATIVE", "avx2")
+    with pytest.raises(ValueError, match="ADS_NATIVE=avx2: use 0"):
+        native.wanted()
 
 
 @needs_compiled

@@ -12,6 +12,8 @@ import utils
 from ads import chat, diagnostics, engine, gradient, sampling
 from ads.sampling import Sampling
 
+pytestmark = pytest.mark.compiled
+
 ALONE = utils.World(0, 1, "cpu")
 RULE = Sampling(tau=0.7, lam=0.4)
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from ads import gradient, sampling
+from ads import gradient, native, sampling
 from ads.engine import Forcing, Models, Request, choose_batch_size, generate
 from ads.gradient import Sequence
 from ads.models import CachedModel
 from ads.proxy import CentralDifference, perturb_
 from ads.sampling import GREEDY, Sampling
+
+pytestmark = pytest.mark.compiled
 
 KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "mistral")
 V = 97
@@ -221,8 +223,9 @@ def test_prompts_in_chunks_are_prompts_in_one_pass(kind):
 def test_batch_size_by_free_memory(monkeypatch):
     models, rows = ads_models(), requests(num_new=20)
     positions = max(len(row.prompt_ids) for row in rows) + 20
-    # keys of 2 layers, 2 heads of 8 floats and values padded to 16, in three models; 64 bytes a logit
-    row_bytes = 3 * positions * 2 * 2 * (8 + 16) * 4 + 64 * V
+    # keys of 2 layers, 2 heads of 8 floats and values, which compiled code pads to 16, in three models; 64
+    # bytes a logit
+    row_bytes = 3 * positions * 2 * 2 * (8 + (16 if native.library() else 8)) * 4 + 64 * V
     for free, wanted in ((10 * row_bytes / 0.8 + 1, 10), (0, 1), (1e12, 64)):
         monkeypatch.setattr("ads.engine.free_bytes", functools.partial(given_bytes, free))
         assert choose_batch_size(models, rows) == wanted
@@ -262,6 +265,18 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_problem():
     models.proxy.plus.model.get_output_embeddings().weight.data[3, 0] = float("inf")
     with pytest.raises(ValueError, match="proxy's Delta"):
         decode(models, Sampling(1.0, 0.1), requests(), 3)
+
+
+def test_rows_that_end_in_the_step_in_which_another_fails_are_not_lost():
+    """The error once came before them, whichever row had it."""
+    models, sick = plain_models(), 50
+    models.teacher.model.get_input_embeddings().weight.data[sick] = float("nan")
+    rows = [Request(f"row{i}", [7 + i] * 5 + [sick] * (i == 2), 1) for i in range(5)]
+    ended = []
+    with pytest.raises(ValueError, match="problem row2, response token 0: the teacher's logits"):
+        for completion in generate(models, Sampling(1.0), 1, rows, 5):
+            ended.append(completion.id)
+    assert sorted(ended) == ["row0", "row1", "row3", "row4"]
 
 
 def test_layers_without_keys_and_values_are_refused():

@@ -9,8 +9,10 @@ from peft.tuners.lora.layer import Linear
 from test_matmul import no_tiles
 
 import distill
-from ads import lora, loss
+from ads import lora, loss, models
 from utils import World
+
+pytestmark = pytest.mark.compiled
 
 
 def adapted(kind="qwen2", spread=0.3, **more):
@@ -32,7 +34,7 @@ def passes(model):
     model.zero_grad()
     batch = loss.collate(test_loss.examples(2))
     labels = batch.pop("labels")
-    total = loss.token_losses(model(**batch).logits, labels).sum()
+    total = loss.token_losses(model(**batch, use_cache=False).logits, labels).sum()
     total.backward()
     return float(total), [p.grad for p in model.parameters() if p.requires_grad]
 
@@ -51,10 +53,8 @@ def check_merged_passes(model):
 @pytest.mark.parametrize("has_checkpoints", [False, True])
 def test_loss_and_gradients_are_peft_s(kind, has_checkpoints):
     model = adapted(kind, use_rslora=kind == "llama")
-    if has_checkpoints:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()
-    check_merged_passes(model)
+    with models.recomputed(model, has_checkpoints):
+        check_merged_passes(model)
 
 
 @no_tiles
@@ -71,13 +71,12 @@ def test_training_is_peft_s(tmp_path, has_checkpoints):
     curves = []
     for train in (lambda trainer: trainer.train(), distill.train_fast):
         settings = {"lr": 0.02, "eval_epochs": 1 / 3, "save_epochs": 9.0}
-        cfg = test_loss.config(tmp_path, gradient_checkpointing=has_checkpoints, **settings)
+        cfg = test_loss.config(tmp_path, **settings)
         model = adapted(spread=0.01)
-        if has_checkpoints:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         rows, world = test_loss.examples(9), World(0, 1, "cpu")
         trainer = distill.make_trainer(cfg, model, test_loss.byte_tokenizer(), rows, rows[:3], 2, world)
-        train(trainer)
+        with models.recomputed(model, has_checkpoints):
+            train(trainer)
         curves.append(
             [
                 entry[key]

@@ -14,6 +14,8 @@ from ads import chat, gradient
 from ads.config import TrainConfig
 from utils import World
 
+pytestmark = pytest.mark.compiled
+
 KINDS = ("llama", "qwen2", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite")
 
 

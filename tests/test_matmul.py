@@ -8,7 +8,9 @@ import torch
 from conftest import tiny_model
 from test_proxy import sequences
 
-from ads import dual, gradient, matmul
+from ads import dual, gradient, matmul, models
+
+pytestmark = pytest.mark.compiled
 
 no_tiles = pytest.mark.skipif(matmul.library() is None, reason="no compiler or no matrix registers (AMX)")
 SIZES = [  # edges of blocks of 32, of groups of 6 of them, of depths of 640, of 4,096 rows
@@ -143,15 +145,13 @@ def test_without_compiled_code_the_context_changes_nothing(monkeypatch, tile_pro
 def test_the_proxy_gradient_is_that_of_torch_s_products(
     kind, has_checkpoints, all_sizes, tile_products, monkeypatch
 ):
-    models = [tiny_model(kind, seed=3, spread=0.1) for _ in range(2)]
-    if has_checkpoints:
-        models[0].gradient_checkpointing_enable()
-        models[0].train()
-    gradient.add_gradient_(models[0], sequences(9), 9, batch_size=4)
+    ours, plain = (tiny_model(kind, seed=3, spread=0.1) for _ in range(2))
+    with models.recomputed(ours, has_checkpoints):
+        gradient.add_gradient_(ours, sequences(9), 9, batch_size=4)
     assert tile_products
     monkeypatch.setattr(matmul, "library", lambda: None)
-    gradient.add_gradient_(models[1], sequences(9), 9, batch_size=4)
-    found, wanted = map(test_loss.flat_gradient, models)
+    gradient.add_gradient_(plain, sequences(9), 9, batch_size=4)
+    found, wanted = map(test_loss.flat_gradient, (ours, plain))
     assert 0 < (found - wanted).norm() < 3e-6 * wanted.norm()
 
 

@@ -10,6 +10,8 @@ from ads import gradient, proxy
 from ads.config import LEAST_COSINE
 from ads.gradient import Sequence
 
+pytestmark = pytest.mark.compiled
+
 V = 97
 
 

@@ -25,7 +25,9 @@ TEACHER, STUDENT, PROXY = "owner/teacher-7B", "owner/student-3B", "owner/proxy-1
 PERTURBATION = {"share_changed": 0.99, "cosine": 0.9995, "relative_norm": 1.0}
 
 
-def write_traces(exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=None, parquet=False, **config):
+def write_traces(
+    exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=None, parquet=False, inputs=(), **config
+):
     """A trace sidecar, and perhaps its answers; forced and raw are shares (forced may be None: no answer
     forcing)."""
     cfg = GenConfig(exp_dir=str(exp_dir), trace_name=name, **{"teacher": TEACHER, **config})
@@ -43,7 +45,7 @@ def write_traces(exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=No
     }
     notes = {"perturbation": perturbation or PERTURBATION} if cfg.lam else {}
     store.write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), {"teacher": f"hub:{cfg.teacher}"}, stats, 360, **notes
+        cfg.sidecar_path, to_dict(cfg), {"teacher": f"hub:{cfg.teacher}", **dict(inputs)}, stats, 360, **notes
     )
     if parquet:
         write_answers(cfg.parquet_path, stats)
@@ -69,26 +71,18 @@ def accuracy(share, n):
     return {key: round(value, 4) for key, value in numbers.items()} | {"num_correct": num_correct}
 
 
-def write_model(exp_dir, name, train_name, student=STUDENT, losses=None, **config):
+def write_model(exp_dir, name, train_name, student=STUDENT, losses=None, inputs=(), **config):
     path = f"{exp_dir}/traces/{train_name}.parquet"
     cfg = TrainConfig(exp_dir=str(exp_dir), model_name=name, student=student, train_traces=path, **config)
     stats = {"n": 5231, "num_cut": 0, "num_steps": 981, "train_loss": 0.21, "holdout_loss_start": 0.9}
     stats["holdout_loss"] = 0.4567
     losses = losses or {"train": [[1, 0.5]], "holdout": []}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 720, losses=losses)
+    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), dict(inputs), stats, 720, losses=losses)
 
 
 def write_student_test(exp_dir, name, model, forced, raw, **more):
-    teacher = f"{exp_dir}/models/{model}/final"
-    write_traces(
-        exp_dir,
-        name,
-        forced,
-        raw,
-        is_teacher=False,
-        tau=0.0,
-        **{"teacher": teacher, "data_split": "gsm8k_test", **more},
-    )
+    made = {"teacher": f"{exp_dir}/models/{model}/final", "data_split": "gsm8k_test", "tau": 0.0}
+    write_traces(exp_dir, name, forced, raw, is_teacher=False, **made | more)
 
 
 def write_point(
@@ -121,7 +115,7 @@ DIAGNOSTICS = {
 }  # fmt: skip
 
 
-def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N):
+def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N, inputs=()):
     write_traces(exp_dir, "clean", 0.91, 0.9, data_split=f"{dataset}_holdout")
     cfg = GradConfig(
         exp_dir=str(exp_dir), proxy_student=PROXY, holdout_traces=f"{exp_dir}/traces/clean.parquet"
@@ -129,7 +123,13 @@ def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N):
     stats = {"n": 2242, "num_left_out": 0, "loss": 0.412345, "grad_norm": 7.412345, "num_response_tokens": 9}
     norms = {"lm_head.weight": 1.0} | {f"model.layers.{i}.mlp.up_proj.weight": 0.9**i for i in range(12)}
     store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms, diagnostics=DIAGNOSTICS)
-    base = {"is_teacher": False, "teacher": STUDENT, "data_split": f"{dataset}_test", "n": n}
+    base = {
+        "is_teacher": False,
+        "teacher": STUDENT,
+        "data_split": f"{dataset}_test",
+        "n": n,
+        "inputs": inputs,
+    }
     write_traces(exp_dir, "base", *baseline, few_shot=4, few_shot_traces="clean.parquet", **base)
 
 
@@ -219,7 +219,7 @@ def test_a_finished_experiment_as_a_user_runs_it(tmp_path):
     drawn = {
         f"{name}.{kind}" for name in ("tradeoff", "knobs", "traces", "losses") for kind in ("png", "svg")
     }
-    assert names == {"report.md", "report.html", "results.csv", *drawn}
+    assert names == {"report.md", "report.html", "results.csv", "comparisons.csv", *drawn}
 
 
 def test_a_folder_that_is_not_there_and_one_without_sidecars(tmp_path):
@@ -236,6 +236,7 @@ def test_a_folder_that_is_not_there_and_one_without_sidecars(tmp_path):
     [
         ("hello: there\n", "traces/b.yaml is not a sidecar"),
         ("{", "traces/b.yaml is not readable YAML"),
+        ("config: {}\nstats: {}\ninputs: [1]\n", "traces/b.yaml is not a sidecar"),
         ("config: {exp_dir: x}\nstats: {}\n", "traces/b.yaml: config has no teacher, is_teacher, data_split"),
     ],
 )
@@ -306,7 +307,7 @@ def test_svg_keeps_its_text(tmp_path):
         "undistilled student, 4-shot",
         "temperature, \u03c4 = 0.6 to 1.4",
         "ADS, \u03c4 = 0.6, \u03bb = 0.015 to 0.03",
-        "gsm8k_test: n = 1200 problems, 95 % intervals",
+        "gsm8k_test: n = 1200 problems, 95 % intervals, this seed's problems only",
         "teacher accuracy",
     ):
         assert f">{text}</text>" in svg, text
@@ -451,7 +452,7 @@ def test_several_folders_keep_seeds_apart_and_drop_copies(tmp_path):
     report.main([str(first), str(second), str(copy)])
     rows = csv_rows(first)
     assert not (second / "report").exists()
-    assert [row["seed"] for row in rows] == ["42", "42", "44", "42", "42", "43", ""]
+    assert [row["seed"] for row in rows] == ["42", "42", "44", "42", "42", "43", "42"]
     assert [row["teacher_af_accuracy"] for row in rows if row["lam"] == "0.03"] == ["0.7", "0.72"]
     seeds = [[point.row["seed"] for point in curve.points] for curve in curves_of(first, second, copy)]
     assert seeds == [[42, 42], [42, 42, 43]]
@@ -605,7 +606,7 @@ def test_arms_are_compared_at_equal_teacher_accuracy(tmp_path):
     student = 0.49 - (0.84 - 0.82) / (0.84 - 0.70) * (0.49 - 0.25)
     wanted = ("forced", ".820", ".562", "ADS", f"{student:.3f}"[1:], f"{0.562 - student:.3f}")
     assert forced[:6] == wanted
-    low, high = map(float, re.match(r"\[(\S+), (\S+)\], 1 seed$", forced[6]).groups())
+    low, high = map(float, re.match(r"\[(\S+), (\S+)\] \(this seed's problems only\)", forced[6]).groups())
     assert low < 0.562 - student < high and 0.01 < high - low < 0.2
     assert unreached[:3] == ("forced", ".600", "-") and "not reached by both" in output
     finding = json.loads(output.splitlines()[-1])["finding"]
@@ -616,7 +617,7 @@ def test_arms_are_compared_at_equal_teacher_accuracy(tmp_path):
 def test_without_answers_there_is_no_interval_and_a_reason(tmp_path):
     exp_dir = write_both_arms(tmp_path / "x")
     _, output, _ = run(exp_dir, "--at", "0.82")
-    assert "difference 0.106 (no interval: traces/d4.parquet is not there), 1 seed" in output
+    assert "difference 0.106 (no interval: traces/d4.parquet is not there; 1 seed)" in output
     write_answers(
         exp_dir / "traces" / "d4.parquet", {"n": 9, "raw": accuracy(0.9, 9), "af": accuracy(0.9, 9)}
     )

@@ -1,5 +1,6 @@
 """The scripts as a user runs them: processes, interruption, and what their outputs are good for."""
 
+import importlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
+from test_pipeline import imported
 
 import distill
 from ads import chat, store
@@ -136,17 +138,12 @@ def test_trace_colname_names_both_columns(model_folders, problem_folder, exp):
 
 
 def test_a_finished_stage_is_skipped_at_once(model_folders, problem_folder, exp):
-    start = time.time()
-    again = gentraces(
-        model_folders,
-        problem_folder,
-        exp,
-        "holdout",
-        f"data_split={problem_folder}_holdout",
-        "tau=0",
-        "batch_size=2",
-    )
-    assert "nothing to do" in again.stdout and time.time() - start < 3
+    """Before torch is imported."""
+    arguments = [f"data_split={problem_folder}_holdout", "tau=0", "batch_size=2"]
+    report = {"PYTHONPROFILEIMPORTTIME": "1"}
+    again = gentraces(model_folders, problem_folder, exp, "holdout", *arguments, **report)
+    assert "nothing to do" in again.stdout
+    assert imported(again.stderr, "yaml") and not imported(again.stderr, "torch")
 
 
 def kill_when(path_pattern, folder, script, *arguments, delay=0.0):
@@ -180,6 +177,36 @@ def test_killed_sampling_goes_on_where_it_was(model_folders, problem_folder, tmp
     resumed = run_script("gentraces.py", *arguments)
     assert f"{len(kept)} of 12 rows are there from an earlier run" in resumed.stdout
     assert rows_of(whole, "t") == rows_of(cut, "t")
+
+
+def be_interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_sampling_does_not_go_on_with_other_prompts(model_folders, problem_folder, tmp_path, monkeypatch):
+    """A template that printed the day gave a resumed stage two kinds of prompts."""
+    script = importlib.import_module("gentraces")
+    arguments = [f"exp_dir={tmp_path}", f"teacher={model_folders['teacher']}", "trace_name=t", *SMALL,
+                 f"data_split={problem_folder}_train", "max_samples=3"]  # fmt: skip
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(script, "assemble", be_interrupted)
+        script.main(arguments)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="unfinished work.*: prompts was '"):
+        patch.setattr(chat, "SYSTEM_PROMPT", "Think.")
+        script.main(arguments)
+    script.main(arguments)
+    assert len(rows_of(tmp_path, "t")) == 3
+
+
+def test_training_does_not_go_on_with_other_sequences(model_folders, exp, tmp_path, monkeypatch):
+    arguments = distill_arguments(model_folders, tmp_path, exp)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill, "make_trainer", be_interrupted)
+        distill.main(arguments)
+    (tmp_path / "models" / "student" / "checkpoint-3").mkdir()
+    monkeypatch.setattr(chat, "SYSTEM_PROMPT", "Think.")
+    with pytest.raises(ValueError, match="unfinished work.*: sequences was '"):
+        distill.main(arguments)
 
 
 def distill_arguments(models, exp_dir, traces_of):
@@ -362,6 +389,19 @@ def test_problems_without_an_answer_are_left_out_and_counted(model_folders, tmp_
     assert (stats["n"], stats["num_without_answer"], stats["num_prompts_too_long"]) == (1, 1, 0)
 
 
+def test_one_line_solutions_are_read_as_a_reader_does_or_left_out(model_folders, tmp_path):
+    """'0 + 2 = 2 #### 2' on one line was its own reference: right answers were graded 0.0, without a word."""
+    solutions = ["0 + 2 = 2 #### 2", "The answer is 3.", "2 + 2 = 4, so 4 apples.", "4 apples after 2 days."]
+    rows = [{"problem": f"{i} + 2", "solution": solution} for i, solution in enumerate(solutions)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"exp_dir={tmp_path}/x", f"teacher={model_folders['teacher']}", *SMALL]
+    result = run_script("gentraces.py", *arguments, f"data_split={tmp_path}_test")
+    reason = "several numbers, none of them stated as the answer, in solution '4 apples after 2 days.'"
+    assert "left out: 1 of 4 problems have no answer" in result.stdout and reason in result.stdout
+    stats = json.loads(result.stdout.splitlines()[-1])
+    assert (stats["n"], stats["num_without_answer"]) == (3, 1)
+
+
 def test_two_runs_of_one_stage_make_it_once(model_folders, problem_folder, tmp_path):
     """Shards of a sweep share the first stages: one makes them, the other waits and finds them done."""
     arguments = [f"exp_dir={tmp_path}", f"teacher={model_folders['teacher']}", "trace_name=t", *SMALL]
@@ -369,7 +409,7 @@ def test_two_runs_of_one_stage_make_it_once(model_folders, problem_folder, tmp_p
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     runs = [subprocess.Popen(command, env=environment, **quiet) for _ in range(2)]
-    outputs = sorted(run.communicate(timeout=120)[0].count("loading") for run in runs)
+    outputs = sorted(run.communicate(timeout=600)[0].count("loading") for run in runs)
     assert [run.returncode for run in runs] == [0, 0]
     assert outputs == [0, 1]
     assert len(store.read_jsonl(tmp_path / "metadata" / "trace_registry.jsonl")) == 1

@@ -276,7 +276,7 @@ def test_an_interrupted_search_stops_its_stage(experiment, model_folders, tmp_pa
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(timeout=20) == status
+    assert process.wait(timeout=300) == status
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
 

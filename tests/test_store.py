@@ -3,10 +3,10 @@
 import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -124,10 +124,8 @@ def test_a_second_run_waits_for_the_lock_until_the_first_is_gone(tmp_path, capfd
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     threading.Timer(0.5, holder.kill).start()
-    start = time.time()
     with store.stage_lock(tmp_path, "x"):
-        assert time.time() - start > 0.4
-    holder.wait()
+        assert holder.wait() == -signal.SIGKILL
     assert f"waiting for process {holder.pid} on" in capfd.readouterr().out
 
 
@@ -152,7 +150,6 @@ def test_fingerprint_of_a_model(tmp_path):
     first = store.fingerprint_model(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"2")
     assert store.fingerprint_model(str(tmp_path)) != first
-    assert store.fingerprint_model("Qwen/Qwen2.5-3B") == "hub:Qwen/Qwen2.5-3B"
     for name in ("/no/such/folder", "./x", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="neither a folder nor the name of a model on the hub"):
             store.fingerprint_model(name)

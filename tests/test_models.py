@@ -1,0 +1,130 @@
+"""What a model is tried for before it is used: caches, lengths, windows, batches, derivatives."""
+
+import families
+import pytest
+import torch
+from families import WINDOW
+
+from ads import dual
+from ads.engine import Models, Request, generate
+from ads.models import CachedModel, CheckedLookups, try_batches
+from ads.sampling import GREEDY
+
+ALL = torch.ones(families.VOCABULARY, dtype=torch.bool)
+
+
+def decode(model, num_prompt, num_new):
+    models = Models(CachedModel(model), None, ALL, frozenset({families.VOCABULARY - 1}))
+    return list(generate(models, GREEDY, 1, [Request("a", list(range(5, 5 + num_prompt)), num_new)], 4))
+
+
+@pytest.mark.parametrize(
+    "name, fitting, reason",
+    [
+        ("llama dynamic", WINDOW, "short rows follow the longest"),
+        ("phi3 longrope", WINDOW, "short rows follow the longest"),
+        ("gpt_neo", WINDOW, "short rows follow the longest"),
+        ("gpt2 of 48 positions", 48, "position 59 of a table of 48"),
+        ("opt of 48 positions", 48, "position 61 of a table of 50"),
+    ],
+)
+def test_rows_may_come_as_far_as_they_are_decoded_right(name, fitting, reason):
+    """Cached keys kept the angles of another length, short rows got those, or the window, of the longest;
+    more tokens than positions ended in a traceback, on a GPU in the end of the process."""
+    with pytest.raises(
+        ValueError, match=f"come to 60 tokens.* only up to {fitting} .*{reason}.*by {60 - fitting}$"
+    ):
+        decode(families.build(name), 30, 30)
+    assert decode(families.build(name), 30, fitting - 30)
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("bert not causal", "logits with a cache are not those without"),
+        ("bart", "logits with a cache are not those without"),
+        ("bloom", "too many values to unpack"),
+        ("rwkv", "keeps no keys and values in the cache"),
+        ("recurrent_gemma", "linear_attention layers"),
+        ("moshi", "logits with a cache are not those without"),  # it has a window and does not use it
+    ],
+)
+def test_what_a_cache_of_slots_cannot_hold_is_refused_at_load(name, reason):
+    """BERT's and BART's families were decoded wrong without a word, BLOOM's cache ended in a traceback."""
+    with pytest.raises(ValueError, match=f"{reason}.*: take another model"):
+        CachedModel(families.build(name))
+
+
+def test_trying_leaves_windows_as_they_are():
+    model = families.build("mistral")
+    cached = CachedModel(model)
+    assert cached.windows == {"sliding_attention": WINDOW} and model.config.sliding_window == WINDOW
+
+
+@pytest.mark.parametrize(
+    "name, longest, words",
+    [
+        ("phi3 longrope", WINDOW + 1, f"right only up to {WINDOW} .*: set max_length={WINDOW}$"),
+        (
+            "gpt2 of 48 positions",
+            60,
+            "right only up to 48 .*position 59 of a table of 48.*set max_length=48$",
+        ),
+        ("bert not causal", 20, "change with the tokens that follow.*take another model"),
+        ("reformer", 20, "AssertionError.*take another model"),
+    ],
+)
+def test_batches_that_training_would_get_wrong_are_refused(name, longest, words):
+    with pytest.raises(ValueError, match=words):
+        try_batches(families.build(name), longest)
+
+
+@pytest.mark.parametrize("is_training", (False, True))
+@pytest.mark.parametrize("name", ("phi3 longrope", "gpt2"))
+def test_batches_that_are_right_leave_no_gradient(name, is_training):
+    """GPT-2 has dropout in training mode."""
+    model = families.build(name).train(is_training)
+    try_batches(model, WINDOW)
+    assert all(p.grad is None for p in model.parameters()) and model.training == is_training
+
+
+class Detached(torch.nn.Linear):
+    """A layer that backpropagation does not go through, as routers of experts have."""
+
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+def test_derivatives_that_are_not_those_of_backpropagation_are_refused():
+    model = families.build("llama")
+    g = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    assert dual.make_checked(model, g.__getitem__)
+    model = families.build("llama")
+    model.model.layers[0].mlp.down_proj.__class__ = Detached
+    with pytest.raises(ValueError, match="not the derivative that backpropagation gives: set eps above 0"):
+        dual.make_checked(model, g.__getitem__)
+
+
+def test_trying_derivatives_keeps_gradients_and_what_is_trained():
+    model = families.build("llama")
+    first, *others = model.parameters()
+    first.grad, others[0].requires_grad = torch.ones_like(first), False
+    value = dual.reverse(model, lambda name: torch.ones(()), torch.tensor([[3, 4, 5]]))[2]
+    assert value.isfinite() and value != 0
+    assert first.grad.eq(1).all() and not others[0].requires_grad and others[1].grad is None
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda table, ids: torch.nn.functional.embedding(ids, table),
+        lambda table, ids: table[ids],
+        lambda table, ids: table.index_select(0, ids),
+        lambda table, ids: table.gather(0, ids[:, None].expand(-1, 2)),
+    ],
+)
+def test_an_index_beyond_a_table_is_found_before_a_gpu_would(look_up):
+    with CheckedLookups():
+        assert look_up(torch.zeros(4, 2), torch.tensor([0, 3])).shape == (2, 2)
+        with pytest.raises(IndexError, match="position 4 of a table of 4"):
+            look_up(torch.zeros(4, 2), torch.tensor([0, 4]))
