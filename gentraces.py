@@ -20,6 +20,7 @@ from ads import chat, grading, store
 from ads.config import GenConfig, ignored_keys, to_dict
 from utils import print0, print_result
 
+LOADED = []  # (settings, what load_models() gave) of the last stage of this process
 PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
 
 
@@ -62,12 +63,14 @@ def generate_traces(cfg, inputs, world):
     world.barrier()
 
     vocabulary = check_vocabulary(cfg, tokenizer) if cfg.has_delta or cfg.one_step else None
-    models, notes = load_models(cfg, tokenizer, vocabulary, world)
+    models, notes = models_of(cfg, inputs, tokenizer, vocabulary, world)
     rows, speed = sample_traces(cfg, models, tokenizer, problems, prompts, world)
     rows = assemble(cfg, problems, prompts, rows)
     if world.is_main and cfg.has_delta and cfg.num_contrasts:
         save_contrasts(cfg, models, tokenizer, rows[: cfg.num_contrasts])
-    models = None  # the one-step test needs the room
+    models = None
+    if cfg.one_step:  # which needs the room
+        LOADED.clear()
     diagnostics = {"one_step": one_step_test(cfg, rows, world)} if cfg.one_step else {}
     if world.is_main:
         save_traces(cfg, rows)
@@ -158,6 +161,26 @@ def check_vocabulary(cfg, tokenizer):
     """Which of the teacher's ids mean the same to the proxy; ValueError where they are of other families."""
     theirs = chat.load_tokenizer(cfg.proxy_student, need_chat_template=False)
     return chat.match_vocabularies(tokenizer, theirs)
+
+
+def models_of(cfg, inputs, tokenizer, vocabulary, world):
+    """load_models(), or what the stage before in this process had loaded with the same settings."""
+    names = (
+        "dtype",
+        "attn_implementation",
+        "lam",
+        "eps",
+        "direction",
+        "direction_seed",
+        "proxy_dtype",
+        "seed",
+    )
+    made_of = ("teacher", "tokenizer", "proxy_student", "gradient")
+    settings = [(name, getattr(cfg, name)) for name in names] + [(name, inputs.get(name)) for name in made_of]
+    if settings not in [kept for kept, _ in LOADED]:
+        LOADED.clear()
+        LOADED.append((settings, load_models(cfg, tokenizer, vocabulary, world)))
+    return LOADED[0][1]
 
 
 def load_models(cfg, tokenizer, vocabulary, world):
