@@ -69,7 +69,10 @@ def distil(cfg, inputs, world):
     if not math.isfinite(result.training_loss):
         raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
     if world.is_main:
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        # without accelerate's wrapper, whose logits are of 16-bit passes and called float32
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        trainer.accelerator.free_memory()  # room to compare what is merged and saved
+        trainer.optimizer = trainer.lr_scheduler = None
         rows = [example["input_ids"][:COMPARED_TOKENS] for example in train[:NUM_COMPARED]]
         save_student(cfg, model, tokenizer, world.device, rows)
         finish(cfg, inputs, made_with, trainer, len(train), num_cut, time.time() - start)

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import functools
 import gzip
+import io
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from ads import arithmetic, store
-from ads.config import expand_home, ignored_keys, load_config, to_dict
+from ads.config import expand_home, ignored_keys, load_config, native_setting, to_dict
 
 ROOT = Path(__file__).resolve().parent
 SHUFFLE_SEED = 42  # of the train/holdout split of datasets that are stored by subject
@@ -157,13 +158,13 @@ def read_hub(source):
             load_dataset(source.hub, config, split=source.split, revision=commit) for config in source.configs
         ]
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = store.reason(error)
         raise ValueError(
             f"dataset {source.hub} could not be loaded ({reason}); set data_dir to local copies"
         ) from error
     check_commit(source, parts, commit)
     rows = concatenate_datasets(parts).to_list()
-    check_rows(source.hub, rows, functools.partial(check_problem, columns=source.columns))
+    check_each(source.hub, rows, functools.partial(check_problem, columns=source.columns))
     return rows
 
 
@@ -191,7 +192,7 @@ def load_folder(folder, split):
     check = functools.partial(check_problem, columns=("problem", "solution"))
     if path.suffix == ".parquet":
         rows = read_parquet(path)
-        check_rows(path, rows, check)
+        check_each(path, rows, check)
     else:
         rows = read_lines(path, check)
     rows = one_table(path, rows)
@@ -321,10 +322,10 @@ def fingerprint_data(data_split, data_dir=None):
 
 
 def check_columns(path, rows, columns):
-    check_rows(path, rows, functools.partial(check_row, columns=columns))
+    check_each(path, rows, functools.partial(check_row, columns=columns))
 
 
-def check_rows(path, rows, check):
+def check_each(path, rows, check):
     """ValueError naming the first row of which check(row) raises one."""
     for i, row in enumerate(rows):
         try:
@@ -510,8 +511,8 @@ def join_processes(backend):
         torch.distributed.init_process_group(
             backend, store=place, rank=rank, world_size=size, timeout=patience
         )
-    except torch.distributed.DistError as error:
-        reason = " ".join(str(error).split())[:200]
+    except RuntimeError as error:  # DistError among them
+        reason = store.reason(error)
         raise ValueError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason}): {HOW_TO_LAUNCH}"
@@ -582,6 +583,7 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
     """
     only_check, arguments = "--check" in arguments, [a for a in arguments if a != "--check"]
     cfg = load_config(config_class, ROOT / default_yaml, arguments)
+    native_setting()
     try:
         inputs = fingerprint_inputs(cfg)
     except FileNotFoundError as error:
@@ -646,7 +648,8 @@ def run_script(main):
     """
     quiet_libraries()
     for stream in (sys.stdout, sys.stderr):  # models write what some terminals cannot show
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     for number in STOPPING:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
             signal.signal(number, stop)

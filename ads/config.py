@@ -407,6 +407,16 @@ def check_one_of(key, value, allowed):
         raise ValueError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
 
 
+def native_setting():
+    """ADS_NATIVE, what of the compiled code for CPUs to use: 0, avx512 (no matrix registers) or 1 (all)."""
+    value = os.environ.get("ADS_NATIVE") or "1"
+    if value not in ("0", "avx512", "1"):
+        raise ValueError(
+            f"ADS_NATIVE={value}: use 0 (no compiled code), avx512 (no matrix registers) or 1 (all)"
+        )
+    return value
+
+
 def load_config(cls, default_yaml, arguments):
     """Build a checked, frozen config from a YAML file and `key=value` arguments.
 

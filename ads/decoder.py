@@ -66,7 +66,7 @@ def agrees(found, wanted, slack=1):
 
     There a model of 30 layers differs from itself by .05 through the order of its sums, and the nearest wrong
     step (Llama's for SmolLM3, which leaves some angles out) by .146. slack: by how much more than in one step
-    of decoding the logits may differ.
+    of decoding they may differ there.
     """
     is_dual = isinstance(wanted, dual.Dual)
     tolerances = (1e-3, 1e-3) if wanted.dtype == torch.float32 else (0.09 * slack, 0.25 * slack)

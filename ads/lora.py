@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
-from ads import decoder, matmul, models, store
+from ads import decoder, dual, matmul, models, store
 
 FILLING = 0.3  # what adapters that are tried out add to a layer's output, about
 
@@ -45,9 +45,9 @@ def add_adapters(model, cfg):
     try:
         model = get_peft_model(model, settings)
         beside_TV, merged_TV = try_out(model)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever PEFT raises for modules, and modules for being replaced
+        if dual.is_out_of_memory(error):
+            raise
         problem = f"adapters do not work in a {kind!r} model ({store.reason(error)})"
         raise ValueError(f"student {cfg.student}: {problem}; set lora=false") from error
     if not decoder.agrees(merged_TV, beside_TV):
@@ -61,7 +61,7 @@ def try_out(model):
 
     The model is then as it was.
     """
-    ids = (torch.arange(24) * 7919 % model.get_input_embeddings().weight.shape[0]).tolist()
+    ids = dual.tried_ids(model, dual.TRIED)
     with float32_copies(model):
         fill_(model)
         beside_TV = logits(model, ids)
@@ -86,15 +86,15 @@ def fill_(model):
 @contextlib.contextmanager
 def float32_copies(model):
     """A context in which a model computes with float32 copies of its weights, which may be changed."""
-    kept = [(t, t.data.to("cpu", copy=True)) for t in (*model.parameters(), *model.buffers())]
+    kept = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
     for tensor, data in kept:
         if data.is_floating_point():
-            tensor.data = tensor.data.float()
+            tensor.data = data.to(torch.float32, copy=True)
     try:
         yield
     finally:
         for tensor, data in kept:
-            tensor.data = data.to(tensor.device)
+            tensor.data = data
 
 
 def merge(model, rows):

@@ -273,7 +273,10 @@ class CachedModel:
             except (TypeError, ValueError, LookupError, RuntimeError):
                 # modules of the same names that are called otherwise
                 may_stay = False
-            self.own_step = self.own_step if may_stay else None
+            if not may_stay:
+                kind = self.model.config.model_type
+                print(f"model type {kind!r} is decoded by the library's own forward, not by ours", flush=True)
+                self.own_step = None
         self.cache = None
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from ads.cache import LANES, PAGE, Pages, whole
+from ads.config import native_setting
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"
@@ -81,7 +82,7 @@ class Place(ctypes.Structure):
 @functools.cache
 def library():
     """The compiled code, or None where it cannot be had."""
-    if wanted() == "0" or "avx512f" not in cpu_flags():
+    if native_setting() == "0" or "avx512f" not in cpu_flags():
         return None
     try:
         code = load()
@@ -91,19 +92,9 @@ def library():
         code.ads_mix.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
         code.ads_step.restype = code.ads_product.restype = code.ads_mix.restype = None
     except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
-        print(f"native.c cannot be used, torch decodes instead: {reason(error)}", file=sys.stderr)
+        print(f"native.c cannot be used, torch decodes instead: {first_error(error)}", file=sys.stderr)
         return None
     return code
-
-
-def wanted():
-    """ADS_NATIVE: what of the compiled code to use."""
-    value = os.environ.get("ADS_NATIVE") or "1"
-    if value not in ("0", "1", "avx512"):
-        raise ValueError(
-            f"ADS_NATIVE={value}: use 0 (no compiled code), avx512 (no matrix registers) or 1 (all)"
-        )
-    return value
 
 
 def other_ways():
@@ -129,7 +120,7 @@ def load():
         return ctypes.CDLL(str(build()))
 
 
-def reason(error):
+def first_error(error):
     """One line; of a compiler its first error."""
     lines = getattr(error, "stderr", None) or b""
     errors = [line for line in lines.decode(errors="replace").splitlines() if "error" in line]
@@ -139,7 +130,7 @@ def reason(error):
 def build():
     """The shared library's path; made once per source, command and kind of CPU, in the user's cache."""
     command = [*shlex.split(os.environ.get("CC") or "cc"), *FLAGS.split()]
-    if wanted() == "avx512":
+    if native_setting() == "avx512":
         command.append(WITHOUT_TILES)
     # home directories are shared between unlike machines, and -march=native depends on the machine
     made_of = repr([SOURCE.read_text(), command, platform.machine(), cpu_flags()])

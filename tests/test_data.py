@@ -213,7 +213,7 @@ def test_a_bad_row_of_a_known_dataset_is_named(data_dir, dataset, change, words)
     assert str(error.value).startswith(f"{path}, line 3: ") and str(error.value).endswith(words)
     check = functools.partial(utils.check_problem, columns=source.columns)
     with pytest.raises(ValueError, match="^cais/x, row 2: "):  # as of the hub's rows
-        utils.check_rows("cais/x", rows, check)
+        utils.check_each("cais/x", rows, check)
 
 
 def test_mmlu_may_have_from_two_to_ten_choices(data_dir):

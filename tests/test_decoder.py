@@ -259,7 +259,7 @@ def test_each_other_way_computes_without_what_it_names(monkeypatch):
     assert found["0"] is None and not found["avx512"].ads_has_tiles()
     monkeypatch.setenv("ADS_NATIVE", "avx2")
     with pytest.raises(ValueError, match="ADS_NATIVE=avx2: use 0"):
-        native.wanted()
+        native.native_setting()
 
 
 @needs_compiled

@@ -226,6 +226,21 @@ def student(model_folders, exp):
     return exp / "models" / "student"
 
 
+@pytest.mark.parametrize("lora", ("true", "false"))
+def test_students_of_16_bits_are_kept(lora, model_folders, exp, tmp_path):
+    """Each was once taken for another model than the one trained, after the whole training.
+
+    Merged and saved students are compared with it by their logits, and accelerate's wrapper called those of
+    its 16-bit passes float32.
+    """
+    arguments = distill_arguments(model_folders, tmp_path, exp)
+    more = ["dtype=bfloat16", f"lora={lora}", "num_epochs=1", "do_eval=false", "lr=1e-3"]
+    run_script("distill.py", *arguments, *more)
+    assert store.read_sidecar(tmp_path / "models" / "student.yaml")["resolved_dtype"] == "bfloat16"
+    weights = load_file(tmp_path / "models" / "student" / "final" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+
+
 def test_distilled_student_learned_and_is_an_ordinary_model(student, model_folders):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

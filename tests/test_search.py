@@ -167,8 +167,8 @@ def run_search(experiment, models, *arguments, check=False, **keywords):
 
 
 # Any accuracy from 0.2 to 0.8 will do for 0.5: that of a random model falls at the first change of settings.
-BOTH = ("targets=0.5,0.99", "tolerance=0.3", "lam_start=0.02", "tau_start=0.61")
-STAGES = ["search_tau0.61_lam0", "search_tau0.6_lam0", "search_tau0.6_lam0.02"]
+BOTH = ("targets=0.5,0.99", "tolerance=0.3", "lam_start=0.004", "tau_start=0.603")
+STAGES = ["search_tau0.603_lam0", "search_tau0.6_lam0", "search_tau0.6_lam0.004"]
 
 
 @pytest.fixture(scope="module")
@@ -189,13 +189,13 @@ def test_both_arms_are_searched_and_the_grid_reads_what_was_found(experiment, fo
     assert sorted(sidecars(exp_dir)) == STAGES and found.stdout.count("run     ") == 3
     assert [path.stem for path in (exp_dir / "traces").glob("*.yaml")] == ["clean"]  # the report's points
     assert all((exp_dir / "search" / "logs" / f"{name}.log").stat().st_size for name in STAGES)
-    assert grid_of(exp_dir / "matched.txt") == ["0.6 0 0", "0.6 0.02 0.001", "0.61 0 0"]
+    assert grid_of(exp_dir / "matched.txt") == ["0.6 0 0", "0.6 0.004 0.001", "0.603 0 0"]
     matches = json.loads(found.stdout.splitlines()[-1])["matches"]
     assert [(m["arm"], m["target"], m["tau"], m["lam"]) for m in matches] == [
         ("ads", 0.99, 0.6, 0.0),
-        ("ads", 0.5, 0.6, 0.02),
+        ("ads", 0.5, 0.6, 0.004),
         ("temperature", 0.99, 0.6, 0.0),
-        ("temperature", 0.5, 0.61, 0.0),
+        ("temperature", 0.5, 0.603, 0.0),
     ]
     for match in matches:
         name = f"search_tau{match['tau']:g}_lam{match['lam']:g}"
