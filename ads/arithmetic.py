@@ -10,7 +10,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-SPLIT_SIZES = {"train": 1200, "test": 600, "holdout": 600}
+SPLIT_SIZES = {"train": 2400, "test": 600, "holdout": 600}
 SHARES = ("pretrain",) * 7 + ("train", "test", "holdout")  # of all computations, by hash
 NUM_STEPS = 4
 LARGEST = 59

@@ -194,7 +194,7 @@ def run_demo(*options, **settings):
 def test_demo_plans_every_stage(tmp_path):
     found = run_demo("--dry-run", EXP_DIR=str(tmp_path / "x"), SEEDS="2")
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("to do   ") == 2 * (5 + 4 * 19) and "seed2" in found.stdout
+    assert found.stdout.count("to do   ") == 2 * (5 + 4 * 20) and "seed2" in found.stdout
     assert run_demo(SEEDS="0").returncode == 2 and "SEEDS='0'" in run_demo(SEEDS="0").stderr
 
 
