@@ -37,7 +37,7 @@ def test_every_setting_of_the_pipeline_is_known_to_it():
     named = set(re.findall(r"\b([A-Z]+(?:_[A-Z]+)*)=", README)) | set(
         re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", README)
     )
-    assert '"ADS_NATIVE"' in (ROOT / "ads" / "native.py").read_text()
+    assert '"ADS_NATIVE"' in (ROOT / "ads" / "config.py").read_text()
     named -= {"POINT", "NAME", "ADS", "ADS_NATIVE", "SKIP_SETUP"}
     assert len(named) > 12
     assert [name for name in named if f"${{{name}:-" not in pipeline] == []
