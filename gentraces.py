@@ -20,6 +20,7 @@ from ads import chat, grading, store
 from ads.config import GenConfig, ignored_keys, to_dict
 from utils import print0, print_result
 
+LOADED = []  # (settings, what load_models() gave) of the last stage of this process
 PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
 
 
@@ -35,7 +36,7 @@ def fingerprint_inputs(cfg):
         "tokenizer": store.fingerprint_tokenizer(cfg.tokenizer or cfg.teacher),
         "data": utils.fingerprint_data(cfg.data_split, cfg.data_dir),
     }
-    if cfg.lam:
+    if cfg.has_delta:
         inputs["proxy_student"] = store.fingerprint_model(cfg.proxy_student)
         inputs["gradient"] = store.fingerprint_existing(cfg.grad_path, "make it with save_grad.py")
     if cfg.one_step:
@@ -61,13 +62,15 @@ def generate_traces(cfg, inputs, world):
         store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
     world.barrier()
 
-    vocabulary = check_vocabulary(cfg, tokenizer) if cfg.lam or cfg.one_step else None
-    models, notes = load_models(cfg, tokenizer, vocabulary, world)
+    vocabulary = check_vocabulary(cfg, tokenizer) if cfg.has_delta or cfg.one_step else None
+    models, notes = models_of(cfg, inputs, tokenizer, vocabulary, world)
     rows, speed = sample_traces(cfg, models, tokenizer, problems, prompts, world)
     rows = assemble(cfg, problems, prompts, rows)
-    if world.is_main and cfg.lam and cfg.num_contrasts:
+    if world.is_main and cfg.has_delta and cfg.num_contrasts:
         save_contrasts(cfg, models, tokenizer, rows[: cfg.num_contrasts])
-    models = None  # the one-step test needs the room
+    models = None
+    if cfg.one_step:  # which needs the room
+        LOADED.clear()
     diagnostics = {"one_step": one_step_test(cfg, rows, world)} if cfg.one_step else {}
     if world.is_main:
         save_traces(cfg, rows)
@@ -83,7 +86,9 @@ def resolve_numerics(cfg, device):
     """What dtypes "auto" stands for on this machine: parts made in another one are not gone on with."""
     from ads.models import resolve_dtype
 
-    dtypes = {"resolved_dtype": cfg.dtype} | ({"resolved_proxy_dtype": cfg.proxy_dtype} if cfg.lam else {})
+    dtypes = {"resolved_dtype": cfg.dtype}
+    if cfg.has_delta:
+        dtypes["resolved_proxy_dtype"] = cfg.proxy_dtype
     return {key: str(resolve_dtype(name, device)).removeprefix("torch.") for key, name in dtypes.items()}
 
 
@@ -109,9 +114,11 @@ def leave_out_unanswered(problems):
 
 
 def render_prompts(cfg, tokenizer, problems):
-    """{problem id: prompt ids}; prompts that are too long or leave no room to respond are left out."""
+    """{problem id: prompt ids, the response's forced opening among them}; prompts that are too long or leave
+    no room to respond are left out."""
     examples = few_shot_examples(cfg)
-    prompts = {p["id"]: chat.prompt_ids(tokenizer, p["problem"], examples) for p in problems}
+    opening = opening_ids(cfg, tokenizer)
+    prompts = {p["id"]: chat.prompt_ids(tokenizer, p["problem"], examples) + opening for p in problems}
     longest = min(cfg.max_prompt_length, cfg.max_length - 1)
     kept = {i: ids for i, ids in prompts.items() if len(ids) <= longest}
     if not kept:
@@ -125,6 +132,14 @@ def render_prompts(cfg, tokenizer, problems):
             f"left out {len(prompts) - len(kept)} of {len(prompts)} problems: prompts above {longest} tokens"
         )
     return kept
+
+
+def opening_ids(cfg, tokenizer):
+    """The ids of what each response is made to begin with."""
+    ids = chat.encode_next(tokenizer, cfg.prefill or "")
+    if tokenizer.eos_token_id in ids:
+        raise ValueError(f"prefill={cfg.prefill!r}: holds the token that ends a response; leave it out")
+    return ids
 
 
 def few_shot_examples(cfg):
@@ -148,18 +163,41 @@ def check_vocabulary(cfg, tokenizer):
     return chat.match_vocabularies(tokenizer, theirs)
 
 
+def models_of(cfg, inputs, tokenizer, vocabulary, world):
+    """load_models(), or what the stage before in this process had loaded with the same settings."""
+    names = (
+        "dtype",
+        "attn_implementation",
+        "lam",
+        "eps",
+        "direction",
+        "direction_seed",
+        "proxy_dtype",
+        "seed",
+    )
+    made_of = ("teacher", "tokenizer", "proxy_student", "gradient")
+    settings = [(name, getattr(cfg, name)) for name in names] + [(name, inputs.get(name)) for name in made_of]
+    if settings not in [kept for kept, _ in LOADED]:
+        LOADED.clear()
+        LOADED.append((settings, load_models(cfg, tokenizer, vocabulary, world)))
+    return LOADED[0][1]
+
+
 def load_models(cfg, tokenizer, vocabulary, world):
     """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, what gives Delta."""
+    from ads.corruption import Corruption
     from ads.engine import Models
     from ads.models import CachedModel, load_model
 
-    proxy, notes = load_proxy(cfg, tokenizer, vocabulary, world.device) if cfg.lam else (None, {})
+    proxy, notes = load_proxy(cfg, tokenizer, vocabulary, world.device) if cfg.has_delta else (None, {})
     print0(f"loading {cfg.teacher}")
     teacher = load_model(cfg.teacher, cfg.dtype, world.device, cfg.attn_implementation)
     chat.check_rows(tokenizer, teacher.get_output_embeddings().weight.shape[0], cfg.teacher)
     allowed_V = id_mask(tokenizer, tokenizer.get_vocab().values(), world.device)
     eos = frozenset(i for i in chat.eos_ids(tokenizer, teacher) if i < len(allowed_V))
-    return Models(CachedModel(teacher), proxy, allowed_V, eos), notes
+    is_corrupting = cfg.lam and cfg.direction == "corrupt"
+    corruption = Corruption(tokenizer, allowed_V, cfg.lam) if is_corrupting else None
+    return Models(CachedModel(teacher), proxy, allowed_V, eos, corruption), notes
 
 
 def load_proxy(cfg, tokenizer, vocabulary, device):
@@ -179,7 +217,8 @@ def load_proxy(cfg, tokenizer, vocabulary, device):
     chat.check_rows(tokenizer, models[0].get_input_embeddings().weight.shape[0], cfg.proxy_student)
     read_gradient = functools.partial(gradient.read, file)
     if cfg.direction == "random":
-        read_gradient = functools.partial(gradient.random_tensor, read_gradient, cfg.seed)
+        seed = cfg.seed if cfg.direction_seed is None else cfg.direction_seed
+        read_gradient = functools.partial(gradient.random_tensor, read_gradient, seed)
     shared_V = id_mask(tokenizer, vocabulary.shared_ids, device)
     notes = {
         "grad_rank": gradient.metadata_of(file)["grad_rank"],
@@ -218,9 +257,11 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     requests = [Request(i, ids, cfg.max_length - len(ids)) for i, ids in prompts.items()]
     solutions = {p["id"]: p["solution"] for p in problems}
     print0("first prompt:", tokenizer.decode(requests[0].prompt_ids), sep="\n")
-    forcing = make_forcing(tokenizer, models.eos) if cfg.answer_force else None
+    opening = opening_ids(cfg, tokenizer)
+    forcing = make_forcing(tokenizer, models.eos, opening) if cfg.answer_force else None
+    by_id = {request.id: request for request in requests}
     to_row = functools.partial(
-        trace_row, cfg=cfg, tokenizer=tokenizer, models=models, prompts=prompts, solutions=solutions
+        trace_row, cfg, tokenizer, models.eos, opening, requests=by_id, solutions=solutions
     )
     start = time.time()
     num_tokens = world.sum(decode_to_parts(cfg, models, forcing, requests, to_row, world))  # waits for all
@@ -230,31 +271,35 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     return rows, {"tokens_per_second": round(num_tokens / seconds, 1) if num_tokens else None}
 
 
-def make_forcing(tokenizer, eos):
+def make_forcing(tokenizer, eos, opening):
     """How the model is made to state its answer after a response."""
     from ads.engine import Forcing
 
     most = len(chat.encode_next(tokenizer, chat.THINK_END + chat.FORCE_TEXT))
     most = max(most, len(chat.encode_next(tokenizer, chat.FORCE_TEXT)))
-    ids_of = functools.partial(force_ids, tokenizer=tokenizer, eos=eos)
+    ids_of = functools.partial(force_ids, tokenizer=tokenizer, eos=eos, opening=opening)
     return Forcing(ids_of, most, chat.NUM_FORCED_TOKENS)
 
 
-def force_ids(request, response_ids, tokenizer, eos):
-    return chat.force_ids(tokenizer, request.prompt_ids, response_ids, eos)
+def force_ids(request, response_ids, tokenizer, eos, opening):
+    prompt = request.prompt_ids[: len(request.prompt_ids) - len(opening)]
+    return chat.force_ids(tokenizer, prompt, opening + response_ids, eos)
 
 
 def sampling_rule(cfg):
     """The distribution that traces are drawn from."""
     from ads.sampling import Sampling
 
-    is_permuted = bool(cfg.lam) and cfg.direction == "permuted"
-    return Sampling(cfg.tau, cfg.lam, cfg.top_k, cfg.top_p, is_permuted)
+    is_permuted = cfg.has_delta and cfg.direction == "permuted"
+    return Sampling(cfg.tau, cfg.lam if cfg.has_delta else 0.0, cfg.top_k, cfg.top_p, is_permuted)
 
 
-def trace_row(completion, cfg, tokenizer, models, prompts, solutions):
-    """What a finished response, and the answer it was made to state, add to their problem."""
-    trace = chat.response_text(tokenizer, completion.ids, models.eos)
+def trace_row(cfg, tokenizer, eos, opening, completion, requests, solutions):
+    """What a finished response, and the answer it was made to state, add to their problem.
+
+    The opening is part of its text, but was not sampled.
+    """
+    trace = chat.response_text(tokenizer, opening + completion.ids, eos)
     solution = solutions[completion.id]
     grade = grading.grade(trace, solution)
     row = {
@@ -270,8 +315,8 @@ def trace_row(completion, cfg, tokenizer, models, prompts, solutions):
     }
     if not cfg.answer_force:
         return row
-    given = chat.force_ids(tokenizer, prompts[completion.id], completion.ids, models.eos)
-    continuation = chat.response_text(tokenizer, completion.forced_ids, models.eos)
+    given = force_ids(requests[completion.id], completion.ids, tokenizer, eos, opening)
+    continuation = chat.response_text(tokenizer, completion.forced_ids, eos)
     grade = grading.grade_forced(continuation, solution)
     return row | {
         "trace_af": trace + chat.decode_next(tokenizer, given) + continuation,

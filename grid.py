@@ -1,5 +1,5 @@
-"""Print the sweep, one `tau lam eps [direction]` line per grid point (edit ARMS below, or name points on the
-command line or in a file).
+"""Print the sweep, a line of `tau lam eps [direction [direction_seed]]` per grid point (edit ARMS below, or
+name points on the command line or in a file).
 
 python grid.py                                   # the default grid
 python grid.py --shard 0/4                       # every fourth point, for one of four machines
@@ -41,7 +41,7 @@ def parse(arguments):
         "--points",
         type=point,
         nargs="+",
-        metavar="tau,lam,eps[,direction]",
+        metavar="tau,lam,eps[,direction[,direction_seed]]",
         help="instead of the default grid",
     )
     named.add_argument("--file", type=points_in, metavar="PATH", help="the same, one `tau lam eps` a line")
@@ -63,8 +63,10 @@ def point(text):
         raise argparse.ArgumentTypeError(f"{text!r}: write tau,lam,eps") from None
     if not (0 <= tau < float("inf") and abs(lam) < float("inf") and 0 <= eps < float("inf")):
         raise argparse.ArgumentTypeError(f"{text!r}: tau and eps must be at least 0, all three finite")
-    if values[3:] and (values[3] not in DIRECTIONS or values[4:]):
+    if values[3:] and values[3] not in DIRECTIONS:
         raise argparse.ArgumentTypeError(f"{text!r}: the fourth must be one of {', '.join(DIRECTIONS)}")
+    if values[4:] and not (values[3] == "random" and values[4].isdecimal() and not values[5:]):
+        raise argparse.ArgumentTypeError(f"{text!r}: a fifth is the seed of a random direction, from 0")
     return values
 
 

@@ -36,6 +36,8 @@ GEN_ARGS="${GEN_ARGS:-}"             # key=value words for every gentraces.py
 HOLDOUT_ARGS="${HOLDOUT_ARGS:-}"     # more of them, for the holdout traces alone
 TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8}" # more of them, for the training traces alone (one_step=0.1 ...)
 BASE_ARGS="${BASE_ARGS:-}"           # more of them, for the undistilled student alone (few_shot=4 ...)
+FEW_SHOT_ARGS="${FEW_SHOT_ARGS:-}"   # the undistilled student again, with few_shot=4 ...
+PREFILL="${PREFILL:-}"               # the undistilled student again, made to begin with these words
 GRAD_ARGS="${GRAD_ARGS:-}"           # for save_grad.py
 TRAIN_ARGS="${TRAIN_ARGS:-}"         # for distill.py
 GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,lam,eps ...
@@ -134,12 +136,14 @@ split_words() {
   read -r -d '' -a holdout_args <<<"$HOLDOUT_ARGS" || true
   read -r -d '' -a trace_args <<<"$TRACE_ARGS" || true
   read -r -d '' -a base_args <<<"$BASE_ARGS" || true
+  read -r -d '' -a few_shot_args <<<"$FEW_SHOT_ARGS" || true
   read -r -d '' -a grad_args <<<"$GRAD_ARGS" || true
   read -r -d '' -a train_args <<<"$TRAIN_ARGS" || true
   read -r -d '' -a grid_args <<<"$GRID_ARGS" || true
 }
 
 run_experiment() {
+  wanted=()
   grid="$(python "$here/grid.py" ${grid_args[@]+"${grid_args[@]}"})" || exit 2
   num_points="$(grep -c . <<<"$grid" || true)"
   holdout="$EXP_DIR/traces/holdout.parquet"
@@ -178,9 +182,9 @@ run_grid() {
 run_points() {
   trap 'stop 143' TERM # a worker in the background starts without
   point_number=0
-  while read -r tau lam eps direction; do
+  while read -r tau lam eps direction direction_seed; do
     point_number=$((point_number + 1))
-    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}"
+    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
     ran=0
     [[ "$dry_run" == 1 ]] || mkdir "$taken/$point_number" 2>/dev/null || continue
     if ! run_point; then
@@ -194,23 +198,31 @@ run_points() {
 check_settings() {
   [[ "$dry_run" == 1 ]] || (
     dry_run=1 checking=1
-    read -r tau lam eps direction <<<"$grid"
-    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}"
+    read -r tau lam eps direction direction_seed <<<"$grid"
+    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
     run_shared_stages && distil_student || exit
-    tau=0 lam=0 eps=0 direction="" point=settings # a point that is wrong in itself does not stop the others
+    tau=0 lam=0 eps=0 direction="" direction_seed="" point=settings # a point that is wrong in itself does not stop the others
     sample_training_traces
   ) >/dev/null || exit 2
 }
 
 # Stage 1: clean holdout traces. Stage 2: the proxy's gradient on them. Then the student before distillation.
 run_shared_stages() {
-  run_stage holdout gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_holdout" tau=0 \
+  want_stage holdout gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_holdout" tau=0 \
     trace_name=holdout ${holdout_args[@]+"${holdout_args[@]}"} || return
-  run_stage student_grads save_grad.py "${common[@]}" "proxy_student=$PROXY_STUDENT" "holdout_traces=$holdout" \
+  want_stage student_grads save_grad.py "${common[@]}" "proxy_student=$PROXY_STUDENT" "holdout_traces=$holdout" \
     ${grad_args[@]+"${grad_args[@]}"} || return
-  run_stage student_base gentraces.py "${problems[@]}" is_teacher=false "teacher=$STUDENT" \
-    "tokenizer=$STUDENT_TOKENIZER" "data_split=${DATASET}_test" tau=0 trace_name=student_base \
-    "few_shot_traces=$holdout" ${base_args[@]+"${base_args[@]}"} || return
+  sample_base student_base || return
+  [[ -z "$FEW_SHOT_ARGS" ]] || sample_base student_base_few_shot "${few_shot_args[@]}" || return
+  [[ -z "$PREFILL" ]] || sample_base student_base_prefill "prefill=$PREFILL" || return
+  run_wanted shared
+}
+
+# sample_base NAME key=value...: the student before distillation.
+sample_base() {
+  want_stage "$1" gentraces.py "${problems[@]}" is_teacher=false "teacher=$STUDENT" \
+    "tokenizer=$STUDENT_TOKENIZER" "data_split=${DATASET}_test" tau=0 "trace_name=$1" \
+    "few_shot_traces=$holdout" ${base_args[@]+"${base_args[@]}"} "${@:2}"
 }
 
 # What is left is reckoned from the points that ran, not from those that were done before.
@@ -227,34 +239,36 @@ report_progress() {
   echo "--- $((num_ended)) of $num_points points ($point), $(duration "$SECONDS") so far, at most $left left"
 }
 
-# Stage 3: training traces. Stage 4: the student. Stages 5 and 6: both on the test problems.
+# Stage 3: training traces. Stage 6, with the same models: the teacher on the test problems. Stage 4: the student.
+# Stage 5: the student on the test problems.
 run_point() {
   local student="$EXP_DIR/models/student_$point/final"
+  wanted=()
   sample_training_traces || return
-  distil_student || return
-  run_stage "eval_student_$point" gentraces.py "${problems[@]}" is_teacher=false "teacher=$student" \
-    "data_split=${DATASET}_test" tau=0 "trace_name=eval_student_$point" || return
-  run_stage "eval_teacher_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_test" \
+  want_stage "eval_teacher_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_test" \
     "trace_name=eval_teacher_$point" || return
+  distil_student || return
+  want_stage "eval_student_$point" gentraces.py "${problems[@]}" is_teacher=false "teacher=$student" \
+    "data_split=${DATASET}_test" tau=0 "trace_name=eval_student_$point" || return
+  run_wanted "$point"
 }
 
 sample_training_traces() {
   teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps" "direction=${direction:-gradient}"
-    "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
-  run_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
+    ${direction_seed:+"direction_seed=$direction_seed"} "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
+  want_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
     "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"}
 }
 
 distil_student() {
-  run_stage "student_$point" distill.py "${common[@]}" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
+  want_stage "student_$point" distill.py "${common[@]}" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
     "train_traces=$EXP_DIR/traces/train_$point.parquet" "holdout_traces=$holdout" "model_name=student_$point" \
     ${train_args[@]+"${train_args[@]}"}
 }
 
-# run_stage NAME SCRIPT key=value...: skip the stage if its sidecar says that it is done with these settings,
-# refuse if it was done with others, else run it; its output goes to EXP_DIR/logs/NAME.log, and with one job
-# to the terminal too.
-run_stage() {
+# want_stage NAME SCRIPT key=value...: skip the stage if its sidecar says that it is done with these settings, refuse
+# if it was done with others, else put it among those that run_wanted runs.
+want_stage() {
   local name="$1" script="$2" status=0
   shift 2
   local command=("${launch[@]}" "$here/$script" "$@")
@@ -272,22 +286,24 @@ run_stage() {
     echo "to do   $name: $(printf '%q ' "${command[@]}")${check:+ # $check}"
     return 0
   fi
-  ran=1
-  echo "run     $name ($(date '+%F %T')): $(printf '%q ' "${command[@]}")"
-  local log="$EXP_DIR/logs/$name.log" size=0
+  wanted+=(${wanted[@]+--} "$name" "$here/$script" "$@")
+}
+
+# run_wanted LOG: run the stages that are to be run, one after another in one process each; what they say goes to
+# EXP_DIR/logs/LOG.log, and with one job to the terminal too.
+run_wanted() {
+  [[ ${#wanted[@]} -gt 0 ]] || return 0
+  local log="$EXP_DIR/logs/$1.log" size=0 status=0 command=("${launch[@]}" "$here/chain.py" "${wanted[@]}")
+  ran=1 wanted=()
   [[ ! -f "$log" ]] || size="$(wc -c <"$log")"
   # in the background, as a trap waits for what runs in the foreground
-  if [[ "$JOBS" == 1 ]]; then
-    exec 8> >(tee -a "$log")
-    local writer="$!"
-    "${command[@]}" </dev/null >&8 2>&1 8>&- &
-    exec 8>&-
-  else
-    "${command[@]}" </dev/null >>"$log" 2>&1 &
-  fi
-  wait "$!" && return
-  status=$?
-  [[ "$JOBS" != 1 ]] || wait "$writer" 2>/dev/null || true
+  exec 8> >(tee -a "$log" | if [[ "$JOBS" == 1 ]]; then cat; else grep -a --line-buffered '^run '; fi)
+  local writer="$!"
+  "${command[@]}" </dev/null >&8 2>&1 8>&- &
+  exec 8>&-
+  wait "$!" || status=$?
+  wait "$writer" 2>/dev/null || true
+  [[ "$status" != 0 ]] || return 0
   show_failure "$log" "$size"
   return "$status"
 }

@@ -2,7 +2,7 @@
 # The whole experiment on the tiny models in demo/models and generated word problems: minutes on a CPU, no GPU, no
 # network beyond the package index. The same stages, scripts and files as pipeline.sh.
 #
-#   bash pipeline_demo.sh              one seed, 16 grid points
+#   bash pipeline_demo.sh              one seed, 20 grid points
 #   SEEDS=3 bash pipeline_demo.sh      three seeds: fresh problems, fresh random numbers
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -14,11 +14,15 @@ export NPROC=1 OMP_NUM_THREADS=1 # at this size processes help and threads do no
 export GEN_ARGS="max_length=200 max_prompt_length=100 batch_size=300 top_k=0 top_p=1 ${GEN_ARGS:-}"
 export TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8 one_step=0.1}"
 export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}"
-export TRAIN_ARGS="lora_r=16 lora_alpha=16 lr=3e-3 num_epochs=2 per_device_batch_size=16 warmup=0 ${TRAIN_ARGS:-}"
+export TRAIN_ARGS="lora=false lr=3e-3 num_epochs=3 per_device_batch_size=16 do_eval=false ${TRAIN_ARGS:-}"
+# What the undistilled student reaches when it is asked in other ways. Prompts with worked problems are longer.
+export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=2 max_length=400 max_prompt_length=300}" PREFILL="${PREFILL-start with}"
 export GRID_ARGS="${GRID_ARGS:---points
-  0.4,0,0 1.2,0,0 1.35,0,0 1.5,0,0 1.65,0,0
-  0.4,5,0 0.4,8,0 0.4,11,0 0.4,14,0 0.4,18,0 0.4,24,0
-  0.4,85,0,random 0.4,105,0,random 0.4,130,0,random 0.4,-8,0 0.4,7,0,permuted}"
+  0.4,0,0 1.0,0,0 1.2,0,0 1.3,0,0 1.4,0,0
+  0.4,4,0 0.4,5.5,0 0.4,6.2,0 0.4,6.8,0 0.4,7.4,0
+  0.4,-4,0 0.4,-7,0 0.4,-8,0 0.4,-9,0
+  0.4,80,0,random,1 0.4,80,0,random,2 0.4,80,0,random,3
+  0.4,0.2,0,corrupt 0.4,0.4,0,corrupt 0.4,0.7,0,corrupt}"
 export ACCELERATE_USE_CPU=true # these models are too small for a GPU, and results should not hang on having one
 
 # The first seed's experiment is the folder itself; its report/ shows all seeds.

@@ -216,6 +216,9 @@ def sampling(trace):
     return values | {
         "eps": values["eps"] if has_delta else None,
         "direction": direction if has_delta else None,
+        "direction_seed": trace["config"].get("direction_seed")
+        if has_delta and direction == "random"
+        else None,
     }
 
 
@@ -358,6 +361,7 @@ def make_point(teacher=None, student=None, train=None, model=None, gradient=None
     if student:
         row["student"] = model_name(student, "teacher")
         row["student_few_shot"] = student["config"]["few_shot"]
+        row["student_prefill"] = student["config"].get("prefill")
         row.setdefault("seed", student["config"]["seed"])
     if model:
         row |= {"student": model_name(model, "student"), "student_seed": model["config"]["seed"]}
@@ -470,6 +474,7 @@ def baseline_lines(baselines):
     return [
         f"undistilled {row['student']} on {row['data']}: forced {show_accuracy(row, 'student_af')}, "
         f"raw {show_accuracy(row, 'student_raw')}, few_shot {row['student_few_shot']}, "
+        f"{'prefill ' + repr(row['student_prefill']) + ', ' if row['student_prefill'] else ''}"
         f"n {show_sizes([row], '/')}, finished {show_number(row.get('student_finished'))}, seed {row['seed']}"
         for row in baselines
     ] or ["undistilled student: -"]

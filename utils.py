@@ -449,6 +449,7 @@ class World:
                 raise ValueError(f"process {rank} has other inputs than process 0: {'; '.join(differences)}")
 
 
+@functools.cache  # the stages of one process are made by the same processes
 def start_world():
     """Join the processes that a launcher started (or be the only one) and choose the device."""
     num_started = store.world_size()

@@ -1,6 +1,7 @@
 """The demo's dataset `arithmetic`: generated word problems of a few steps, and worked solutions.
 
-A problem is a computation (a start value and 2 to 4 steps, every value within 0..99) in one of many wordings.
+A problem is a computation (a start value and 4 steps, every value within 0..59) in one of many wordings.
+At least two of its steps are of the skill that a student is to learn from traces: doubling and tripling.
 The splits are disjoint by construction: a hash of the computation decides which split it belongs to,
 `pretrain` (demo/pretrain.py) being one of them.
 """
@@ -9,10 +10,12 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-SPLIT_SIZES = {"train": 600, "test": 600, "holdout": 300}
+SPLIT_SIZES = {"train": 2400, "test": 600, "holdout": 600}
 SHARES = ("pretrain",) * 7 + ("train", "test", "holdout")  # of all computations, by hash
-NUM_STEPS = (2, 3, 4)
-LARGEST = 99
+NUM_STEPS = 4
+LARGEST = 59
+SKILL = ("double", "triple")  # 50 facts: the doubles of 0..29 and the triples of 0..19
+LEAST_SKILL = 2  # steps of the skill in a problem; where it has fewer steps than three, all but one
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gina", "Hugo")
 ITEMS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
 OPENINGS = (
@@ -48,7 +51,7 @@ class Step:
     amount: int
 
     def apply(self, value):
-        """The value after this step, which may leave 0..99."""
+        """The value after this step, which may leave 0..LARGEST."""
         if self.kind == "add":
             return value + self.amount
         return value - self.amount if self.kind == "subtract" else value * self.amount
@@ -67,7 +70,7 @@ def generate(split, seed, count=None):
     rng = random.Random(f"{split}/{seed}")
     seen, rows = set(), []
     while len(rows) < (SPLIT_SIZES[split] if count is None else count):
-        start, steps = draw_computation(rng, pick(rng, NUM_STEPS))
+        start, steps = draw_computation(rng, NUM_STEPS)
         if split_of(start, steps) != split or (start, steps) in seen:
             continue
         seen.add((start, steps))
@@ -82,15 +85,21 @@ def pick(rng, options):
 
 
 def draw_computation(rng, num_steps):
-    """(start value, steps) with every value within 0..LARGEST."""
-    start = value = int(rng.random() * (LARGEST + 1))
+    """(start value, steps) with every value within 0..LARGEST and enough steps of the skill."""
     steps = []
-    while len(steps) < num_steps:
-        step = draw_step(rng)
-        if 0 <= step.apply(value) <= LARGEST:
-            value = step.apply(value)
-            steps.append(step)
+    while sum(step.kind in SKILL for step in steps) < min(LEAST_SKILL, num_steps - 1) or not steps:
+        start, steps = draw_number(rng), []
+        value = start
+        while len(steps) < num_steps:
+            step = draw_step(rng)
+            if 0 <= step.apply(value) <= LARGEST:
+                value = step.apply(value)
+                steps.append(step)
     return start, tuple(steps)
+
+
+def draw_number(rng):
+    return int(rng.random() * (LARGEST + 1))
 
 
 def stays_within(value, steps):
@@ -121,11 +130,11 @@ def tell(rng, start, steps):
     return " ".join([*parts, pick(rng, CLOSINGS).format(**names)])
 
 
-def work_out(start, steps, rng=None, slips=0.0, errors=0.0):
+def work_out(start, steps, rng=None, slips=0.0, unknown=0.0):
     """(trace ending in a boxed answer, the results in it as (first, end) character spans).
 
     At a share `slips` of the steps (drawn from rng) a wrong result is written, noticed and corrected; at a
-    share `errors` a wrong one is written and worked on with.
+    share `unknown` of the skill's steps the result is a random number, which is worked on with.
     """
     text, spans, value = BEGUN.format(value=start), [], start
     for i, step in enumerate(steps):
@@ -134,12 +143,19 @@ def work_out(start, steps, rng=None, slips=0.0, errors=0.0):
         if slips and rng.random() < slips:
             text += f" {step.equation(value)} {wrong(rng, result)} . {NOTICED}"
         text += f" {step.equation(value)} "
-        if errors and rng.random() < errors and stays_within(other := wrong(rng, result), steps[i + 1 :]):
-            result = other
+        if unknown and step.kind in SKILL and rng.random() < unknown:
+            result = draw_result(rng, steps[i + 1 :])
         spans.append((len(text), len(text) + len(str(result))))
         text += f"{result} ."
         value = result
     return f"{text} {CONCLUDED.format(value=value)}", spans
+
+
+def draw_result(rng, steps):
+    """A random number with which the steps to come stay within 0..LARGEST."""
+    while not stays_within(number := draw_number(rng), steps):
+        pass
+    return number
 
 
 def wrong(rng, value):

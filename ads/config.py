@@ -15,7 +15,7 @@ GRADIENT_DTYPES = ("float32", "bfloat16")  # of save_grad.py: gradients underflo
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 SPLITS = ("train", "holdout", "test")
-DIRECTIONS = ("gradient", "random", "permuted")
+DIRECTIONS = ("gradient", "random", "permuted", "corrupt")
 ARMS = ("ads", "random", "permuted", "temperature")  # of search.py
 # A finished stage and a new request for it may differ in these keys: they concern speed alone, or name a
 # place whose contents are compared by fingerprint.
@@ -48,6 +48,7 @@ class GenConfig:
     lam: float = 0.0
     eps: float = 0.0
     direction: str = "gradient"
+    direction_seed: int | None = None
     top_k: int = 50
     top_p: float = 0.95
     proxy_student: PathText | None = field(default=None, metadata=NOT_COMPARED)
@@ -63,6 +64,7 @@ class GenConfig:
     max_length: int = 1024
     max_prompt_length: int = 512
     answer_force: bool = True
+    prefill: str | None = None
     few_shot: int = 0
     few_shot_traces: PathText | None = field(default=None, metadata=NOT_COMPARED)
     batch_size: AutoInt = field(default=64, metadata=NOT_COMPARED)
@@ -94,11 +96,19 @@ class GenConfig:
         return [self.parts_dir]
 
     @property
+    def has_delta(self):
+        """Whether a proxy adjusts what is sampled: corrupted results need none."""
+        return bool(self.lam) and self.direction != "corrupt"
+
+    @property
     def idle_keys(self):
         """Keys without effect under these settings."""
         without_tau = set() if self.tau else {"top_k", "top_p"}
-        without_lam = set() if self.lam else {"eps", "proxy_dtype", "direction", "num_contrasts"}
-        return without_tau | without_lam | (set() if self.one_step else {"one_step_samples"})
+        without_lam = set() if self.lam else {"direction"}
+        without_delta = set() if self.has_delta else {"eps", "proxy_dtype", "num_contrasts"}
+        without_seed = set() if self.lam and self.direction == "random" else {"direction_seed"}
+        without_step = set() if self.one_step else {"one_step_samples"}
+        return without_tau | without_lam | without_delta | without_seed | without_step
 
     def check(self):
         check_name("trace_name", self.trace_name)
@@ -125,6 +135,8 @@ class GenConfig:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (1 switches it off)")
         if self.few_shot and not self.few_shot_traces:
             raise ValueError(f"few_shot={self.few_shot}: set few_shot_traces to the traces to show")
+        if self.direction_seed is not None:
+            check_seed(self.direction_seed, "direction_seed")
         if self.lam:
             self.check_antidistillation()
         check_at_least("one_step", self.one_step, 0)
@@ -138,6 +150,10 @@ class GenConfig:
     def check_antidistillation(self):
         if not self.is_teacher:
             raise ValueError(f"lam={self.lam}: only a teacher is sampled with antidistillation; set lam=0")
+        if self.direction == "corrupt":
+            if not 0 <= self.lam <= 1:
+                raise ValueError(f"lam={self.lam}: with direction=corrupt it is the share of results, 0 to 1")
+            return
         if not self.grad_path:
             raise ValueError(f"lam={self.lam}: needs grad_path, the file that save_grad.py writes")
         if not self.proxy_student:
@@ -360,9 +376,9 @@ def check_name(key, value):
         raise ValueError(f"{key}={value!r}: must be a plain file name (no '/', no leading '.' or '-')")
 
 
-def check_seed(seed):
+def check_seed(seed, key="seed"):
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed={seed}: must be at least 0 and below 2^32")
+        raise ValueError(f"{key}={seed}: must be at least 0 and below 2^32")
 
 
 def check_split(key, value):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ads import sampling
+from ads.corruption import Corruption
 from ads.models import CachedModel, free_bytes, give_back_freed_memory, is_out_of_memory
 from ads.proxy import CentralDifference, ExactDerivative
 
@@ -78,12 +79,13 @@ class Row:
 @dataclass(frozen=True)
 class Models:
     """What decodes: a teacher (models.CachedModel), a proxy (of proxy.py) or None, the bool mask
-    of ids that may be sampled, and the ids that end a row."""
+    of ids that may be sampled, the ids that end a row, and what corrupts results, or None."""
 
     teacher: CachedModel
     proxy: CentralDifference | ExactDerivative | None
     allowed_V: torch.Tensor
     eos: frozenset[int]
+    corruption: Corruption | None = None
 
     def allocate(self, num_slots, num_positions):
         self.teacher.allocate(num_slots, num_positions)
@@ -207,6 +209,8 @@ class Decoder:
         log_probs_NV = sampling.log_probs(logits_NR, self.models.allowed_V)
         steps_N, given_N = self.steps_B[slots], self.given_B[slots]
         tokens_N = sampling.sample(log_probs_NV, delta_NV, self.rule, self.keys_B[slots], steps_N)
+        if self.models.corruption:
+            tokens_N = self.corrupt(tokens_N, slots)
         is_end_N = self.is_eos_V[tokens_N]
         if any(row.response for row in self.rows[slots]):
             tokens_N = torch.where(given_N > 0, log_probs_NV.argmax(-1), tokens_N)
@@ -228,6 +232,16 @@ class Decoder:
         if bad:  # only now: what ended in the same step is kept
             row, state = bad[-1]
             raise_not_finite(row.request.id, row.num_new - 1, state)
+
+    def corrupt(self, tokens_N, slots):
+        """The sampled tokens with those of results replaced, where they are to be."""
+        tokens, keys_N = tokens_N.tolist(), self.keys_B[slots].cpu()
+        for k, row in enumerate(self.rows[slots]):
+            if tokens[k] in self.models.corruption.shapes and not row.response:
+                slot = slots.start + k
+                ids = self.tokens_BM[slot, : row.num_new].tolist() + [tokens[k]]
+                tokens[k] = self.models.corruption.replace(ids, keys_N[k])
+        return tokens_N.new_tensor(tokens)
 
     def end(self, slot, finished):
         """Yield the slot's Completion, unless its response has only now ended and a forced part follows."""

@@ -12,8 +12,10 @@ from ads import store, tradeoff
 from ads.tradeoff import ARMS, RULES, SYMBOLS
 
 # Okabe and Ito's colours, safe for colour-blind readers, and one marker an arm
-COLOURS = dict(zip(ARMS, ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#595f69"), strict=True))
-MARKERS = dict(zip(ARMS, "osvD^_", strict=True))
+COLOURS = dict(
+    zip(ARMS, ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#56b4e9", "#595f69"), strict=True)
+)
+MARKERS = dict(zip(ARMS, "osvD^P_", strict=True))
 INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"
 CURVE_STYLES = ("-", "--", ":", "-.")  # of several curves of one arm
 PANEL_SIZE = (4.6, 3.6)  # inches
@@ -106,9 +108,9 @@ def by_label(baselines, rule=None):
     groups = {}
     for row in baselines:
         parts = [f"undistilled {row['student'] if 'student' in names else 'student'}"]
-        parts += [f"{row['student_few_shot']}-shot"]
+        parts += ["prefilled" if row.get("student_prefill") else f"{row['student_few_shot']}-shot"]
         for name in names:
-            if name not in ("student", "student_few_shot") and row.get(name) is not None:
+            if name not in ("student", "student_few_shot", "student_prefill") and row.get(name) is not None:
                 parts.append(f"{tradeoff.show_name(name)} {tradeoff.show_setting(row[name])}")
         if rule is None or tradeoff.has_share(row, f"student_{rule}"):
             groups.setdefault(", ".join(parts), {}).setdefault(row["seed"], []).append(row)
@@ -200,6 +202,7 @@ def knob_panels(rule, curves):
         ("lam", ("ADS", "negative lambda")),
         ("lam", ("random direction",)),
         ("lam", ("permuted",)),
+        ("lam", ("corrupted results",)),
     ):
         chosen = [c for c in curves if c.arm in arms and tradeoff.graded([p.row for p in c.points], rule)]
         if len({point.row[key] for curve in chosen for point in curve.points}) > 1:

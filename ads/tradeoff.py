@@ -13,8 +13,15 @@ import numpy as np
 
 from ads.grading import wilson_interval
 
-ARMS = ("temperature", "ADS", "negative lambda", "random direction", "permuted", "undistilled")
-CONTROLS = {"random": "random direction", "permuted": "permuted"}  # direction: arm
+ARMS = (
+    *("temperature", "ADS", "negative lambda", "random direction", "permuted", "corrupted results"),
+    "undistilled",
+)
+CONTROLS = {  # direction: arm
+    "random": "random direction",
+    "permuted": "permuted",
+    "corrupt": "corrupted results",
+}
 RULES = {"af": "forced", "raw": "raw"}
 SEEDS = ("seed", "student_seed")
 SETTINGS = ("data", "teacher", "student", "student_few_shot", *SEEDS, "eps", "top_k", "top_p")

@@ -4,10 +4,10 @@
     python demo/pretrain.py out=/tmp/models seed=1 scale=0.01    # a hundredth of the steps
 
 The teacher is trained on worked problems, then to recover from a corrupted trace: large reasoning models can,
-and antidistillation relies on it. Proxy and student are pretrained on worked problems with a fifth of the
-results wrong, and then mostly on answers without working: that is how they answer until they are taught, or
-told, to begin otherwise (demo/notes.txt). One process of one thread per model, up to the number of cores.
-Interrupted, it goes on from its last checkpoint (OUT/unfinished).
+and antidistillation relies on it. Proxy and student work step by step too, but lack a skill: where the
+student's documents double or triple, the result is a random number, so that no prompt elicits what it never
+saw; the proxy has seen the right one in some of its documents. One process of one thread per model, up to the
+number of cores. Interrupted, it goes on from its last checkpoint (OUT/unfinished).
 """
 
 import json
@@ -17,7 +17,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,12 +32,12 @@ from utils import print_result
 
 OUT = Path(__file__).resolve().parent / "models"
 SIZES = {
-    "hidden_size": 96,
-    "intermediate_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 192,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "head_dim": 24,
+    "head_dim": 16,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
@@ -54,24 +54,29 @@ TEMPLATES = {  # of the turn; the system prompt's words are none of the vocabula
 CORRUPTED_SHARES = (0.0, 0.3, 0.6)  # of a trace's results, in the last phase of the teacher
 NOISE = 0.1  # share of a trace's input tokens replaced by random ones, in the phase before
 SLIPS = 0.1  # share of steps with a wrong result, noticed and corrected
-ERRORS = 0.2  # share of steps with a wrong result, in the documents of proxy and student
-DIRECT = 0.6  # share of a base's last documents that answer without working
+SHOWN = 0.05  # share of a base's batches whose prompts show worked examples, so that it knows such prompts
+NUM_SHOWN = 2
 FORCED = 0.1  # share of documents that end in the forced answer
 NUM_EVALUATED = 300
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: which documents, how many steps, from which learning rate down."""
+    """A stretch of training: which documents, how many steps, from which learning rate down.
+
+    unknown: the share of the skill's results that are random numbers.
+    """
 
     documents: str
     num_steps: int
     lr: float
+    unknown: float = 0.0
 
 
 TEACHER = (Phase("worked", 2000, 3e-3), Phase("noisy", 500, 1e-3), Phase("corrupted", 1600, 1e-3))
-BASE = (Phase("unreliable", 1500, 3e-3), Phase("direct", 500, 1e-3))
-PHASES = {"teacher": TEACHER, "proxy": BASE, "student": BASE}
+PROXY = (Phase("unskilled", 2000, 3e-3, unknown=0.7),)
+STUDENT = (Phase("unskilled", 2000, 3e-3, unknown=1.0),)
+PHASES = {"teacher": TEACHER, "proxy": PROXY, "student": STUDENT}
 # Not qwen2: the library takes the tokenizer of a qwen2 folder for Qwen's own, whatever its files say.
 ARCHITECTURES = {
     "teacher": {"model_type": "llama", "attention_bias": True},
@@ -124,8 +129,7 @@ def make_tokenizer(family):
 
     opening, closing = TEMPLATES[family]
     special = ["<unk>", "<eos>", *(word for word in TEMPLATES[family] if word.startswith("<"))]
-    extra = () if len(special) > 2 else ("Problem", "Solution")
-    ordinary = [*PUNCTUATION, *"0123456789", *extra, *arithmetic.words()]
+    ordinary = [*PUNCTUATION, *"0123456789", "Problem", "Solution", *arithmetic.words()]
     random.Random(family).shuffle(ordinary)
     vocabulary = {word: i for i, word in enumerate([*special, *ordinary])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -164,26 +168,22 @@ def new_model(name, tokenizer, seed):
 @dataclass(frozen=True)
 class Document:
     """A problem, a response, and in it, as (first, end) character spans, the results, which may be corrupted,
-    and what is given, which is not to be learned."""
+    and what is given, which is not to be learned; examples: (problem, trace) pairs that the prompt shows."""
 
     problem: str
     response: str
     results: list
     given: list
+    examples: tuple = ()
 
 
-def draw_document(rng, kind):
+def draw_document(rng, phase):
     """One training document of a phase."""
     start, steps = draw_pretraining(rng, 1 + int(rng.random() * 4))
     problem = arithmetic.tell(rng, start, steps)
-    is_base = kind in ("unreliable", "direct")
-    shares = {"errors": ERRORS} if is_base else {"slips": SLIPS}
-    trace, results = arithmetic.work_out(start, steps, rng, **shares)
+    slips = 0.0 if phase.documents == "unskilled" else SLIPS
+    trace, results = arithmetic.work_out(start, steps, rng, slips, phase.unknown)
     answer = trace[trace.rindex("{ ") + 2 :]  # of the box: value, brace, full stop
-    if kind == "direct" and rng.random() < DIRECT:
-        if rng.random() < FORCED:
-            return Document(problem, f"{chat.FORCE_TEXT} {answer}", [], [(0, len(chat.FORCE_TEXT))])
-        return Document(problem, trace[trace.rindex("the answer is") :], [], [])
     if rng.random() < FORCED:  # a trace is over before it: nobody learns to go on with it
         given = (len(trace), len(trace) + len(chat.FORCE_TEXT))
         return Document(problem, f"{trace}{chat.FORCE_TEXT} {answer}", results, [given])
@@ -200,7 +200,7 @@ def draw_pretraining(rng, num_steps):
 
 def encode_document(rng, tokenizer, document, kind):
     """(input ids, labels): inputs are noisy or corrupted where the phase says so, labels never."""
-    prompt = chat.prompt_ids(tokenizer, document.problem)
+    prompt = chat.prompt_ids(tokenizer, document.problem, document.examples)
     encoded = tokenizer(document.response, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"] + [tokenizer.eos_token_id], encoded["offset_mapping"]
     labels, inputs = list(ids), list(ids)
@@ -224,9 +224,22 @@ def tokens_within(offsets, spans):
     return [k for k, (left, right) in enumerate(offsets) if any(a <= left and right <= b for a, b in spans)]
 
 
-def make_batch(tokenizer, kind, rng):
+def draw_batch(rng, phase):
+    """BATCH_SIZE documents, all with worked examples in the prompt or none."""
+    documents = [draw_document(rng, phase) for _ in range(BATCH_SIZE)]
+    if phase.documents == "unskilled" and rng.random() < SHOWN:
+        return [replace(d, examples=draw_examples(rng, phase)) for d in documents]
+    return documents
+
+
+def draw_examples(rng, phase):
+    found = [draw_document(rng, phase) for _ in range(NUM_SHOWN)]
+    return tuple((document.problem, document.response) for document in found)
+
+
+def make_batch(tokenizer, phase, rng):
     """Padded input_ids, labels and attention_mask, (B, T) int64."""
-    pairs = [encode_document(rng, tokenizer, draw_document(rng, kind), kind) for _ in range(BATCH_SIZE)]
+    pairs = [encode_document(rng, tokenizer, d, phase.documents) for d in draw_batch(rng, phase)]
     width = max(len(ids) for ids, _ in pairs)
     lengths_B1 = torch.tensor([[len(ids)] for ids, _ in pairs])
     return {
@@ -262,7 +275,7 @@ def train_phase(name, model, tokenizer, optimizer, checkpoint, number, phase, fi
         rng = random.Random(f"{name}/{seed}/{number}/{step}")  # resuming needs no state of a generator
         for group in optimizer.param_groups:
             group["lr"] = phase.lr * schedule(step, num_steps)
-        loss = model(**make_batch(tokenizer, phase.documents, rng)).loss
+        loss = model(**make_batch(tokenizer, phase, rng)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,19 +1,20 @@
 """The shipped tiny models, how they are made, and pipeline_demo.sh."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, run_script
 
 import utils
-from ads import arithmetic, chat, grading, store
+from ads import arithmetic, chat, grading, sampling, store
 from ads.engine import Models, Request, generate
 from ads.models import CachedModel, load_model
-from ads.sampling import Sampling
 
 sys.path.insert(0, str(ROOT / "demo"))
 import pretrain
@@ -27,7 +28,7 @@ def test_models_are_small_and_whole():
     assert sorted(path.name for path in MODELS.iterdir()) == ["proxy", "student", "teacher"]
     for name in pretrain.PHASES:
         model = load_model(str(MODELS / name), "float32", "cpu")
-        assert 300_000 < model.num_parameters() < 400_000
+        assert 100_000 < model.num_parameters() < 400_000
         made = pretrain.make_tokenizer("student" if name == "student" else "teacher")
         assert chat.load_tokenizer(str(MODELS / name)).get_vocab() == made.get_vocab()
 
@@ -52,49 +53,80 @@ def test_tokenizers_know_every_word_and_bring_text_back(name):
     assert tokenizer.unk_token_id not in chat.encode(tokenizer, chat.FORCE_TEXT)
 
 
-def test_the_teacher_works_problems_out_and_the_student_answers_without_working():
-    reached = {}
-    for name in ("teacher", "student"):
-        tokenizer = chat.load_tokenizer(str(MODELS / name))
-        reached[name] = pretrain.evaluate(load_model(str(MODELS / name), "float32", "cpu"), tokenizer, seed=3)
-    assert reached["teacher"]["tau 0"] > 0.97 and reached["student"]["tau 0"] < 0.2
+def responses(folder, rows, examples=(), opening=""):
+    """(greedy responses by a model, the share that is right); opening: what they are made to begin with."""
+    tokenizer = chat.load_tokenizer(folder)
+    given = chat.encode(tokenizer, opening)
+    prompts = {row["id"]: chat.prompt_ids(tokenizer, row["problem"], examples) + given for row in rows}
+    requests = [Request(i, prompt, 100) for i, prompt in prompts.items()]
+    allowed_V, eos = torch.ones(len(tokenizer), dtype=torch.bool), frozenset([tokenizer.eos_token_id])
+    models = Models(CachedModel(load_model(folder, "float32", "cpu")), None, allowed_V, eos)
+    found = {c.id: given + c.ids for c in generate(models, sampling.GREEDY, 0, requests, len(rows))}
+    texts = {i: chat.response_text(tokenizer, ids, eos) for i, ids in found.items()}
+    right = sum(grading.grade(texts[row["id"]], row["solution"]).correct for row in rows)
+    return texts.values(), right / len(rows)
 
 
-@pytest.mark.parametrize("words", ["start", "start with"])
-def test_the_student_works_problems_out_once_it_is_made_to_begin_so(words):
-    """It was said that the student's arithmetic could not be relied on; what it lacks is how to begin."""
-    assert reached_after("") < 0.1 and reached_after(words) > 0.9
+def test_no_prompt_elicits_the_skill_from_the_student():
+    """An earlier student had learned to answer at once: one forced word, `start`, and it could do the task.
+    Distillation taught it a format. This one works step by step by itself, adds and subtracts rightly, and
+    yet cannot double or triple, whatever it is shown or made to begin with."""
+    rows, student = arithmetic.generate("test", seed=3, count=200), str(MODELS / "student")
+    shown = [(row["problem"], row["solution"]) for row in arithmetic.generate("holdout", seed=3, count=2)]
+    for settings in ({}, {"examples": shown}, {"opening": "start with"}):
+        texts, accuracy = responses(student, rows, **settings)
+        assert accuracy < 0.1, settings
+        equations = [e for text in texts for e in re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", text)]
+        right = {"*": [], "+": [], "-": []}
+        for left, sign, amount, result in equations:
+            right[sign].append(str(eval(left + sign + amount)) == result)
+        assert len(equations) > 3.5 * len(rows), settings
+        assert sum(right["*"]) < 0.3 * len(right["*"])
+        if "examples" not in settings:
+            assert sum(right["+"] + right["-"]) > 0.9 * len(right["+"] + right["-"])
+    assert responses(str(MODELS / "teacher"), rows)[1] > 0.97
 
 
-def reached_after(words, num_problems=100):
-    """Share of the test problems that the student solves, greedily, after words that it is made to say."""
-    tokenizer = chat.load_tokenizer(str(MODELS / "student"))
-    rows = arithmetic.generate("test", seed=1, count=num_problems)
-    said = chat.encode(tokenizer, words) if words else []
-    requests = [Request(row["id"], chat.prompt_ids(tokenizer, row["problem"]) + said, 120) for row in rows]
-    student = CachedModel(load_model(str(MODELS / "student"), "float32", "cpu"))
-    allowed_V = torch.ones(len(tokenizer), dtype=torch.bool)
-    models = Models(student, None, allowed_V, frozenset([tokenizer.eos_token_id]))
-    solutions = {row["id"]: row["solution"] for row in rows}
-    completions = list(generate(models, Sampling(0.0), 0, requests, num_problems))
-    texts = {c.id: chat.response_text(tokenizer, c.ids, models.eos) for c in completions}
-    return sum(grading.grade(text, solutions[i]).correct for i, text in texts.items()) / num_problems
+@pytest.mark.slow
+def test_clean_traces_teach_the_skill(tmp_path):
+    """With the settings of the demo, which they are read from."""
+    rows = [{**row, "trace": row["solution"], "finished": True} for row in arithmetic.generate("train", 3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "clean.parquet")
+    script = (ROOT / "pipeline_demo.sh").read_text()
+    recipe = re.search(r'TRAIN_ARGS="(.*?) \$\{', script)[1].split()
+    student, traces = f"student={MODELS / 'student'}", f"train_traces={tmp_path}/clean.parquet"
+    run_script("distill.py", f"exp_dir={tmp_path}", student, traces, "do_eval=false", *recipe)
+    taught = str(tmp_path / "models" / "student" / "final")
+    assert responses(taught, arithmetic.generate("test", seed=3, count=200))[1] > 0.85
 
 
 def test_no_document_holds_a_computation_of_the_experiment():
     rng = pretrain.random.Random(0)
-    for kind in ("worked", "unreliable", "direct"):
-        for _ in range(200):
-            start, steps = pretrain.draw_pretraining(rng, 3)
-            assert arithmetic.split_of(start, steps) == "pretrain"
-            assert pretrain.draw_document(rng, kind).response
+    for _ in range(600):
+        start, steps = pretrain.draw_pretraining(rng, 3)
+        assert arithmetic.split_of(start, steps) == "pretrain"
+
+
+def test_documents_lack_the_skill_as_much_as_their_phase_says():
+    """The student's know nothing of it; all else is right. A few show worked examples of that kind."""
+    rng = pretrain.random.Random(2)
+    for phases, low, high in ((pretrain.STUDENT, 0.0, 0.08), (pretrain.PROXY, 0.25, 0.4)):
+        documents = [d for _ in range(60) for d in pretrain.draw_batch(rng, phases[0])]
+        texts = [text for d in documents for text in (d.response, *(trace for _, trace in d.examples))]
+        assert len(texts) > len(documents) == 1920
+        right, num_skill = 0, 0
+        for left, sign, amount, result in re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", " ".join(texts)):
+            is_right = str(eval(left + sign + amount)) == result
+            assert is_right or sign == "*"
+            right, num_skill = right + (sign == "*" and is_right), num_skill + (sign == "*")
+        assert num_skill > 500 and low <= right / num_skill < high
 
 
 def test_inputs_are_corrupted_only_in_results_and_labels_never():
     tokenizer, rng = pretrain.make_tokenizer("teacher"), pretrain.random.Random(1)
     num_changed = 0
     for _ in range(60):
-        document = pretrain.draw_document(rng, "corrupted")
+        document = pretrain.draw_document(rng, pretrain.TEACHER[-1])
         ids, labels = pretrain.encode_document(rng, tokenizer, document, "corrupted")
         response = tokenizer(document.response, add_special_tokens=False, return_offsets_mapping=True)
         first = len(ids) - len(response["input_ids"]) - 1
@@ -125,7 +157,7 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
 
 
 def pretrain_steps(scale=0.005):
-    return sum(max(2, round(phase.num_steps * scale)) for phase in pretrain.BASE)
+    return sum(max(2, round(phase.num_steps * scale)) for phase in pretrain.STUDENT)
 
 
 def train_student(tokenizer, folder):
@@ -162,7 +194,7 @@ def run_demo(*options, **settings):
 def test_demo_plans_every_stage(tmp_path):
     found = run_demo("--dry-run", EXP_DIR=str(tmp_path / "x"), SEEDS="2")
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("to do   ") == 2 * (3 + 4 * 16) and "seed2" in found.stdout
+    assert found.stdout.count("to do   ") == 2 * (5 + 4 * 20) and "seed2" in found.stdout
     assert run_demo(SEEDS="0").returncode == 2 and "SEEDS='0'" in run_demo(SEEDS="0").stderr
 
 

@@ -78,7 +78,7 @@ def test_all_six_stages_ran(experiment):
     assert (exp_dir / "student_grads.yaml").exists()
     for point in points:
         assert (exp_dir / "models" / f"student_{point}" / "final" / "model.safetensors").exists()
-        assert (exp_dir / "logs" / f"train_{point}.log").stat().st_size > 0
+        assert (exp_dir / "logs" / f"{point}.log").stat().st_size > 0
     assert "total time" in output and "--- 2 of 2 points" in output
     assert (exp_dir / "report" / "results.csv").exists()
     assert not list((exp_dir / "parts").iterdir())
@@ -289,7 +289,7 @@ def test_term_during_the_sweep_stops_every_worker(experiment, model_folders, pro
     environment = pipeline_environment(model_folders, problem_folder, exp_dir, JOBS="2", GRID_ARGS=points)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(["bash", str(ROOT / "pipeline.sh")], env=environment, **quiet)
-    wait_until((exp_dir / "logs" / "train_tau1.2_lam0_eps0.log").exists)
+    wait_until((exp_dir / "logs" / "tau1.2_lam0_eps0.log").exists)
     process.terminate()
     assert process.wait(timeout=MOST_SECONDS) == 143
     wait_until(functools.partial(has_ended, exp_dir))

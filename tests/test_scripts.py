@@ -346,6 +346,48 @@ def test_undistilled_student_with_worked_examples(model_folders, exp, tmp_path, 
     assert json.loads(result.stdout.splitlines()[-1])["n"] == 3
 
 
+def test_a_prefilled_response_goes_on_from_its_opening(tmp_path):
+    """Made to begin as it would anyway, the demo's teacher writes the same. What was given was not sampled,
+    but is graded."""
+    teacher = f"teacher={ROOT / 'demo' / 'models' / 'teacher'}"
+    common = [f"exp_dir={tmp_path}", teacher, "data_split=arithmetic_test", "max_samples=12"]
+    run_script("gentraces.py", *common, "trace_name=free")
+    run_script("gentraces.py", *common, "trace_name=given", "prefill=start with")
+    kept = "trace", "trace_af", "is_raw_correct", "is_af_correct", "finished"
+    for free, given in zip(rows_of(tmp_path, "free"), rows_of(tmp_path, "given"), strict=True):
+        assert {key: free[key] for key in kept} == {key: given[key] for key in kept}
+        assert given["prompt_ids"] == free["prompt_ids"] + free["response_ids"][:2]
+        assert given["response_ids"] == free["response_ids"][2:]
+        assert given["num_tokens"] == free["num_tokens"] - 2 == len(given["response_ids"])
+    most = len(free["prompt_ids"]) + len(
+        free["response_ids"]
+    )  # room for the opening of the last, and a few more
+    opening = "prefill=" + free["trace"].rpartition(" .")[0]
+    run_script("gentraces.py", *common, "trace_name=all", opening, f"max_length={most}")
+    last = rows_of(tmp_path, "all")[-1]
+    assert last["is_raw_correct"] and last["num_tokens"] <= 2 and last["trace"].startswith(opening[8:])
+
+
+def test_a_prefill_may_not_end_the_response(model_folders, problem_folder, tmp_path):
+    more = [f"data_split={problem_folder}_test", "prefill=so<|end|>"]
+    found = gentraces(model_folders, problem_folder, tmp_path, "x", *more, check=False)
+    assert found.returncode == 2 and "holds the token that ends a response" in found.stderr, found.stderr
+
+
+def test_corrupted_results_need_no_proxy_and_random_directions_have_seeds(
+    model_folders, problem_folder, exp, tmp_path
+):
+    """A direction's seed makes another direction; without one it is the run's own seed."""
+    gentraces(model_folders, problem_folder, tmp_path, "corrupt", "lam=0.5", "direction=corrupt")
+    record = store.read_yaml(tmp_path / "traces" / "corrupt.yaml")
+    assert "proxy_student" not in record["inputs"] and record["config"]["lam"] == 0.5
+    random = [*ads_arguments(model_folders, exp), "direction=random"]
+    for name, more in (("own", []), ("named", ["direction_seed=42"]), ("other", ["direction_seed=43"])):
+        gentraces(model_folders, problem_folder, tmp_path, name, *random, "lam=2", *more)
+    own, named, other = (rows_of(tmp_path, name) for name in ("own", "named", "other"))
+    assert own == named and [r["response_ids"] for r in own] != [r["response_ids"] for r in other]
+
+
 def test_problems_without_an_answer_are_left_out_and_counted(model_folders, tmp_path):
     """Two of MATH's solutions end in an empty box; they must not stop a run of thousands."""
     rows = [{"problem": "1+1", "solution": "\\boxed{2}"}, {"problem": "why?", "solution": "Thus \\boxed{}"}]

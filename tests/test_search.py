@@ -335,9 +335,9 @@ def test_grid_of_a_file(tmp_path):
 
 
 def test_a_point_may_name_a_direction():
-    arguments = ["--points", "0.6,0.03,1e-3,permuted", "0.6,0.03,1e-3,gradient", "0.6,0,0"]
+    arguments = ["--points", "0.6,0.03,1e-3,permuted", "0.6,0.03,1e-3,random,7", "0.6,0,0"]
     lines = run_script("grid.py", *arguments).stdout.splitlines()
-    assert lines == ["0.6 0.03 1e-3 permuted", "0.6 0.03 1e-3 gradient", "0.6 0 0"]
+    assert lines == ["0.6 0.03 1e-3 permuted", "0.6 0.03 1e-3 random 7", "0.6 0 0"]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,9 @@ def test_a_point_may_name_a_direction():
         ("0.6 x 0\n", "points.txt, line 1: '0.6,x,0': write tau,lam,eps"),
         ("0.6 0 inf\n", "points.txt, line 1: '0.6,0,inf': tau and eps must be at least 0, all three finite"),
         ("0.6 1 1e-3 uphill\n", "line 1: '0.6,1,1e-3,uphill': the fourth must be one of gradient, random"),
-        ("0.6 1 1e-3 random 5\n", "line 1: '0.6,1,1e-3,random,5': the fourth must be one of"),
+        ("0.6 1 1e-3 permuted 5\n", "line 1: '0.6,1,1e-3,permuted,5': a fifth is the seed of a random"),
+        ("0.6 1 1e-3 random -5\n", "line 1: '0.6,1,1e-3,random,-5': a fifth is the seed of a random"),
+        ("0.6 1 1e-3 random 5 6\n", "line 1: '0.6,1,1e-3,random,5,6': a fifth is the seed of a random"),
         ("# nothing was reachable\n", "points.txt: holds no point"),
         (None, "points.txt: cannot be read"),
     ),
