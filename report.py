@@ -74,9 +74,9 @@ ONE_STEP_LEGEND = (
 )
 ASKED = "means over seeds [95 % interval]; the best way is the line in the plots and in claim a"
 ONE_STEP_TABLE = (
-    "means over points and seeds; loss of accuracy: against the student of the clean traces of its seed, raw "
-    "answers; rank correlation (Spearman) of one-step change and student accuracy, over points: -1 if the step "
-    "foretells the order of the students, 0 if it says nothing"
+    "means over points and seeds; loss of accuracy: against the student of its seed's clean traces, by raw "
+    "answers; rank correlation (Spearman) of one-step change and student's accuracy, over points: -1 if the "
+    "step foretells the order of the students, 0 if it says nothing"
 )
 MATCH_LEGEND = (
     "95 % intervals over seeds (t) or, of one seed, over problems (bootstrap); "

@@ -17,12 +17,13 @@ LEAST_GAPS = {0.85: 0.15, 0.75: 0.25}  # teacher accuracy: temperature - ADS
 MOST_RANDOM = 0.07  # of the distance between a random direction and temperature
 ABOVE_0 = float(np.nextafter(0, 1))
 HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured"
+PARTLY = "holds as far as it was measured"
 THIS_SEED = ", this seed only"
 WAYS = ("zero-shot", "few-shot", "prefilled")
 RULES_OF_VERDICT = f"""\
-Differences are of students' accuracies by raw answers. A claim holds where the whole 95 % interval lies on its
-side: the t interval over seeds (of one accuracy, no narrower than Wilson's). One seed has an interval of its problems
-only, or none, and its verdict says "this seed only". {MARK} marks a reading in doubt; the comparisons say why."""
+Differences are of students' accuracies by raw answers. A claim holds where the number and the whole of its 95 %
+interval lie on its side: the t interval over seeds (of one accuracy, no narrower than Wilson's). One seed has
+an interval of its problems only, or none, and its verdict says "this seed only". {MARK} marks doubtful readings."""
 HEADER = ("", "claim", "found", "95 % interval", "seeds", "verdict")
 
 
@@ -131,7 +132,7 @@ def difference_claims(key, first, second, compared, price="accuracy"):
     for level in levels or [None]:
         text = f"{name_of(first, second, price, level)}: above 0"
         claim = from_match(key, text, found, level, missing_arm(compared[0], first, second), least=ABOVE_0)
-        winner = "" if key != "f" or claim.found is None else who_harms_more(claim, first, second)
+        winner = "" if key == "c" or claim.found is None else who_harms_more(claim, first, second)
         yield add_note(claim, winner)
 
 
@@ -247,23 +248,38 @@ def lines(claims):
 
 
 def failures(claims):
-    """What does not hold, for the first paragraph: how many seeds, which claims, and what was found instead."""
+    """The verdicts in words, for the first paragraph: how many seeds, and what was found where one fails.
+
+    A claim holds if it does at every price.
+    """
     if not claims:
         return ""
-    failed = [claim for claim in claims if claim.verdict.startswith(FAILS)]
-    absent = [claim for claim in claims if claim.verdict == UNMEASURED]
-    text = (
-        f"On {count_seeds(claims)}, by {RULE} answers, {sum(c.verdict.startswith(HOLDS) for c in claims)} of "
-        f"{len(claims)} claims hold, {len(failed)} do not"
-        f"{f', {len(absent)} ({keys_of(absent)}) could not be measured' if absent else ''}."
-    )
-    if failed:
-        text += f" Does not hold: {'; '.join(map(show_failure, failed))}."
-    return text
+    verdicts = {key: verdict_of([c for c in claims if c.key == key]) for key in keys_of(claims)}
+    keys = {v: [key for key in verdicts if verdicts[key] == v] for v in (HOLDS, PARTLY, FAILS, UNMEASURED)}
+    parts = [f"On {count_seeds(claims)}, by {RULE} answers, {say(keys[HOLDS]) or 'none'} of the claims"]
+    parts[0] += f" a to f hold{'s' if len(keys[HOLDS]) == 1 else ''}."
+    if failed := [claim for claim in claims if claim.verdict.startswith(FAILS)]:
+        parts.append(f"Does not hold: {'; '.join(map(show_failure, failed))}.")
+    for verdict in (PARTLY, UNMEASURED):
+        if keys[verdict]:
+            parts.append(f"{verdict.capitalize()}: {say(keys[verdict])}.")
+    return " ".join(parts)
+
+
+def verdict_of(claims):
+    """The verdict on a claim as a whole, of those at each price."""
+    verdicts = [claim.verdict.removesuffix(THIS_SEED) for claim in claims]
+    if FAILS in verdicts:
+        return FAILS
+    return verdicts[0] if len(set(verdicts)) == 1 else PARTLY
 
 
 def keys_of(claims):
-    return ", ".join(dict.fromkeys(claim.key for claim in claims))
+    return list(dict.fromkeys(claim.key for claim in claims))
+
+
+def say(names):
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def count_seeds(claims):
@@ -276,8 +292,9 @@ def count_seeds(claims):
 
 def show_failure(claim):
     mark = f" {MARK}" if claim.flags else ""
-    found = f"{show(claim.found)}{'' if claim.low is None else f' {show_interval(claim)}'}{mark}"
-    return f"({claim.key}) {claim.claim}; found {found}"
+    ends = "" if claim.low is None else f" {show_interval(claim)}"
+    note = f" ({claim.note})" if claim.note else ""
+    return f"({claim.key}) {claim.claim}, found {show(claim.found)}{ends}{mark}{note}"
 
 
 # What the undistilled student does, and what one step of the proxy says
@@ -291,7 +308,11 @@ def asked_cells(baselines):
         line = [label.removeprefix("undistilled student, "), str(len(rows))]
         for rule in tradeoff.RULES:
             graded = [row for row in rows if tradeoff.has_share(row, f"student_{rule}")]
-            numbers = [tradeoff.show_number(v) for v in tradeoff.pooled(graded, f"student_{rule}")] if graded else []
+            numbers = (
+                [tradeoff.show_number(v) for v in tradeoff.pooled(graded, f"student_{rule}")]
+                if graded
+                else []
+            )
             line.append(f"{numbers[0]} [{', '.join(numbers[1:])}]" if graded else "-")
         names = [tradeoff.RULES[rule] for rule in tradeoff.RULES if rows in best[rule]]
         found.append([*line, " and ".join(names) or "-"])
@@ -307,7 +328,14 @@ def one_step_cells(curves):
     groups = {}
     for point in points:
         groups.setdefault(point.row["arm"], []).append(point)
-    header = ["arm", "points", "one-step change", "its range", "student's loss of accuracy", "rank correlation"]
+    header = [
+        "arm",
+        "points",
+        "one-step change",
+        "its range",
+        "student's loss of accuracy",
+        "rank correlation",
+    ]
     groups = groups | ({"all": points} if len(groups) > 1 else {})
     return [header, *(one_step_line(arm, group, clean) for arm, group in groups.items())]
 

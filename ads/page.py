@@ -22,7 +22,15 @@ MAX_CONTRASTS_PER_ARM = 4
 MAX_CONTRAST_BYTES = 3_000_000
 NUM_NORMS = 10
 NBSP = "\N{NO-BREAK SPACE}"
-GLYPHS = {"o": "&#9679;", "s": "&#9632;", "v": "&#9660;", "D": "&#9670;", "^": "&#9650;", "P": "&#10010;", "_": ""}  # markers
+GLYPHS = {
+    "o": "&#9679;",
+    "s": "&#9632;",
+    "v": "&#9660;",
+    "D": "&#9670;",
+    "^": "&#9650;",
+    "P": "&#10010;",
+    "_": "",
+}  # markers
 NUM_OPEN = 20  # a longer table of points is folded
 
 ANY_NOTE = (
@@ -48,10 +56,10 @@ ends; an arm of one setting is compared at its own. Difference: temperature minu
 bootstrap over this seed's problems only, which knows nothing of how seeds differ. {tradeoff.MARK} marks what
 is in doubt, and why."""
 NLL_MATCHING = """\
-The same at the same mean NLL of the teacher's test traces under the unadjusted teacher, in nats/token: how much
-less likely the traces are than the teacher's own. Levels lie in the range that temperature and ADS both span. One seed:
-the bootstrap resamples the students' answers and holds NLL at its measured value. A reading between settings that are
-more than a quarter of the common range apart is marked."""
+The same at the same mean NLL of the teacher's test traces under the unadjusted teacher, in nats/token: how
+unlikely the traces are as its own. Levels lie in the range that temperature and ADS both span. One seed: the
+bootstrap resamples the students' answers and holds NLL at its measured value. A reading between settings more
+than a quarter of the common range apart is marked."""
 READING = """\
 Each token is shaded by how much Delta changed its probability at its place, before truncation. Point at a
 token, tap it, or go there with Tab and the arrow keys."""
@@ -196,23 +204,39 @@ def claims_section(claimed, asked):
     """Each claim with what was found and its verdict, and the undistilled student by the way it was asked."""
     if not claimed:
         return table_section("The undistilled student", *asked)
-    header, *body = claims.cells(claimed)
-    kinds = ["left", "left", "", "", "", "left"]
-    lines = "".join(
-        f"<tr>{''.join(map(kind_cell, line, kinds))}</tr>{doubt_line(claim.flags, len(line))}"
-        for claim, line in zip(claimed, body, strict=True)
-    )
-    names = "".join(f'<th class="{kind}">{escape(name)}</th>' for name, kind in zip(header, kinds, strict=True))
+    lines = "".join(map(claim_line, claims.cells(claimed)[1:]))
+    header = '<th></th><th class="left">claim</th><th>found</th><th>seeds</th><th class="left">verdict</th>'
     caption, cells = asked
     return (
-        f'<h2>The claims, and which of them hold</h2><p class="caption">{sentence(claims.RULES_OF_VERDICT)}</p>'
-        f'<table class="matched claims"><thead><tr>{names}</tr></thead>{lines}</table>'
+        f"<h2>The claims, and which of them hold</h2>"
+        f'<p class="caption">{sentence(claims.RULES_OF_VERDICT)}</p>'
+        f'<table class="claims"><thead><tr>{header}</tr></thead>{lines}</table>{claim_doubts(claimed)}'
         f"{table_section('The undistilled student as it was asked', caption, cells, 'h3')}"
     )
 
 
-def kind_cell(text, kind):
-    return f'<td class="{kind}">{sentence(text)}</td>'
+def claim_line(cells):
+    """A row of the table, with the interval below the number."""
+    key, text, found, interval, seeds, verdict = map(sentence, cells)
+    verdict, *note = verdict.split(" (", 1)
+    note = f'<br><span class="numbers">{note[0].removesuffix(")")}</span>' if note else ""
+    number = f'{found}<br><span class="numbers">{interval}</span>'
+    return (
+        f'<tr><td>{key}</td><td class="left">{text}</td><td>{number}</td><td>{seeds}</td>'
+        f'<td class="left">{verdict}{note}</td></tr>'
+    )
+
+
+def claim_doubts(claimed):
+    """Why readings are marked, folded."""
+    items = [f"({c.key}) {c.claim}: {'; '.join(c.flags)}." for c in claimed if c.flags]
+    if not items:
+        return ""
+    items = "".join(f"<li>{sentence(item)}</li>" for item in items)
+    return (
+        f'<details><summary class="caption">Why readings are marked {tradeoff.MARK}</summary>'
+        f'<ul class="caption">{items}</ul></details>'
+    )
 
 
 def table_section(heading, caption, cells, level="h2"):

@@ -65,7 +65,7 @@ def make_panels(curves, baselines, matches):
         for price, title in PRICE_TITLES.items():
             if price == "accuracy" or has_price(curves, rule, price):
                 draw = functools.partial(draw_tradeoff, rule, price, curves, baselines, gap)
-                panels["tradeoff"].append(Panel(f"{name} answers{title}".capitalize(), draw))
+                panels["tradeoff"].append(Panel(f"{name.capitalize()} answers{title}", draw))
         panels["knobs"] += knob_panels(rule, curves)
     for column, (title, label) in TRAITS.items():
         if any(column in point.row for curve in curves for point in curve.points):
@@ -148,20 +148,19 @@ def draw_curve(axis, rule, price, curve, style):
     for bars in drawn[2]:
         bars.set_alpha(0.45)
     if len(groups) > 1 and style == CURVE_STYLES[0]:
-        label_ends(axis, curve, groups, x if price == "accuracy" else -x, y)
+        label_ends(axis, curve, groups, x, y, price)
 
 
-def label_ends(axis, curve, groups, value, y):
-    """Arm and knob beside the marker of least value (the highest price), the knob beside the other end.
-
-    The value is the teacher's accuracy or minus its NLL.
-    """
-    x = abs(value)
+def label_ends(axis, curve, groups, x, y, price):
+    """Arm and knob beside the marker of the highest price; of accuracies, the knob beside the other end."""
     key = "lam" if groups[0][0]["lam"] else "tau"
     style = {"fontsize": 8.5, "color": COLOURS[curve.arm], "textcoords": "offset points", "zorder": 4}
-    lowest, highest = int(np.argmin(value)), int(np.argmax(value))
+    lowest, highest = int(np.argmin(x)), int(np.argmax(x))
     texts = [f"{SYMBOLS[key]} {tradeoff.show_setting(rows[0][key])}" for rows in groups]
     below = (-4, 8) if curve.arm == "temperature" else (-4, -14)
+    if price == "nll":  # all curves begin close together
+        axis.annotate(f"{curve.arm}, {texts[highest]}", (x[highest], y[highest]), below, ha="right", **style)
+        return
     axis.annotate(f"{curve.arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, **style)
     axis.annotate(texts[highest], (x[highest], y[highest]), (8, -3), **style)
 

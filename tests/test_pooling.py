@@ -22,7 +22,7 @@ from test_report import (
 )
 
 import report
-from ads import page, plots, store, tradeoff
+from ads import page, store, tradeoff
 from ads.tradeoff import MARK, NO_SHARE, ONE_SEED, POOLED
 
 LEVELS = (0.82,)

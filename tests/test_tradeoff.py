@@ -87,7 +87,8 @@ def match_of(rng, num_problems, seeds=(1,), **settings):
         points += [*found["temperature"], *found["ADS"]]
         answers |= more
     pairs = tradeoff.pair_up(tradeoff.make_curves(points))
-    (match,) = tradeoff.compare(pairs, {"af": (0.75,), "raw": (0.75,)}, answers)
+    draws = tradeoff.draw_accuracies(pairs, answers)
+    (match,) = tradeoff.compare(pairs, {"af": (0.75,), "raw": (0.75,)}, draws)
     return match
 
 
