@@ -202,20 +202,24 @@ def select(experiment, is_teacher, split):
 def sampling(trace):
     """The settings that all traces of one grid point share; without lam eps and direction play no part."""
     values = {key: trace["config"][key] for key in SAMPLING_KEYS}
-    direction = trace["config"].get("direction", "gradient")
-    has_delta = bool(values["lam"])
+    direction = trace["config"].get("direction", "gradient") if values["lam"] else None
     return values | {
-        "eps": values["eps"] if has_delta else None,
-        "direction": direction if has_delta else None,
-        "direction_seed": trace["config"].get("direction_seed")
-        if has_delta and direction == "random"
-        else None,
+        "eps": values["eps"] if has_delta(trace) else None,
+        "direction": direction,
+        "direction_seed": trace["config"].get("direction_seed") if direction == "random" else None,
     }
+
+
+def has_delta(trace):
+    """Whether a proxy took part in the sampling: it did not where results were corrupted, though the one-step
+    test of the training traces reads it."""
+    config = trace["config"]
+    return bool(config["lam"]) and config.get("direction") != "corrupt"
 
 
 def sampled_from(trace):
     """The settings and the files that traces of one grid point are sampled with."""
-    names = ("teacher", "proxy_student", "gradient") if trace["config"]["lam"] else ("teacher",)
+    names = ("teacher", "proxy_student", "gradient") if has_delta(trace) else ("teacher",)
     return sampling(trace), files_of(trace, *names)
 
 
@@ -327,7 +331,7 @@ def points_of(experiment):
         for student in [s for s in students if name and model_behind(experiment, s) == name] or [None]:
             same = [t for t in same_point if student is None or data_name(t) == data_name(student)]
             points += [
-                make_point(t, student, train, model, gradient if train["config"]["lam"] else None)
+                make_point(t, student, train, model, gradient if has_delta(train) else None)
                 for t in same or [None]
             ]
             shown += same
@@ -380,7 +384,7 @@ def stage_files(stage, stages):
     if stage == "student":  # a distilled one's weights differ in every point
         return files_of(sidecar, "data", *(() if "model" in stages else ("teacher", "tokenizer")))
     names, rank = ("teacher", "tokenizer", "data"), sidecar.get("grad_rank")
-    if not sidecar["config"]["lam"]:
+    if not has_delta(sidecar):
         return files_of(sidecar, *names)
     return files_of(sidecar, *names, "proxy_student") | ({} if rank is None else {"grad_rank": rank})
 

@@ -21,9 +21,10 @@ PARTLY = "holds as far as it was measured"
 THIS_SEED = ", this seed only"
 WAYS = ("zero-shot", "few-shot", "prefilled")
 RULES_OF_VERDICT = f"""\
-Differences are of students' accuracies by raw answers. A claim holds where the number and the whole of its 95 %
-interval lie on its side: the t interval over seeds (of one accuracy, no narrower than Wilson's). One seed has
-an interval of its problems only, or none, and its verdict says "this seed only". {MARK} marks doubtful readings."""
+Differences are of students' accuracies by raw answers. A claim holds where the number and the whole of its
+95 % interval lie on its side: the t interval over seeds (of one accuracy, no narrower than Wilson's). One
+seed has an interval of its problems only, or none, and its verdict says "this seed only". {MARK} marks what
+is in doubt."""
 HEADER = ("", "claim", "found", "95 % interval", "seeds", "verdict")
 
 
@@ -140,8 +141,8 @@ def random_claims(compared):
     """e: without the gradient's direction, its perturbation does nothing."""
     first, second = "temperature", "random direction"
     found = matches_of(first, second, compared)
-    reached = [match.level for match in found or () if match.num_seeds]
-    for level in reached or [None]:
+    levels = [match.level for match in found or () if match.num_seeds]
+    for level in levels or [match.level for match in found or ()][:1] or [None]:
         text = f"{name_of(first, second, 'accuracy', level)}: within {show(MOST_RANDOM, 2)} of 0"
         claim = from_match("e", text, found, level, second, least=-MOST_RANDOM, most=MOST_RANDOM)
         yield add_note(claim, show_directions(compared[0].get(second)))
