@@ -129,8 +129,9 @@ def gap_claims(compared):
 def difference_claims(key, first, second, compared, price="accuracy"):
     """c, d, f: `first` leaves students better than `second` does, at every level."""
     found = matches_of(first, second, compared, price)
-    levels = list(LEAST_GAPS) if price == "accuracy" else [m.level for m in found or ()]
-    for level in levels or [None]:
+    for level in [match.level for match in found or ()] or (
+        list(LEAST_GAPS) if price == "accuracy" else [None]
+    ):
         text = f"{name_of(first, second, price, level)}: above 0"
         claim = from_match(key, text, found, level, missing_arm(compared[0], first, second), least=ABOVE_0)
         winner = "" if key == "c" or claim.found is None else who_harms_more(claim, first, second)
@@ -163,9 +164,31 @@ def matches_of(first, second, compared, price="accuracy"):
     if not (first in arms and second in arms):
         return None
     pairs = [(arms[first], arms[second])]
-    levels = tuple(LEAST_GAPS) if price == "accuracy" else tradeoff.choose_levels(pairs, RULE, price)
+    levels = tradeoff.choose_levels(pairs, RULE, price) if price == "nll" else accuracies_for(*pairs[0])
     found = tradeoff.compare(pairs, dict.fromkeys(tradeoff.RULES, levels), draws, missing, price)
     return [match for match in found if match.rule == RULE]
+
+
+def accuracies_for(first, second):
+    """The claims' teacher accuracies; where an arm never costs so much, the lowest that both arms reach.
+
+    Else an arm that harms for next to nothing would be left out of the comparison.
+    """
+    low, high = tradeoff.common_range((first, second), RULE)
+    if first.arm == "temperature" or low <= max(LEAST_GAPS) or low >= high:
+        return tuple(LEAST_GAPS)
+    ends = [lowest(points) for curve in (first, second) for points in by_seed(curve) if points]
+    return (float(np.ceil(1000 * max(ends)) / 1000),)
+
+
+def by_seed(curve):
+    """The points of a curve with its start, graded, a list a seed."""
+    seeds = tradeoff.replicates([*curve.start, *curve.points]).values()
+    return [tradeoff.graded_points(points, RULE) for points in seeds]
+
+
+def lowest(points):
+    return tradeoff.readings(points, RULE)[0].min()
 
 
 def missing_arm(arms, *names):

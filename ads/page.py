@@ -114,7 +114,6 @@ def render(
         "finding": sentence(tradeoff.finding(curves, matches)),
         "failures": sentence(claims.failures(claimed)),
         "doubt": sentence(tradeoff.finding_doubt(matches)),
-        "second": sentence(tradeoff.second_finding(matches)),
         "navigation": "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections),
         "sections": warning_section(warnings)
         + "".join(f'<section id="{anchors[name]}">{body}</section>\n' for name, body in sections.items()),
@@ -158,7 +157,8 @@ def first_section(curves, baselines, matches, panels, about):
     notes = "".join(f"<li>{escape(line)}</li>" for line in (about or ANY_NOTE))
     paper = html_table([["", "teacher", "student"], *PAPER], "paper")
     return (
-        f"{figure_grid(panels)}{legend_list(curves, baselines)}<p>{sentence(tradeoff.controls(matches))}</p>"
+        f"{figure_grid(panels)}{legend_list(curves, baselines)}"
+        f"<p>{sentence(tradeoff.second_finding(matches))} {sentence(tradeoff.controls(matches))}</p>"
         f'<p class="caption">{INTERVALS}</p><div class="panels">'
         f'<div class="note"><h3>What this is and is not</h3><ul>{notes}</ul></div>'
         f"<div><h3>The paper, with models of 3 to 7 billion parameters</h3>{paper}</div></div>"

@@ -2,13 +2,14 @@
 
 import csv
 import functools
+import json
 
 import numpy as np
 import pytest
 from test_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
 
 import report
-from ads import claims, page, plots, tradeoff
+from ads import claims, page, plots, store, tradeoff
 
 # (tau, lam, direction): (teacher, student, NLL of the teacher's traces, one-step change)
 GRID = {
@@ -162,14 +163,14 @@ def test_without_temperature_there_are_no_claims(tmp_path):
 
 
 def test_a_level_that_an_arm_does_not_reach_is_not_measured(tmp_path):
-    grid = {key: values for key, values in GRID.items() if key[1] not in (12.0, -9.0)}
+    grid = {key: values for key, values in GRID.items() if key[1] != 12.0}
     found = load(write_experiment(tmp_path, grid=grid))[0]
     verdicts = [[(c.verdict.split(",")[0], c.note) for c in found[key]] for key in "bd"]
     assert verdicts[0] == [
         ("holds", "no interval: traces/d0.parquet is not there"),
         ("not measured", "not reached by both"),
     ]
-    assert [verdict for verdict, _ in verdicts[1]] == ["not measured"] * 2
+    assert [verdict for verdict, _ in verdicts[1]] == ["holds", "not measured"]
     assert claims.verdict_of(found["b"]) == claims.PARTLY
 
 
@@ -183,6 +184,32 @@ def test_sidecars_without_nll_are_compared_at_equal_accuracy_alone(tmp_path):
     assert {match.price for match in matches} == {"accuracy"} and page.matched_section(matches, "nll") == ""
     titles = [panel.title for panel in plots.make_panels(curves, baselines, matches)["tradeoff"]]
     assert titles == ["Forced answers", "Raw answers"]
+
+
+def test_an_arm_that_never_costs_so_much_is_compared_at_the_most_it_costs(tmp_path):
+    """A teacher that recovers pays next to nothing for corrupted results: they never get to .85 or .75."""
+    grid = without(CORRUPT) | {
+        (0.4, 0.4, "corrupt"): (0.96, 0.6, 0.2, 0.0),
+        (0.4, 0.8, "corrupt"): (0.9325, 0.2, 0.4, 0.0),
+    }
+    found = load(*[write_experiment(tmp_path / str(seed), seed, grid=grid) for seed in (1, 2)])[0]
+    (claim,) = [claim for claim in found["f"] if "accuracy" in claim.claim]
+    assert "at a teacher accuracy of 93.3 %" in claim.claim and claim.num_seeds == 2
+    assert claim.found < -0.5 and claim.verdict == "does not hold"
+    assert [c.claim.partition(" of ")[2][:4] for c in found["b"] + found["d"]] == ["85 %", "75 %"] * 2
+
+
+def test_corrupted_results_are_one_point_though_the_one_step_test_read_the_proxy(tmp_path):
+    """Their training traces named it among their inputs, the teacher's test did not: no point was whole."""
+    exp_dir = write_experiment(tmp_path)
+    for path in exp_dir.glob("traces/a*.yaml"):
+        sidecar = store.read_yaml(path)
+        if sidecar["config"]["direction"] == "corrupt":
+            sidecar["inputs"]["proxy_student"] = "hub:proxy"
+            store.write_text(path, json.dumps(sidecar))
+    found, curves, _ = load(exp_dir)
+    assert [len(curve.points) for curve in curves if curve.arm == "corrupted results"] == [2]
+    assert "not measured" not in {claim.verdict for claim in found["f"]}
 
 
 LEAST, INSIDE = {"least": 0.15}, {"least": -0.07, "most": 0.07}
