@@ -3,6 +3,7 @@
 All by raw answers: forcing an answer hides much of what a defence costs and of what a student cannot do.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,10 @@ HEADER = ("", "claim", "found", "95 % interval", "seeds", "verdict")
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, the number it is about, and the verdict; `note` says what was missing or who harms more."""
+    """A claim, the number it is about, and the verdict; `note` says what was missing or who harms more.
+
+    It holds where the number lies from `least` to `most`.
+    """
 
     key: str
     claim: str
@@ -41,6 +45,9 @@ class Claim:
     verdict: str
     note: str = ""
     flags: tuple = ()
+    price: str = ""
+    least: float = -np.inf
+    most: float = np.inf
 
 
 def make_claims(curves, baselines, draws, missing=""):
@@ -205,17 +212,17 @@ def from_match(key, text, found, level, absent, **side):
     if match.difference is None:
         return unmeasured(key, text, match.note)
     claim = judge(key, text, match.difference, match.low, match.high, match.num_seeds, match.note, **side)
-    return Claim(**{**vars(claim), "flags": match.flags})
+    return dataclasses.replace(claim, flags=match.flags, price=match.price)
 
 
 def judge(key, text, found, low, high, num_seeds, note="", least=-np.inf, most=np.inf):
     """The verdict on a number: the whole of its interval has to lie from `least` to `most`."""
     if num_seeds > 1 and low is None:
-        return Claim(key, text, found, low, high, num_seeds, UNMEASURED, note)
+        return Claim(key, text, found, low, high, num_seeds, UNMEASURED, note, least=least, most=most)
     ends = [found] if low is None else [found, low, high]
     verdict = HOLDS if all(least <= end <= most for end in ends) else FAILS
     only = THIS_SEED if num_seeds == 1 else ""
-    return Claim(key, text, found, low, high, num_seeds, verdict + only, note)
+    return Claim(key, text, found, low, high, num_seeds, verdict + only, note, least=least, most=most)
 
 
 def unmeasured(key, text, why):
@@ -223,7 +230,7 @@ def unmeasured(key, text, why):
 
 
 def add_note(claim, note):
-    return Claim(**{**vars(claim), "note": "; ".join(filter(None, (claim.note, note)))})
+    return dataclasses.replace(claim, note="; ".join(filter(None, (claim.note, note))))
 
 
 def who_harms_more(claim, first, second):
@@ -283,7 +290,7 @@ def failures(claims):
     parts = [f"On {count_seeds(claims)}, by {RULE} answers, {say(keys[HOLDS]) or 'none'} of the claims"]
     parts[0] += f" a to f hold{'s' if len(keys[HOLDS]) == 1 else ''}."
     if failed := [claim for claim in claims if claim.verdict.startswith(FAILS)]:
-        parts.append(f"Does not hold: {'; '.join(map(show_failure, failed))}.")
+        parts.append(f"Does not hold: {'; '.join(show_failures(failed))}.")
     for verdict in (PARTLY, UNMEASURED):
         if keys[verdict]:
             parts.append(f"{verdict.capitalize()}: {say(keys[verdict])}.")
@@ -312,6 +319,18 @@ def count_seeds(claims):
     if found in ([], [1]):
         return "one seed only" if found else "no seed"
     return f"{' to '.join(map(str, dict.fromkeys((found[0], found[-1]))))} seeds"
+
+
+def show_failures(failed):
+    """The same claim that fails at several prices once, where it is the farthest from holding."""
+    groups = {}
+    for claim in failed:
+        same = (claim.key, claim.price, claim.least, claim.most) if claim.price else claim.claim
+        groups.setdefault(same, []).append(claim)
+    for group in groups.values():
+        worst = max(group, key=lambda claim: max(claim.least - claim.found, claim.found - claim.most))
+        others = f", and at {len(group) - 1} more price{'s' if len(group) > 2 else ''}"
+        yield show_failure(worst) + (others if len(group) > 1 else "")
 
 
 def show_failure(claim):

@@ -161,7 +161,8 @@ def label_ends(axis, curve, groups, x, y, price):
     if price == "nll":  # all curves begin close together
         axis.annotate(f"{curve.arm}, {texts[highest]}", (x[highest], y[highest]), below, ha="right", **style)
         return
-    axis.annotate(f"{curve.arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, **style)
+    side = "right" if x[lowest] > np.mean(axis.get_xlim()) else "left"  # no label leaves the plot
+    axis.annotate(f"{curve.arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, ha=side, **style)
     axis.annotate(texts[highest], (x[highest], y[highest]), (8, -3), **style)
 
 
