@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import utils
-from ads import delta_table, page, plots, store, tradeoff
+from ads import claims, delta_table, page, plots, store, tradeoff
 from ads.config import LEAST_COSINE, GenConfig, GradConfig, TrainConfig, expand_home, ignored_keys, to_dict
 from ads.delta_table import LEAST_CORRELATION
 from ads.tradeoff import (
@@ -51,8 +51,8 @@ NO_SETTING = {  # names, diagnostics, what changes rounding alone, and the seed,
     TrainConfig: {"model_name", "do_eval", "eval_epochs", "attn_implementation", "seed"},
 }
 OWN_COLUMNS = {  # settings of a stage that have a column without a dot, or that follow from another
-    "train": (*SAMPLING_KEYS, "direction"),
-    "teacher": (*SAMPLING_KEYS, "direction", "data_split"),
+    "train": (*SAMPLING_KEYS, "direction", "direction_seed"),
+    "teacher": (*SAMPLING_KEYS, "direction", "direction_seed", "data_split"),
     "student": ("lam", "few_shot", "data_split"),
 }
 NUMBERS = {  # heading in the table: column of results.csv
@@ -71,6 +71,12 @@ nll, tokens: of the training traces, mean nats/token under the unadjusted teache
 loss: the student's on the holdout traces after training, nats/token"""
 ONE_STEP_LEGEND = (
     "step: change of the proxy's holdout loss after one SGD step on the training traces, nats/token"
+)
+ASKED = "means over seeds [95 % interval]; the best way is the line in the plots and in claim a"
+ONE_STEP_TABLE = (
+    "means over points and seeds; loss of accuracy: against the student of its seed's clean traces, by raw "
+    "answers; rank correlation (Spearman) of one-step change and student's accuracy, over points: -1 if the "
+    "step foretells the order of the students, 0 if it says nothing"
 )
 MATCH_LEGEND = (
     "95 % intervals over seeds (t) or, of one seed, over problems (bootstrap); "
@@ -92,24 +98,32 @@ def main(arguments):
     notes = [*baseline_lines(baselines), *gradient_lines(experiments), *warning_lines(experiments, points)]
     curves = tradeoff.make_curves(points)
     notes += unpaired_lines(curves)
-    matches = compare_arms(curves, levels)
+    drawn = load_draws(curves)
+    matches = compare_arms(curves, levels, drawn)
+    claimed = claims.make_claims(curves, baselines, *drawn)
+    tables = small_tables(curves, baselines, claimed)
     print0(*text_table(rows), *notes, *map(tradeoff.show_match, matches), sep="\n")
+    for caption, cells in tables.items():
+        print0(f"{caption}:", *aligned(cells, str.ljust), sep="\n")
     finding = tradeoff.finding(curves, matches)
     more = (tradeoff.finding_doubt, tradeoff.second_finding, tradeoff.controls)
-    sentences = [finding, *(sentence(matches) for sentence in more)]
+    sentences = [finding, claims.failures(claimed), *(sentence(matches) for sentence in more)]
     print0(*filter(None, sentences), sep="\n")
 
     utils.prepare_exp_dir(folder)
     with store.stage_lock(folder if folder.parent != exp_dirs[0] else exp_dirs[0], "report"):
         store.write_text(folder / "results.csv", to_csv(results(points, baselines)))
         store.write_text(folder / "comparisons.csv", to_csv(map(comparison, matches)))
+        store.write_text(folder / "claims.csv", to_csv(map(claim_line, claimed)))
         panels = plots.make_panels(curves, baselines, matches)
         plots.write_plots(folder, panels, plot_title(curves, baselines))
         store.write_text(
-            folder / "report.md", to_markdown(exp_dirs, experiments, rows, notes, sentences, matches, panels)
+            folder / "report.md",
+            to_markdown(exp_dirs, experiments, rows, notes, sentences, matches, tables, panels),
         )
         store.write_text(
-            folder / "report.html", to_page(experiments, points, baselines, notes, curves, matches, panels)
+            folder / "report.html",
+            to_page(experiments, points, baselines, notes, curves, matches, claimed, panels),
         )
     paths = {"report": str(folder / "report.md"), "page": str(folder / "report.html")}
     print0(*(f"{name}: {path}" for name, path in paths.items()), sep="\n")
@@ -211,20 +225,24 @@ def select(experiment, is_teacher, split):
 def sampling(trace):
     """The settings that all traces of one grid point share; without lam eps and direction play no part."""
     values = {key: trace["config"][key] for key in SAMPLING_KEYS}
-    direction = trace["config"].get("direction", "gradient")
-    has_delta = bool(values["lam"])
+    direction = trace["config"].get("direction", "gradient") if values["lam"] else None
     return values | {
-        "eps": values["eps"] if has_delta else None,
-        "direction": direction if has_delta else None,
-        "direction_seed": trace["config"].get("direction_seed")
-        if has_delta and direction == "random"
-        else None,
+        "eps": values["eps"] if has_delta(trace) else None,
+        "direction": direction,
+        "direction_seed": trace["config"].get("direction_seed") if direction == "random" else None,
     }
+
+
+def has_delta(trace):
+    """Whether a proxy took part in the sampling: it did not where results were corrupted, though the one-step
+    test of the training traces reads it."""
+    config = trace["config"]
+    return bool(config["lam"]) and config.get("direction") != "corrupt"
 
 
 def sampled_from(trace):
     """The settings and the files that traces of one grid point are sampled with."""
-    names = ("teacher", "proxy_student", "gradient") if trace["config"]["lam"] else ("teacher",)
+    names = ("teacher", "proxy_student", "gradient") if has_delta(trace) else ("teacher",)
     return sampling(trace), files_of(trace, *names)
 
 
@@ -343,7 +361,7 @@ def points_of(experiment):
         for student in [s for s in students if name and model_behind(experiment, s) == name] or [None]:
             same = [t for t in same_point if student is None or data_name(t) == data_name(student)]
             points += [
-                make_point(t, student, train, model, gradient if train["config"]["lam"] else None)
+                make_point(t, student, train, model, gradient if has_delta(train) else None)
                 for t in same or [None]
             ]
             shown += same
@@ -396,7 +414,7 @@ def stage_files(stage, stages):
     if stage == "student":  # a distilled one's weights differ in every point
         return files_of(sidecar, "data", *(() if "model" in stages else ("teacher", "tokenizer")))
     names, rank = ("teacher", "tokenizer", "data"), sidecar.get("grad_rank")
-    if not sidecar["config"]["lam"]:
+    if not has_delta(sidecar):
         return files_of(sidecar, *names)
     return files_of(sidecar, *names, "proxy_student") | ({} if rank is None else {"grad_rank": rank})
 
@@ -423,10 +441,25 @@ def short_name(path, num_parts=2):
 def text_table(points):
     if not points:
         return ["no grid point has finished a stage"]
-    cells = table(points)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
+    lines = aligned(table(points))
     return [shared_settings(points), lines[0], "-" * len(lines[0]), *lines[1:], legend_of(points)]
+
+
+def aligned(cells, align=str.rjust):
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(align, line, widths)).rstrip() for line in cells]
+
+
+def small_tables(curves, baselines, claimed):
+    """{caption: cells} of the tables besides that of all points; those without lines are left out."""
+    tables = {
+        f"Claims. {' '.join(claims.RULES_OF_VERDICT.split())}": claims.cells(claimed) if claimed else [],
+        f"The undistilled student as it was asked, {ASKED}": claims.asked_cells(baselines),
+        f"One step of the proxy on the traces and what it says of students, {ONE_STEP_TABLE}": (
+            claims.one_step_cells(curves)
+        ),
+    }
+    return {caption: cells for caption, cells in tables.items() if cells}
 
 
 def legend_of(points):
@@ -586,6 +619,15 @@ def comparison(match):
     return values | {"interval": kind if match.num_seeds > 1 or not kind else f"problem bootstrap, {kind}"}
 
 
+def claim_line(claim):
+    """A line of claims.csv."""
+    kind = "" if claim.low is None else tradeoff.interval_kind(claim.num_seeds)
+    left_out = ("least", "most")  # in words in the claim
+    values = {key: value for key, value in dataclasses.asdict(claim).items() if key not in left_out}
+    values |= {"flags": "; ".join(claim.flags)}
+    return values | {"answers": tradeoff.RULES[claims.RULE], "interval": kind}
+
+
 def to_csv(rows):
     """All numbers, a line per row; empty where a stage is missing."""
     rows, file = list(rows), io.StringIO()
@@ -601,21 +643,27 @@ def defuse(value):
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
 
 
-def to_markdown(exp_dirs, experiments, points, notes, sentences, matches, panels):
+def to_markdown(exp_dirs, experiments, points, notes, sentences, matches, tables, panels):
     lines = ["# Results", "", *map(inline, filter(None, sentences)), ""]
+    for caption, cells in tables.items():
+        lines += [f"{inline(caption)}:", "", *markdown_table(cells, "---"), ""]
     if points:
-        header, *body = table(points)
-        cells = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
-        lines += [inline(shared_settings(points)), ""]
-        lines += [f"| {' | '.join(map(inline, line))} |" for line in cells]
+        lines += [inline(shared_settings(points)), "", *markdown_table(table(points))]
         lines += ["", *(f"- {inline(line)}" for line in legend_of(points).splitlines()), ""]
     lines += [f"- {inline(note)}" for note in notes]
-    if matches:
-        lines += ["", f"At equal teacher accuracy, {MATCH_LEGEND}:", ""]
-        lines += [f"- {inline(tradeoff.show_match(match))}" for match in matches]
+    for price, words in tradeoff.PRICES.items():
+        if found := [match for match in matches if match.price == price]:
+            lines += ["", f"At equal {words}, {MATCH_LEGEND}:", ""]
+            lines += [f"- {inline(tradeoff.show_match(match))}" for match in found]
     lines += ["", *(f"![{name}]({name}.png)" for name, drawn in panels.items() if drawn)]
     lines += ["", "Made by", "", f"    {shlex.join(['python', 'report.py', *map(str, exp_dirs)])}", ""]
     return "\n".join([*lines, f"from {inline(provenance(experiments))}", ""])
+
+
+def markdown_table(cells, others="---:"):
+    header, *body = cells
+    rule = ["---"] + [others] * (len(header) - 1)
+    return [f"| {' | '.join(map(inline, line))} |" for line in (header, rule, *body)]
 
 
 def provenance(experiments):
@@ -636,10 +684,22 @@ def inline(text):
 # The comparison and the page
 
 
-def compare_arms(curves, levels):
-    """The arms at equal teacher accuracies: those given, else the usual ones."""
+def compare_arms(curves, levels, drawn):
+    """The arms at equal teacher accuracies, those given or else the usual ones, and at equal teacher NLL.
+
+    `drawn` comes from load_draws.
+    """
+    pairs, matches = tradeoff.pair_up(curves), []
+    for price in tradeoff.PRICES:
+        given = levels if price == "accuracy" else None
+        chosen = {rule: given or tradeoff.choose_levels(pairs, rule, price) for rule in RULES}
+        matches += tradeoff.compare(pairs, chosen, *drawn, price)
+    return matches
+
+
+def load_draws(curves):
+    """(accuracies of all tests under resampled problems, why some are missing)."""
     pairs = tradeoff.pair_up(curves)
-    chosen = {rule: levels or tradeoff.choose_levels(pairs, rule) for rule in RULES}
     points = [part for c in curves for p in [*c.start, *c.points] for part in tradeoff.parts_of(p)]
     stages = [point.stages[who] for point in points for who in ("teacher", "student")]
     answers, missing = {}, []
@@ -647,7 +707,7 @@ def compare_arms(curves, levels):
         found, problem = read_answers(stage)
         answers |= {(stage["path"], rule): correct for rule, correct in found.items()}
         missing += [problem] if problem else []
-    return tradeoff.compare(pairs, chosen, answers, missing[0] if missing else "")
+    return tradeoff.draw_accuracies(pairs, answers), missing[0] if missing else ""
 
 
 def read_answers(stage):
@@ -685,7 +745,7 @@ def plot_title(curves, baselines):
     return f"{data}: n = {show_sizes(tested, ' to ')} problems, 95 % intervals, {kind}"
 
 
-def to_page(experiments, points, baselines, notes, curves, matches, panels):
+def to_page(experiments, points, baselines, notes, curves, matches, claimed, panels):
     """report.html."""
     rows = [point.row for point in points]
     return page.render(
@@ -693,6 +753,9 @@ def to_page(experiments, points, baselines, notes, curves, matches, panels):
         curves=curves,
         baselines=baselines,
         matches=matches,
+        claimed=claimed,
+        asked=(ASKED, claims.asked_cells(baselines)),
+        one_step=(ONE_STEP_TABLE, claims.one_step_cells(curves)),
         svgs=plots.inline_svgs(panels),
         cells=table(rows) if rows else [],
         legend=legend_of(rows).splitlines(),

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ads import delta_table, plots, tradeoff
-from ads.tradeoff import RULES, show_number, show_setting, show_signed
+from ads import claims, delta_table, plots, tradeoff
+from ads.tradeoff import PRICES, RULES, show_number, show_setting, show_signed
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MAX_CONTRAST_POINTS = 8
@@ -22,7 +22,15 @@ MAX_CONTRASTS_PER_ARM = 4
 MAX_CONTRAST_BYTES = 3_000_000
 NUM_NORMS = 10
 NBSP = "\N{NO-BREAK SPACE}"
-GLYPHS = {"o": "&#9679;", "s": "&#9632;", "v": "&#9660;", "D": "&#9670;", "^": "&#9650;", "_": ""}  # markers
+GLYPHS = {
+    "o": "&#9679;",
+    "s": "&#9632;",
+    "v": "&#9660;",
+    "D": "&#9670;",
+    "^": "&#9650;",
+    "P": "&#10010;",
+    "_": "",
+}  # markers
 NUM_OPEN = 20  # a longer table of points is folded
 
 ANY_NOTE = (
@@ -47,6 +55,11 @@ ends; an arm of one setting is compared at its own. Difference: temperature minu
 95 % interval. Several seeds: the t interval over their differences, cut off at 100 points. One seed: a
 bootstrap over this seed's problems only, which knows nothing of how seeds differ. {tradeoff.MARK} marks what
 is in doubt, and why."""
+NLL_MATCHING = """\
+The same at the same mean NLL of the teacher's test traces under the unadjusted teacher, in nats/token: how
+unlikely the traces are as its own. Levels lie in the range that temperature and ADS both span. One seed: the
+bootstrap resamples the students' answers and holds NLL at its measured value. A reading between settings more
+than a quarter of the common range apart is marked."""
 READING = """\
 Each token is shaded by how much Delta changed its probability at its place, before truncation. Point at a
 token, tap it, or go there with Tab and the arrow keys."""
@@ -60,6 +73,9 @@ def render(
     curves,
     baselines,
     matches,
+    claimed,
+    asked,
+    one_step,
     svgs,
     cells,
     legend,
@@ -72,16 +88,20 @@ def render(
 ):
     """The whole page as text; `cells` is the table of all points, `svgs` come from plots.inline_svgs.
 
+    `asked`, `one_step`: (caption, cells) of the undistilled student's table and of the one-step test's.
+
     `about`: sentences on what the experiment is and is not, where more is known than of any.
     """
     settings, arms = setting_cells(curves), legend_list(curves, [])
     pale = "The paler a line, the weaker its setting; means over seeds."
     sections = {
         "Trade-off": first_section(curves, baselines, matches, svgs["tradeoff"], about),
-        "Equal teacher accuracy": matched_section(matches),
+        "Claims": claims_section(claimed, asked),
+        **{f"Equal {words}": matched_section(matches, price) for price, words in PRICES.items()},
         "Trace reader": reader_section(contrasts),
         "Knobs": panel_section("The knobs", "", svgs["knobs"]),
         "Traces": panel_section("The training traces", trait_caption(curves), svgs["traces"], arms, settings),
+        "One step": table_section("What one step of the proxy says of students", *one_step),
         "Losses": panel_section("The students' losses", pale, svgs["losses"], arms),
         "Gradient": gradient_section(gradients),
         "All points": points_section(cells, legend, summary, notes),
@@ -92,8 +112,8 @@ def render(
     parts = {
         "title": escape(title),
         "finding": sentence(tradeoff.finding(curves, matches)),
+        "failures": sentence(claims.failures(claimed)),
         "doubt": sentence(tradeoff.finding_doubt(matches)),
-        "second": sentence(tradeoff.second_finding(matches)),
         "navigation": "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections),
         "sections": warning_section(warnings)
         + "".join(f'<section id="{anchors[name]}">{body}</section>\n' for name, body in sections.items()),
@@ -137,7 +157,8 @@ def first_section(curves, baselines, matches, panels, about):
     notes = "".join(f"<li>{escape(line)}</li>" for line in (about or ANY_NOTE))
     paper = html_table([["", "teacher", "student"], *PAPER], "paper")
     return (
-        f"{figure_grid(panels)}{legend_list(curves, baselines)}<p>{sentence(tradeoff.controls(matches))}</p>"
+        f"{figure_grid(panels)}{legend_list(curves, baselines)}"
+        f"<p>{sentence(tradeoff.second_finding(matches))} {sentence(tradeoff.controls(matches))}</p>"
         f'<p class="caption">{INTERVALS}</p><div class="panels">'
         f'<div class="note"><h3>What this is and is not</h3><ul>{notes}</ul></div>'
         f"<div><h3>The paper, with models of 3 to 7 billion parameters</h3>{paper}</div></div>"
@@ -148,7 +169,8 @@ def legend_list(curves, baselines):
     styles = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
     lines = zip(curves, plots.line_styles(curves), strict=True)
     entries = [(curve.arm, styles[style], curve.label) for curve, style in lines]
-    entries += [("undistilled", "dashed", label) for label in plots.by_label(baselines)]
+    drawn = [label for rule in RULES for label in tradeoff.elicited(baselines, rule)]
+    entries += [("undistilled", "dashed", label) for label in drawn]
     items = [
         f'<li><span style="color:var(--{plots.variable(arm)})"><span class="swatch" '
         f'style="border-top-style:{style}"></span>{GLYPHS[plots.MARKERS[arm]]}</span> {escape(label)}</li>'
@@ -178,7 +200,65 @@ def html_table(cells, kind=""):
     return f'<table class="{kind}"><thead><tr><th>{"</th><th>".join(header)}</th></tr></thead>{lines}</table>'
 
 
-def matched_section(matches):
+def claims_section(claimed, asked):
+    """Each claim with what was found and its verdict, and the undistilled student by the way it was asked."""
+    if not claimed:
+        return table_section("The undistilled student", *asked)
+    lines = "".join(map(claim_line, claims.cells(claimed)[1:]))
+    header = '<th></th><th class="left">claim</th><th>found</th><th>seeds</th><th class="left">verdict</th>'
+    caption, cells = asked
+    return (
+        f"<h2>The claims, and which of them hold</h2>"
+        f'<p class="caption">{sentence(claims.RULES_OF_VERDICT)}</p>'
+        f'<table class="claims"><thead><tr>{header}</tr></thead>{lines}</table>{claim_doubts(claimed)}'
+        f"{table_section('The undistilled student as it was asked', caption, cells, 'h3')}"
+    )
+
+
+def claim_line(cells):
+    """A row of the table, with the interval below the number."""
+    key, text, found, interval, seeds, verdict = map(sentence, cells)
+    verdict, *note = verdict.split(" (", 1)
+    note = f'<br><span class="numbers">{note[0].removesuffix(")")}</span>' if note else ""
+    number = f'{found}<br><span class="numbers">{interval}</span>'
+    return (
+        f'<tr><td>{key}</td><td class="left">{text}</td><td>{number}</td><td>{seeds}</td>'
+        f'<td class="left">{verdict}{note}</td></tr>'
+    )
+
+
+def claim_doubts(claimed):
+    """Why readings are marked, folded."""
+    items = [f"({c.key}) {c.claim}: {'; '.join(c.flags)}." for c in claimed if c.flags]
+    if not items:
+        return ""
+    items = "".join(f"<li>{sentence(item)}</li>" for item in items)
+    return (
+        f'<details><summary class="caption">Why readings are marked {tradeoff.MARK}</summary>'
+        f'<ul class="caption">{items}</ul></details>'
+    )
+
+
+def table_section(heading, caption, cells, level="h2"):
+    """A table with its caption under a heading; nothing without lines."""
+    if not cells:
+        return ""
+    caption = sentence(f"{caption[0].upper()}{caption[1:]}.")
+    return (
+        f'<{level}>{heading}</{level}><p class="caption">{caption}</p>'
+        f'<div class="scroll">{html_table(cells)}</div>'
+    )
+
+
+def doubt_line(flags, num_columns):
+    if not flags:
+        return ""
+    text = small(f"{tradeoff.MARK} {'; '.join(flags)}.")
+    return f'<tr><td colspan="{num_columns}" class="doubt">{text}</td></tr>'
+
+
+def matched_section(matches, price):
+    matches = [match for match in matches if match.price == price]
     if not matches:
         return ""
     tables = [
@@ -186,9 +266,10 @@ def matched_section(matches):
         for rule, name in RULES.items()
         if (graded := [match for match in matches if match.rule == rule])
     ]
+    caption = MATCHING if price == "accuracy" else NLL_MATCHING
     return (
-        "<h2>Students at equal teacher accuracy</h2>"
-        f'<p class="caption">{MATCHING}</p><div class="panels">{"".join(tables)}</div>'
+        f"<h2>Students at equal {PRICES[price]}</h2>"
+        f'<p class="caption">{caption}</p><div class="panels">{"".join(tables)}</div>'
     )
 
 
@@ -196,7 +277,8 @@ def matched_table(matches):
     """ADS by level, then the other arms: both students on a track from 0 to 100 %, and the difference."""
     arms = list(dict.fromkeys(match.name for match in matches))
     lines = map(matched_line, sorted(matches, key=lambda m: (arms.index(m.name), -(m.level or 0))))
-    header = '<th>teacher</th><th class="left">arm</th><th class="left">students</th><th>difference</th>'
+    price = "teacher" if all(match.price == "accuracy" for match in matches) else "NLL"
+    header = f'<th>{price}</th><th class="left">arm</th><th class="left">students</th><th>difference</th>'
     return f'<table class="matched"><thead><tr>{header}</tr></thead>{"".join(lines)}</table>'
 
 
@@ -209,20 +291,24 @@ def matched_line(match):
         if ends:
             below = [f"[{f',{NBSP}'.join(ends)}]", tradeoff.interval_kind(match.num_seeds)]
     cells = (
-        f"{show_percent(match.level)}<br>{small(tradeoff.show_seeds(match))}",
+        f"{show_level(match)}<br>{small(tradeoff.show_seeds(match))}",
         escape(match.name),
         f"{track(match)}{small(f',{NBSP}'.join(students))}",
         "<br>".join([difference, *map(small, below)]),
     )
     kinds = ("", ' class="left"', ' class="left"', "")
     line = f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, cells, strict=True))}</tr>"
-    if not match.flags:
-        return line
-    return f'{line}<tr><td colspan="4" class="doubt">{small(tradeoff.doubt(match).strip())}</td></tr>'
+    return line + doubt_line(match.flags, 4)
 
 
 def small(text):
     return f'<span class="numbers">{escape(text)}</span>'
+
+
+def show_level(match):
+    if match.price == "accuracy" or match.level is None:
+        return show_percent(match.level)
+    return f"{match.level:.3g}"
 
 
 def show_percent(share, digits=3):

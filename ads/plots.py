@@ -19,6 +19,7 @@ MARKERS = dict(zip(ARMS, "osvD^P_", strict=True))
 INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"
 CURVE_STYLES = ("-", "--", ":", "-.")  # of several curves of one arm
 PANEL_SIZE = (4.6, 3.6)  # inches
+PRICE_TITLES = {"accuracy": "", "nll": ", price in NLL"}
 TRAITS = {  # column: (title, axis label)
     "train_teacher_nll": ("How unlikely the traces are", "nats/token under the teacher"),
     "train_num_tokens_p50": ("Length of the traces", "median tokens"),
@@ -61,11 +62,10 @@ def make_panels(curves, baselines, matches):
     panels = {"tradeoff": [], "knobs": [], "traces": [], "losses": []}
     for rule, name in RULES.items():
         gap = headline if headline and headline.rule == rule else None
-        panels["tradeoff"].append(
-            Panel(
-                f"{name} answers".capitalize(), functools.partial(draw_tradeoff, rule, curves, baselines, gap)
-            )
-        )
+        for price, title in PRICE_TITLES.items():
+            if price == "accuracy" or has_price(curves, rule, price):
+                draw = functools.partial(draw_tradeoff, rule, price, curves, baselines, gap)
+                panels["tradeoff"].append(Panel(f"{name.capitalize()} answers{title}", draw))
         panels["knobs"] += knob_panels(rule, curves)
     for column, (title, label) in TRAITS.items():
         if any(column in point.row for curve in curves for point in curve.points):
@@ -87,34 +87,27 @@ def percent_axis(axis):
 # The trade-off
 
 
-def draw_tradeoff(rule, curves, baselines, gap, axis):
-    """Student against teacher accuracy, a line an arm, seeds as dots, the undistilled student across."""
+def has_price(curves, rule, price):
+    return any(tradeoff.graded([point.row], rule, price) for curve in curves for point in curve.points)
+
+
+def draw_tradeoff(rule, price, curves, baselines, gap, axis):
+    """Students against a price, a line an arm, seeds as dots, the undistilled student across as it answers
+    when asked in the best way."""
     for curve, style in zip(curves, line_styles(curves), strict=True):
-        draw_curve(axis, rule, curve, style)
-    for label, rows in by_label(baselines, rule).items():
+        draw_curve(axis, rule, price, curve, style)
+    for label, rows in tradeoff.elicited(baselines, rule).items():
         share, low, high = tradeoff.pooled(rows, f"student_{rule}")
         axis.axhline(share, color=COLOURS["undistilled"], linestyle="--", linewidth=1.2, label=label)
         axis.axhspan(low, high, color=COLOURS["undistilled"], alpha=0.13, linewidth=0)
+    percent_axis(axis)
+    if price == "nll":
+        axis.set(xlabel="NLL of the teacher's test traces, nats/token", ylabel="student accuracy")
+        return
     if gap:
         draw_gap(axis, gap)
     axis.set(xlabel="teacher accuracy", ylabel="student accuracy")
     axis.xaxis.set_major_formatter(show_share)
-    percent_axis(axis)
-
-
-def by_label(baselines, rule=None):
-    """{label: rows} of undistilled students, a row per seed; what was measured twice is one."""
-    names = [name for name in tradeoff.differing(baselines) if name not in tradeoff.SEEDS]
-    groups = {}
-    for row in baselines:
-        parts = [f"undistilled {row['student'] if 'student' in names else 'student'}"]
-        parts += ["prefilled" if row.get("student_prefill") else f"{row['student_few_shot']}-shot"]
-        for name in names:
-            if name not in ("student", "student_few_shot", "student_prefill") and row.get(name) is not None:
-                parts.append(f"{tradeoff.show_name(name)} {tradeoff.show_setting(row[name])}")
-        if rule is None or tradeoff.has_share(row, f"student_{rule}"):
-            groups.setdefault(", ".join(parts), {}).setdefault(row["seed"], []).append(row)
-    return {label: [tradeoff.mean_row(rows) for rows in seeds.values()] for label, seeds in groups.items()}
 
 
 def line_styles(curves):
@@ -123,21 +116,22 @@ def line_styles(curves):
     return [CURVE_STYLES[seen[:i].count(arm) % len(CURVE_STYLES)] for i, arm in enumerate(seen)]
 
 
-def draw_curve(axis, rule, curve, style):
+def draw_curve(axis, rule, price, curve, style):
     """A line through the means over seeds, from the curve's start on; error bars both ways, seeds as dots."""
-    groups = [tradeoff.graded(rows, rule) for rows in tradeoff.by_setting(curve.points).values()]
+    groups = [tradeoff.graded(rows, rule, price) for rows in tradeoff.by_setting(curve.points).values()]
     groups = [rows for rows in groups if rows]
     if not groups:
         return
-    start = [tradeoff.graded(rows, rule) for rows in tradeoff.by_setting(curve.start).values()]
-    line = sorted(means(rows, rule) for rows in [*start, *groups] if rows)
+    start = [tradeoff.graded(rows, rule, price) for rows in tradeoff.by_setting(curve.start).values()]
+    line = sorted(means(rows, rule, price) for rows in [*start, *groups] if rows)
     colour, marker = COLOURS[curve.arm], MARKERS[curve.arm]
     axis.plot(*zip(*line, strict=True), color=colour, linestyle=style, linewidth=1.6, zorder=2)
     if max(map(len, groups)) > 1:
         dots = [row for rows in groups for row in rows]
-        x, y = ([row[f"{who}_{rule}_accuracy"] for row in dots] for who in ("teacher", "student"))
+        columns = (tradeoff.price_column(rule, price), f"student_{rule}_accuracy")
+        x, y = ([row[column] for row in dots] for column in columns)
         axis.scatter(x, y, s=9, color=colour, marker=marker, alpha=0.4, linewidth=0, zorder=1)
-    x, x_bars = error_bars(groups, f"teacher_{rule}")
+    x, x_bars = price_bars(groups, rule, price)
     y, y_bars = error_bars(groups, f"student_{rule}")
     drawn = axis.errorbar(
         x,
@@ -154,17 +148,21 @@ def draw_curve(axis, rule, curve, style):
     for bars in drawn[2]:
         bars.set_alpha(0.45)
     if len(groups) > 1 and style == CURVE_STYLES[0]:
-        label_ends(axis, curve, groups, x, y)
+        label_ends(axis, curve, groups, x, y, price)
 
 
-def label_ends(axis, curve, groups, x, y):
-    """Arm and knob beside the marker of the lowest teacher accuracy, the knob beside the highest."""
+def label_ends(axis, curve, groups, x, y, price):
+    """Arm and knob beside the marker of the highest price; of accuracies, the knob beside the other end."""
     key = "lam" if groups[0][0]["lam"] else "tau"
     style = {"fontsize": 8.5, "color": COLOURS[curve.arm], "textcoords": "offset points", "zorder": 4}
     lowest, highest = int(np.argmin(x)), int(np.argmax(x))
     texts = [f"{SYMBOLS[key]} {tradeoff.show_setting(rows[0][key])}" for rows in groups]
     below = (-4, 8) if curve.arm == "temperature" else (-4, -14)
-    axis.annotate(f"{curve.arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, **style)
+    if price == "nll":  # all curves begin close together
+        axis.annotate(f"{curve.arm}, {texts[highest]}", (x[highest], y[highest]), below, ha="right", **style)
+        return
+    side = "right" if x[lowest] > np.mean(axis.get_xlim()) else "left"  # no label leaves the plot
+    axis.annotate(f"{curve.arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, ha=side, **style)
     axis.annotate(texts[highest], (x[highest], y[highest]), (8, -3), **style)
 
 
@@ -180,9 +178,17 @@ def draw_gap(axis, gap):
     axis.annotate(text, middle, (-6, 0), textcoords="offset points", ha="right", va="center", weight="bold")
 
 
-def means(rows, rule):
-    """(teacher's, student's) mean accuracy over seeds."""
-    return tuple(tradeoff.pooled(rows, f"{who}_{rule}")[0] for who in ("teacher", "student"))
+def means(rows, rule, price="accuracy"):
+    """(price, student's accuracy), means over seeds."""
+    return tradeoff.mean_price(rows, rule, price), tradeoff.pooled(rows, f"student_{rule}")[0]
+
+
+def price_bars(groups, rule, price):
+    """error_bars of the prices; with one seed, an NLL has none."""
+    if price == "accuracy":
+        return error_bars(groups, f"teacher_{rule}")
+    values = np.array([tradeoff.mean_nll(rows) for rows in groups]).T
+    return values[0], abs(values[1:] - values[0])
 
 
 def error_bars(groups, name):

@@ -1,4 +1,6 @@
-"""Student against teacher accuracy: arms, curves, and their comparison at equal teacher accuracy.
+"""Students against what their traces cost the teacher: arms, curves, and their comparison at equal price.
+
+A price is the teacher's accuracy, or the mean NLL of its test traces under the unadjusted teacher.
 
 The input is a flat dict of numbers per grid point (a row of results.csv) with the sidecars it was made from.
 A replicate is what was run with one seed: its stages are tested on the same problems. Curves are told apart
@@ -23,7 +25,8 @@ CONTROLS = {  # direction: arm
     "corrupt": "corrupted results",
 }
 RULES = {"af": "forced", "raw": "raw"}
-SEEDS = ("seed", "student_seed")
+SEEDS = ("seed", "student_seed", "direction_seed")
+REPLICATE = SEEDS[:2]  # the directions of a replicate are averaged
 SETTINGS = ("data", "teacher", "student", "student_few_shot", *SEEDS, "eps", "top_k", "top_p")
 STAGES = {  # what a column STAGE.SETTING is called by
     "model": "",
@@ -36,15 +39,20 @@ FILES = " files"  # ends the name of a setting that is the fingerprint of files
 DELTA_SETTINGS = ("eps", "proxy_dtype", "proxy_student files", "grad_rank")  # without lam they play no part
 SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
 LEVELS = (0.85, 0.8, 0.75, 0.65)  # teacher accuracies to compare at
+NUM_LEVELS = 4  # where LEVELS do not fit
+NLL = "teacher_teacher_nll"  # nats/token of the teacher's test traces under the unadjusted teacher
 HEADLINE_LEVEL = 0.75  # the finding is about the level nearest to this one
 NUM_DRAWS = 2000
 BLOCK = 250  # draws resampled at once: bounds the memory for large test sets
 LEAST_BRACKETED = 0.9  # share of the draws that must reach a level
 WIDEST_BRACKET = 0.1  # of teacher accuracy, between the settings that a reading lies between
+WIDEST_SHARE = 0.25  # the same for teacher NLL, as a share of the range that both curves span
 ONE_SEED = "this seed's problems only"  # what an interval of one seed is about
 MARK = "(!)"  # after a number that is in doubt
 WIDE = "is read across more than 10 points of teacher accuracy"
+WIDE_NLL = "is read across more than a quarter of the teacher NLL that both curves span"
 ZIGZAG = "is not monotone there, it meets this teacher accuracy"
+PRICES = {"accuracy": "teacher accuracy", "nll": "teacher NLL"}
 POOLED = "same settings and seed more than once, pooled"
 NO_SHARE = "left out, an accuracy that is no number from 0 to 1"
 
@@ -76,7 +84,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Match:
-    """Students' accuracies at one teacher accuracy; the difference is temperature minus arm.
+    """Students' accuracies at one price to the teacher, its accuracy or NLL; the difference is temperature
+    minus arm (or what stands in temperature's place).
 
     `note` says why there is no difference or no interval, `flags` what puts the numbers in doubt.
     """
@@ -93,6 +102,7 @@ class Match:
     num_seeds: int
     note: str
     flags: tuple = ()
+    price: str = "accuracy"
 
 
 def arm_of(config):
@@ -189,7 +199,7 @@ def pool_copies(points):
     groups = {}
     for point in points:
         row = point.row
-        key = (row["arm"], row["tau"], row["lam"], identity(row), replicate_of(point))
+        key = (row["arm"], row["tau"], row["lam"], identity(row), *(row.get(name) for name in SEEDS))
         groups.setdefault(key, []).append(point)
     return [pool(group) if len(group) > 1 else group[0] for group in groups.values()]
 
@@ -238,8 +248,10 @@ def lost_shares(row):
 def point_name(row):
     """A point in words: arm, knobs and seeds."""
     knobs = [f"{SYMBOLS[key]} {show_setting(row[key])}" for key in ("tau", "lam") if key in row]
-    seeds = list(dict.fromkeys(row[key] for key in SEEDS if key in row))
-    return ", ".join([row["arm"], *knobs, f"seed {' and '.join(map(str, seeds))}"])
+    seeds = list(dict.fromkeys(row[key] for key in REPLICATE if key in row))
+    direction = row.get("direction_seed")
+    parts = [row["arm"], *knobs, *([] if direction is None else [f"direction {direction}"])]
+    return ", ".join([*parts, f"seed {' and '.join(map(str, seeds))}"])
 
 
 # Curves
@@ -287,16 +299,22 @@ def short_label(curve):
 
 
 def by_setting(points):
-    """{(tau, lam): rows of all seeds}, in order."""
+    """{(tau, lam): rows of all seeds}, in order; the random directions of a seed as their mean."""
     groups = {}
-    for row in sorted((point.row for point in points), key=lambda row: (row["tau"], row["lam"])):
-        groups.setdefault((row["tau"], row["lam"]), []).append(row)
-    return groups
+    for point in sorted(points, key=lambda point: (point.row["tau"], point.row["lam"])):
+        seeds = groups.setdefault((point.row["tau"], point.row["lam"]), {})
+        seeds.setdefault(replicate_of(point), []).append(point.row)
+    return {knobs: [mean_row(rows) for rows in seeds.values()] for knobs, seeds in groups.items()}
 
 
-def graded(rows, rule):
-    """The rows whose teacher and student were both graded under a rule."""
-    return [row for row in rows if all(has_share(row, f"{who}_{rule}") for who in ("teacher", "student"))]
+def graded(rows, rule, price="accuracy"):
+    """The rows whose teacher and student were both graded under a rule, and whose price is known."""
+    rows = [row for row in rows if all(has_share(row, f"{who}_{rule}") for who in ("teacher", "student"))]
+    return [row for row in rows if price == "accuracy" or is_number(row.get(NLL))]
+
+
+def price_column(rule, price):
+    return NLL if price == "nll" else f"teacher_{rule}_accuracy"
 
 
 def pooled(rows, name):
@@ -319,10 +337,10 @@ def pooled_interval(shares, sizes):
     return float(low), float(high)
 
 
-def seed_interval(values, least=-1.0):
+def seed_interval(values, least=-1.0, most=1.0):
     """(low, high) (...): 95 % t interval of the mean of values (..., S) of S seeds, two or more.
 
-    It is cut off at `least` and 1, beyond which no value can lie; nan where all S values are the same.
+    It is cut off at `least` and `most`, beyond which no value can lie; nan where all S values are the same.
     """
     from scipy import stats  # half a second
 
@@ -330,7 +348,7 @@ def seed_interval(values, least=-1.0):
     error = values.std(-1, ddof=1) / values.shape[-1] ** 0.5
     error = np.where(np.ptp(values, axis=-1) > 1e-9, error, np.nan)  # less is rounding
     low, high = stats.t.interval(0.95, values.shape[-1] - 1, values.mean(-1), error)
-    return np.clip(low, least, 1.0), np.clip(high, least, 1.0)
+    return np.clip(low, least, most), np.clip(high, least, most)
 
 
 def interval_kind(num_seeds):
@@ -338,7 +356,7 @@ def interval_kind(num_seeds):
     return f"t interval over {num_seeds} seeds" if num_seeds > 1 else ONE_SEED
 
 
-# Equal teacher accuracy
+# Equal price
 
 
 def interpolate(x, y, levels):
@@ -373,24 +391,44 @@ def pair_up(curves):
     ]
 
 
-def choose_levels(pairs, rule):
-    """LEVELS, or where no ADS curve reaches one of them, four levels inside the range it has in common."""
-    ranges = [common_range(pair, rule) for pair in pairs if pair[1].arm == "ADS"]
+def choose_levels(pairs, rule, price="accuracy"):
+    """Where to compare: LEVELS of teacher accuracy; or, for NLL and where no ADS curve reaches one of them,
+    four rounded values inside the range that it has in common with temperature."""
+    ranges = [common_range(pair, rule, price) for pair in pairs if pair[1].arm == "ADS"]
     ranges = [(low, high) for low, high in ranges if low < high]
-    if not ranges or any(low <= level <= high for low, high in ranges for level in LEVELS):
-        return LEVELS
+    usual = LEVELS if price == "accuracy" else ()
+    if not ranges or any(low <= level <= high for low, high in ranges for level in usual):
+        return usual
     low, high = max(ranges, key=lambda ends: ends[1] - ends[0])
-    return tuple(dict.fromkeys(round(float(v), 3) for v in np.linspace(high, low, 6)[1:-1]))
+    inside = np.linspace(low, high, NUM_LEVELS + 2)[1:-1]
+    if price == "accuracy":
+        return tuple(dict.fromkeys(round(float(v), 3) for v in inside[::-1]))
+    digits = 1 - int(np.floor(np.log10(high - low)))  # steps are about a fifth of the range
+    return tuple(dict.fromkeys(v for v in (round(float(v), digits) for v in inside) if low <= v <= high))
 
 
-def common_range(pair, rule):
-    """The teacher accuracies (lowest, highest) that both curves span, by their settings' means."""
+def common_range(pair, rule, price="accuracy"):
+    """The prices (lowest, highest) that both curves span, by their settings' means."""
     ends = []
     for curve in pair:
-        groups = [graded(rows, rule) for rows in by_setting([*curve.start, *curve.points]).values()]
-        shares = [pooled(rows, f"teacher_{rule}")[0] for rows in groups if rows]
-        ends.append((min(shares, default=1.0), max(shares, default=0.0)))
+        groups = by_setting([*curve.start, *curve.points]).values()
+        found = [mean_price(rows, rule, price) for rows in groups if graded(rows, rule, price)]
+        ends.append((min(found, default=np.inf), max(found, default=-np.inf)))
     return max(low for low, _ in ends), min(high for _, high in ends)
+
+
+def mean_price(rows, rule, price):
+    return float(np.mean([row[price_column(rule, price)] for row in graded(rows, rule, price)]))
+
+
+def mean_nll(rows):
+    """(mean, low, high) over seeds of the teacher's NLL, with a 95 % t interval; of one seed no interval."""
+    values = np.array([row[NLL] for row in rows])
+    mean = float(values.mean())
+    if len(values) < 2 or not np.ptp(values) > 1e-9:
+        return mean, mean, mean
+    low, high = seed_interval(values, least=0.0, most=np.inf)
+    return mean, float(low), float(high)
 
 
 def replicates(points):
@@ -401,33 +439,41 @@ def replicates(points):
     return groups
 
 
-def graded_points(points, rule):
-    return [point for point in points if graded([point.row], rule)]
+def graded_points(points, rule, price="accuracy"):
+    return [point for point in points if graded([point.row], rule, price)]
 
 
 def replicate_of(point):
-    return tuple(point.row.get(key) for key in SEEDS)
+    return tuple(point.row.get(key) for key in REPLICATE)
 
 
-def compare(pairs, levels, answers, missing=""):
-    """A Match per pair of curves, rule and level; an arm of one setting is compared at its own accuracy.
+def directions(points):
+    """A replicate's points by random direction, each with the lam = 0 points; all where there is one."""
+    groups = {}
+    for point in points:
+        if point.row["lam"]:
+            groups.setdefault(point.row.get("direction_seed"), []).append(point)
+    start = [point for point in points if not point.row["lam"]]
+    return [[*start, *group] for group in groups.values()] or [start]
 
-    `levels`: {rule: teacher accuracies}. `answers`: {(path of a test's sidecar, rule): {problem id: correct}}
-    of the tests whose answers are there; `missing` says why others are not.
+
+def compare(pairs, levels, draws, missing="", price="accuracy"):
+    """A Match per pair of curves, rule and level; an arm of one setting is compared at its own price.
+
+    `levels`: {rule: prices}. `draws` come from draw_accuracies; `missing` says why some are not there.
     """
-    draws = draw_accuracies(pairs, answers)
     arms = [curve.arm for _, curve in pairs]
     matches = []
     for rule in RULES:
-        for temperature, curve in pairs:
+        for first, curve in pairs:
             name = curve.arm if arms.count(curve.arm) == 1 else short_label(curve)
             is_lone = len(by_setting(curve.points)) == 1 and not (curve.arm == "ADS" and curve.start)
             points = curve.points if is_lone else [*curve.start, *curve.points]
-            sides = [replicates(temperature.points), replicates(points)]
+            sides = [replicates([*first.start, *first.points]), replicates(points)]
             at = None if is_lone else levels[rule]
             found = []
-            if graded_points(points, rule):
-                found = compare_sides(sides, (rule, curve.arm, name), at, draws, missing)
+            if graded_points(points, rule, price) and at != ():
+                found = compare_sides(sides, (rule, curve.arm, name, price), at, draws, missing)
             matches += found if curve.arm == "ADS" else without_gaps(found)
     return matches
 
@@ -438,21 +484,27 @@ def without_gaps(matches):
 
 
 def compare_sides(sides, names, levels, draws, missing):
-    """Matches of the temperature arm and another, {replicate: points} each; names = (rule, arm, name).
+    """Matches of the temperature arm and another, {replicate: points} each; names = (rule, arm, name, price).
 
-    Without levels, at the other's own teacher accuracy.
+    Without levels, at the other's own price. Random directions of a replicate are read off one by one, and
+    their mean is the replicate's.
     """
     if not sides[1]:
         return []
+    rule, *_, price = names
     measured, drawn = {}, {}
     for key in [key for key in sides[1] if key in sides[0]]:
-        groups = [graded_points(side[key], names[0]) for side in sides]
-        if not all(groups):
+        first = graded_points(sides[0][key], rule, price)
+        others = [graded_points(points, rule, price) for points in directions(sides[1][key])]
+        if not first or not all(others):
             continue
-        measured[key] = read_off(*(accuracies(group, names[0]) for group in groups), levels)
-        found = [draws_of(group, key, names[0], draws) for group in groups]
-        if all(side is not None for side in found):
-            drawn[key] = read_off(*found, levels)
+        x = readings(first, rule, price)
+        measured[key] = np.mean(
+            [read_off(x, readings(other, rule, price), levels) for other in others], axis=0
+        )
+        x, *found = (draws_of(points, key, rule, price, draws) for points in (first, *others))
+        if x is not None and all(other is not None for other in found):
+            drawn[key] = np.mean([read_off(x, other, levels) for other in found], axis=0)
     matches = []
     for i, level in enumerate(levels or [None]):
         match = match_at(names, level, pick(measured, i), pick(drawn, i), missing)
@@ -461,7 +513,7 @@ def compare_sides(sides, names, levels, draws, missing):
 
 
 def read_off(temperature, other, levels):
-    """(3, ..., L): teacher accuracy, temperature's student, the other's; curves are x, y (2, ..., P)."""
+    """(3, ..., L): price, temperature's student, the other's; curves are x, y (2, ..., P)."""
     if levels is None:
         return np.stack([other[0], interpolate(*temperature, other[0]), other[1]])
     students = [interpolate(*curve, levels) for curve in (temperature, other)]
@@ -488,7 +540,8 @@ def match_at(names, level, measured, drawn, missing):
             low, high, note = over_seeds(found[1] - found[2])
         else:
             low, high, note = over_problems(drawn.get(paired[0]), missing)
-    return Match(*names, level, temperature, student, difference, low, high, len(paired), note)
+    numbers = (level, temperature, student, difference, low, high, len(paired))
+    return Match(*names[:3], *numbers, note, price=names[3])
 
 
 def reached_by(measured):
@@ -529,14 +582,18 @@ def flags_of(match, sides, measured):
         return ()
     texts = []
     if len(paired) < len(measured):
-        texts.append(f"{len(paired)} of {len(measured)} seeds reach this teacher accuracy on both curves")
+        reached = f"{len(paired)} of {len(measured)} seeds reach this {PRICES[match.price]} on both curves"
+        texts.append(reached)
     if (num := len({seed for seed, *_ in paired})) < len(paired):
         texts.append(f"students of {len(paired)} seeds, traces of {num}")
-    for side, name in zip(sides, ("temperature", match.name), strict=True):
+    arms = [next(iter(side.values()))[-1].row["arm"] for side in sides]
+    for side, name in zip(sides, (arms[0], match.name), strict=True):
         found = {}
         for key in paired:
-            for kind, case in reading_flags(side[key], match.rule, measured[key][0]):
-                found.setdefault(kind, {}).setdefault(case, []).append(key[0])
+            widest = widest_bracket([side[key] for side in sides], match)
+            for kind, case in reading_flags(side[key], match, measured[key][0], widest):
+                cases = found.setdefault(kind, {}).setdefault(case, [])
+                cases += [key[0]] if key[0] not in cases else []
         texts += [f"{name} {kind}: {cases_of(cases, len(paired))}" for kind, cases in found.items()]
     return tuple(texts)
 
@@ -549,17 +606,34 @@ def cases_of(cases, num_seeds):
     )
 
 
-def reading_flags(points, rule, level):
-    """[(kind, case)] of what makes one replicate's curve doubtful where it is read, at a teacher accuracy."""
-    kept = sorted(graded_points(points, rule), key=lambda p: (abs(p.row["lam"]), p.row["tau"]))
-    teacher = accuracies(kept, rule)[0]
-    below, above = teacher[teacher <= level].max(), teacher[teacher >= level].min()
-    ends = [p for p, share in zip(kept, teacher, strict=True) if share in (below, above)]
-    flags = []
-    if above - below > WIDEST_BRACKET:
-        flags.append((WIDE, " to ".join(knob(p.row) for p in ends)))
-    if (num := num_crossings(teacher - level)) > 1:
-        flags.append((ZIGZAG, f"{num} times"))
+def widest_bracket(sides, match):
+    """The price between two settings above which a reading between them is in doubt."""
+    if match.price == "accuracy":
+        return WIDEST_BRACKET
+    prices = [readings(graded_points(points, match.rule, "nll"), match.rule, "nll")[0] for points in sides]
+    return WIDEST_SHARE * (min(map(max, prices)) - max(map(min, prices)))
+
+
+def reading_flags(points, match, level, widest):
+    """[(kind, case)] of what makes one replicate's curve doubtful where it is read, at a price."""
+    return [flag for group in directions(points) for flag in line_flags(group, match, level, widest)]
+
+
+def line_flags(points, match, level, widest):
+    rule, price = match.rule, match.price
+    kept = graded_points(points, rule, price)
+    if len({(p.row["tau"], p.row["lam"]) for p in kept}) == 1:  # a lone setting, read at its own price
+        ends, flags = kept, []
+    else:
+        kept = sorted(kept, key=lambda p: (abs(p.row["lam"]), p.row["tau"]))
+        x = readings(kept, rule, price)[0]
+        below, above = x[x <= level].max(), x[x >= level].min()
+        ends = [p for p, found in zip(kept, x, strict=True) if found in (below, above)]
+        flags = []
+        if above - below > widest:
+            flags.append((WIDE if price == "accuracy" else WIDE_NLL, " to ".join(knob(p.row) for p in ends)))
+        if (num := num_crossings(x - level)) > 1:
+            flags.append((ZIGZAG.replace(PRICES["accuracy"], PRICES[price]), f"{num} times"))
     flags += [(POOLED, knob(p.row)) for p in ends if p.copies]
     lost = [p for p in points if any(rule == r for part in parts_of(p) for r, _ in lost_shares(part.row))]
     return flags + [(NO_SHARE, knob(p.row)) for p in lost]
@@ -581,15 +655,21 @@ def parts_of(point):
     return point.copies or (point,)
 
 
-def accuracies(points, rule):
-    """x, y (2, P): the teachers' and the students' accuracies."""
-    return np.array([[p.row[f"{who}_{rule}_accuracy"] for p in points] for who in ("teacher", "student")])
+def readings(points, rule, price="accuracy"):
+    """x, y (2, P): the prices and the students' accuracies."""
+    return np.array(
+        [[p.row[key] for p in points] for key in (price_column(rule, price), f"student_{rule}_accuracy")]
+    )
 
 
-def draws_of(points, replicate, rule, draws):
-    """The same (2, B, P) under B resamples of the problems; None where a test's answers are missing."""
-    lines = []
-    for who in ("teacher", "student"):
+def draws_of(points, replicate, rule, price, draws):
+    """The same (2, B, P) under B resamples of the problems; None where a test's answers are missing.
+
+    NLL is held at its measured value: a test's NLL of single problems is not read.
+    """
+    x = readings(points, rule, price)[0]
+    lines = [np.broadcast_to(x[:, None], (len(x), NUM_DRAWS))] if price == "nll" else []
+    for who in ("teacher", "student")[len(lines) :]:
         keys = [[(replicate, p.stages[who]["path"], rule) for p in parts_of(point)] for point in points]
         if any(key not in draws for copies in keys for key in copies):
             return None
@@ -631,12 +711,56 @@ def resample(tests, rng):
     return np.concatenate(shares, axis=1)
 
 
+# The undistilled student
+
+
+def by_label(baselines, rule=None):
+    """{label: rows} of undistilled students, a row per seed; what was measured twice is one.
+
+    Ways of asking have other lengths, too: these are named only where nothing else tells two apart.
+    """
+    names = [name for name in differing(baselines) if name not in SEEDS]
+    more = [name for name in names if name not in ("student", "student_few_shot", "student_prefill")]
+    short = {}
+    for row in baselines:
+        short.setdefault(ask_label(row, names), set()).add(tuple(row.get(name) for name in more))
+    groups = {}
+    for row in baselines:
+        label = ask_label(row, names)
+        if len(short[label]) > 1:
+            told = [name for name in more if row.get(name) is not None]
+            label = ", ".join([label, *(f"{show_name(name)} {show_setting(row[name])}" for name in told)])
+        if rule is None or has_share(row, f"student_{rule}"):
+            groups.setdefault(label, {}).setdefault(row["seed"], []).append(row)
+    return {label: [mean_row(rows) for rows in seeds.values()] for label, seeds in groups.items()}
+
+
+def ask_label(row, names):
+    """The undistilled student and how it was asked."""
+    way = "prefilled" if row.get("student_prefill") else f"{row['student_few_shot']}-shot"
+    return f"undistilled {row['student'] if 'student' in names else 'student'}, {way}"
+
+
+def elicited(baselines, rule):
+    """{label: rows} of the way of asking that gets most out of the undistilled student, of each student and
+    dataset: the one with the highest mean over seeds."""
+    best, num_ways = {}, {}
+    for label, rows in by_label(baselines, rule).items():
+        key = tuple(rows[0].get(name) for name in ("student", "data"))
+        mean = pooled(rows, f"student_{rule}")[0]
+        num_ways[key] = num_ways.get(key, 0) + 1
+        if key not in best or mean > best[key][0]:
+            best[key] = mean, label, rows
+    labels = {key: f": best of {num} ways to ask" if num > 1 else "" for key, num in num_ways.items()}
+    return {f"{label}{labels[key]}": rows for key, (_, label, rows) in best.items()}
+
+
 # What it says
 
 
 def headline(matches):
     """The Match that the finding is about: ADS, forced answers if there are any, nearest HEADLINE_LEVEL."""
-    matched = [m for m in matches if m.arm == "ADS" and m.difference is not None]
+    matched = [m for m in matches if m.arm == "ADS" and m.price == "accuracy" and m.difference is not None]
     order = list(RULES)
     return min(
         matched,
@@ -725,9 +849,8 @@ def explain_no_finding(curves):
 def controls(matches):
     """A sentence on the other arms, each at the matched level nearest the headline's; empty without any."""
     best = headline(matches)
-    others = [
-        m for m in matches if best and m.rule == best.rule and m.arm != "ADS" and m.difference is not None
-    ]
+    others = [m for m in matches if best and m.rule == best.rule and m.price == "accuracy"]
+    others = [m for m in others if m.arm != "ADS" and m.difference is not None]
     nearest = {m.name: m for m in sorted(others, key=lambda m: -abs(m.level - best.level))}
     chosen = sorted(nearest.values(), key=lambda m: ARMS.index(m.arm))
     text = [
@@ -749,9 +872,16 @@ def show_seeds(match):
     return f"{match.num_seeds} seed{'' if match.num_seeds == 1 else 's'}"
 
 
+def show_level(match):
+    """The price that a Match is at."""
+    if match.level is None or match.price == "accuracy":
+        return f"teacher {show_number(match.level)}"
+    return f"{PRICES['nll']} {match.level:.3g} nats/token"
+
+
 def show_match(match):
     """A line for the terminal and the Markdown report."""
-    who = f"{RULES[match.rule]}, teacher {show_number(match.level)}: temperature"
+    who = f"{RULES[match.rule]}, {show_level(match)}: temperature"
     both = f"{show_number(match.temperature)}, {match.name} {show_number(match.student)}"
     if match.difference is None:
         return f"{who} {both}; {match.note}"

@@ -22,14 +22,19 @@ from test_report import (
 )
 
 import report
-from ads import page, plots, store, tradeoff
+from ads import page, store, tradeoff
 from ads.tradeoff import MARK, NO_SHARE, ONE_SEED, POOLED
 
 LEVELS = (0.82,)
 
 
 def matches_of(*exp_dirs, levels=LEVELS):
-    return report.compare_arms(curves_of(*exp_dirs), levels)
+    return compare_accuracies(curves_of(*exp_dirs), levels)
+
+
+def compare_accuracies(curves, levels=LEVELS):
+    matches = report.compare_arms(curves, levels, report.load_draws(curves))
+    return [match for match in matches if match.price == "accuracy"]
 
 
 def forced(matches, arm="ADS"):
@@ -102,9 +107,7 @@ def test_recipes_of_several_folders_are_told_apart_and_compared_each_by_itself(t
         *[("temperature", 2, 0)] * 2,
         *[("ADS", 2, 1)] * 2,
     ]
-    students = {
-        m.name.split(", ")[-1]: m.student for m in report.compare_arms(curves, LEVELS) if m.rule == "af"
-    }
+    students = {m.name.split(", ")[-1]: m.student for m in compare_accuracies(curves) if m.rule == "af"}
     assert students == {
         "lr 0.0005)": pytest.approx(0.4557, abs=1e-4),
         "lr 0.0001)": pytest.approx(0.2557, abs=1e-4),
@@ -183,7 +186,7 @@ def test_undistilled_students_of_two_seeds_with_equal_numbers_are_two(tmp_path):
         write_traces(tmp_path, f"base{seed}", share, share, seed=seed, **base)
     _, baselines = rows_of(tmp_path)
     assert [row["seed"] for row in baselines] == [1, 2, 3]
-    ((label, rows),) = plots.by_label(baselines, "af").items()
+    ((label, rows),) = tradeoff.by_label(baselines, "af").items()
     assert label == "undistilled student, 0-shot" and tradeoff.pooled(rows, "student_af")[0] == pytest.approx(
         0.03
     )
@@ -193,7 +196,7 @@ def test_undistilled_students_that_are_unlike_are_two_lines(tmp_path):
     base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test"}
     write_traces(tmp_path, "short", 0.1, 0.1, max_length=99, **base)
     write_traces(tmp_path, "long", 0.3, 0.3, **base)
-    groups = plots.by_label(rows_of(tmp_path)[1], "af")
+    groups = tradeoff.by_label(rows_of(tmp_path)[1], "af")
     assert sorted(groups) == [f"undistilled student, 0-shot, student test max_length {n}" for n in (1024, 99)]
 
 

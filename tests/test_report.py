@@ -219,7 +219,7 @@ def test_a_finished_experiment_as_a_user_runs_it(tmp_path):
     drawn = {
         f"{name}.{kind}" for name in ("tradeoff", "knobs", "traces", "losses") for kind in ("png", "svg")
     }
-    assert names == {"report.md", "report.html", "results.csv", "comparisons.csv", *drawn}
+    assert names == {"report.md", "report.html", "results.csv", "comparisons.csv", "claims.csv", *drawn}
 
 
 def test_a_folder_that_is_not_there_and_one_without_sidecars(tmp_path):
@@ -471,7 +471,10 @@ def test_the_same_point_with_other_numbers_is_kept(tmp_path):
 def test_figure_shows_every_complete_point_with_its_intervals(tmp_path):
     exp_dir = write_both_arms(tmp_path / "x")
     figure = draw(exp_dir)
-    assert drawn_points(figure) == [
+    drawn = drawn_points(figure)  # a panel in accuracy and one in NLL for each rule
+    nll = 0.31234
+    assert drawn[1] == [[(nll, 0.61), (nll, 0.55)], [(nll, 0.49), (nll, 0.25)]]
+    assert drawn[::2] == [
         [[(0.90, 0.61), (0.80, 0.55)], [(0.84, 0.49), (0.70, 0.25)]],
         [[(0.88, 0.58), (0.75, 0.50)], [(0.70, 0.41), (0.50, 0.20)]],
     ]
@@ -483,7 +486,7 @@ def test_figure_shows_every_complete_point_with_its_intervals(tmp_path):
     assert across[:, 1] == pytest.approx(0.25) and up[:, 1] == pytest.approx([low, high], abs=1e-4)
     grey = plots.COLOURS["undistilled"]
     lines = [line for axis in figure.axes for line in axis.lines if line.get_color() == grey]
-    assert [line.get_ydata()[0] for line in lines] == [0.31, 0.25]
+    assert [line.get_ydata()[0] for line in lines] == [0.31, 0.31, 0.25, 0.25]
 
 
 def test_several_tau_of_ads_are_several_curves(tmp_path):
@@ -512,7 +515,7 @@ def test_without_answer_forcing_only_raw_is_shown(tmp_path, capsys):
     cells = re.split(r" {2,}", table_lines(output)["ADS", "0.6", "0.03"])
     assert cells[1:5] == ["-", ".500 [.472, .528]", "-", ".200 [.178, .224]"]
     assert "forced -, raw .200" in output
-    assert drawn_points(draw(tmp_path)) == [[], [[(0.5, 0.2)]]]
+    assert drawn_points(draw(tmp_path)) == [[], [[(0.5, 0.2)]], [[(0.31234, 0.2)]], []]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,8 @@ def match_of(rng, num_problems, seeds=(1,), **settings):
         points += [*found["temperature"], *found["ADS"]]
         answers |= more
     pairs = tradeoff.pair_up(tradeoff.make_curves(points))
-    (match,) = tradeoff.compare(pairs, {"af": (0.75,), "raw": (0.75,)}, answers)
+    draws = tradeoff.draw_accuracies(pairs, answers)
+    (match,) = tradeoff.compare(pairs, {"af": (0.75,), "raw": (0.75,)}, draws)
     return match
 
 
@@ -258,6 +259,88 @@ def test_levels_are_the_usual_ones_or_lie_in_the_common_range():
     levels = tradeoff.choose_levels(tradeoff.pair_up(curves), "raw")
     assert len(levels) == 4 and all(0.25 < level < 0.63 for level in levels)
     assert np.ptp(np.diff(levels)) < 0.005
+
+
+# Equal teacher NLL
+
+
+def priced(points, *nlls):
+    """The points with the NLL of their teacher's test traces."""
+    rows = [{**point.row, tradeoff.NLL: nll} for point, nll in zip(points, nlls, strict=True)]
+    return [Point(row, point.stages) for row, point in zip(rows, points, strict=True)]
+
+
+def priced_curves(ads_nlls=(0.02, 0.2, 0.5), seed=1):
+    temperature = plain_points(seed, [(0.95, 0.9), (0.9, 0.8), (0.8, 0.6)], "temperature")
+    ads = plain_points(seed, [(0.94, 0.9), (0.9, 0.5), (0.8, 0.3)])
+    return priced(temperature, 0.03, 0.11, 0.41), priced(ads, *ads_nlls)
+
+
+def compare_nll(points, levels, draws=()):
+    pairs = tradeoff.pair_up(tradeoff.make_curves(points))
+    return tradeoff.compare(pairs, {"af": (), "raw": levels}, dict(draws), "", "nll")
+
+
+def test_students_at_equal_nll_are_read_off_lines_against_nll():
+    temperature, ads = priced_curves()
+    (match,) = compare_nll([*temperature, *ads], (0.26,))
+    wanted = (
+        np.interp(0.26, [0.03, 0.11, 0.41], [0.9, 0.8, 0.6]),
+        np.interp(0.26, [0.02, 0.2, 0.5], [0.9, 0.5, 0.3]),
+    )
+    assert (match.temperature, match.student) == pytest.approx(wanted)
+    assert (match.price, match.level, match.num_seeds) == ("nll", 0.26, 1)
+    assert tradeoff.show_match(match).startswith(
+        "raw, teacher NLL 0.26 nats/token: temperature .700, ADS .460, d"
+    )
+    assert tradeoff.headline([match]) is None and tradeoff.controls([match]) == ""
+
+
+def test_levels_of_nll_are_round_and_inside_the_common_range():
+    temperature, ads = priced_curves()
+    pairs = tradeoff.pair_up(tradeoff.make_curves([*temperature, *ads]))
+    assert tradeoff.choose_levels(pairs, "raw", "nll") == (0.11, 0.18, 0.26, 0.33)
+    for point in (*temperature, *ads):
+        point.row[tradeoff.NLL] /= 1000
+    assert tradeoff.choose_levels(pairs, "raw", "nll") == (0.00011, 0.00018, 0.00026, 0.00033)
+    for point in ads:
+        point.row[tradeoff.NLL] += 10  # nothing in common
+    assert tradeoff.choose_levels(pairs, "raw", "nll") == ()
+
+
+def test_a_reading_at_equal_nll_is_flagged_by_rules_of_its_own():
+    """The common range is .03 to .41: a bracket wider than .095 is in doubt, however close the accuracies."""
+    temperature, ads = priced_curves()
+    first, second = compare_nll([*temperature, *ads], (0.06, 0.26))
+    assert first.flags == (f"ADS {tradeoff.WIDE_NLL}: \u03bb 1 to \u03bb 2",)
+    assert [flag.split(":")[0] for flag in second.flags] == [
+        f"{arm} {tradeoff.WIDE_NLL}" for arm in ("temperature", "ADS")
+    ]
+    temperature, ads = priced_curves(ads_nlls=(0.1, 0.5, 0.02))
+    (match,) = compare_nll([*temperature, *ads], (0.2,))
+    assert "ADS is not monotone there, it meets this teacher NLL: 2 times" in match.flags
+
+
+def test_problems_are_resampled_for_students_alone_and_nll_is_held():
+    points, answers = make_points(np.random.default_rng(3), 400, 1)
+    points = [*priced(points["temperature"], 0.1, 0.4), *priced(points["ADS"], 0.1, 0.4)]
+    pairs = tradeoff.pair_up(tradeoff.make_curves(points))
+    draws = tradeoff.draw_accuracies(pairs, answers)
+    (match,) = compare_nll(points, (0.4,), draws)
+    students = [draws[(1, 1), f"1/{arm}1-student", "raw"] for arm in ("temperature", "ADS")]
+    assert (match.low, match.high) == pytest.approx(tuple(np.percentile(np.subtract(*students), (2.5, 97.5))))
+    without = {key: values for key, values in draws.items() if "teacher" not in key[1]}
+    assert compare_nll(points, (0.4,), without) == [match]
+
+
+def test_seeds_at_equal_nll_have_the_t_interval():
+    points = [p for seed in (1, 2, 3) for side in priced_curves(seed=seed) for p in side]
+    for i, point in enumerate(points):
+        point.row["student_raw_accuracy"] += 0.01 * (i % 4)
+    (match,) = compare_nll(points, (0.26,))
+    gaps = [compare_nll(points[i : i + 6], (0.26,))[0].difference for i in (0, 6, 12)]
+    half = 4.302653 * np.std(gaps, ddof=1) / 3**0.5  # t(0.975, 2) of a table
+    assert (match.low, match.high) == pytest.approx((np.mean(gaps) - half, np.mean(gaps) + half))
 
 
 def test_a_full_sweep_is_compared_in_seconds():
