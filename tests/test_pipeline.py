@@ -107,7 +107,7 @@ def test_dry_run_says_what_is_done_and_writes_nothing(experiment, model_folders,
     lines = found.splitlines()
     assert sum(line.startswith("done    ") for line in lines) == 11
     assert [line.split()[2] for line in lines if line.startswith("to do")] == [
-        f"{stage}_tau1.2_lam0_eps0:" for stage in ("train", "student", "eval_student", "eval_teacher")
+        f"{stage}_tau1.2_lam0_eps0:" for stage in ("train", "eval_teacher", "student", "eval_student")
     ]
     fresh = run_pipeline(model_folders, problem_folder, tmp_path / "new", "--dry-run", NPROC="").stdout
     assert fresh.count("to do   ") == 11 and "gentraces.py" in fresh and "waits: " in fresh
