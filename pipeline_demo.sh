@@ -11,7 +11,8 @@ SEEDS="${SEEDS:-1}"
 export DATASET=arithmetic
 export TEACHER="$here/demo/models/teacher" PROXY_STUDENT="$here/demo/models/proxy" STUDENT="$here/demo/models/student"
 export NPROC=1 OMP_NUM_THREADS=1 # at this size processes help and threads do not
-export GEN_ARGS="max_length=200 max_prompt_length=100 batch_size=300 top_k=0 top_p=1 ${GEN_ARGS:-}"
+# No forced answers: the models of the demo have never seen the words that force one, and answer them at random.
+export GEN_ARGS="max_length=200 max_prompt_length=100 batch_size=300 top_k=0 top_p=1 answer_force=false ${GEN_ARGS:-}"
 export TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8 one_step=0.1}"
 export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}"
 export TRAIN_ARGS="lora=false lr=3e-3 num_epochs=3 per_device_batch_size=16 do_eval=false ${TRAIN_ARGS:-}"
