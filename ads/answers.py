@@ -191,13 +191,15 @@ def split_unit(text: str) -> tuple[str, tuple[str, str] | None]:
     if found is None:
         return text, None
     words = _AFTER_UNIT.sub("", f" {found['words']}".replace(".", "").lower().rstrip()).strip()
+    if not words and found["space"]:  # '5 each', '16 left'
+        return found["value"], None
     head, *others = _PER.split(words)
     if changes_value(head) or set(" ".join(others).split()) & set(JOINERS.split()):
         return text, None
     noun = re.split("[ -]", head)[-1]
     unit = next((UNIT_OF[name] for name in singulars(noun) if name in UNIT_OF), None)
     if unit is None:
-        is_rate = head == "" and others[-1] in UNIT_OF and len(others[-1]) > 2
+        is_rate = head == "" and others != [] and others[-1] in UNIT_OF and len(others[-1]) > 2
         is_counted = is_plural(noun) or (len(noun) > 2 and number(found["value"]) == (1, 0))
         is_known = is_rate or (is_counted and found["space"])
         return (found["value"], ("", noun)) if is_known else (text, None)

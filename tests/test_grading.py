@@ -1,9 +1,11 @@
 """Grading: tables of real-looking responses, hostile input, time-outs, crashes, real data where present."""
 
 import gzip
+import inspect
 import json
 import logging
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -39,6 +41,9 @@ GSM8K = [
     (r"\boxed{18\text{ dollars per day}}", GSM_18, True, r"18\text{ dollars per day}"),
     (r"\boxed{18 dollars}", GSM_18, True, "18 dollars"),
     (r"\boxed{\$18 \text{ per day}.}", GSM_18, True, r"\$18 \text{ per day}."),
+    (r"\boxed{18 each}", GSM_18, True, "18 each"),  # a word with no noun before it was an IndexError
+    (r"\boxed{18 in total}", GSM_18, True, "18 in total"),
+    (r"\boxed{20 left}", GSM_18, False, "20 left"),
     (r"\boxed{18 \text{ million}}", GSM_18, False, r"18 \text{ million}"),
     (r"\boxed{18 thousand}", GSM_18, False, "18 thousand"),
     (r"\boxed{\text{Total} = 18}", GSM_18, True, r"\text{Total} = 18"),
@@ -683,3 +688,13 @@ def test_math_answers_equal_themselves_and_no_other_for_math_verify():
 def test_math500_answer_column_agrees():
     for row in read_rows("math500_test"):
         assert reference_answer(row["solution"]).replace(" ", "") == row["answer"].replace(" ", "")
+
+
+def test_words_that_the_grader_knows_are_graded_wherever_they_stand():
+    """`16 left` has no noun before the word that follows nouns: an IndexError once, which ended a stage."""
+    words = sorted(set(re.findall("[A-Za-z]+|[^A-Za-z0-9 ]", inspect.getsource(answers))))
+    assert len(words) > 500
+    for word in words:
+        for text in (f"5 {word}", f"5{word}", f"{word} 5", f"5 per {word}", f"5 {word} each", f"{word} {word}"):
+            grade = grading.grade(f"\\boxed{{{text}}}", GSM_18)
+            assert grade.answer is None or not grade.correct, text
