@@ -695,6 +695,7 @@ def test_words_that_the_grader_knows_are_graded_wherever_they_stand():
     words = sorted(set(re.findall("[A-Za-z]+|[^A-Za-z0-9 ]", inspect.getsource(answers))))
     assert len(words) > 500
     for word in words:
-        for text in (f"5 {word}", f"5{word}", f"{word} 5", f"5 per {word}", f"5 {word} each", f"{word} {word}"):
+        for form in ("5 {}", "5{}", "{} 5", "5 per {}", "5 {} each", "{0} {0}"):
+            text = form.format(word)
             grade = grading.grade(f"\\boxed{{{text}}}", GSM_18)
             assert grade.answer is None or not grade.correct, text
