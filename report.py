@@ -104,7 +104,7 @@ def main(arguments):
     tables = small_tables(curves, baselines, claimed)
     print0(*text_table(rows), *notes, *map(tradeoff.show_match, matches), sep="\n")
     for caption, cells in tables.items():
-        print0(f"{caption}:", *aligned(cells, str.ljust), sep="\n")
+        print0(f"{caption.removesuffix('.')}:", *aligned(cells, str.ljust), sep="\n")
     finding = tradeoff.finding(curves, matches)
     more = (tradeoff.finding_doubt, tradeoff.second_finding, tradeoff.controls)
     sentences = [finding, claims.failures(claimed), *(sentence(matches) for sentence in more)]
@@ -473,7 +473,7 @@ def has_one_step(points):
 def table(points):
     """Header and lines of cells; a setting has a column only where points differ in it."""
     settings = ["tau", "lam", *differing(points)]
-    accuracies = [(who, rule) for who in ("teacher", "student") for rule in RULES]
+    accuracies = [(who, rule) for who in ("teacher", "student") for rule in tradeoff.rules_of(points)]
     lines = [["arm", *map(show_name, settings), "n", *(f"{who} {RULES[rule]}" for who, rule in accuracies)]]
     lines[0] += NUMBERS
     lines[0] += ["step"] if has_one_step(points) else []
@@ -503,10 +503,16 @@ def show_accuracy(row, name):
     return "-" if share == "-" else f"{share} [{low}, {high}]"
 
 
+def show_accuracies(row):
+    """An undistilled student's, by each rule that it was graded by."""
+    rules = tradeoff.rules_of([row]).items()
+    return ", ".join(f"{name} {show_accuracy(row, f'student_{rule}')}" for rule, name in rules)
+
+
 def baseline_lines(baselines):
     return [
-        f"undistilled {row['student']} on {row['data']}: forced {show_accuracy(row, 'student_af')}, "
-        f"raw {show_accuracy(row, 'student_raw')}, few_shot {row['student_few_shot']}, "
+        f"undistilled {row['student']} on {row['data']}: {show_accuracies(row)}, "
+        f"few_shot {row['student_few_shot']}, "
         f"{'prefill ' + repr(row['student_prefill']) + ', ' if row['student_prefill'] else ''}"
         f"n {show_sizes([row], '/')}, finished {show_number(row.get('student_finished'))}, seed {row['seed']}"
         for row in baselines
@@ -646,7 +652,7 @@ def defuse(value):
 def to_markdown(exp_dirs, experiments, points, notes, sentences, matches, tables, panels):
     lines = ["# Results", "", *map(inline, filter(None, sentences)), ""]
     for caption, cells in tables.items():
-        lines += [f"{inline(caption)}:", "", *markdown_table(cells, "---"), ""]
+        lines += [f"{inline(caption.removesuffix('.'))}:", "", *markdown_table(cells, "---"), ""]
     if points:
         lines += [inline(shared_settings(points)), "", *markdown_table(table(points))]
         lines += ["", *(f"- {inline(line)}" for line in legend_of(points).splitlines()), ""]

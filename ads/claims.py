@@ -345,11 +345,12 @@ def show_failure(claim):
 
 def asked_cells(baselines):
     """The undistilled student by the way it was asked: means over seeds with intervals, the best marked."""
-    found = [["undistilled student", "seeds", *tradeoff.RULES.values(), "best by"]]
-    best = {rule: tradeoff.elicited(baselines, rule).values() for rule in tradeoff.RULES}
+    rules = tradeoff.rules_of(baselines)
+    found = [["undistilled student", "seeds", *rules.values(), "best by"]]
+    best = {rule: tradeoff.elicited(baselines, rule).values() for rule in rules}
     for label, rows in tradeoff.by_label(baselines).items():
         line = [label.removeprefix("undistilled student, "), str(len(rows))]
-        for rule in tradeoff.RULES:
+        for rule in rules:
             graded = [row for row in rows if tradeoff.has_share(row, f"student_{rule}")]
             numbers = (
                 [tradeoff.show_number(v) for v in tradeoff.pooled(graded, f"student_{rule}")]
@@ -357,7 +358,7 @@ def asked_cells(baselines):
                 else []
             )
             line.append(f"{numbers[0]} [{', '.join(numbers[1:])}]" if graded else "-")
-        names = [tradeoff.RULES[rule] for rule in tradeoff.RULES if rows in best[rule]]
+        names = [name for rule, name in rules.items() if rows in best[rule]]
         found.append([*line, " and ".join(names) or "-"])
     return found if len(found) > 1 else []
 

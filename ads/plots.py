@@ -60,7 +60,8 @@ def make_panels(curves, baselines, matches):
     """{name of the plot: its panels}; plots without data have none, but the trade-off is always there."""
     headline = tradeoff.headline(matches)
     panels = {"tradeoff": [], "knobs": [], "traces": [], "losses": []}
-    for rule, name in RULES.items():
+    rows = [*baselines, *(point.row for curve in curves for point in curve.points)]
+    for rule, name in tradeoff.rules_of(rows).items():
         gap = headline if headline and headline.rule == rule else None
         for price, title in PRICE_TITLES.items():
             if price == "accuracy" or has_price(curves, rule, price):

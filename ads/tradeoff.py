@@ -233,6 +233,13 @@ def has_share(row, name):
     return is_number(share) and 0 <= share <= 1 and is_number(size) and size > 0
 
 
+def rules_of(rows):
+    """The part of RULES by which any of the rows' students or teachers were graded; all where none was."""
+    shares = [f"{who}_{rule}" for who in ("teacher", "student") for rule in RULES]
+    found = {name.split("_")[1] for name in shares if any(has_share(row, name) for row in rows)}
+    return {rule: name for rule, name in RULES.items() if rule in found} or RULES
+
+
 def lost_shares(row):
     """[(rule, test and value)] of the tests whose accuracy should be there, and is none."""
     lost = []

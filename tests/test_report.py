@@ -513,9 +513,10 @@ def test_without_answer_forcing_only_raw_is_shown(tmp_path, capsys):
     report.main([str(tmp_path)])
     output = capsys.readouterr().out
     cells = re.split(r" {2,}", table_lines(output)["ADS", "0.6", "0.03"])
-    assert cells[1:5] == ["-", ".500 [.472, .528]", "-", ".200 [.178, .224]"]
-    assert "forced -, raw .200" in output
-    assert drawn_points(draw(tmp_path)) == [[], [[(0.5, 0.2)]], [[(0.31234, 0.2)]], []]
+    assert cells[1:3] == [".500 [.472, .528]", ".200 [.178, .224]"]
+    assert "on gsm8k_test: raw .200" in output and "forced -" not in output
+    assert "student forced" not in output and "student raw" in output
+    assert drawn_points(draw(tmp_path)) == [[[(0.5, 0.2)]], [[(0.31234, 0.2)]]]
 
 
 @pytest.mark.parametrize(
