@@ -198,7 +198,7 @@ def test_students_are_deleted_on_request_and_count_as_done(
     plan = run("--dry-run", check=False)
     assert plan.stdout.count("refused ") == 1 and f"delete {student}.yaml and run again" in plan.stderr
     Path(f"{student}.yaml").unlink()
-    assert run(KEEP_STUDENTS="0").stdout.count("run     ") == 2
+    assert run(KEEP_STUDENTS="0", GRID_ARGS=ONE_POINT).stdout.count("run     ") == 2
     assert responses(exp_dir, "eval_student_tau0.8_lam0_eps0") == before
     assert not (student / "final").exists()
 
