@@ -122,7 +122,7 @@ require_processes() {
 
 choose_launcher() {
   if [[ -n "$LAUNCH" ]]; then
-    read -ra launch <<<"$LAUNCH"
+    read -r -d '' -a launch <<<"$LAUNCH" || true
   elif [[ "$NPROC" == 1 ]]; then
     launch=(python)
   elif [[ "$num_gpus" == 0 ]]; then # accelerate's launcher starts one process only on a CPU

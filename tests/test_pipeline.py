@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -258,6 +259,34 @@ def test_the_same_pipeline_twice_at_once(experiment, model_folders, problem_fold
     assert sorted(names) == alone
     for name in alone:
         assert responses(tmp_path / "twice", name) == responses(experiment[0], name)
+
+
+ON_TWO_MACHINES = """#!/bin/sh
+"$@" & "$@"
+status=$?
+wait $! || status=$?
+exit $status
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_make_what_one_makes(experiment, model_folders, problem_folder, tmp_path):
+    """As two launchers on this one, which meet as those of two machines do (docs/scaling.md)."""
+    (tmp_path / "on_both").write_text(ON_TWO_MACHINES)
+    launch = f"sh {tmp_path}/on_both torchrun --nnodes 2 --nproc_per_node 1\n --rdzv_id x --rdzv_backend c10d"
+    settings = {"ACCELERATE_USE_CPU": "true", "NPROC": "2", "GRID_ARGS": ONE_POINT}
+    settings["LAUNCH"] = f"{launch} --rdzv_endpoint 127.0.0.1:{free_port()}"
+    found = run_pipeline(model_folders, problem_folder, tmp_path / "two", **settings)
+    assert found.stdout.count("run     ") == 7
+    for name in ("holdout", "student_base", "train_tau0.8_lam0_eps0", "eval_teacher_tau0.8_lam0_eps0"):
+        assert store.read_yaml(tmp_path / "two" / "traces" / f"{name}.yaml")["world_size"] == 2
+        assert responses(tmp_path / "two", name) == responses(experiment[0], name)
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
 
 
 def test_other_settings_are_refused_by_name(experiment, model_folders, problem_folder):
