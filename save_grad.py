@@ -39,7 +39,7 @@ def compute_gradient(cfg, inputs, world):
     from ads.models import keep_freed_memory, load_model, recomputed, try_batches
 
     start = time.time()
-    keep_freed_memory()
+    keep_freed_memory(world.device)
     sequences, num_left_out = load_sequences(cfg)
     vocabulary = check_vocabulary(cfg)
     print0(f"loading {cfg.proxy_student}")
