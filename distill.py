@@ -22,6 +22,9 @@ from ads.config import TrainConfig, ignored_keys, to_dict
 from utils import print0, print_result
 
 NUM_COMPARED, COMPARED_TOKENS = 3, 256  # sequences, and tokens of each, that a saved student is checked on
+CPU_BATCH = 2  # per_device_batch_size: auto. More sequences at once gain nothing on a CPU (bench/RESULTS.md)
+DEVICE_TOKENS = 8192  # on a GPU: with more at once there is more padding, and no less time per token
+SHARE_OF_FREE_MEMORY = 0.8  # the rest is for what the allocator cannot use
 
 
 def main(arguments):
@@ -50,7 +53,6 @@ def distil(cfg, inputs, world):
         print0(place)
     train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
-    per_device = per_device_batch(cfg, world.size)
     numerics = resolve_numerics(cfg, world.device)
     made_with = numerics | {"sequences": store.fingerprint_json([train, holdout])}
     if world.is_main:
@@ -60,11 +62,13 @@ def distil(cfg, inputs, world):
     model = load_student(cfg, tokenizer, world.device)
     longest = max(map(num_tokens, train + (holdout or [])))
     models.try_batches(model, longest, models.resolve_dtype(cfg.dtype, world.device))
-    trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
     checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
     if checkpoint:
         print0(f"resuming from {checkpoint}")
     with models.recomputed(model, cfg.gradient_checkpointing):
+        most = most_per_device(cfg, model, longest, world)
+        per_device = per_device_batch(cfg.batch_size, most, world.size)
+        trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
         result = train_fast(trainer, checkpoint)
     if not math.isfinite(result.training_loss):
         raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
@@ -95,10 +99,47 @@ def load_examples(cfg, tokenizer, path):
     return examples, num_cut
 
 
-def per_device_batch(cfg, world_size):
-    """The largest batch per device, up to per_device_batch_size, that makes up batch_size exactly."""
-    sizes = range(cfg.per_device_batch_size, 0, -1)
-    return next(size for size in sizes if cfg.batch_size % (size * world_size) == 0)
+def most_per_device(cfg, model, longest, world):
+    """The most sequences that a device takes at once: as configured, or of `longest` tokens by its memory."""
+    if cfg.per_device_batch_size != "auto":
+        return cfg.per_device_batch_size
+    if world.device == "cpu":
+        return CPU_BATCH
+    from ads.models import resolve_dtype
+
+    fitting = num_fitting(model, longest, world.size > 1, resolve_dtype(cfg.dtype, world.device))
+    return max(1, world.least(min(DEVICE_TOKENS // longest, fitting)))
+
+
+def num_fitting(model, longest, is_shared, dtype):
+    """How many sequences of `longest` tokens a GPU has room for in a training step, by trying one out.
+
+    Beside them are gradients and AdamW's two moments, and once more the gradients where processes share them.
+    """
+    import torch
+
+    from ads import dual, loss, models
+
+    device = model.get_input_embeddings().weight.device
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    ids = dual.tried_ids(model, longest)
+    batch = {key: x.to(device) for key, x in loss.collate([{"input_ids": ids, "labels": ids}]).items()}
+    labels = batch.pop("labels")
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits = model(**batch, use_cache=False).logits
+    loss.token_losses(logits, labels).sum().backward()
+    model.zero_grad()
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    row_bytes = torch.cuda.max_memory_allocated(device) - before - trained
+    room = SHARE_OF_FREE_MEMORY * models.free_bytes(device) - (4 if is_shared else 3) * trained
+    return int(room / row_bytes)
+
+
+def per_device_batch(batch_size, most, num_processes):
+    """The largest batch per device, up to `most`, that makes up batch_size exactly."""
+    sizes = range(min(most, batch_size), 0, -1)
+    return next(size for size in sizes if batch_size % (size * num_processes) == 0)
 
 
 def load_student(cfg, tokenizer, device):
@@ -144,13 +185,17 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
 
     from ads import loss
 
+    evaluated, scale = None, 1.0
+    if holdout is not None:
+        evaluated = fill_up(sorted(holdout, key=num_tokens, reverse=True), per_device * world.size)
+        scale = len(evaluated) / len(holdout)  # of means over sequences, some of which are there to fill up
     return Trainer(
         model=model,
         args=training_arguments(cfg, len(train), holdout is not None, per_device, world),
         train_dataset=order_examples(cfg, train),
-        eval_dataset=holdout,
+        eval_dataset=evaluated,
         data_collator=functools.partial(loss.collate, pad_id=tokenizer.eos_token_id),
-        compute_loss_func=functools.partial(mean_loss, num_processes=world.size),
+        compute_loss_func=functools.partial(mean_loss, num_processes=world.size, scale=scale),
     )
 
 
@@ -158,7 +203,8 @@ def train_fast(trainer, checkpoint=None):
     """trainer.train() with what makes it faster on a CPU."""
     from ads import lora, matmul, models
 
-    models.keep_freed_memory()
+    if trainer.args.use_cpu:
+        models.keep_freed_memory()
     with matmul.in_tiles(), lora.merged(trainer.model):
         return trainer.train(resume_from_checkpoint=checkpoint)
 
@@ -170,6 +216,8 @@ def training_arguments(cfg, num_examples, is_evaluated, per_device, world):
     from ads.models import resolve_dtype
 
     steps_per_epoch = math.ceil(num_examples / cfg.batch_size)
+    num_steps = math.ceil(cfg.num_epochs * steps_per_epoch)
+    half = math.ceil(num_steps / 2)
     autocast = resolve_dtype(cfg.dtype, world.device)
     # accelerate's launcher sets this from its own config, and the trainer would follow it
     precisions = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -177,7 +225,7 @@ def training_arguments(cfg, num_examples, is_evaluated, per_device, world):
     return TrainingArguments(
         output_dir=str(cfg.model_path),
         per_device_train_batch_size=per_device,
-        per_device_eval_batch_size=1,  # the mean over sequences of token means, as in stage 2
+        per_device_eval_batch_size=per_device,
         gradient_accumulation_steps=cfg.batch_size // (per_device * world.size),
         num_train_epochs=1,  # of order_examples, which has them all
         train_sampling_strategy="sequential",
@@ -187,8 +235,8 @@ def training_arguments(cfg, num_examples, is_evaluated, per_device, world):
         warmup_steps=int(cfg.warmup * cfg.num_epochs * steps_per_epoch),
         lr_scheduler_type=cfg.lr_scheduler_type,
         eval_strategy="steps" if is_evaluated else "no",
-        eval_on_start=is_evaluated,
-        eval_steps=max(1, round(cfg.eval_epochs * steps_per_epoch)),
+        eval_on_start=is_evaluated,  # and at the end, which the trainer does by itself
+        eval_steps=max(1, round(cfg.eval_epochs * steps_per_epoch)) if cfg.eval_epochs else half,
         prediction_loss_only=True,
         save_steps=max(1, round(cfg.save_epochs * steps_per_epoch)),
         save_total_limit=1,
@@ -214,24 +262,30 @@ def order_examples(cfg, examples):
     """
     import torch
 
-    empty = {"input_ids": examples[0]["input_ids"][:1], "labels": [chat.IGNORED_LABEL]}
     steps = []
     for epoch in range(math.ceil(cfg.num_epochs)):
         generator = torch.Generator().manual_seed(cfg.seed + epoch)
         shuffled = [examples[i] for i in torch.randperm(len(examples), generator=generator).tolist()]
         for start in range(0, len(shuffled), cfg.batch_size):
             step = sorted(shuffled[start : start + cfg.batch_size], key=num_tokens, reverse=True)
-            steps.append(step + [empty] * (cfg.batch_size - len(step)))
+            steps.append(fill_up(step, cfg.batch_size))
     num_steps = math.ceil(cfg.num_epochs * math.ceil(len(examples) / cfg.batch_size))
     return [example for step in steps[:num_steps] for example in step]
+
+
+def fill_up(examples, size):
+    """The examples, and sequences of one token and no label that make their number a multiple of size."""
+    empty = {"input_ids": examples[0]["input_ids"][:1], "labels": [chat.IGNORED_LABEL]}
+    return examples + [empty] * (-len(examples) % size)
 
 
 def num_tokens(example):
     return len(example["input_ids"])
 
 
-def mean_loss(outputs, labels, num_items_in_batch, num_processes):
-    """The Trainer's loss (nats/token): over a whole step's labels; in evaluation, over one sequence's.
+def mean_loss(outputs, labels, num_items_in_batch, num_processes, scale=1.0):
+    """The Trainer's loss (nats/token): over a whole step's labels; in evaluation, the mean over sequences of
+    their token means, as in stage 2, times `scale`.
 
     The Trainer counts num_items_in_batch on all processes, and multiplies what it is given by their number.
     """
@@ -239,10 +293,11 @@ def mean_loss(outputs, labels, num_items_in_batch, num_processes):
 
     from ads import loss
 
-    total = loss.token_losses(outputs.logits, labels).sum()
+    losses_BC = loss.token_losses(outputs.logits, labels)
     if torch.is_grad_enabled():
-        return total / num_items_in_batch
-    return total / (labels != chat.IGNORED_LABEL).sum() / num_processes
+        return losses_BC.sum() / num_items_in_batch
+    counts_B = (labels != chat.IGNORED_LABEL).sum(1).clamp(min=1)
+    return (losses_BC.sum(1) / counts_B).mean() * scale / num_processes
 
 
 def newest_checkpoint(model_path):

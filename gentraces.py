@@ -66,8 +66,8 @@ def generate_traces(cfg, inputs, world):
     models, notes = models_of(cfg, inputs, tokenizer, vocabulary, world)
     rows, speed = sample_traces(cfg, models, tokenizer, problems, prompts, world)
     rows = assemble(cfg, problems, prompts, rows)
-    if world.is_main and cfg.has_delta and cfg.num_contrasts:
-        save_contrasts(cfg, models, tokenizer, rows[: cfg.num_contrasts])
+    if cfg.has_delta and cfg.num_contrasts:
+        save_contrasts(cfg, models, tokenizer, rows[: cfg.num_contrasts], world)
     models = None
     if cfg.one_step:  # which needs the room
         LOADED.clear()
@@ -374,15 +374,30 @@ def assemble(cfg, problems, prompts, rows):
     return table
 
 
-def save_contrasts(cfg, models, tokenizer, rows):
-    """Store the rows' traces beside clean ones of the same random numbers, for the report's reader."""
+def save_contrasts(cfg, models, tokenizer, rows, world):
+    """Store the rows' traces beside clean ones of the same random numbers, for the report's reader.
+
+    Each process makes its share and writes it as a part.
+    """
     from ads import diagnostics
 
-    room = [{**row, "max_new_tokens": cfg.max_length - len(row["prompt_ids"])} for row in rows]
-    rule = sampling_rule(cfg)
-    num_slots = len(rows) if cfg.batch_size == "auto" else min(cfg.batch_size, len(rows))
-    problems = diagnostics.contrasts(models, rule, cfg.seed, tokenizer, room, is_correct, num_slots)
-    store.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
+    folder = cfg.parts_dir / "contrasts"
+    done = store.read_parts(folder)
+    mine = [
+        {**row, "max_new_tokens": cfg.max_length - len(row["prompt_ids"])}
+        for row in rows[world.rank :: world.size]
+        if row["id"] not in done
+    ]
+    if mine:
+        num_slots = len(mine) if cfg.batch_size == "auto" else min(cfg.batch_size, len(mine))
+        rule = sampling_rule(cfg)
+        found = diagnostics.contrasts(models, rule, cfg.seed, tokenizer, mine, is_correct, num_slots)
+        store.write_part(folder, world.rank, found)
+    world.barrier()
+    if world.is_main:
+        done = store.read_parts(folder)
+        problems = [done[row["id"]] for row in rows]
+        store.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
 
 
 def is_correct(row, text):

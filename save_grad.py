@@ -39,7 +39,8 @@ def compute_gradient(cfg, inputs, world):
     from ads.models import keep_freed_memory, load_model, recomputed, try_batches
 
     start = time.time()
-    keep_freed_memory()
+    if world.device == "cpu":
+        keep_freed_memory()
     sequences, num_left_out = load_sequences(cfg)
     vocabulary = check_vocabulary(cfg)
     print0(f"loading {cfg.proxy_student}")
@@ -85,7 +86,7 @@ def accumulate(cfg, model, sequences, world):
             half = gradient.compress(model, cfg.grad_rank or 16, cfg.seed, is_share=True)
         mine = sequences[first::step][world.rank :: world.size]  # the same halves for any number of processes
         loss += gradient.add_gradient_(
-            model, mine, len(sequences), cfg.batch_size, progress_bar, cfg.max_length, cfg.dtype
+            model, mine, len(sequences), cfg.batch_size, progress_bar, cfg.batch_tokens, cfg.dtype
         )
     if world.size > 1:
         gradient.all_reduce_(model)

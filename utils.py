@@ -436,14 +436,23 @@ class World:
         torch.distributed.all_reduce(total)
         return total.item()
 
+    def least(self, value):
+        """The least of a number over all processes."""
+        return value if self.size == 1 else min(self.gather(value))
+
+    def gather(self, value):
+        """A list of what each process has."""
+        import torch
+
+        found = [None] * self.size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
     def check_same(self, inputs):
         """ValueError unless all processes have the same inputs: caches of several nodes may differ."""
         if self.size == 1:
             return
-        import torch
-
-        found = [None] * self.size
-        torch.distributed.all_gather_object(found, inputs)
+        found = self.gather(inputs)
         for rank, others in enumerate(found):
             if differences := store.differing_keys(found[0], others):
                 raise ValueError(f"process {rank} has other inputs than process 0: {'; '.join(differences)}")

@@ -174,6 +174,7 @@ class GradConfig:
     attn_implementation: str = "auto"
     gradient_checkpointing: bool = field(default=False, metadata=NOT_COMPARED)
     batch_size: int = field(default=8, metadata=NOT_COMPARED)
+    batch_tokens: int = field(default=2048, metadata=NOT_COMPARED)
     grad_rank: int = 16
     num_diagnosed: int = field(default=4, metadata=NOT_COMPARED)
     eps: float = field(default=0.0, metadata=NOT_COMPARED)
@@ -195,6 +196,7 @@ class GradConfig:
         check_given("holdout_traces", self.holdout_traces, "the stage 1 traces, EXP_DIR/traces/NAME.parquet")
         check_seed(self.seed)
         check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("batch_tokens", self.batch_tokens, 1)
         check_at_least("grad_rank", self.grad_rank, 0)
         check_at_least("num_diagnosed", self.num_diagnosed, 0)
         check_at_least("eps", self.eps, 0)
@@ -216,7 +218,7 @@ class TrainConfig:
     trace_colname: str = "trace"
     max_length: int = 4096
     do_eval: bool = True
-    eval_epochs: float = 0.5
+    eval_epochs: float | None = field(default=None, metadata=NOT_COMPARED)
     save_epochs: float = field(default=0.5, metadata=NOT_COMPARED)
     student: PathText = field(default="meta-llama/Llama-3.2-3B", metadata=NOT_COMPARED)
     tokenizer: PathText | None = field(default=None, metadata=NOT_COMPARED)
@@ -233,7 +235,7 @@ class TrainConfig:
     warmup: float = 0.03
     lr_scheduler_type: str = "cosine"
     batch_size: int = 16
-    per_device_batch_size: int = field(default=2, metadata=NOT_COMPARED)
+    per_device_batch_size: AutoInt = field(default="auto", metadata=NOT_COMPARED)
     gradient_checkpointing: bool = field(default=False, metadata=NOT_COMPARED)
     num_epochs: float = 3.0
     keep_checkpoints: bool = field(default=False, metadata=NOT_COMPARED)
@@ -267,10 +269,14 @@ class TrainConfig:
             raise FileNotFoundError(f"checkpoint {self.checkpoint} is no complete trainer checkpoint")
         if self.do_eval:
             check_given("holdout_traces", self.holdout_traces, "the stage 1 traces (or do_eval=false)")
-        for key in ("num_epochs", "eval_epochs", "save_epochs", "lr", "max_grad_norm"):
+        for key in ("num_epochs", "save_epochs", "lr", "max_grad_norm"):
             check_above(key, getattr(self, key), 0)
-        for key in ("batch_size", "per_device_batch_size", "lora_r", "lora_alpha"):
+        if self.eval_epochs is not None:
+            check_above("eval_epochs", self.eval_epochs, 0)
+        for key in ("batch_size", "lora_r", "lora_alpha"):
             check_at_least(key, getattr(self, key), 1)
+        if self.per_device_batch_size != "auto":
+            check_at_least("per_device_batch_size", self.per_device_batch_size, 1)
         num_processes = store.world_size()
         if self.batch_size % num_processes:
             raise ValueError(

@@ -45,7 +45,7 @@ def contrasts(models, rule, seed, tokenizer, rows, grade, num_slots):
     ads = [(row["response_ids"], row["finished"]) for row in rows]
     sides = {}
     for name, responses in (("clean", clean), ("ads", ads)):
-        judged = replay(models, rule, seed, requests, [ids for ids, _ in responses], num_slots)
+        judged = [replay(models, rule, seed, r, ids) for r, (ids, _) in zip(requests, responses, strict=True)]
         texts = [chat.response_text(tokenizer, ids, models.eos) for ids, _ in responses]
         sides[name] = [
             {

@@ -1,7 +1,7 @@
 """Batched decoding of a teacher, with or without a proxy, over slots that are refilled as rows end.
 
 Shapes: B slots, N active slots (always 0..N-1), V vocabulary (token ids of the tokenizer), M most new tokens
-of a row.
+of a row, T tokens of a row.
 """
 
 from collections import deque
@@ -20,6 +20,7 @@ REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together 
 MOST_SLOTS = {"cpu": 64, "cuda": 512}
 SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts and for what others take
 BYTES_PER_LOGIT = 64  # log-probabilities, Delta, scores and CDF of a row, per id of the vocabulary
+REPLAYED_TOKENS = 256  # at once: their logits over the vocabulary are held some ten times
 GOING_ON, ENDED, BAD_TEACHER, BAD_PROXY = range(4)
 
 
@@ -278,53 +279,40 @@ class Decoder:
         self.rows.pop()
 
 
-def replay(models, rule, seed, requests, responses, num_slots):
-    """What the rule thought of given responses: per request a list of (clean, adjusted, Delta) per token.
+@torch.inference_mode()
+def replay(models, rule, seed, request, response):
+    """What the rule thought of a given response: a list of (clean, adjusted, Delta) per token.
 
     clean and adjusted are the token's probabilities under softmax(log p_T / tau) and under eq. 11, both
-    before truncation; Delta is in nats per unit of g.
+    before truncation; Delta is in nats per unit of g. The response is read like a prompt, in chunks.
     """
-    judged = []
-    for first in range(0, len(requests), num_slots):
-        group = slice(first, first + num_slots)
-        judged += replay_group(models, rule, seed, requests[group], responses[group])
-    return judged
+    num_prompt_tokens, given = len(request.prompt_ids), response[:-1]
+    models.allocate(1, num_prompt_tokens + len(given))
+    logits_1R, delta_1V = (m.prefill([request.prompt_ids], 0) for m in (models.teacher, models.proxy))
+    judged = [judge(models, rule, seed, request, response[:1], 0, logits_1R, delta_1V)]
+    for first in range(0, len(given), REPLAYED_TOKENS):
+        ids, length = given[first : first + REPLAYED_TOKENS], num_prompt_tokens + first
+        logits_TR, delta_TV = (m.extend(ids, length) for m in (models.teacher, models.proxy))
+        judged_ids = response[first + 1 : first + 1 + len(ids)]
+        judged.append(judge(models, rule, seed, request, judged_ids, first + 1, logits_TR, delta_TV))
+    return torch.cat(judged).tolist()
 
 
-@torch.inference_mode()
-def replay_group(models, rule, seed, requests, responses):
-    prompts, most = [request.prompt_ids for request in requests], max(map(len, responses))
-    longest = max(map(len, prompts))
-    models.allocate(len(prompts), longest + most)
-    device = models.allowed_V.device
-    # rows that end early go on with token 0, to no effect on the others
-    tokens_BM = torch.tensor([r + [0] * (most - len(r)) for r in responses], device=device)
-    keys_B = torch.tensor([sampling.row_key(seed, request.id) for request in requests], device=device)
-    lengths_B = torch.tensor([len(p) for p in prompts], device=device)
-    logits_BR, delta_BV = models.teacher.prefill(prompts, 0), models.proxy.prefill(prompts, 0)
-    judged = []
-    for step in range(most):
-        if step:
-            last = tokens_BM[:, step - 1], lengths_B + step - 1, longest + step - 1
-            logits_BR, delta_BV = models.teacher.step(*last), models.proxy.step(*last)
-        judged.append(judge(models, rule, logits_BR, delta_BV, tokens_BM[:, step], keys_B, step))
-    judged_BM3 = torch.stack(judged, dim=1).tolist()
-    return [row[: len(r)] for row, r in zip(judged_BM3, responses, strict=True)]
-
-
-def judge(models, rule, logits_BR, delta_BV, tokens_B, keys_B, step):
-    """(clean probability, adjusted probability, Delta) of one given token per row, (B, 3)."""
-    log_probs_BV = sampling.log_probs(logits_BR, models.allowed_V)
+def judge(models, rule, seed, request, ids, first, logits_TR, delta_TV):
+    """(clean probability, adjusted probability, Delta) of each of a row's tokens `first`, ..., (T, 3)."""
+    log_probs_TV = sampling.log_probs(logits_TR, models.allowed_V)
+    tokens_T = torch.tensor(ids, device=log_probs_TV.device)
     if rule.is_permuted:
-        delta_BV = sampling.permute(delta_BV, keys_B, torch.full_like(keys_B, step))
-    clean_BV = sampling.scores(log_probs_BV, None, rule).softmax(-1)
-    adjusted_BV = sampling.scores(log_probs_BV, delta_BV, rule).softmax(-1)
-    index_B1 = tokens_B[:, None]
-    return torch.cat([values.gather(1, index_B1) for values in (clean_BV, adjusted_BV, delta_BV)], dim=1)
+        keys_T = torch.full_like(tokens_T, sampling.row_key(seed, request.id))
+        delta_TV = sampling.permute(delta_TV, keys_T, first + torch.arange(len(ids), device=keys_T.device))
+    clean_TV = sampling.scores(log_probs_TV, None, rule).softmax(-1)
+    adjusted_TV = sampling.scores(log_probs_TV, delta_TV, rule).softmax(-1)
+    index_T1 = tokens_T[:, None]
+    return torch.cat([values.gather(1, index_T1) for values in (clean_TV, adjusted_TV, delta_TV)], dim=1)
 
 
 def row_states(log_probs_NV, delta_NV, is_eos_N):
-    """What the host must know of each row, (N,): GOING_ON, ENDED, BAD_TEACHER or BAD_PROXY.
+    """What the host must know of each row, (N,):     GOING_ON, ENDED, BAD_TEACHER or BAD_PROXY.
 
     NaN or +inf among the logits makes every log-probability of the row NaN.
     """

@@ -13,7 +13,8 @@ import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ads import decoder, dual, store
@@ -73,6 +74,32 @@ def check_weights(name, report):
         print(
             f"WARNING: model {name!r} has no use for {len(unused)} weights, such as {unused[0]}", flush=True
         )
+
+
+def sdpa(module, query, key, value, attention_mask, is_causal=None, **others):
+    """The library's sdpa attention, with keys repeated where a GPU would else hold a row's whole scores.
+
+    The library leaves it to torch that heads share keys wherever there is no mask. Of torch's kernels on CUDA
+    flash attention alone can do that, which takes no float32: (H, T, T) scores of each layer would be kept.
+    """
+    if query.is_cuda and query.dtype == torch.float32:
+        return sdpa_repeated(module, query, key, value, attention_mask, is_causal, **others)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **others)
+
+
+def sdpa_repeated(module, query, key, value, attention_mask, is_causal=None, **others):
+    """sdpa with a copy of the keys and values for each head of queries, which any kernel takes."""
+    num_groups = getattr(module, "num_key_value_groups", 1)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
+    has_no_groups = torch.nn.Identity()
+    return sdpa_attention_forward(
+        has_no_groups, query, key, value, attention_mask, is_causal=is_causal, **others
+    )
+
+
+AttentionInterface.register("sdpa", sdpa)
 
 
 @contextlib.contextmanager
@@ -228,7 +255,7 @@ def resolve_dtype(dtype, device):
 
 
 class CachedModel:
-    """A causal language model with its slots. Returns next-token logits, never those of other positions."""
+    """A causal language model with its slots. Returns next-token logits; of all tokens only `extend`."""
 
     def __init__(self, model, make_cache=SlotCache, may_fuse=True):
         """may_fuse: decoder.py may move the weights into fused matrices; False leaves the model as it is."""
@@ -407,8 +434,17 @@ class CachedModel:
                 read = first_slot, num_rows, int(positions_BC.max()) + 1
                 key_positions_BL = torch.arange(read[2]).expand(num_rows, -1)
             place = Placement(rows, columns, rows + first_slot, positions_BC[rows, columns], read)
-            logits_BV = self.forward(ids_BC, positions_BC.clamp(min=0), key_positions_BL, place)
-        return logits_BV
+            logits_B1V = self.forward(ids_BC, positions_BC.clamp(min=0), key_positions_BL, place)
+        return logits_B1V[:, -1]
+
+    @torch.no_grad()
+    def extend(self, ids, length):
+        """Append a list of tokens to slot 0, which holds `length`; the logits (T, V) that follow each."""
+        rows, columns = torch.zeros(len(ids), dtype=torch.int64), torch.arange(len(ids))
+        place = Placement(rows, columns, rows, columns + length, (0, 1, length + len(ids)))
+        ids_1T, positions_1T = torch.tensor([ids]), (columns + length)[None]
+        key_positions_1L = torch.arange(length + len(ids))[None]
+        return self.forward(ids_1T, positions_1T, key_positions_1L, place, len(ids)).flatten(0, 1)
 
     @torch.no_grad()
     def step(self, tokens_N, lengths_N, longest):
@@ -428,9 +464,10 @@ class CachedModel:
         read = 0, num_active, longest + 1
         place = Placement(slots_N, torch.zeros_like(slots_N), slots_N, lengths_N, read)
         key_positions_BL = torch.arange(longest + 1, device=self.device).expand(num_active, -1)
-        return self.forward(tokens_N[:, None], lengths_N[:, None], key_positions_BL, place)
+        return self.forward(tokens_N[:, None], lengths_N[:, None], key_positions_BL, place)[:, -1]
 
-    def forward(self, ids_BT, positions_BT, key_positions_BL, place):
+    def forward(self, ids_BT, positions_BT, key_positions_BL, place, num_logits=1):
+        """Logits (B, num_logits, V) after the last tokens."""
         tensors = place.rows, place.columns, place.slots, place.positions
         self.cache.place(Placement(*(x.to(self.device) for x in tensors), place.read))
         ids_BT, positions_BT = ids_BT.to(self.device), positions_BT.to(self.device)
@@ -447,9 +484,9 @@ class CachedModel:
             attention_mask=mask,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=num_logits,
         )
-        return output.logits[:, -1]
+        return output.logits[:, -num_logits:]
 
 
 def is_right(found, wanted):

@@ -46,6 +46,10 @@ class CentralDifference:
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
         return self.delta(*(m.prefill(prompts, first_slot) for m in (self.plus, self.minus)))
 
+    def extend(self, ids, length):
+        """Delta (T, V) after each of the tokens appended to slot 0; see CachedModel.extend."""
+        return self.delta(*(m.extend(ids, length) for m in (self.plus, self.minus)))
+
     def step(self, tokens_N, lengths_N, longest):
         """Delta (N, V) for the token that follows; see CachedModel.step."""
         return self.delta(*(m.step(tokens_N, lengths_N, longest) for m in (self.plus, self.minus)))
@@ -90,6 +94,10 @@ class ExactDerivative:
         groups = self.dual.groups(prompts)
         logits = (self.dual.prefill_group(prompts[g], first_slot + g.start) for g in groups)
         return torch.cat([self.delta(logits_BR) for logits_BR in logits])
+
+    def extend(self, ids, length):
+        """Delta (T, V) after each of the tokens appended to slot 0; see CachedModel.extend."""
+        return self.delta(self.dual.extend(ids, length))
 
     def step(self, tokens_N, lengths_N, longest):
         """Delta (N, V) for the token that follows; see CachedModel.step."""

@@ -1,15 +1,18 @@
 """The one-step test, the random direction and the contrasts, against a few lines of plain torch."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from test_engine import ads_models, decode, plain_models, requests
+from test_engine import EOS, V, ads_models, decode, plain_models, proxy_gradient, requests
 from test_proxy import gradient_of, mean_loss, model_with_gradient, sequences
 
 import utils
-from ads import chat, diagnostics, engine, gradient, sampling
+from ads import chat, diagnostics, engine, gradient, proxy, sampling
+from ads.engine import Models
+from ads.models import CachedModel
 from ads.sampling import Sampling
 
 pytestmark = pytest.mark.compiled
@@ -77,16 +80,65 @@ def uncached_thoughts(models, rule, row, ids):
     return torch.cat([values.gather(1, index_T1) for values in (clean_TV, adjusted_TV, delta_TV)], dim=1)
 
 
-@pytest.mark.parametrize("num_slots", (2, 16))
-def test_replay_equals_uncached_passes(num_slots):
-    rows = requests(num_new=12)
-    responses = [c.ids for _, c in sorted(decode(ads_models(1e-2), RULE, rows, 16).items())]
+def exact_models():
+    """With a few ids that the proxy does not know."""
+    read, shared_V = proxy_gradient().__getitem__, torch.ones(V, dtype=torch.bool)
+    shared_V[[2, 90]] = False
+    delta = proxy.ExactDerivative(tiny_model("qwen2", seed=3), read, shared_V)
+    return Models(CachedModel(tiny_model("qwen2")), delta, shared_V | True, EOS)
+
+
+def judge_plainly(models, rule, row, ids):
+    """Token by token, each with one of the decoder's steps, as replay once did."""
+    models.allocate(1, len(row.prompt_ids) + len(ids))
+    logits, delta = models.teacher.prefill([row.prompt_ids], 0), models.proxy.prefill([row.prompt_ids], 0)
+    judged = []
+    for step, token in enumerate(ids):
+        if step:
+            length = len(row.prompt_ids) + step - 1
+            last = torch.tensor([ids[step - 1]]), torch.tensor([length]), length
+            logits, delta = models.teacher.step(*last), models.proxy.step(*last)
+        log_probs = torch.log_softmax(logits.float(), -1)
+        given = delta
+        if rule.is_permuted:
+            key = torch.tensor([sampling.row_key(1, row.id)])
+            given = sampling.permute(delta, key, torch.tensor([step]))
+        scores = log_probs / rule.tau, log_probs / rule.tau + rule.lam * given
+        judged.append([*(s.softmax(-1)[0, token].item() for s in scores), given[0, token].item()])
+    return torch.tensor(judged)
+
+
+def sampled(make_models, num_new=12):
+    """Requests and their responses."""
+    rows = requests(num_new=num_new)
+    return rows, [c.ids for _, c in sorted(decode(make_models(), RULE, rows, 16).items())]
+
+
+@pytest.mark.parametrize("num_at_once", (5, 256))
+@pytest.mark.parametrize("make_models", (exact_models, functools.partial(ads_models, 1e-2)))
+@pytest.mark.parametrize("is_permuted", (False, True))
+def test_replay_is_what_was_thought_token_by_token(num_at_once, make_models, is_permuted, monkeypatch):
+    """It took a step per token, on one process while the others waited: now a pass per REPLAYED_TOKENS."""
+    monkeypatch.setattr(engine, "REPLAYED_TOKENS", num_at_once)
+    rows, responses = sampled(make_models)
+    rule = dataclasses.replace(RULE, is_permuted=is_permuted)
     assert len({len(ids) for ids in responses}) > 2
-    judged = engine.replay(ads_models(1e-2), RULE, 1, rows, responses, num_slots)
+    models, passes = make_models(), []
+    models.teacher.model.register_forward_hook(lambda *_: passes.append(1))
+    for row, ids in zip(rows, responses, strict=True):
+        found = torch.tensor(engine.replay(models, rule, 1, row, ids))
+        wanted = judge_plainly(make_models(), rule, row, ids)
+        assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # of Delta at eps: 1e-5 / 2 eps
+    assert len(passes) == sum(1 + -(-(len(ids) - 1) // num_at_once) for ids in responses)
+
+
+def test_replay_equals_uncached_passes():
+    rows, responses = sampled(functools.partial(ads_models, 1e-2))
     models = ads_models(1e-2)
-    for row, ids, found in zip(rows, responses, judged, strict=True):
+    for row, ids in zip(rows, responses, strict=True):
+        found = torch.tensor(engine.replay(models, RULE, 1, row, ids))
         wanted = uncached_thoughts(models, RULE, row, ids)
-        assert torch.allclose(torch.tensor(found), wanted, rtol=2e-3, atol=2e-3)  # of Delta: 1e-5 / 2 eps
+        assert torch.allclose(found, wanted, rtol=2e-3, atol=2e-3)  # of Delta: 1e-5 / 2 eps
 
 
 def test_contrasts_are_the_sampled_traces_beside_clean_ones_of_the_same_random_numbers():

@@ -73,16 +73,22 @@ def test_two_processes_give_the_gradient_of_one(model_folders, exp, tmp_path):
 
 
 def test_gradient_batch_size_and_checkpointing_change_nothing(model_folders, exp, tmp_path):
+    """Nor do they lose the diagnostics, which the library's own checkpointing once did."""
     folders = tmp_path / "one", tmp_path / "two"
-    save_grad(model_folders, folders[0], "grad_rank=0", "num_diagnosed=0", holdout_of=exp)
+    save_grad(model_folders, folders[0], "grad_rank=0", holdout_of=exp)
     save_grad(
         model_folders,
         folders[1],
         "grad_rank=0",
         "batch_size=5",
+        "batch_tokens=300",
         "gradient_checkpointing=true",
         holdout_of=exp,
     )
+    one, two = (store.read_yaml(folder / "student_grads.yaml")["diagnostics"] for folder in folders)
+    for key in ("exact", "split_half"):
+        assert one[key]["correlation"] == pytest.approx(two[key]["correlation"], abs=1e-4), key
+    assert one["num_positions"] == two["num_positions"] > 0
     one, two = (load_file(folder / "student_grads.safetensors") for folder in folders)
     for name, g in one.items():
         assert torch.allclose(g, two[name], rtol=1e-4, atol=1e-6 * g.abs().max().item()), name
@@ -101,7 +107,14 @@ def test_two_processes_and_other_batches_give_the_same_traces(model_folders, pro
     )
     assert len(one["problems"]) == 3
     for a, b in zip(one["problems"], two["problems"], strict=True):
-        assert [token[0] for token in a["ads"]["tokens"]] == [token[0] for token in b["ads"]["tokens"]]
+        assert a["id"] == b["id"]
+        for side in ("clean", "ads"):
+            texts, others = ([token[0] for token in p[side]["tokens"]] for p in (a, b))
+            assert texts and texts == others
+            assert (a[side]["finished"], a[side]["is_correct"]) == (
+                b[side]["finished"],
+                b[side]["is_correct"],
+            )
     for one, two in zip(rows_of(tmp_path, "one"), rows_of(tmp_path, "two"), strict=True):
         assert one.pop("teacher_nll") == pytest.approx(two.pop("teacher_nll"), rel=1e-5)
         assert one == two
