@@ -43,24 +43,40 @@ def whole(size, piece):
 
 
 class Slots:
-    """Keys and values (B, H, S, D) per layer, allocated once at the first prefill, written in place.
+    """Keys and values (B, H, S, D) per layer, allocated once, written in place.
 
-    num_parts: 2 in dual numbers, which have the derivatives of a slot num_slots slots further on.
+    num_parts: 2 in dual numbers, which have the derivatives of a slot num_slots slots further on. layers: those
+    of an earlier cache of the model; room for what they do not name is made at the first write, when a prompt's
+    activations lie in between: on a GPU pieces of memory too small for the next layer's keys stay behind.
     """
 
-    def __init__(self, num_slots, num_positions, num_parts=1):
+    def __init__(self, num_slots, num_positions, num_parts=1, layers=None):
         self.num_slots, self.num_positions, self.num_parts = num_slots, num_positions, num_parts
         self.keys, self.values = {}, {}
+        for layer, like in (layers or {}).items():
+            self.make_room(layer, *like)
+
+    def make_room(self, layer, keys_BHTD, values_BHTD):
+        """Keys and values of a layer, of the heads, widths and dtype of those given."""
+        for stored, given in ((self.keys, keys_BHTD), (self.values, values_BHTD)):
+            _, num_heads, _, width = given.shape
+            shape = self.num_parts * self.num_slots, num_heads, self.num_positions, width
+            stored[layer] = given.new_zeros(shape)
+
+    @property
+    def layers(self):
+        """{layer: (keys, values)} of no slots and no positions."""
+        return {
+            layer: tuple(stored[layer][:0, :, :0].clone() for stored in (self.keys, self.values))
+            for layer in self.keys
+        }
 
     def reserve(self, slots, positions):
         """Have room for slots (B,) up to these positions (B,), of values and of derivatives."""
 
     def write(self, layer, keys_BHTD, values_BHTD, place):
         if layer not in self.keys:
-            _, num_heads, _, width = keys_BHTD.shape
-            shape = self.num_parts * self.num_slots, num_heads, self.num_positions
-            self.keys[layer] = keys_BHTD.new_zeros(*shape, width)
-            self.values[layer] = values_BHTD.new_zeros(*shape, values_BHTD.shape[-1])
+            self.make_room(layer, keys_BHTD, values_BHTD)
         for stored, given in ((self.keys[layer], keys_BHTD), (self.values[layer], values_BHTD)):
             stored[place.slots, :, place.positions] = given[place.rows, :, place.columns]
 
@@ -92,6 +108,8 @@ class Pages:
     fill, but fewer are in use at once: the lowest are taken first, and memory never written takes no room.
     The table is as wide as the longest slot has needed.
     """
+
+    layers = None  # nothing is taken before it is written
 
     def __init__(self, num_slots, num_positions, num_parts=1, num_layers=1):
         self.num_slots, self.num_layers, self.num_parts = num_slots, num_layers, num_parts

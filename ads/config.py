@@ -67,7 +67,7 @@ class GenConfig:
     prefill: str | None = None
     few_shot: int = 0
     few_shot_traces: PathText | None = field(default=None, metadata=NOT_COMPARED)
-    batch_size: AutoInt = field(default=64, metadata=NOT_COMPARED)
+    batch_size: AutoInt = field(default="auto", metadata=NOT_COMPARED)
     seed: int = 42
 
     @property

@@ -106,6 +106,7 @@ class Models:
 
 def choose_batch_size(models, requests, forcing=None, num_processes=1):
     """As many slots as the device's free memory holds, on a CPU shared by processes; see MOST_SLOTS."""
+    models.allocate(0, 0)  # the caches of what this process decoded before
     device = models.allowed_V.device
     row_bytes = BYTES_PER_LOGIT * len(models.allowed_V)
     for model in filter(None, (models.teacher, models.proxy)):

@@ -261,7 +261,7 @@ class CachedModel:
         """may_fuse: decoder.py may move the weights into fused matrices; False leaves the model as it is."""
         self.model, self.make_cache = model, make_cache
         self.windows = attention_windows(model.config)
-        self.cache = None
+        self.cache, self.layers = None, None
         self.device = model.get_input_embeddings().weight.device
         self.dtype = model.get_input_embeddings().weight.dtype
         on_cpu = CPU_PREFILL_TOKENS * torch.float32.itemsize // self.dtype.itemsize
@@ -331,7 +331,9 @@ class CachedModel:
         usual, self.prefill_tokens = self.prefill_tokens, TRIED  # for two rows, so in chunks of half of it
         self.prefill_group([row[:-1] for row in rows], 0)
         self.prefill_tokens = usual
-        self.bytes_per_position = self.cache.storage.bytes_per_position
+        storage = self.cache.storage
+        self.bytes_per_position = storage.bytes_per_position
+        self.layers = storage.layers
         return self.library_step(*self.last_tokens(rows))
 
     def last_tokens(self, rows):
@@ -394,7 +396,8 @@ class CachedModel:
 
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
-        make_storage = Slots
+        self.cache = None  # its room may be needed
+        make_storage = functools.partial(Slots, layers=self.layers)
         if self.own_step is not None and self.own_step.compiled:
             make_storage = functools.partial(Pages, num_layers=len(self.own_step.layers))
         self.cache = self.make_cache(make_storage, num_slots, num_positions)
