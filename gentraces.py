@@ -185,10 +185,12 @@ def models_of(cfg, inputs, tokenizer, vocabulary, world):
 
 def load_models(cfg, tokenizer, vocabulary, world):
     """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, what gives Delta."""
+    from ads import memory
     from ads.corruption import Corruption
     from ads.engine import Models
     from ads.models import CachedModel, load_model
 
+    memory.check_decoding(cfg, memory.room(world.device))
     proxy, notes = load_proxy(cfg, tokenizer, vocabulary, world.device) if cfg.has_delta else (None, {})
     print0(f"loading {cfg.teacher}")
     teacher = load_model(cfg.teacher, cfg.dtype, world.device, cfg.attn_implementation)

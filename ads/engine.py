@@ -10,16 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ads import sampling
+from ads import memory, sampling
 from ads.corruption import Corruption
 from ads.models import CachedModel, free_bytes, give_back_freed_memory, is_out_of_memory
 from ads.proxy import CentralDifference, ExactDerivative
 
 REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
-# batch_size: auto. More rows than these make a step longer without more tokens per second.
-MOST_SLOTS = {"cpu": 64, "cuda": 512}
-SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts and for what others take
-BYTES_PER_LOGIT = 64  # log-probabilities, Delta, scores and CDF of a row, per id of the vocabulary
 REPLAYED_TOKENS = 256  # at once: their logits over the vocabulary are held some ten times
 GOING_ON, ENDED, BAD_TEACHER, BAD_PROXY = range(4)
 
@@ -105,14 +101,13 @@ class Models:
 
 
 def choose_batch_size(models, requests, forcing=None, num_processes=1):
-    """As many slots as the device's free memory holds, on a CPU shared by processes; see MOST_SLOTS."""
+    """As many slots as the device's free memory holds, on a CPU shared by processes."""
     models.allocate(0, 0)  # the caches of what this process decoded before
     device = models.allowed_V.device
-    row_bytes = BYTES_PER_LOGIT * len(models.allowed_V)
-    for model in filter(None, (models.teacher, models.proxy)):
-        row_bytes += num_positions(requests, forcing) * model.bytes_per_position
-    room = SHARE_OF_FREE_MEMORY * free_bytes(device) / (num_processes if device.type == "cpu" else 1)
-    return max(1, min(MOST_SLOTS[device.type], int(room / row_bytes)))
+    free = free_bytes(device) / (num_processes if device.type == "cpu" else 1)
+    position = sum(m.bytes_per_position for m in (models.teacher, models.proxy) if m)
+    row = memory.slot_bytes(num_positions(requests, forcing), position, len(models.allowed_V))
+    return memory.num_slots(free, row, device.type)
 
 
 def generate(models, rule, seed, requests, batch_size, forcing=None):

@@ -9,14 +9,19 @@ Sizes are in bytes. Shapes: h hidden, i intermediate, H heads of queries, K of k
 
 import gc
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ads import chat
 
 FLOAT = 4  # bytes
 MOMENTS = 8  # of AdamW, per trained weight
 FORCE_IDS = 16  # at most, that close a think block and ask for the answer
+# batch_size: auto. More rows than these make a step longer without more tokens per second.
+MOST_SLOTS = {"cpu": 64, "cuda": 512}
+SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts and for what others take
 BYTES_PER_LOGIT = 64  # of a decoding step: log-probabilities, Delta, scores and CDF of a row
-PREFILL_TOKENS = 16384  # prompts run through a model in pieces of at most this many tokens, padding included
+# Prompts run through a model in pieces of at most this many tokens, padding included: more would take more room.
+PREFILL_TOKENS = 16384
 RECKONED = ("activations", "prompts")  # what `check` leaves out
 GB = 10**9
 
@@ -62,7 +67,11 @@ def read_sizes(name):
     from ads import store
 
     where, commit = store.locate(name, "model")
-    return replace(sizes_of(AutoConfig.from_pretrained(where, revision=commit)), name=name)
+    try:
+        sizes = sizes_of(AutoConfig.from_pretrained(where, revision=commit))
+    except Exception as error:  # whatever the library makes of a config.json that does not hold together
+        raise ValueError(f"model {name!r}: no sizes in its config.json ({store.reason(error)})") from error
+    return replace(sizes, name=name)
 
 
 def sizes_of(config):
@@ -97,18 +106,29 @@ def itemsize(dtype):
     return FLOAT if dtype == "float32" else 2
 
 
+def slot_bytes(num_positions, bytes_per_position, num_ids):
+    """What a slot takes: its positions in the caches, and its logits over num_ids."""
+    return num_positions * bytes_per_position + BYTES_PER_LOGIT * num_ids
+
+
+def num_slots(free, size, device_type):
+    """batch_size: auto, with `free` bytes left by the models and slots of `size` bytes."""
+    return max(1, min(MOST_SLOTS[device_type], int(SHARE_OF_FREE_MEMORY * free / size)))
+
+
 # Each stage: {what: bytes} on one device
 
 
-def decoding(cfg, teacher, proxy, num_slots, rank):
-    """Sampling num_slots rows at once. cfg: the GenConfig; proxy: its Sizes, or None; rank: of the gradient."""
+def decoding(cfg, teacher, proxy, num_slots, num_gradient=0):
+    """Sampling num_slots rows at once. cfg: the GenConfig; proxy: its Sizes, or None; num_gradient: numbers
+    in its gradient."""
     size = itemsize(cfg.dtype)
     weights, position, prompts = size * teacher.parameters, size * teacher.cached, prefill(cfg, teacher, size)
     gradient = 0
     if proxy:
         size, num_copies = itemsize(cfg.proxy_dtype), 2 if cfg.eps else 1
         weights += num_copies * size * proxy.parameters
-        gradient = 0 if cfg.eps else size * proxy.factors(rank)
+        gradient = 0 if cfg.eps else size * num_gradient
         position += 2 * size * proxy.cached  # of two proxies, or of one and its derivatives
         prompts = max(prompts, prefill(cfg, proxy, size, is_dual=not cfg.eps))
     logits = num_slots * teacher.V * BYTES_PER_LOGIT
@@ -211,23 +231,65 @@ def room(device):
     return free_bytes(device)
 
 
-def check(parts, free, remedy):
-    """ValueError where what is counted does not fit into `free` bytes (None: not known), a warning where
-    the plan's peak does not."""
-    if free is None:
-        return
-    counted = {name: size for name, size in parts.items() if name not in RECKONED}
-    if sum(counted.values()) > free:
+def check(least, plan, free, remedy, advice):
+    """ValueError where what is counted of `least` does not fit into `free` bytes, a line where the plan may not.
+
+    remedy: what to do about the former, advice: about the latter.
+    """
+    counted = {name: size for name, size in least.items() if name not in RECKONED}
+    if peak(counted) > free:
         raise ValueError(
-            f"not enough memory: {describe(counted)} are {gigabytes(peak(counted))}, but "
-            f"{gigabytes(free)} are free on this GPU: {remedy} (docs/memory.md)"
+            f"this GPU has {gigabytes(free)} free, but {describe(counted)} are {gigabytes(peak(counted))}: "
+            f"{remedy}, or free what others hold of it (docs/memory.md)"
         )
-    if peak(parts) > free:
+    if peak(plan) > free:
         print(
-            f"WARNING: this stage is reckoned to take up to {gigabytes(peak(parts))} ({describe(parts)}), but "
-            f"{gigabytes(free)} are free on this GPU: {remedy} (docs/memory.md)",
+            f"WARNING: this GPU has {gigabytes(free)} free, but {describe(plan)} are {gigabytes(peak(plan))} by "
+            f"plan: {advice} if it runs out of memory (docs/memory.md)",
             flush=True,
         )
+
+
+def check_decoding(cfg, free):
+    """`check` for the models of a GenConfig and one row, before they are loaded; free: see `room`."""
+    if free is None:
+        return
+    teacher, proxy = read_sizes(cfg.teacher), read_sizes(cfg.proxy_student) if cfg.has_delta else None
+    numbers = Path(cfg.grad_path).stat().st_size // FLOAT if proxy else 0
+    sizes = [1, 1 if cfg.batch_size == "auto" else cfg.batch_size]
+    least, plan = (decoding(cfg, teacher, proxy, num_slots, numbers) for num_slots in sizes)
+    models = f"teacher={cfg.teacher}" + (f" and proxy_student={cfg.proxy_student}" if proxy else "")
+    check(least, plan, free, f"take smaller models than {models}", "set batch_size=auto")
+
+
+def check_gradient(cfg, sequences, free):
+    """The same for the proxy of a GradConfig, its gradient, and the longest of the gradient.Sequence list."""
+    if free is None:
+        return
+    proxy, longest = read_sizes(cfg.proxy_student), max(len(s.ids) for s in sequences)
+    num_logits = max(len(s.ids) - s.num_prompt_tokens for s in sequences)
+    num_tokens = max(cfg.batch_tokens, longest)
+    least, plan = (gradient(cfg, proxy, *pair) for pair in ((longest, num_logits), (num_tokens, num_tokens)))
+    remedy = f"take a smaller model than proxy_student={cfg.proxy_student}"
+    check(least, plan, free, remedy, "set gradient_checkpointing=true or a lower batch_tokens")
+
+
+def check_distillation(cfg, examples, free, num_processes):
+    """The same for the student of a TrainConfig, what is trained of it, and the longest of the examples."""
+    if free is None:
+        return
+    student, longest = read_sizes(cfg.student), max(len(e["input_ids"]) for e in examples)
+    num_logits = max(sum(label != chat.IGNORED_LABEL for label in e["labels"]) for e in examples)
+    most = longest * (1 if cfg.per_device_batch_size == "auto" else cfg.per_device_batch_size)
+    least, plan = (
+        distillation(cfg, student, *pair, num_processes) for pair in ((longest, num_logits), (most, most))
+    )
+    remedy = f"take a smaller model than student={cfg.student}" + ("" if cfg.lora else " or set lora=true")
+    advice = "set gradient_checkpointing=true or per_device_batch_size=1"
+    if cfg.lora:
+        tried = trying_adapters(cfg, student)
+        check(tried, tried, free, remedy, advice)
+    check(least, plan, free, remedy, advice)
 
 
 def describe(parts):

@@ -17,15 +17,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoCo
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ads import decoder, dual, store
+from ads import decoder, dual, memory, store
 from ads.cache import Pages, Placement, SlotCache, Slots
 from ads.dual import TRIED, is_out_of_memory
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
-# Prompts run through a model in pieces of at most this many tokens, padding included: more would take more
-# room and, on a CPU, hardly less time per token.
-PREFILL_TOKENS = 16384
-CPU_PREFILL_TOKENS = 512  # in float32; of 16 bits, twice as many in the same room
+# memory.PREFILL_TOKENS of a CPU in float32, where more take hardly less time per token; of 16 bits, twice as many
+# in the same room.
+CPU_PREFILL_TOKENS = 512
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TRIED_WINDOW = 6
 NUM_SHORT = 9  # tokens of the shorter of two rows
@@ -265,7 +264,7 @@ class CachedModel:
         self.device = model.get_input_embeddings().weight.device
         self.dtype = model.get_input_embeddings().weight.dtype
         on_cpu = CPU_PREFILL_TOKENS * torch.float32.itemsize // self.dtype.itemsize
-        self.prefill_tokens = on_cpu if self.device.type == "cpu" else PREFILL_TOKENS
+        self.prefill_tokens = on_cpu if self.device.type == "cpu" else memory.PREFILL_TOKENS
         self.own_step = None
         if may_fuse:
             self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
