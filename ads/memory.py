@@ -4,7 +4,8 @@ Weights, gradients, optimizer states and caches are counted; what passes hold on
 layer's sizes, as one is built that is like Llama's (attention that keeps no scores; gate, up and down). A
 family built otherwise takes more or less there, so a stage is refused (`check`) for what is counted alone.
 
-Sizes are in bytes. Shapes: h hidden, i intermediate, H heads of queries, K of keys, D head width, V vocabulary.
+Sizes are in bytes. Shapes: h hidden, i intermediate, H heads of queries, K of keys, D head width, V
+vocabulary.
 """
 
 import gc
@@ -20,9 +21,8 @@ FORCE_IDS = 16  # at most, that close a think block and ask for the answer
 MOST_SLOTS = {"cpu": 64, "cuda": 512}
 SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts and for what others take
 BYTES_PER_LOGIT = 64  # of a decoding step: log-probabilities, Delta, scores and CDF of a row
-# Prompts run through a model in pieces of at most this many tokens, padding included: more would take more room.
+# Prompts run through a model in pieces of at most this many tokens, padding included: more take more room.
 PREFILL_TOKENS = 16384
-RECKONED = ("activations", "prompts")  # what `check` leaves out
 GB = 10**9
 
 
@@ -123,19 +123,21 @@ def decoding(cfg, teacher, proxy, num_slots, num_gradient=0):
     """Sampling num_slots rows at once. cfg: the GenConfig; proxy: its Sizes, or None; num_gradient: numbers
     in its gradient."""
     size = itemsize(cfg.dtype)
-    weights, position, prompts = size * teacher.parameters, size * teacher.cached, prefill(cfg, teacher, size)
-    gradient = 0
+    weights, position = size * teacher.parameters, size * teacher.cached
+    prompts, gradient = prefill(cfg, teacher, num_slots, size), 0
     if proxy:
         size, num_copies = itemsize(cfg.proxy_dtype), 2 if cfg.eps else 1
         weights += num_copies * size * proxy.parameters
         gradient = 0 if cfg.eps else size * num_gradient
         position += 2 * size * proxy.cached  # of two proxies, or of one and its derivatives
-        prompts = max(prompts, prefill(cfg, proxy, size, is_dual=not cfg.eps))
+        prompts = max(prompts, prefill(cfg, proxy, num_slots, size, is_dual=not cfg.eps))
     logits = num_slots * teacher.V * BYTES_PER_LOGIT
-    caches = num_slots * num_positions(cfg) * position
-    # a step's logits come when the prompts are read
-    return {"weights": weights, "gradient": gradient, "caches": caches, "logits": logits} | {
-        "prompts": max(0, prompts - logits)
+    return {
+        "weights": weights,
+        "gradient": gradient,
+        "caches": num_slots * num_positions(cfg) * position,
+        "activations": max(0, prompts - logits),  # of prompts, which are read before a step's logits come
+        "logits": logits,
     }
 
 
@@ -144,14 +146,17 @@ def num_positions(cfg):
     return cfg.max_length + (FORCE_IDS + chat.NUM_FORCED_TOKENS if cfg.answer_force else 0)
 
 
-def prefill(cfg, model, size, is_dual=False):
+def prefill(cfg, model, num_slots, size, is_dual=False):
     """What the pass holds that reads most prompts at once, in dual numbers values and derivatives."""
-    mlp = PREFILL_TOKENS * size * (3 * model.i + 4 * model.h)
+    at_once = PREFILL_TOKENS // 2 if is_dual else PREFILL_TOKENS
+    num_rows = min(num_slots, max(1, at_once // cfg.max_prompt_length))
+    length = min(cfg.max_prompt_length, at_once)
+    num_tokens = num_rows * length * (2 if is_dual else 1)
+    mlp = num_tokens * size * (3 * model.i + 4 * model.h)
     if not is_dual:
         return mlp
-    num_rows = PREFILL_TOKENS // 2 // min(cfg.max_prompt_length, PREFILL_TOKENS // 2)
-    scores = num_rows * model.H * cfg.max_prompt_length**2
-    return max(mlp, scores * (20 + 4 * size) + PREFILL_TOKENS * size * 8 * model.h)
+    scores = num_rows * model.H * length**2
+    return max(mlp, scores * (20 + 4 * size) + num_tokens * size * 8 * model.h)
 
 
 def gradient(cfg, proxy, num_tokens, num_logits):
@@ -220,7 +225,7 @@ def peak(parts):
 
 
 def room(device):
-    """Bytes that are free on a GPU; None on a CPU, which may swap, and where others' memory comes and goes."""
+    """Bytes that are free on a GPU; None on a CPU, which may swap and is shared with others."""
     import torch
 
     from ads.models import free_bytes
@@ -232,11 +237,11 @@ def room(device):
 
 
 def check(least, plan, free, remedy, advice):
-    """ValueError where what is counted of `least` does not fit into `free` bytes, a line where the plan may not.
+    """ValueError where what is counted of `least` is above `free` bytes, a line where the plan is.
 
     remedy: what to do about the former, advice: about the latter.
     """
-    counted = {name: size for name, size in least.items() if name not in RECKONED}
+    counted = {name: size for name, size in least.items() if name != "activations"}
     if peak(counted) > free:
         raise ValueError(
             f"this GPU has {gigabytes(free)} free, but {describe(counted)} are {gigabytes(peak(counted))}: "
@@ -244,8 +249,8 @@ def check(least, plan, free, remedy, advice):
         )
     if peak(plan) > free:
         print(
-            f"WARNING: this GPU has {gigabytes(free)} free, but {describe(plan)} are {gigabytes(peak(plan))} by "
-            f"plan: {advice} if it runs out of memory (docs/memory.md)",
+            f"WARNING: this GPU has {gigabytes(free)} free, but by plan {describe(plan)} are "
+            f"{gigabytes(peak(plan))}: {advice} if it runs out of memory (docs/memory.md)",
             flush=True,
         )
 

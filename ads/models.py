@@ -22,8 +22,8 @@ from ads.cache import Pages, Placement, SlotCache, Slots
 from ads.dual import TRIED, is_out_of_memory
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
-# memory.PREFILL_TOKENS of a CPU in float32, where more take hardly less time per token; of 16 bits, twice as many
-# in the same room.
+# memory.PREFILL_TOKENS of a CPU in float32, where more take hardly less time per token; of 16 bits twice as
+# many, in the same room.
 CPU_PREFILL_TOKENS = 512
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TRIED_WINDOW = 6

@@ -18,8 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill
 import utils
@@ -27,7 +26,7 @@ from ads import memory
 from ads.config import GenConfig, GradConfig, TrainConfig, load_config
 
 RANK = 16
-COLUMNS = ("weights", "gradient", "optimizer", "caches", "prompts", "activations", "logits")
+COLUMNS = ("weights", "gradient", "optimizer", "caches", "activations", "logits")
 YAML = {GenConfig: "gen_config.yaml", GradConfig: "grad_config.yaml", TrainConfig: "train_config.yaml"}
 # keys that have no default and no part in memory
 GIVEN = {
@@ -46,7 +45,7 @@ def main(arguments):
     gradient, grad_words = plan_gradient(free, settings, proxy)
     training, train_words = plan_training(free, settings, student, args.processes)
     print(
-        f"{args.dataset}, GPUs of {args.gpu} GB, of which {args.processes} train together; GB on each, reckoned"
+        f"{args.dataset}, GB on each GPU of {args.gpu} GB; students are trained by {args.processes} of them"
     )
     print(f"teacher {args.teacher}, proxy {args.proxy}, student {args.student}")
     print(*table(free, sampling + gradient + training), sep="\n")
@@ -79,7 +78,7 @@ class Row:
 
 def settings_of(dataset):
     """{name of a setting of pipeline.sh: its words}, those of the dataset's own script first."""
-    script = (ROOT / SCRIPTS[dataset]).read_text() if dataset in SCRIPTS else ""
+    script = (utils.ROOT / SCRIPTS[dataset]).read_text() if dataset in SCRIPTS else ""
     found = {}
     for name in ("GEN_ARGS", "HOLDOUT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
         words = re.search(rf'export {name}="(.*) \$\{{{name}:-\}}"', script)
@@ -88,7 +87,7 @@ def settings_of(dataset):
 
 
 def config(cls, *words):
-    return load_config(cls, ROOT / YAML[cls], [*GIVEN[cls], *words])
+    return load_config(cls, utils.ROOT / YAML[cls], [*GIVEN[cls], *words])
 
 
 def plan_sampling(free, settings, *models):
@@ -171,17 +170,12 @@ def plan_training(free, settings, student, num_processes):
 
 
 def table(free, rows):
-    yield f"{'':32}{'at once':>20}" + "".join(f"{name:>12}" for name in (*COLUMNS, "peak"))
+    yield f"{'':32}{'at once':>18}" + "".join(f"{name:>12}" for name in (*COLUMNS, "peak"))
     for row in rows:
-        cells = [
-            f"{row.parts[name] / memory.GB:12.1f}" if name in row.parts else f"{'-':>12}" for name in COLUMNS
-        ]
-        note = "" if memory.peak(row.parts) <= free else "  does not fit: smaller models or a larger GPU"
-        yield (
-            f"{row.stage:32}{row.at_once:>20}"
-            + "".join(cells)
-            + f"{memory.peak(row.parts) / memory.GB:12.1f}{note}"
-        )
+        parts = [f"{row.parts[name] / memory.GB:.1f}" if row.parts.get(name) else "-" for name in COLUMNS]
+        parts.append(f"{memory.peak(row.parts) / memory.GB:.1f}")
+        note = "" if memory.peak(row.parts) <= free else "  too much: take smaller models or a larger GPU"
+        yield f"{row.stage:32}{row.at_once:>18}" + "".join(f"{cell:>12}" for cell in parts) + note
 
 
 if __name__ == "__main__":
