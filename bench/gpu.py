@@ -40,7 +40,7 @@ import utils
 from ads import engine, gradient, memory, models, proxy, sampling
 from ads.config import GenConfig, GradConfig, TrainConfig
 
-RANK, EPS, LAM, LAM_SMALL = 16, 1e-3, 0.03, 3.0
+RANK, EPS, LAM, LAM_SMALL = 16, 1e-3, 0.03, 30.0
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,14 @@ class Scale:
     prompt: int
     max_length: int
     num_traces: int  # of gradient and distillation
+    context: int  # tokens before the steps that are timed: all of them read the same multiple of 128
     steps: tuple[int, int]  # tokens of a short and of a long run, whose difference is that of so many steps
     lora_r: int
 
 
 SMALL = floor.Shape(2, 64, 128, 4, 2, 16, 512, True)
-PAPER = Scale(floor.TEACHER, floor.PROXY, floor.STUDENT, 192, 384, 150, 1024, 128, (16, 80), 128)
-TINY = Scale(SMALL, SMALL, SMALL, 4, 8, 8, 40, 4, (2, 6), 4)
+PAPER = Scale(floor.TEACHER, floor.PROXY, floor.STUDENT, 192, 384, 150, 1024, 128, 260, (16, 96), 128)
+TINY = Scale(SMALL, SMALL, SMALL, 4, 8, 8, 40, 4, 8, (4, 36), 4)
 FIGURES = ("tokens_per_second", "ms_per_step", "floor_ms", "peak_gb", "plan_gb", "seconds")
 
 
@@ -119,6 +120,8 @@ def work(measure, scale, device, connection):
     sys.stdout = sys.stderr
     utils.quiet_libraries()
     torch.manual_seed(0)
+    if device == "cpu":
+        torch.set_num_threads(1)  # more of them would wait for one another, for models so small
     try:
         for found in measure(scale, device):
             connection.send(found)
@@ -184,24 +187,24 @@ def measure_steps(scale, device):
     """Steps in the middle of the rows, as the difference between a long run and a short one."""
     rates = machine.bandwidth(device), machine.rate(getattr(torch, dtype_on(device)), device, size=4096)
     speed = SimpleNamespace(bytes=memory.itemsize(dtype_on(device)), bandwidth=rates[0], rate=rates[1])
-    context = scale.max_length // 3
+    context = scale.context + sum(scale.steps) // 2
     for name in ("plain", "ADS"):
         teacher, delta, ids_V, _ = make_ours(scale, device, name == "ADS")
         ours = engine.Models(models.CachedModel(teacher), delta, ids_V, frozenset())
         shapes = [(scale.teacher, 1), (scale.proxy, 2)][: 2 if delta else 1]
         least = floor.step_seconds(speed, shapes, scale.batch, context)
         for graph in (False, True):
-            seconds = step_seconds(ours, scale, context, graph, device)
+            seconds = step_seconds(ours, scale, graph, device)
             figures = {"ms_per_step": 1e3 * seconds, "floor_ms": 1e3 * least, "of_floor": seconds / least}
             yield f"step, {name}{', captured' if graph else ''}", figures
         del teacher, delta, ours
         forget(device)
 
 
-def step_seconds(ours, scale, context, graph, device):
+def step_seconds(ours, scale, graph, device):
     seconds = []
     for num_new in (scale.steps[0], *scale.steps):  # the first run warms up
-        requests = [engine.Request(str(k), draw_ids(k, context), num_new) for k in range(scale.batch)]
+        requests = [engine.Request(str(k), draw_ids(k, scale.context), num_new) for k in range(scale.batch)]
         rule = sampling.Sampling(0.6, LAM if ours.proxy else 0.0, 50, 0.95)
         start = now(device)
         list(engine.generate(ours, rule, 0, requests, scale.batch, cuda_graph=graph))
