@@ -40,7 +40,8 @@ import utils
 from ads import engine, gradient, memory, models, proxy, sampling
 from ads.config import GenConfig, GradConfig, TrainConfig
 
-RANK, EPS, LAM, LAM_SMALL = 16, 1e-3, 0.03, 30.0
+RANK, EPS, LAM = 16, 1e-3, 0.03
+SMALL_EPS, SMALL_LAM = 1e-2, 10.0  # by which a small model's traces change, in float32 without much noise
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ def parse(arguments):
 
 def run_section(measure, scale, device, seconds):
     """Yield (name, figures) as a process of its own finds them; the last says why it failed, if it did."""
-    # a process that is forked from one that has asked for CUDA has none
-    context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+    context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(measure, scale, device, theirs))
     process.start()
@@ -135,18 +135,18 @@ def work(measure, scale, device, connection):
 def measure_equal(scale, device):
     """Shares of rows that are the peer's to the token: a small model, float32, greedy."""
     prompts, limits = draw_rows(8, 6, 40)
-    args = SimpleNamespace(batch=4, max_length=64, lam=LAM_SMALL, eps=EPS, device=device)
+    args = SimpleNamespace(batch=4, max_length=64, lam=SMALL_LAM, eps=SMALL_EPS, device=device)
     teacher, plus, minus, whole = (make(SMALL, "qwen2", "float32", device) for _ in range(4))
     for model in (minus, whole):
         model.load_state_dict(plus.state_dict())
     read_gradient = draw_gradient(plus)
-    proxy.perturb_(plus, minus, read_gradient, EPS)
-    peers = {"plain": decode.Peer(), "ADS": decode.PeerDelta((plus, minus), EPS, args.lam)}
+    proxy.perturb_(plus, minus, read_gradient, SMALL_EPS)
+    peers = {"plain": decode.Peer(), "ADS": decode.PeerDelta((plus, minus), SMALL_EPS, args.lam)}
     wanted = {k: decode.decode_peer(teacher, p, args, prompts, {0}, limits)[0] for k, p in peers.items()}
     cached, ids_V = models.CachedModel(teacher), torch.ones(SMALL.vocabulary, dtype=torch.bool, device=device)
     deltas = {
         "plain": None,
-        "ADS": proxy.CentralDifference(plus, minus, EPS, ids_V),
+        "ADS": proxy.CentralDifference(plus, minus, SMALL_EPS, ids_V),
         "ADS, exact": proxy.ExactDerivative(whole, read_gradient, ids_V),
     }
     shares = {"ADS is plain": decode.share_equal(wanted["plain"], wanted["ADS"])}
@@ -185,7 +185,8 @@ def measure_peer(scale, device):
 
 def measure_steps(scale, device):
     """Steps in the middle of the rows, as the difference between a long run and a short one."""
-    rates = machine.bandwidth(device), machine.rate(getattr(torch, dtype_on(device)), device, size=4096)
+    size = 8192 if device == "cuda" else 512
+    rates = machine.bandwidth(device), machine.rate(getattr(torch, dtype_on(device)), device, size)
     speed = SimpleNamespace(bytes=memory.itemsize(dtype_on(device)), bandwidth=rates[0], rate=rates[1])
     context = scale.context + sum(scale.steps) // 2
     for name in ("plain", "ADS"):
@@ -203,7 +204,7 @@ def measure_steps(scale, device):
 
 def step_seconds(ours, scale, graph, device):
     seconds = []
-    for num_new in (scale.steps[0], *scale.steps):  # the first run warms up
+    for num_new in (scale.steps[1], *scale.steps):  # the first run warms up, and tries the length
         requests = [engine.Request(str(k), draw_ids(k, scale.context), num_new) for k in range(scale.batch)]
         rule = sampling.Sampling(0.6, LAM if ours.proxy else 0.0, 50, 0.95)
         start = now(device)
