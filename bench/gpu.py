@@ -11,8 +11,10 @@ JSON.
 """
 
 import argparse
+import contextlib
 import functools
 import gc
+import io
 import json
 import math
 import multiprocessing
@@ -195,8 +197,11 @@ def measure_steps(scale, device):
         shapes = [(scale.teacher, 1), (scale.proxy, 2)][: 2 if delta else 1]
         least = floor.step_seconds(speed, shapes, scale.batch, context)
         for graph in (False, True):
-            seconds = step_seconds(ours, scale, graph, device)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                seconds = step_seconds(ours, scale, graph, device)
             figures = {"ms_per_step": 1e3 * seconds, "floor_ms": 1e3 * least, "of_floor": seconds / least}
+            if notes := said.getvalue().strip():  # it may not have been captured
+                figures["note"] = notes.splitlines()[0]
             yield f"step, {name}{', captured' if graph else ''}", figures
         del teacher, delta, ours
         forget(device)
@@ -218,8 +223,7 @@ def measure_gradient(scale, device):
         model, cfg = make(scale.proxy, "qwen2", "float32", device), GradConfig(dtype=dtype)
         sequences = draw_sequences(scale)
         batches = gradient.make_batches(sequences, cfg.batch_size, cfg.batch_tokens)
-        tokens = max(len(batch) * len(batch[0].ids) for batch in batches)
-        plan = memory.gradient(cfg, memory.sizes_of(model.config), tokens, tokens)
+        plan = largest(functools.partial(memory.gradient, cfg, memory.sizes_of(model.config)), batches)
         add = functools.partial(gradient.add_gradient_, model, batch_size=cfg.batch_size, dtype=dtype)
         add(batches[0], len(batches[0]), batch_tokens=cfg.batch_tokens)
         start = now(device)
@@ -236,6 +240,7 @@ def measure_distillation(scale, device):
 
     sequences, world = draw_sequences(scale), utils.World(0, 1, device)
     longest = max(len(s.ids) for s in sequences)
+    by_ids = {tuple(s.ids): s for s in sequences}
     examples = [
         {"input_ids": s.ids, "labels": [-100] * s.num_prompt_tokens + s.ids[s.num_prompt_tokens :]}
         for s in sequences
@@ -246,15 +251,18 @@ def measure_distillation(scale, device):
         )
         student = make(scale.student, "llama", dtype_on(device), device)
         sizes, model = memory.sizes_of(student.config), lora.add_adapters(student, cfg)
+        forget(device)
         most = distill.most_per_device(cfg, model, longest, world)
-        per_device = distill.per_device_batch(cfg.batch_size, most, 1)
-        trainer = distill.make_trainer(
-            cfg, model, SimpleNamespace(eos_token_id=0), examples, None, per_device, world
-        )
+        size = distill.per_device_batch(cfg.batch_size, most, 1)
+        pad = SimpleNamespace(eos_token_id=0)
+        trainer = distill.make_trainer(cfg, model, pad, examples, None, size, world)
         start = now(device)
         distill.train_fast(trainer)
-        plan = memory.distillation(cfg, sizes, per_device * longest, per_device * longest)
-        yield "distillation", training_figures(sequences, now(device) - start, device, plan)
+        seconds = now(device) - start
+        rows = [by_ids.get(tuple(e["input_ids"])) for e in distill.order_examples(cfg, examples)]
+        batches = [list(filter(None, rows[k : k + size])) for k in range(0, len(rows), size)]
+        plan = largest(functools.partial(memory.distillation, cfg, sizes), batches)
+        yield "distillation", training_figures(sequences, seconds, device, plan)
 
 
 # What the sections share
@@ -322,6 +330,15 @@ def draw_rows(num_rows, prompt, max_length):
 def draw_sequences(scale):
     prompts, limits = draw_rows(scale.num_traces, scale.prompt, scale.max_length)
     return [gradient.Sequence(ids + draw_ids(i, limits[i]), len(ids)) for i, ids in prompts.items()]
+
+
+def largest(plan, batches):
+    """plan(tokens, logits) of the batch of gradient.Sequences, padded to the longest, that takes most."""
+    plans = []
+    for batch in filter(None, batches):
+        width, prompt = max(len(s.ids) for s in batch), min(s.num_prompt_tokens for s in batch)
+        plans.append(plan(len(batch) * width, len(batch) * (width - prompt)))
+    return max(plans, key=memory.peak)
 
 
 def rows_and_settings(scale, device):
