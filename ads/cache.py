@@ -45,9 +45,9 @@ def whole(size, piece):
 class Slots:
     """Keys and values (B, H, S, D) per layer, allocated once, written in place.
 
-    num_parts: 2 in dual numbers, which have the derivatives of a slot num_slots slots further on. layers: those
-    of an earlier cache of the model; room for what they do not name is made at the first write, when a prompt's
-    activations lie in between: on a GPU pieces of memory too small for the next layer's keys stay behind.
+    num_parts: 2 in dual numbers, which have the derivatives of a slot num_slots slots further on. layers:
+    those of an earlier cache of the model. Others get room at the first write, between activations of a
+    prompt, which on a GPU leave behind pieces of memory too small for the next layer's keys.
     """
 
     def __init__(self, num_slots, num_positions, num_parts=1, layers=None):

@@ -14,7 +14,7 @@ import torch
 
 from ads import dual, gradient, sampling
 from ads.config import LEAST_COSINE
-from ads.models import CachedModel
+from ads.models import CachedModel, each_slot
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class CentralDifference:
     def try_length(self, num_positions):
         self.plus.try_length(num_positions)  # minus is a model of the same kind
 
-    def prefill(self, prompts, first_slot):
+    def prefill(self, prompts, slots):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
-        return self.delta(*(m.prefill(prompts, first_slot) for m in (self.plus, self.minus)))
+        return self.delta(*(m.prefill(prompts, slots) for m in (self.plus, self.minus)))
 
     def step(self, tokens_N, lengths_N, longest):
         """Delta (N, V) for the token that follows; see CachedModel.step."""
@@ -85,10 +85,10 @@ class ExactDerivative:
     def try_length(self, num_positions):
         self.dual.try_length(num_positions)
 
-    def prefill(self, prompts, first_slot):
+    def prefill(self, prompts, slots):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
-        groups = self.dual.groups(prompts)
-        logits = (self.dual.prefill_group(prompts[g], first_slot + g.start) for g in groups)
+        groups, slots = self.dual.groups(prompts), each_slot(prompts, slots)
+        logits = (self.dual.prefill_group(prompts[g], slots[g]) for g in groups)
         return torch.cat([self.delta(logits_BR) for logits_BR in logits])
 
     def step(self, tokens_N, lengths_N, longest):
