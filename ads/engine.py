@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ads import sampling
+from ads import graph, sampling
 from ads.cache import whole
 from ads.corruption import Corruption
 from ads.models import CachedModel, free_bytes, give_back_freed_memory, is_out_of_memory
@@ -129,12 +129,15 @@ def generate(models, rule, seed, requests, batch_size, forcing=None, cuda_graph=
     """
     waiting = {request.id: request for request in requests}
     assert len(waiting) == len(requests), "request ids must differ"
-    device = models.allowed_V.device
+    is_static = cuda_graph or models.allowed_V.device.type == "cuda"
+    if cuda_graph and (reason := graph.obstacle(models)):
+        print(f"cuda_graph=true: {reason}: steps run uncaptured", flush=True)
+        cuda_graph = False
     while waiting:
         try:
             num_slots = min(batch_size, len(waiting))
-            size, is_static = num_positions(requests, forcing), cuda_graph or device.type == "cuda"
-            decoder = Decoder(models, rule, seed, num_slots, size, forcing, is_static)
+            size = num_positions(requests, forcing)
+            decoder = Decoder(models, rule, seed, num_slots, size, forcing, is_static, cuda_graph)
             for completion in decoder.run(list(waiting.values())):
                 del waiting[completion.id]
                 yield completion
@@ -146,6 +149,7 @@ def generate(models, rule, seed, requests, batch_size, forcing=None, cuda_graph=
                     "out of memory with batch_size=1: lower max_length or use 16-bit dtypes"
                 ) from error
         if waiting:  # out of memory; freed here, where no traceback holds the tensors
+            decoder = None
             models.allocate(0, 0)
             torch.cuda.empty_cache()
             batch_size = (batch_size + 1) // 2
@@ -170,7 +174,9 @@ class Decoder:
                           that has ended is dropped. So a step depends on tensors alone and can be captured.
     """
 
-    def __init__(self, models, rule, seed, num_slots, num_positions, forcing=None, is_static=False):
+    def __init__(
+        self, models, rule, seed, num_slots, num_positions, forcing=None, is_static=False, is_captured=False
+    ):
         models.try_length(num_positions)
         models.allocate(num_slots, num_positions)
         self.models, self.rule, self.seed, self.forcing = models, rule, seed, forcing
@@ -178,6 +184,7 @@ class Decoder:
         self.rows, self.pending, self.num_launched = [], deque(), 0  # rows: of each slot a Row, or None
         self.counts = static_counts(num_slots) if is_static else range(num_slots + 1)
         self.most_pending = int(is_static and models.corruption is None)  # the host corrupts at each step
+        self.graphs = graph.Graphs() if is_captured else None
         self.device = models.allowed_V.device
         self.is_eos_V = torch.zeros_like(models.allowed_V)
         self.is_eos_V[sorted(models.eos)] = True
@@ -231,7 +238,8 @@ class Decoder:
         length = 1 + max(row.num_cached for row in active)
         if self.is_static:
             length = min(whole(length, STATIC_POSITIONS), self.num_positions)
-        record_3N, *_ = self.advance(len(self.rows), length)
+        sizes = len(self.rows), length
+        record_3N = self.graphs.step(self, *sizes) if self.graphs else self.advance(*sizes)[0]
         for row in active:
             row.num_cached += 1
         yield from self.look_at(record_3N, list(self.rows))

@@ -31,7 +31,7 @@ class CentralDifference:
 
     def __init__(self, plus, minus, eps, shared_V):
         """plus, minus: models that perturb_ made; shared_V: bool mask of the ids the teacher shares."""
-        self.plus, self.minus = CachedModel(plus), CachedModel(minus)
+        self.plus, self.minus = self.models = CachedModel(plus), CachedModel(minus)
         self.eps, self.shared_V = eps, shared_V
         self.bytes_per_position = self.plus.bytes_per_position + self.minus.bytes_per_position
 
@@ -75,6 +75,7 @@ class ExactDerivative:
         check_length(sum(gradient.square_norm(read_gradient(name)) for name in names))
         model = dual.make_checked(model, read_gradient)
         self.dual = CachedModel(model, model.make_cache)
+        self.models = (self.dual,)
         self.dual.prefill_tokens //= 2  # activations take twice the room
         self.bytes_per_position = self.dual.bytes_per_position
         self.shared_V, self.are_all_shared = shared_V, bool(shared_V.all())
