@@ -582,6 +582,36 @@ def normalise(scale_2D, eps, x):
     return scaled.flatten(0, 1)
 
 
+def unit_rows(rows_3NJ):
+    """x / |x| above its derivative (2N, J) of [0; x; dx]: dx / |x| - x (x dx) / |x|^3.
+
+    That is the derivative's own transpose, so what backward mode has for rows scaled to length 1 (weight
+    normalisation) does it in one pass; rows of 0 whose length is said to be |x| give x / |x|.
+    """
+    num_rows, dtype = rows_3NJ.shape[1], rows_3NJ.dtype
+    kept = dtype if dtype == torch.float64 else torch.float32
+    twice_2NJ = rows_3NJ[1:2].expand(2, -1, -1)
+    lengths = torch.linalg.vector_norm(twice_2NJ, dim=-1, dtype=kept).view(-1, 1)
+    given, rows = rows_3NJ[1:].flatten(0, 1), rows_3NJ[:2].flatten(0, 1)
+    ones = rows.new_ones(2 * num_rows, 1)
+    return torch.ops.aten._weight_norm_interface_backward(given, rows, ones, lengths, 0)[0]
+
+
+def softmax(scores):
+    """Probabilities P above their derivatives (P, 2S, L), of scores above theirs: dP = P (dS - sum(P dS)).
+
+    The derivative is its own transpose, so what backward mode has does it. Its rows take P from S rows above them:
+    all rows are computed, of which those of other pairs mean nothing and are overwritten.
+    """
+    size, shape = scores.shape[1] // 2, scores.shape
+    room = scores.new_empty(size + shape[0] * shape[1], shape[2])
+    probs = torch.softmax(scores, -1, out=room[size:].view(shape))
+    shifted = room[:-size].view(shape)
+    both = torch.ops.aten._softmax_backward_data(scores, shifted, -1, scores.dtype)
+    both[:, :size] = probs[:, :size]
+    return both
+
+
 class DualCache(SlotCache):
     """A SlotCache that has the derivatives of a slot's keys and values num_slots slots further on.
 
