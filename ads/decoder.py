@@ -106,6 +106,7 @@ class Product:
         if self.left_RO is not None:
             repoint_left([m.weight for m in layers], self.left_RO)
         self.base_PI = base
+        self.shape = base.shape[1]  # of its input
         self.bias = None if biases[0] is None else self.join(biases)
 
     def join(self, biases):
@@ -128,12 +129,96 @@ class Product:
             y.unflatten(0, (2, -1)).add_(self.bias)
         return y
 
-    def add_to_(self, x, y_RI):
-        """Add the product with y to x."""
-        if self.is_dual or self.bias is not None:
-            x.add_(self(y_RI))
+    def add_to_(self, x_RO, y_RI):
+        """Add the product with y to x, in place."""
+        if self.bias is not None:
+            x_RO.add_(self(y_RI))
         else:
-            x.addmm_(y_RI, self.base_PI.T)
+            x_RO.addmm_(y_RI, self.base_PI.T)
+
+    def make_input(self, num_rows):
+        return self.base_PI.new_empty(num_rows, self.base_PI.shape[1])
+
+
+class DualProduct:
+    """x to [W_1 x; W_2 x; ...] for linear layers of the same input, in dual numbers, where torch multiplies.
+
+    Left factors of g and biases are columns beside W, so that one product adds all up, also to what is there:
+
+        values        [ x     0         1   0 ]   [W  left  b  db]^T
+        derivatives   [dx   right x     0   1 ]
+    """
+
+    def __init__(self, *layers):
+        weights, biases = [m.weight for m in layers], [m.bias for m in layers]
+        tangents = [weight.tangent for weight in weights]
+        is_factored, has_bias = all(isinstance(t, Factors) for t in tangents), biases[0] is not None
+        self.right_RI = torch.cat([t.right for t in tangents]) if is_factored else None
+        self.g_OI = None if is_factored else torch.cat([dense(t) for t in tangents])
+        self.num_inputs, self.rank = weights[0].shape[1], len(self.right_RI) if is_factored else 0
+        columns = [torch.cat([w.detach().as_subclass(torch.Tensor) for w in weights])]
+        if is_factored:
+            columns.append(torch.block_diag(*(t.left for t in tangents)))
+        if has_bias:
+            columns += [torch.cat(part)[:, None] for part in zip(*map(dual.pair_of, biases), strict=True)]
+        self.ones = (self.num_inputs + self.rank) if has_bias else None  # the first column of ones
+        missing = -sum(part.shape[1] for part in columns) % MARGIN
+        columns.append(columns[0].new_zeros(len(columns[0]), missing))
+        self.base_OJ = dual.stack_columns(columns)
+        self.shape = self.num_inputs, self.rank, has_bias  # of its input
+        self.repoint(layers)
+
+    def repoint(self, layers):
+        """Make weights and factors of the layers views of the matrices."""
+        row, column = 0, 0
+        for layer in layers:
+            weight = layer.weight
+            last_row, rank = row + len(weight), len(weight.tangent.right) if self.rank else 0
+            left = slice(self.num_inputs + column, self.num_inputs + column + rank)
+            if self.rank:
+                tangent = Factors(self.base_OJ[row:last_row, left], self.right_RI[column : column + rank])
+            else:
+                tangent = self.g_OI[row:last_row]
+            layer.weight = dual.make_weight(self.base_OJ[row:last_row, : self.num_inputs], tangent)
+            row, column = last_row, column + rank
+
+    def make_input(self, num_rows):
+        """(R, J) for x in its first columns; the others are what they must be, or become it."""
+        room_RJ = self.base_OJ.new_zeros(num_rows, self.base_OJ.shape[1])
+        if self.ones is not None:
+            for part, half in enumerate(dual.halves(room_RJ)):
+                half[:, self.ones + part] = 1
+        return room_RJ
+
+    def fill(self, room_RJ):
+        """(x, derivatives' rows) of an input, of which right x is now a part."""
+        num_rows = len(room_RJ) // 2
+        x_NI = room_RJ[:num_rows, : self.num_inputs]
+        if self.rank:
+            right_x = room_RJ[num_rows:, self.num_inputs : self.num_inputs + self.rank]
+            torch.mm(x_NI, self.right_RI.T, out=right_x)
+        return x_NI
+
+    def __call__(self, room_RJ):
+        x_NI = self.fill(room_RJ)
+        y_RO = functional.linear(room_RJ, self.base_OJ)
+        if not self.rank:
+            y_RO[len(x_NI) :].addmm_(x_NI, self.g_OI.T)
+        return y_RO
+
+    def add_to_(self, x_RO, room_RJ):
+        """Add the product to x, in place."""
+        x_NI = self.fill(room_RJ)
+        x_RO.addmm_(room_RJ, self.base_OJ.T)
+        if not self.rank:
+            x_RO[len(x_NI) :].addmm_(x_NI, self.g_OI.T)
+
+
+def make_product(*layers, is_table=False):
+    weight = layers[0].weight
+    if isinstance(weight, dual.Weight) and not is_table and not native.suits(weight):
+        return DualProduct(*layers)
+    return Product(*layers, is_table=is_table)
 
 
 def repoint_left(weights, left_RO):
@@ -172,9 +257,9 @@ class Norm:
         self.scale = dual.scale(weight, 0) if self.is_dual else weight.detach()
         self.unit_scale = self.scale * len(weight) ** 0.5
 
-    def __call__(self, x):
+    def __call__(self, x, room_RJ=None):
         if self.is_dual:
-            return x.normalised(self.unit_scale)
+            return x.normalise(self.unit_scale, room_RJ)
         return functional.rms_norm(x, self.width, self.scale, self.eps)
 
     def of_rows(self, x):
@@ -191,20 +276,17 @@ class Stream:
     def __init__(self, x_RI, eps):
         num_rows, self.width = len(x_RI) // 2, x_RI.shape[1]
         self.rows_3NJ = x_RI.new_zeros(3, num_rows, self.width + MARGIN)
-        self.x_2NI = self.rows_3NJ[1:, :, : self.width]
-        self.x_2NI.copy_(x_RI.unflatten(0, (2, -1)))
+        self.x_RI = self.rows_3NJ[1:].flatten(0, 1)[:, : self.width]
+        self.x_RI.copy_(x_RI)
         self.rows_3NJ[1, :, self.width] = (self.width * eps) ** 0.5
+        self.ones_R1 = x_RI.new_ones(2 * num_rows, 1)
 
-    def normalised(self, scale_2I):
-        """w x / |x| and its derivative (R, I) for a scale w."""
-        unit_RI = dual.unit_rows(self.rows_3NJ)[:, : self.width]
-        result = torch.mul(unit_RI, scale_2I[0], out=unit_RI.new_empty(unit_RI.shape))
-        values, derivatives = dual.halves(result)
+    def normalise(self, scale_2I, room_RJ):
+        """w x / |x| and its derivative for a scale w, into the first columns of the room."""
+        unit_RI = dual.unit_rows(self.rows_3NJ, self.ones_R1)[:, : self.width]
+        values, derivatives = dual.halves(torch.mul(unit_RI, scale_2I[0], out=room_RJ[:, : self.width]))
         derivatives.addcmul_(unit_RI[: len(values)], scale_2I[1])
-        return result
-
-    def add_(self, y_RI):
-        self.x_2NI.add_(y_RI.unflatten(0, (2, -1)))
+        return room_RJ
 
 
 class Layer:
@@ -216,16 +298,22 @@ class Layer:
         self.num_keys = len(attention.k_proj.weight) // self.width
         self.norms = [Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)]
         self.head_norms = [Norm(getattr(attention, n)) for n in ("q_norm", "k_norm") if hasattr(attention, n)]
-        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = Product(attention.o_proj)
-        self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
+        self.is_dual = self.norms[0].is_dual
+        self.qkv = make_product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = make_product(attention.o_proj)
+        self.gate_up, self.down = make_product(mlp.gate_proj, mlp.up_proj), make_product(mlp.down_proj)
 
     def add_to_(self, x, place):
         """Add to x, (N, I) or a Stream, what the layer makes of it."""
-        self.output.add_to_(x, self.attend(self.norms[0](x), place))
-        gate, up = self.gate_up(self.norms[1](x)).chunk(2, dim=1)
-        product = dual_gate(gate, up) if self.qkv.is_dual else functional.silu(gate) * up
-        self.down.add_to_(x, product)
+        stream = x.x_RI if self.is_dual else x
+        self.output.add_to_(stream, self.attend(self.norms[0](x, place.input_of(self.qkv)), place))
+        gate_up = self.gate_up(self.norms[1](x, place.input_of(self.gate_up)))
+        self.down.add_to_(stream, self.gate(*gate_up.chunk(2, dim=1), place))
+
+    def gate(self, gate_RO, up_RO, place):
+        if self.is_dual:
+            return dual_gate(gate_RO, up_RO, place.input_of(self.down))
+        return functional.silu(gate_RO) * up_RO
 
     def attend(self, x_RI, place):
         num_turned = self.num_heads + self.num_keys
@@ -237,8 +325,8 @@ class Layer:
             turned_RHD = torch.cat(normed, dim=1)
         turned_RHD = torch.bmm(turned_RHD, place.rotations_RDD, out=place.turned_RHD)
         place.write(self.index, turned_RHD[:, self.num_heads :], values_RKD)
-        attend = attend_dual if self.qkv.is_dual else attend_plain
-        return attend(place, self.index, self.num_heads, place.masks[self.kind], self.scaling)
+        given = place, self.index, self.num_heads, place.masks[self.kind], self.scaling
+        return attend_dual(*given, place.input_of(self.output)) if self.is_dual else attend_plain(*given)
 
 
 def rotations(cos_RD, sin_RD):
@@ -254,12 +342,13 @@ def rotations(cos_RD, sin_RD):
     return result_RDD
 
 
-def dual_gate(gate_RO, up_RO):
-    """silu(gate) up, of values over derivatives."""
-    (gate, d_gate), (up, _) = (x.unflatten(0, (2, -1)) for x in (gate_RO, up_RO))
-    result = functional.silu(gate) * up_RO.unflatten(0, (2, -1))
-    result[1].addcmul_(torch.ops.aten.silu_backward(d_gate, gate), up)
-    return result.flatten(0, 1)
+def dual_gate(gate_RO, up_RO, room_RJ):
+    """silu(gate) up, of values over derivatives, into the first columns of the room."""
+    (gate, d_gate), up_2NO = (x.unflatten(0, (2, -1)) for x in (gate_RO, up_RO))
+    result_2NO = room_RJ[:, : up_RO.shape[1]].unflatten(0, (2, -1))
+    torch.mul(functional.silu(gate), up_2NO, out=result_2NO)
+    result_2NO[1].addcmul_(torch.ops.aten.silu_backward(d_gate, gate), up_2NO[0])
+    return room_RJ
 
 
 def attend_plain(place, layer, num_heads, mask_NKGL, scaling):
@@ -280,7 +369,7 @@ def attend_plain(place, layer, num_heads, mask_NKGL, scaling):
     return result.reshape(len(queries_NHD), -1)
 
 
-def attend_dual(place, layer, num_heads, mask_NKGL, scaling):
+def attend_dual(place, layer, num_heads, mask_NKGL, scaling, room_RJ):
     """dual.attend for one token, in two products: keys and values are read once, with their derivatives.
 
     In blocks, of heads that share keys: [0 q; q dq] [dk k]^T are scores S and their derivatives dS, and
@@ -294,9 +383,9 @@ def attend_dual(place, layer, num_heads, mask_NKGL, scaling):
     scores = torch.baddbmm(mask_NKGL.flatten(0, 1), queries, keys.mT)
     parts = torch.bmm(dual.softmax(scores), values).unflatten(1, (2, size)).unflatten(3, (2, -1))
     parts = parts.unflatten(0, (place.num_rows, -1)).permute(2, 4, 0, 1, 3, 5)  # (2, 2, N, K, G, D)
-    result = parts.new_empty(parts.shape[1:])
+    result = room_RJ[:, : parts[0, 0, 0].numel()].view(parts.shape[1:])
     torch.addcmul(parts[:, 1], parts[:1, 0], place.is_derivative_2, out=result)
-    return result.view(2 * place.num_rows, -1)
+    return room_RJ
 
 
 class Place:
@@ -318,6 +407,16 @@ class Place:
         self.turned_RHD = self.zero_and_turned_3NHD[-num_parts:].flatten(0, 1)
         self.is_derivative_2 = rotations_RDD.new_zeros(2, 1, 1, 1, 1)
         self.is_derivative_2[1] = 1
+        self.inputs = {}
+
+    def input_of(self, product):
+        """Room for the input of a product in dual numbers, the same for products of one shape; else None."""
+        if self.storage.num_parts == 1:
+            return None
+        key = type(product), product.shape
+        if key not in self.inputs:
+            self.inputs[key] = product.make_input(2 * self.num_rows)
+        return self.inputs[key]
 
     def write(self, layer, keys_RKD, values_RKD):
         index = self.slots_R, slice(None), self.positions_R, self.parts_R
@@ -342,9 +441,9 @@ class Step:
                 p.data = p.data.clone()
         kinds = getattr(config, "layer_types", None) or [next(iter(windows))] * len(inner.layers)
         self.layers = [Layer(layer, kind) for layer, kind in zip(inner.layers, kinds, strict=True)]
-        self.norm, self.is_dual = Norm(inner.norm), self.layers[0].qkv.is_dual
+        self.norm, self.is_dual = Norm(inner.norm), self.layers[0].is_dual
         is_tied = model.lm_head.weight is inner.embed_tokens.weight
-        self.head = Product(model.lm_head, is_table=is_tied)
+        self.head = make_product(model.lm_head, is_table=is_tied)
         self.compiled = native.CompiledStep(self) if native.suits(self.table.weight) else None
 
     def __call__(self, tokens_N, lengths_N, longest, cache):
@@ -364,7 +463,7 @@ class Step:
             x = Stream(x_RI, self.norm.eps) if self.is_dual else x_RI
             for layer in self.layers:
                 layer.add_to_(x, place)
-            return self.result(self.head(self.norm(x)))
+            return self.result(self.head(self.norm(x, place.input_of(self.head))))
 
     def result(self, logits_RV):
         return logits_RV.as_subclass(dual.Dual) if self.is_dual else logits_RV
