@@ -337,7 +337,7 @@ def rotations(cos_RD, sin_RD):
     """
     half = cos_RD.shape[1] // 2
     result_RDD = cos_RD.diag_embed()
-    result_RDD.diagonal(-half, 1, 2).copy_(sin_RD[:, :half]).neg_()
+    torch.neg(sin_RD[:, :half], out=result_RDD.diagonal(-half, 1, 2))
     result_RDD.diagonal(half, 1, 2).copy_(sin_RD[:, half:])
     return result_RDD
 
@@ -400,13 +400,14 @@ class Place:
         num_parts, width = self.storage.num_parts, rotations_RDD.shape[1]
         slots_N = torch.arange(self.num_rows, device=lengths_N.device)
         self.slots_R, self.positions_R = slots_N.repeat(num_parts), lengths_N.repeat(num_parts)
-        self.parts_R = torch.arange(num_parts, device=slots_N.device).repeat_interleave(self.num_rows)
-        self.parts_R = num_parts - 1 - self.parts_R
+        # derivatives lie before values
+        parts = torch.arange(num_parts - 1, -1, -1, device=slots_N.device)
+        self.parts_R = parts.repeat_interleave(self.num_rows)
         shape = num_parts // 2 + num_parts, self.num_rows, num_turned, width
         self.zero_and_turned_3NHD = rotations_RDD.new_zeros(shape)
         self.turned_RHD = self.zero_and_turned_3NHD[-num_parts:].flatten(0, 1)
-        self.is_derivative_2 = rotations_RDD.new_zeros(2, 1, 1, 1, 1)
-        self.is_derivative_2[1] = 1
+        is_derivative_2 = torch.arange(2, dtype=rotations_RDD.dtype, device=slots_N.device)
+        self.is_derivative_2 = is_derivative_2.view(2, 1, 1, 1, 1)
         self.inputs = {}
 
     def input_of(self, product):
@@ -479,9 +480,9 @@ class Step:
         # rows start at multiples of 16 bytes, or a GPU's kernel would copy the mask in every layer
         positions_L = torch.arange(whole(longest + 1, LANES), device=like.device)
         distance_NL = lengths_N[:, None] - positions_L
-        seen_NL = distance_NL >= 0 if window is None else (distance_NL >= 0) & (distance_NL < window)
+        hidden_NL = distance_NL < 0 if window is None else (distance_NL < 0) | (distance_NL >= window)
         mask_NL = torch.zeros_like(distance_NL, dtype=like.dtype)
-        mask_NL = mask_NL.masked_fill_(~seen_NL, torch.finfo(like.dtype).min)[:, : longest + 1]
+        mask_NL = mask_NL.masked_fill_(hidden_NL, torch.finfo(like.dtype).min)[:, : longest + 1]
         layer = self.layers[0]
         num_groups = layer.num_heads // layer.num_keys
         mask_NKGL = mask_NL[:, None, None].expand(-1, layer.num_keys, num_groups, -1)
