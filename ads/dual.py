@@ -197,12 +197,24 @@ def stack_rows(matrices):
     On the CPU in float32 that is by rows where native.c decodes, else by columns, in torch a tenth faster
     (bench/RESULTS.md).
     """
-    first, shape = matrices[0], (sum(map(len, matrices)), matrices[0].shape[1])
-    is_by_columns = first.device.type == "cpu" and first.dtype == torch.float32 and not native.suits(first)
-    stacked = first.new_empty(shape[::-1]).T if is_by_columns else first.new_empty(shape)
+    stacked = new_matrix(matrices[0], sum(map(len, matrices)), matrices[0].shape[1])
     for part, matrix in zip(stacked.split([len(m) for m in matrices]), matrices, strict=True):
         part.copy_(matrix)
     return stacked
+
+
+def stack_columns(matrices):
+    """Matrices side by side, in that layout."""
+    widths = [m.shape[1] for m in matrices]
+    stacked = new_matrix(matrices[0], len(matrices[0]), sum(widths))
+    for part, matrix in zip(stacked.split(widths, dim=1), matrices, strict=True):
+        part.copy_(matrix)
+    return stacked
+
+
+def new_matrix(like, num_rows, num_columns):
+    is_by_columns = like.device.type == "cpu" and like.dtype == torch.float32 and not native.suits(like)
+    return like.new_empty(num_columns, num_rows).T if is_by_columns else like.new_empty(num_rows, num_columns)
 
 
 def make_weight(value, tangent):
@@ -580,6 +592,35 @@ def normalise(scale_2D, eps, x):
     scaled = result * scale_2D[0]
     scaled[1].addcmul_(value, scale_2D[1])
     return scaled.flatten(0, 1)
+
+
+def unit_rows(rows_3NJ, ones_R1):
+    """x / |x| above its derivative (2N, J) of [0; x; dx]: dx / |x| - x (x dx) / |x|^3.
+
+    That is the derivative's own transpose, so what backward mode has for rows scaled to length 1 (weight
+    normalisation) does it in one pass; rows of 0 whose length is said to be |x| give x / |x|.
+    """
+    dtype = rows_3NJ.dtype
+    kept = dtype if dtype == torch.float64 else torch.float32
+    twice_2NJ = rows_3NJ[1:2].expand(2, -1, -1)
+    lengths = torch.linalg.vector_norm(twice_2NJ, dim=-1, dtype=kept).view(-1, 1)
+    given, rows = rows_3NJ[1:].flatten(0, 1), rows_3NJ[:2].flatten(0, 1)
+    return torch.ops.aten._weight_norm_interface_backward(given, rows, ones_R1, lengths, 0)[0]
+
+
+def softmax(scores):
+    """Probabilities P above their derivatives (P, 2S, L), of scores above theirs: dP = P (dS - sum(P dS)).
+
+    The derivative is its own transpose, so what backward mode has does it. Its rows take P from S rows above them:
+    all rows are computed, of which those of other pairs mean nothing and are overwritten.
+    """
+    size, shape = scores.shape[1] // 2, scores.shape
+    room = scores.new_empty(size + shape[0] * shape[1], shape[2])
+    probs = torch.softmax(scores, -1, out=room[size:].view(shape))
+    shifted = room[:-size].view(shape)
+    both = torch.ops.aten._softmax_backward_data(scores, shifted, -1, scores.dtype)
+    both[:, :size] = probs[:, :size]
+    return both
 
 
 class DualCache(SlotCache):

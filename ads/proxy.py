@@ -102,8 +102,8 @@ class ExactDerivative:
     def delta(self, logits_BR):
         """Derivative of log-probabilities over the shared ids (nats per unit of g), of a dual.Dual; 0
         elsewhere (B, V)."""
-        halves = dual.halves(logits_BR.as_subclass(torch.Tensor))
-        logits_BV, tangents_BV = (half[:, : len(self.shared_V)].float() for half in halves)
+        both = logits_BR.as_subclass(torch.Tensor)[:, : len(self.shared_V)].float()
+        logits_BV, tangents_BV = dual.halves(both)
         if self.are_all_shared:
             return dual.log_probs_change(torch.softmax(logits_BV, -1), tangents_BV)
         probs_BV = torch.softmax(logits_BV.masked_fill(~self.shared_V, -torch.inf), -1)
