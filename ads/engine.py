@@ -23,7 +23,6 @@ MOST_SLOTS = {"cpu": 64, "cuda": 512}
 SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts and for what others take
 BYTES_PER_LOGIT = 64  # log-probabilities, Delta, scores and CDF of a row, per id of the vocabulary
 STATIC_POSITIONS = 128  # positions that static steps read are multiples of this
-GOING_ON, ENDED, BAD_TEACHER, BAD_PROXY = range(4)
 
 
 @dataclass(frozen=True)
@@ -220,10 +219,11 @@ class Decoder:
         delta_GV = self.models.proxy.prefill(prompts, slots) if self.models.proxy else None
         give_back_freed_memory()
         rows = [self.new_row(request, slot) for request, slot in zip(group, slots, strict=True)]
-        state_6G = self.to_device([[0, row.key, 0, row.num_cached, 0, 1] for row in rows]).T.contiguous()
-        record_3G = self.sample(logits_GR, delta_GV, state_6G, rows)
+        # one position before where they are: `sample` moves them on
+        state_6G = self.to_device([[0, row.key, 0, row.num_cached - 1, 0, 1] for row in rows]).T.contiguous()
+        record_4G = self.sample(logits_GR, delta_GV, state_6G, rows)
         self.state_6B[:, self.to_device(slots)] = state_6G
-        yield from self.look_at(record_3G, rows)
+        yield from self.look_at(record_4G, rows)
 
     def new_row(self, request, slot):
         """A row whose prompt has been read."""
@@ -239,10 +239,10 @@ class Decoder:
         if self.is_static:
             length = min(whole(length, STATIC_POSITIONS), self.num_positions)
         sizes = len(self.rows), length
-        record_3N = self.graphs.step(self, *sizes) if self.graphs else self.advance(*sizes)[0]
+        record_4N = self.graphs.step(self, *sizes) if self.graphs else self.advance(*sizes)[0]
         for row in active:
             row.num_cached += 1
-        yield from self.look_at(record_3N, list(self.rows))
+        yield from self.look_at(record_4N, list(self.rows))
 
     def advance(self, num_rows, length):
         """A step of slots 0..num_rows-1, which reads `length` positions of each: (record, logits, Delta).
@@ -250,61 +250,59 @@ class Decoder:
         All of it is on the device: see `sample`.
         """
         active, state_6N, given_NM = self.active, self.state_6B[:, :num_rows], None
-        last_N, _, _, lengths_N, _, pace_N = state_6N
+        last_N, _, _, lengths_N, _, _ = state_6N
         logits_NR, delta_NV = self.models.teacher.step(last_N, lengths_N, length - 1), None
         if self.models.proxy and (self.is_static or not all(row.response for row in active)):
             delta_NV = self.models.proxy.step(last_N, lengths_N, length - 1)
-        lengths_N += pace_N
         if self.forcing and (self.is_static or any(row.response for row in active)):
             given_NM = self.given_BM[:num_rows]
         return self.sample(logits_NR, delta_NV, state_6N, self.rows, given_NM), logits_NR, delta_NV
 
     def sample(self, logits_NR, delta_NV, state_6N, rows, given_NM=None):
-        """Sample a token for each of the rows, whose state moves on: float64 (3, N) of its id, its state (see
-        row_states) and its log-probability under the unadjusted teacher.
+        """Sample a token for each of the rows, whose state moves on.
 
-        given_NM: forced ids at their places, where rows may be forced.
+        Returns float32 (4, N): its id (which float32 holds up to 2^24), whether that ends a row, its
+        log-probability under the unadjusted teacher (NaN if one of the row's logits is NaN or +inf), and the
+        sum of the row's Delta. given_NM: forced ids at their places, where rows may be forced.
         """
         last_N, keys_N, steps_N, _, num_given_N, pace_N = state_6N
         log_probs_NV = sampling.log_probs(logits_NR, self.models.allowed_V)
         tokens_N = sampling.sample(log_probs_NV, delta_NV, self.rule, keys_N, steps_N)
         if self.models.corruption:
             tokens_N = self.corrupt(tokens_N, rows)
-        is_end_N = self.is_eos_V[tokens_N]
         if given_NM is not None:
             tokens_N = torch.where(num_given_N > 0, log_probs_NV.argmax(-1), tokens_N)
             given_N = given_NM.gather(1, steps_N[:, None]).squeeze(1)
             tokens_N = torch.where(steps_N < num_given_N, given_N, tokens_N)
-            is_end_N = self.is_eos_V[tokens_N] & (steps_N >= num_given_N)
         last_N.copy_(tokens_N)
-        steps_N += pace_N
+        state_6N[2:4].add_(pace_N)
         chosen_N = log_probs_NV.gather(1, tokens_N[:, None]).squeeze(1)
-        states_N = row_states(log_probs_NV, delta_NV, is_end_N)
-        return torch.stack([x.double() for x in (tokens_N, states_N, chosen_N)])
+        sums_N = torch.zeros_like(chosen_N) if delta_NV is None else delta_NV.sum(-1)
+        return torch.stack([tokens_N.float(), self.is_eos_V[tokens_N].float(), chosen_N, sums_N])
 
-    def look_at(self, record_3N, rows):
+    def look_at(self, record_4N, rows):
         """Take in what was sampled for the rows, or what was before that; yield the rows that ended."""
-        self.pending.append(Pending(self.num_launched, rows, record_3N))
+        self.pending.append(Pending(self.num_launched, rows, record_4N))
         self.num_launched += 1
         while len(self.pending) > self.most_pending:
             yield from self.take_in(self.pending.popleft())
 
     def take_in(self, pending):
         ended, bad = [], None
-        for row, token, state, log_prob in zip(pending.rows, *pending.read(), strict=True):
+        for row, token, is_end, log_prob, delta in zip(pending.rows, *pending.read(), strict=True):
             if row is None or pending.number < row.since:
                 continue
             row.ids.append(int(token))
             row.log_prob += log_prob
-            if state in (BAD_TEACHER, BAD_PROXY):
-                bad = row, state
-            elif state == ENDED or len(row.ids) == row.limit:
-                ended.append((row, state == ENDED))
+            if math.isnan(log_prob) or not math.isfinite(delta):
+                bad = row, math.isnan(log_prob)
+            elif (is_end and len(row.ids) > row.num_given) or len(row.ids) == row.limit:
+                ended.append((row, bool(is_end)))
         for row, finished in reversed(ended):
             yield from self.end(row, finished)
         if bad:  # only now: what ended in the same step is kept
-            row, state = bad
-            raise_not_finite(row.request.id, len(row.ids) - 1, state)
+            row, is_teacher = bad
+            raise_not_finite(row.request.id, len(row.ids) - 1, is_teacher)
 
     def corrupt(self, tokens_N, rows):
         """The sampled tokens with those of results replaced, where they are to be."""
@@ -373,15 +371,15 @@ class Decoder:
 class Pending:
     """What a step sampled for rows, on its way to the host; number: how many were launched before it."""
 
-    def __init__(self, number, rows, record_3N):
+    def __init__(self, number, rows, record_4N):
         self.number, self.rows = number, rows
-        self.record_3N = record_3N.to("cpu", non_blocking=True)  # on CUDA into pinned memory
-        self.copied = torch.cuda.current_stream().record_event() if record_3N.is_cuda else None
+        self.record_4N = record_4N.to("cpu", non_blocking=True)  # from CUDA into pinned memory
+        self.copied = torch.cuda.current_stream().record_event() if record_4N.is_cuda else None
 
     def read(self):
         if self.copied is not None:
             self.copied.synchronize()
-        return self.record_3N.tolist()
+        return self.record_4N.tolist()
 
 
 def static_counts(num_slots):
@@ -434,19 +432,8 @@ def judge(models, rule, logits_BR, delta_BV, tokens_B, keys_B, step):
     return torch.cat([values.gather(1, index_B1) for values in (clean_BV, adjusted_BV, delta_BV)], dim=1)
 
 
-def row_states(log_probs_NV, delta_NV, is_eos_N):
-    """What the host must know of each row, (N,): GOING_ON, ENDED, BAD_TEACHER or BAD_PROXY.
-
-    NaN or +inf among the logits makes every log-probability of the row NaN.
-    """
-    states_N = is_eos_N.long() * ENDED
-    if delta_NV is not None:
-        states_N = states_N.masked_fill(~delta_NV.sum(-1).isfinite(), BAD_PROXY)
-    return states_N.masked_fill(log_probs_NV.amax(-1).isnan(), BAD_TEACHER)
-
-
-def raise_not_finite(problem_id, step, state):
-    model = "teacher's logits" if state == BAD_TEACHER else "proxy's Delta"
+def raise_not_finite(problem_id, step, is_teacher):
+    model = "teacher's logits" if is_teacher else "proxy's Delta"
     raise ValueError(
         f"problem {problem_id}, response token {step}: the {model} are not finite (NaN or infinite): "
         "check the weights, or use dtype=bfloat16 or float32"

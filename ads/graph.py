@@ -47,9 +47,9 @@ class Graphs:
         """The record of decoder.advance(*sizes), captured or to be captured."""
         if sizes not in self.captured:
             return self.first_step(decoder, sizes)
-        graph, record_3N = self.captured[sizes]
+        graph, record_4N = self.captured[sizes]
         graph.replay()
-        return record_3N
+        return record_4N
 
     def first_step(self, decoder, sizes):
         """Capture, then run uncaptured; where the two differ, no step of the decoder is captured any more."""
