@@ -1,4 +1,4 @@
-"""Static steps (few sizes, parked slots, the host a step late) sample what ordinary ones do; capturing them."""
+"""Static steps (few sizes, parked slots, the host a step late) sample what ordinary ones do; and captures."""
 
 import functools
 
