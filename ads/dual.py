@@ -504,11 +504,16 @@ def add_linear(function, bias, x, weight, **keywords):
 def embed(function, ids, weight, padding_idx=None, max_norm=None, *others, **keywords):
     if not isinstance(weight, Weight) or max_norm is not None:
         return NotImplemented
-    ids, g = halves(ids)[0], weight.tangent
-    tangent = functional.embedding(ids, g.left if isinstance(g, Factors) else g)
+    return as_dual(torch.cat(look_up(halves(ids)[0], weight)))
+
+
+def look_up(ids, weight):
+    """Rows of a Weight and their derivatives."""
+    g = weight.tangent
+    tangents = functional.embedding(ids, g.left if isinstance(g, Factors) else g)
     if isinstance(g, Factors):
-        tangent = tangent @ g.right
-    return as_dual(torch.cat([functional.embedding(ids, weight), tangent]))
+        tangents = tangents @ g.right
+    return functional.embedding(ids, weight.as_subclass(torch.Tensor)), tangents
 
 
 def named(names, rule):
