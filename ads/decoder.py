@@ -1,13 +1,15 @@
 """One decoding step of a model built like Llama, in as few operations as it takes; plain or in dual numbers.
 
 In the library's forward a small model's step on a CPU spends as long around its products as in them: forty
-operations a layer, each of a few microseconds, and the Python between them. Here query, key and value are one
-product, gate and up another, scale and mask go into the product with the keys, and nothing is looked up
-twice. On a CPU native.c does the same in one call. Prompts stay with the library, and so do models
-of any other kind (`make_step` finds out).
+operations a layer, each of a few microseconds, and the Python between them; on a GPU each is a kernel whose
+launch takes longer than the kernel. Here query, key and value are one product, gate and up another, scale and
+mask go into the product with the keys, rotations are products, what a layer adds is part of the product that
+gives it, and nothing is looked up twice. On a CPU native.c does the same in one call. Prompts stay with the
+library, and so do models of any other kind (`make_step` finds out).
 
 Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual.py); L positions, H
-heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs.
+heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs; J columns of room
+for an input, of which x has the first.
 """
 
 import inspect
@@ -269,8 +271,8 @@ class Norm:
 class Stream:
     """What the layers of a dual step add to: zeros (N, I + MARGIN), values x and derivatives dx.
 
-    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part of the
-    length of a row: sum x^2 + I eps.
+    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part of
+    the length of a row: the root of sum x^2 + I eps.
     """
 
     def __init__(self, x_RI, eps):
@@ -361,9 +363,7 @@ def attend_plain(place, layer, num_heads, mask_NKGL, scaling):
             queries_NKGD, keys, values, attn_mask=mask_NKGL, scale=scaling
         )
     else:
-        queries, keys, values, mask = (
-            x.flatten(0, 1) for x in (queries_NKGD, keys, values, mask_NKGL)
-        )
+        queries, keys, values, mask = (x.flatten(0, 1) for x in (queries_NKGD, keys, values, mask_NKGL))
         probs = torch.softmax(torch.baddbmm(mask, queries, keys.mT, alpha=scaling), -1)
         result = torch.bmm(probs, values)
     return result.reshape(len(queries_NHD), -1)
@@ -427,8 +427,9 @@ class Place:
 
     def seen(self, layer):
         """Keys and values of the active slots, (N, K, L, D), or (N, K, L, 2, D) of derivatives and values."""
-        stored = (x[: self.num_rows, :, : self.length] for x in (self.storage.keys[layer], self.storage.values[layer]))
-        return [x if self.storage.num_parts == 2 else x.squeeze(3) for x in stored]
+        stored = self.storage.keys[layer], self.storage.values[layer]
+        seen = (x[: self.num_rows, :, : self.length] for x in stored)
+        return [x if self.storage.num_parts == 2 else x.squeeze(3) for x in seen]
 
 
 class Step:

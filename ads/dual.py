@@ -600,10 +600,10 @@ def normalise(scale_2D, eps, x):
 
 
 def unit_rows(rows_3NJ, ones_R1):
-    """x / |x| above its derivative (2N, J) of [0; x; dx]: dx / |x| - x (x dx) / |x|^3.
+    """x / |x| above its derivative dx / |x| - x (x dx) / |x|^3, (2N, J), of [0; x; dx].
 
-    That is the derivative's own transpose, so what backward mode has for rows scaled to length 1 (weight
-    normalisation) does it in one pass; rows of 0 whose length is said to be |x| give x / |x|.
+    The derivative is its own transpose, so what backward mode has for rows scaled to length 1 (weight
+    normalisation) does it in one pass. With x for dx, 0 for x and the same |x| it gives x / |x|.
     """
     dtype = rows_3NJ.dtype
     kept = dtype if dtype == torch.float64 else torch.float32
@@ -616,8 +616,8 @@ def unit_rows(rows_3NJ, ones_R1):
 def softmax(scores):
     """Probabilities P above their derivatives (P, 2S, L), of scores above theirs: dP = P (dS - sum(P dS)).
 
-    The derivative is its own transpose, so what backward mode has does it. Its rows take P from S rows above them:
-    all rows are computed, of which those of other pairs mean nothing and are overwritten.
+    The derivative is its own transpose, so what backward mode has does it. It is told to take P from S rows
+    further up, and so runs on all rows as they lie: what it makes of the values means nothing and is overwritten.
     """
     size, shape = scores.shape[1] // 2, scores.shape
     room = scores.new_empty(size + shape[0] * shape[1], shape[2])
