@@ -45,8 +45,8 @@ def whole(size, piece):
 class Slots:
     """Keys and values (B, H, S, parts, D) per layer, allocated once at the first prefill, written in place.
 
-    num_parts: 2 in dual numbers, where the derivatives of a slot go by the slot num_slots slots further on. They
-    lie at the same position, before the values, so that one product reads both (decoder.attend_dual).
+    num_parts: 2 in dual numbers, where the derivatives of a slot go by the slot num_slots slots further on.
+    They lie at the same position, before the values, so that one product reads both (decoder.attend_dual).
     """
 
     def __init__(self, num_slots, num_positions, num_parts=1):

@@ -8,8 +8,8 @@ gives it, and nothing is looked up twice. On a CPU native.c does the same in one
 library, and so do models of any other kind (`make_step` finds out).
 
 Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual.py); L positions, H
-heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs; J columns of room
-for an input, of which x has the first.
+heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs; J columns of
+room for an input, of which x has the first.
 """
 
 import inspect
@@ -271,8 +271,8 @@ class Norm:
 class Stream:
     """What the layers of a dual step add to: zeros (N, I + MARGIN), values x and derivatives dx.
 
-    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part of
-    the length of a row: the root of sum x^2 + I eps.
+    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part
+    of the length of a row: the root of sum x^2 + I eps.
     """
 
     def __init__(self, x_RI, eps):

@@ -617,7 +617,7 @@ def softmax(scores):
     """Probabilities P above their derivatives (P, 2S, L), of scores above theirs: dP = P (dS - sum(P dS)).
 
     The derivative is its own transpose, so what backward mode has does it. It is told to take P from S rows
-    further up, and so runs on all rows as they lie: what it makes of the values means nothing and is overwritten.
+    further up, and so runs on all rows as they lie: what it makes of the values means nothing and goes.
     """
     size, shape = scores.shape[1] // 2, scores.shape
     room = scores.new_empty(size + shape[0] * shape[1], shape[2])
