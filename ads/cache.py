@@ -45,11 +45,10 @@ def whole(size, piece):
 class Slots:
     """Keys and values (B, H, S, parts, D) per layer, allocated once, written in place.
 
-    num_parts: 2 in dual numbers, which say the slot num_slots slots further on for the derivatives of a slot.
-    They are kept at the same position, before the values, so that one product reads both
-    (decoder.attend_dual). layers: those of an earlier cache of the model. Others get room at the first write,
-    between activations of a prompt, which on a GPU leave behind pieces of memory too small for the next
-    layer's keys.
+    num_parts: 2 in dual numbers, where the derivatives of a slot go by the slot num_slots slots further on.
+    They lie at the same position, before the values, so that one product reads both (decoder.attend_dual).
+    layers: those of an earlier cache of the model. Others get room at the first write, between activations of
+    a prompt, which on a GPU leave behind pieces of memory too small for the next layer's keys.
     """
 
     def __init__(self, num_slots, num_positions, num_parts=1, layers=None):

@@ -1,13 +1,15 @@
 """One decoding step of a model built like Llama, in as few operations as it takes; plain or in dual numbers.
 
 In the library's forward a small model's step on a CPU spends as long around its products as in them: forty
-operations a layer, each of a few microseconds, and the Python between them. Here query, key and value are one
-product, gate and up another, scale and mask go into the product with the keys, and nothing is looked up
-twice. On a CPU native.c does the same in one call. Prompts stay with the library, and so do models
-of any other kind (`make_step` finds out).
+operations a layer, each of a few microseconds, and the Python between them; on a GPU each is a kernel whose
+launch takes longer than the kernel. Here query, key and value are one product, gate and up another, scale and
+mask go into the product with the keys, rotations are products, what a layer adds is part of the product that
+gives it, and nothing is looked up twice. On a CPU native.c does the same in one call. Prompts stay with the
+library, and so do models of any other kind (`make_step` finds out).
 
 Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual.py); L positions, H
-heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs.
+heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs; J columns of
+room for an input, of which x has the first.
 """
 
 import inspect
@@ -269,8 +271,8 @@ class Norm:
 class Stream:
     """What the layers of a dual step add to: zeros (N, I + MARGIN), values x and derivatives dx.
 
-    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part of the
-    length of a row: sum x^2 + I eps.
+    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part
+    of the length of a row: the root of sum x^2 + I eps.
     """
 
     def __init__(self, x_RI, eps):
@@ -395,17 +397,18 @@ class Place:
     def __init__(self, cache, lengths_N, longest, masks, rotations_RDD, num_turned):
         self.storage, self.masks, self.rotations_RDD = cache.storage, masks, rotations_RDD
         self.num_rows, self.length = len(lengths_N), longest + 1
-        num_parts, width = self.storage.num_parts, rotations_RDD.shape[1]
         slots_N = torch.arange(self.num_rows, device=lengths_N.device)
-        self.slots_R, self.positions_R = slots_N.repeat(num_parts), lengths_N.repeat(num_parts)
-        # derivatives lie before values
-        parts = torch.arange(num_parts - 1, -1, -1, device=slots_N.device)
-        self.parts_R = parts.repeat_interleave(self.num_rows)
-        shape = num_parts // 2 + num_parts, self.num_rows, num_turned, width
-        self.zero_and_turned_3NHD = rotations_RDD.new_zeros(shape)
-        self.turned_RHD = self.zero_and_turned_3NHD[-num_parts:].flatten(0, 1)
-        is_derivative_2 = torch.arange(2, dtype=rotations_RDD.dtype, device=slots_N.device)
-        self.is_derivative_2 = is_derivative_2.view(2, 1, 1, 1, 1)
+        self.slots_R, self.positions_R, self.parts_R = slots_N, lengths_N, 0
+        shape = self.num_rows, num_turned, rotations_RDD.shape[1]
+        if self.storage.num_parts == 1:
+            self.turned_RHD = rotations_RDD.new_empty(shape)
+            return
+        self.slots_R, self.positions_R = slots_N.repeat(2), lengths_N.repeat(2)
+        parts_2 = torch.arange(2, device=slots_N.device)
+        self.parts_R = parts_2.flip(0).repeat_interleave(self.num_rows)  # derivatives lie before values
+        self.is_derivative_2 = parts_2.to(rotations_RDD.dtype).view(2, 1, 1, 1, 1)
+        self.zero_and_turned_3NHD = rotations_RDD.new_zeros(3, *shape)
+        self.turned_RHD = self.zero_and_turned_3NHD[1:].flatten(0, 1)
         self.inputs = {}
 
     def input_of(self, product):
@@ -424,11 +427,9 @@ class Place:
 
     def seen(self, layer):
         """Keys and values of the active slots, (N, K, L, D), or (N, K, L, 2, D) of derivatives and values."""
-        stored = (
-            x[: self.num_rows, :, : self.length]
-            for x in (self.storage.keys[layer], self.storage.values[layer])
-        )
-        return [x if self.storage.num_parts == 2 else x.squeeze(3) for x in stored]
+        stored = self.storage.keys[layer], self.storage.values[layer]
+        seen = (x[: self.num_rows, :, : self.length] for x in stored)
+        return [x if self.storage.num_parts == 2 else x.squeeze(3) for x in seen]
 
 
 class Step:
@@ -459,9 +460,10 @@ class Step:
             masks = {
                 kind: self.mask(lengths_N, longest, window, x_RI) for kind, window in self.windows.items()
             }
-            turns_RDD = rotations(cos, sin).repeat(1 + self.is_dual, 1, 1)
             num_turned = self.layers[0].num_heads + self.layers[0].num_keys
-            place = Place(cache, lengths_N, longest, masks, turns_RDD, num_turned)
+            if self.is_dual:
+                cos, sin = torch.cat([cos, cos]), torch.cat([sin, sin])
+            place = Place(cache, lengths_N, longest, masks, rotations(cos, sin), num_turned)
             x = Stream(x_RI, self.norm.eps) if self.is_dual else x_RI
             for layer in self.layers:
                 layer.add_to_(x, place)
@@ -472,19 +474,18 @@ class Step:
 
     def embed(self, tokens_N):
         if self.is_dual:
-            twice = torch.cat([tokens_N, tokens_N])
-            return dual.embed(functional.embedding, twice, self.table.weight).as_subclass(torch.Tensor)
+            values, tangents = dual.look_up(tokens_N, self.table.weight)
+            return torch.cat([values, tangents])
         return functional.embedding(tokens_N, self.table.weight)
 
     def mask(self, lengths_N, longest, window, like):
         """(N, K, G, L) to add to the scores; in dual numbers with G rows of 0 for the derivatives."""
-        # rows start at multiples of 16 bytes, or a GPU's kernel would copy the mask in every layer
-        positions_L = torch.arange(whole(longest + 1, LANES), device=like.device)
-        distance_NL = lengths_N[:, None] - positions_L
-        hidden_NL = distance_NL < 0 if window is None else (distance_NL < 0) | (distance_NL >= window)
-        mask_NL = torch.zeros_like(distance_NL, dtype=like.dtype)
-        mask_NL = mask_NL.masked_fill_(hidden_NL, torch.finfo(like.dtype).min)[:, : longest + 1]
-        layer = self.layers[0]
+        layer, length = self.layers[0], longest + 1
         num_groups = layer.num_heads // layer.num_keys
-        mask_NKGL = mask_NL[:, None, None].expand(-1, layer.num_keys, num_groups, -1)
-        return functional.pad(mask_NKGL, (0, 0, 0, num_groups)) if self.is_dual else mask_NKGL
+        # rows start at multiples of 16 bytes, or a GPU's fused kernel would copy the mask in every layer
+        shape = (layer.num_keys, 2 * num_groups, length) if self.is_dual else (1, 1, whole(length, LANES))
+        mask_NKGL = like.new_zeros(len(lengths_N), *shape)[..., :length]
+        distance_NL = lengths_N[:, None] - torch.arange(length, device=like.device)
+        hidden_NL = distance_NL < 0 if window is None else (distance_NL < 0) | (distance_NL >= window)
+        mask_NKGL[:, :, :num_groups].masked_fill_(hidden_NL[:, None, None], torch.finfo(like.dtype).min)
+        return mask_NKGL if self.is_dual else mask_NKGL.expand(-1, layer.num_keys, num_groups, -1)

@@ -504,11 +504,16 @@ def add_linear(function, bias, x, weight, **keywords):
 def embed(function, ids, weight, padding_idx=None, max_norm=None, *others, **keywords):
     if not isinstance(weight, Weight) or max_norm is not None:
         return NotImplemented
-    ids, g = halves(ids)[0], weight.tangent
-    tangent = functional.embedding(ids, g.left if isinstance(g, Factors) else g)
+    return as_dual(torch.cat(look_up(halves(ids)[0], weight)))
+
+
+def look_up(ids, weight):
+    """Rows of a Weight and their derivatives."""
+    g = weight.tangent
+    tangents = functional.embedding(ids, g.left if isinstance(g, Factors) else g)
     if isinstance(g, Factors):
-        tangent = tangent @ g.right
-    return as_dual(torch.cat([functional.embedding(ids, weight), tangent]))
+        tangents = tangents @ g.right
+    return functional.embedding(ids, weight.as_subclass(torch.Tensor)), tangents
 
 
 def named(names, rule):
@@ -595,10 +600,10 @@ def normalise(scale_2D, eps, x):
 
 
 def unit_rows(rows_3NJ, ones_R1):
-    """x / |x| above its derivative (2N, J) of [0; x; dx]: dx / |x| - x (x dx) / |x|^3.
+    """x / |x| above its derivative dx / |x| - x (x dx) / |x|^3, (2N, J), of [0; x; dx].
 
-    That is the derivative's own transpose, so what backward mode has for rows scaled to length 1 (weight
-    normalisation) does it in one pass; rows of 0 whose length is said to be |x| give x / |x|.
+    The derivative is its own transpose, so what backward mode has for rows scaled to length 1 (weight
+    normalisation) does it in one pass. With x for dx, 0 for x and the same |x| it gives x / |x|.
     """
     dtype = rows_3NJ.dtype
     kept = dtype if dtype == torch.float64 else torch.float32
@@ -611,8 +616,8 @@ def unit_rows(rows_3NJ, ones_R1):
 def softmax(scores):
     """Probabilities P above their derivatives (P, 2S, L), of scores above theirs: dP = P (dS - sum(P dS)).
 
-    The derivative is its own transpose, so what backward mode has does it. Its rows take P from S rows above them:
-    all rows are computed, of which those of other pairs mean nothing and are overwritten.
+    The derivative is its own transpose, so what backward mode has does it. It is told to take P from S rows
+    further up, and so runs on all rows as they lie: what it makes of the values means nothing and goes.
     """
     size, shape = scores.shape[1] // 2, scores.shape
     room = scores.new_empty(size + shape[0] * shape[1], shape[2])

@@ -92,23 +92,28 @@ def nucleus_edge(scores_BV, ranked_BK, top_p):
     """
     log_probs_BV = torch.log_softmax(scores_BV, -1)
     if ranked_BK is None:
-        ranked_BK = most_likely(log_probs_BV, top_p)
+        ranked_BK = highest(scores_BV, log_probs_BV, top_p)
     mass_BK = log_probs_BV.gather(-1, ranked_BK.indices).exp().cumsum(-1)
     last_B1 = (mass_BK[:, :-1] < top_p).sum(-1, keepdim=True)  # 0 in a row of NaN
     return scores_BV.gather(-1, ranked_BK.indices.gather(-1, last_B1))
 
 
-def most_likely(log_probs_BV, top_p):
-    """At least the nucleus in falling order, (values, indices), where top_k does not bound it.
+def highest(scores_BV, log_probs_BV, top_p):
+    """At least the scores of the nucleus in falling order, (values, indices), where top_k does not bound it.
 
-    Only where a row is so flat that its nucleus goes beyond NUM_RANKED tokens is the vocabulary sorted. To ask
-    for that would make the host wait for a GPU, where sorting is the lesser evil.
+    Only where a row is so flat that its nucleus goes beyond NUM_RANKED tokens is the vocabulary sorted. To
+    ask for that would make the host wait for a GPU, which sorts instead.
     """
-    if not log_probs_BV.is_cuda:
-        ranked_BK = log_probs_BV.topk(min(NUM_RANKED, log_probs_BV.shape[-1]), dim=-1)
-        if not (ranked_BK.values.exp().sum(-1) < top_p).any():
+    if may_ask(scores_BV.device):
+        ranked_BK = scores_BV.topk(min(NUM_RANKED, scores_BV.shape[-1]), dim=-1)
+        if not (log_probs_BV.gather(-1, ranked_BK.indices).exp().sum(-1) < top_p).any():
             return ranked_BK
-    return log_probs_BV.sort(dim=-1, descending=True)
+    return scores_BV.sort(dim=-1, descending=True)
+
+
+def may_ask(device):
+    """Whether the host can look at values without waiting for the device."""
+    return device.type == "cpu"
 
 
 def draw(scores_BV, uniforms_B):
