@@ -350,7 +350,9 @@ def decode_to_parts(cfg, models, forcing, requests, to_row, world):
         with tqdm(
             total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2
         ) as progress:
-            for completion in generate(models, sampling_rule(cfg), cfg.seed, mine, batch_size, forcing):
+            has_graphs = cfg.cuda_graph is True  # auto: not before a GPU has run them
+            rule = sampling_rule(cfg)
+            for completion in generate(models, rule, cfg.seed, mine, batch_size, forcing, has_graphs):
                 rows.append(to_row(completion))
                 num_tokens += len(completion.ids)
                 progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)

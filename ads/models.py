@@ -393,6 +393,7 @@ class CachedModel:
             return f"the exact Delta does not cover model type {kind!r} ({reason}): set eps above 0"
         return f"model type {kind!r} cannot be decoded in batches with a cache ({reason}): take another model"
 
+    @torch.inference_mode(False)  # outside of it nothing may write to what was made in it, as dual numbers do
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
         self.cache = None  # its room may be needed
@@ -406,10 +407,13 @@ class CachedModel:
         self.cache.storage.release(slot, last, length)
 
     @torch.no_grad()
-    def prefill(self, prompts, first_slot):
-        """Fill slots from first_slot on with prompts (lists of ids); logits (B, V) after the last token."""
-        groups = self.groups(prompts)
-        return torch.cat([self.prefill_group(prompts[g], first_slot + g.start) for g in groups])
+    def prefill(self, prompts, slots):
+        """Fill slots with prompts (lists of ids); logits (B, V) after the last token.
+
+        slots: one for each prompt, or the first of as many.
+        """
+        slots = each_slot(prompts, slots)
+        return torch.cat([self.prefill_group(prompts[g], slots[g]) for g in self.groups(prompts)])
 
     def groups(self, prompts):
         """Slices of the prompts that run through the model at once."""
@@ -417,12 +421,13 @@ class CachedModel:
         return [slice(first, first + size) for first in range(0, len(prompts), size)]
 
     @torch.no_grad()
-    def prefill_group(self, prompts, first_slot):
+    def prefill_group(self, prompts, slots):
         """See prefill. Long prompts go chunk by chunk.
 
         Rows are padded on the left: the last column is every row's last token, and only its logits are made.
         """
         num_rows, width = len(prompts), max(map(len, prompts))
+        slots_B = torch.tensor(each_slot(prompts, slots))
         padding_B = torch.tensor([width - len(ids) for ids in prompts])
         ids_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts])
         positions_BT = torch.arange(width) - padding_B[:, None]
@@ -432,10 +437,10 @@ class CachedModel:
             rows, columns = (positions_BC >= 0).nonzero(as_tuple=True)
             # the first chunk attends to itself, where padding is put later than any query and never seen
             read, key_positions_BL = None, positions_BC.masked_fill(positions_BC < 0, width)
-            if first:
-                read = first_slot, num_rows, int(positions_BC.max()) + 1
+            if first:  # of one long prompt, or where slots follow one another
+                read = int(slots_B[0]), num_rows, int(positions_BC.max()) + 1
                 key_positions_BL = torch.arange(read[2]).expand(num_rows, -1)
-            place = Placement(rows, columns, rows + first_slot, positions_BC[rows, columns], read)
+            place = Placement(rows, columns, slots_B[rows], positions_BC[rows, columns], read)
             logits_B1V = self.forward(ids_BC, positions_BC.clamp(min=0), key_positions_BL, place)
         return logits_B1V[:, -1]
 
@@ -489,6 +494,11 @@ class CachedModel:
             logits_to_keep=num_logits,
         )
         return output.logits[:, -num_logits:]
+
+
+def each_slot(prompts, slots):
+    """A slot for each prompt, of these or of the first of them."""
+    return list(range(slots, slots + len(prompts))) if isinstance(slots, int) else slots
 
 
 def is_right(found, wanted):

@@ -184,7 +184,7 @@ class TimedDecoder(engine.Decoder):
     steps = []
 
     def step(self):
-        num_rows, cached = len(self.rows), sum(row.num_cached for row in self.rows)
+        num_rows, cached = len(self.active), sum(row.num_cached for row in self.active)
         start = time.perf_counter()
         ended = list(super().step())
         self.steps.append(Step(time.perf_counter() - start, num_rows, cached))
