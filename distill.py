@@ -204,8 +204,7 @@ def train_fast(trainer, checkpoint=None):
     """trainer.train() with what makes it faster on a CPU."""
     from ads import lora, matmul, models
 
-    if trainer.args.use_cpu:
-        models.keep_freed_memory()
+    models.keep_freed_memory(trainer.args.device)
     with matmul.in_tiles(), lora.merged(trainer.model):
         return trainer.train(resume_from_checkpoint=checkpoint)
 

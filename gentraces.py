@@ -22,6 +22,7 @@ from utils import print0, print_result
 
 LOADED = []  # (settings, what load_models() gave) of the last stage of this process
 PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
+LATE_SECONDS = 60  # after which a network file system shows what other machines have written
 
 
 def main(arguments):
@@ -268,9 +269,24 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     start = time.time()
     num_tokens = world.sum(decode_to_parts(cfg, models, forcing, requests, to_row, world))  # waits for all
     seconds = time.time() - start
-    rows = store.read_parts(cfg.parts_dir / "traces")
+    rows = world.share(read_rows(cfg.parts_dir / "traces", by_id.keys(), world) if world.is_main else None)
     print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
     return rows, {"tokens_per_second": round(num_tokens / seconds, 1) if num_tokens else None}
+
+
+def read_rows(folder, ids, world):
+    """{id: row} of all rows that the processes have put into parts; ValueError when some do not turn up."""
+    rows = store.read_parts(folder)
+    last_look = time.monotonic() + (LATE_SECONDS if world.size > 1 else 0)
+    while missing := ids - rows.keys():
+        if time.monotonic() > last_look:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of {len(ids)} rows that were sampled, such as "
+                f"{min(missing)}: exp_dir must be a folder that all machines of a run share; run again"
+            )
+        time.sleep(2)
+        rows = store.read_parts(folder)
+    return rows
 
 
 def make_forcing(tokenizer, eos, opening):
@@ -336,7 +352,7 @@ def decode_to_parts(cfg, models, forcing, requests, to_row, world):
     from ads.engine import choose_batch_size, generate
 
     folder = cfg.parts_dir / "traces"
-    done = store.read_parts(folder)
+    done = world.share(set(store.read_parts(folder)) if world.is_main else None)
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
     if len(mine) < len(requests) // world.size:
         print0(f"{len(done)} of {len(requests)} rows are there from an earlier run")

@@ -31,6 +31,7 @@ STUDENT_TOKENIZER="${STUDENT_TOKENIZER:-$STUDENT}"
 DATA_DIR="${DATA_DIR:-}"             # folder of local copies of the datasets; empty: the hub
 NPROC="${NPROC:-}"                   # processes; empty: one per GPU
 JOBS="${JOBS:-1}"                    # grid points at once, each with NPROC processes (small models on a CPU)
+KEEP_STUDENTS="${KEEP_STUDENTS:-1}"  # 0: a student is deleted once it has been evaluated
 LAUNCH="${LAUNCH:-}"                 # words of another launcher, such as a multi-node accelerate launch
 GEN_ARGS="${GEN_ARGS:-}"             # key=value words for every gentraces.py
 HOLDOUT_ARGS="${HOLDOUT_ARGS:-}"     # more of them, for the holdout traces alone
@@ -71,6 +72,7 @@ main() {
   choose_processes
   # shellcheck source=setup.sh
   source "$here/setup.sh" "" # no extras; without an argument it would see those of this function
+  count_gpus
   choose_launcher
   split_words
   [[ "$dry_run" == 1 ]] || mkdir -p "$EXP_DIR/logs" || fail "EXP_DIR='$EXP_DIR' is not writable"
@@ -88,23 +90,39 @@ parse_arguments() {
   done
 }
 
+# Before the environment is set up: a machine without a GPU is better told before gigabytes are installed.
 choose_processes() {
-  num_gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
-  if [[ "$num_gpus" != 0 && -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-    IFS=, read -ra visible <<<"${CUDA_VISIBLE_DEVICES/#-1*/}"
-    num_gpus=${#visible[@]}
+  may_have_gpus=0
+  if [[ -n "${CUDA_VISIBLE_DEVICES-all}" ]]; then
+    [[ "$(nvidia-smi -L 2>/dev/null)" != GPU* && ! -e /dev/nvidia0 ]] || may_have_gpus=1
   fi
-  if [[ -z "$NPROC" && "$num_gpus" == 0 && "$dry_run" == 0 ]]; then
-    fail "no CUDA device: the experiment samples with 7B and 3B models; run pipeline_demo.sh (tiny models, minutes on a CPU), or set NPROC=1 for small models of your own"
-  fi
-  NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}"
-  [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC='$NPROC': must be a whole number from 1"
+  [[ "$may_have_gpus" == 1 ]] || require_processes
+  [[ -z "$NPROC" || "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC='$NPROC': must be a whole number from 1"
   [[ "$JOBS" =~ ^[1-9][0-9]*$ ]] || fail "JOBS='$JOBS': must be a whole number from 1"
+  [[ "$KEEP_STUDENTS" =~ ^[01]$ ]] || fail "KEEP_STUDENTS='$KEEP_STUDENTS': must be 1 or 0 (delete them)"
+}
+
+# In the environment: torch knows which GPUs it can use, and how many of those that CUDA_VISIBLE_DEVICES names.
+count_gpus() {
+  num_gpus=0
+  if [[ "$may_have_gpus" == 1 || "${NPROC:-1}" != 1 ]]; then
+    num_gpus="$(in_python utils.num_gpus)" || exit 2
+  fi
+  [[ "$num_gpus" != 0 ]] || require_processes
+  NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}"
+  if [[ -z "$LAUNCH" && "$num_gpus" != 0 && "$NPROC" -gt "$num_gpus" ]]; then
+    fail "NPROC=$NPROC: torch can use $num_gpus of the GPUs here, and each process takes one; unset NPROC, or set ACCELERATE_USE_CPU=true for small models on the CPU"
+  fi
+}
+
+require_processes() {
+  [[ -n "$NPROC" || "$dry_run" == 1 ]] ||
+    fail "no CUDA device: the experiment samples with 7B and 3B models; run pipeline_demo.sh (tiny models, minutes on a CPU), or set NPROC=1 for small models of your own"
 }
 
 choose_launcher() {
   if [[ -n "$LAUNCH" ]]; then
-    read -ra launch <<<"$LAUNCH"
+    read -r -d '' -a launch <<<"$LAUNCH" || true
   elif [[ "$NPROC" == 1 ]]; then
     launch=(python)
   elif [[ "$num_gpus" == 0 ]]; then # accelerate's launcher starts one process only on a CPU
@@ -126,9 +144,14 @@ choose_commits() {
     [[ ! -f "$HUB_RECORD" ]] || cp "$HUB_RECORD" "$copy"
     HUB_RECORD="$copy/hub.yaml"
   elif [[ -f "$HUB_RECORD" ]]; then
-    PYTHONPATH="$here" python -c 'import utils; from ads import store
-utils.run_script(lambda words: store.print_moved(*words))' "$EXP_DIR"
+    in_python store.print_moved "$EXP_DIR"
   fi
+}
+
+# in_python FUNCTION WORDS...: one of utils or of ads/store.py; what it gives is printed.
+in_python() {
+  PYTHONPATH="$here" python -c "import utils; from ads import store
+utils.run_script(lambda words: (found := $1(*words)) is None or print(found))" "${@:2}"
 }
 
 split_words() {
@@ -250,7 +273,8 @@ run_point() {
   distil_student || return
   want_stage "eval_student_$point" gentraces.py "${problems[@]}" is_teacher=false "teacher=$student" \
     "data_split=${DATASET}_test" tau=0 "trace_name=eval_student_$point" || return
-  run_wanted "$point"
+  run_wanted "$point" || return
+  [[ "$KEEP_STUDENTS" == 1 || "$dry_run" == 1 || ! -d "$student" ]] || in_python store.delete_student "$student"
 }
 
 sample_training_traces() {
@@ -312,14 +336,44 @@ run_wanted() {
 # terminal. A launcher of several processes writes a report below it, and leaves with 1 whatever the stage's exit code.
 show_failure() {
   local error code
-  error="$(tail -c "+$(($2 + 1))" "$1" | grep -a '^error: ' | tail -n 1)" || true
+  error="$(tail -c "+$(($2 + 1))" "$1" | find_reason)"
   if [[ -z "$error" ]]; then
-    [[ "$JOBS" == 1 ]] || tail -n 3 "$1" >&2
-  elif [[ "$JOBS" != 1 || "$(tail -n 1 "$1")" != "$error" ]]; then
-    echo "$error" >&2
+    error="error: the processes of $1 ended with $status and no word why"
+    [[ "$status" -le 128 ]] || error+=", by signal $((status - 128)) (9: often of a machine out of memory)"
   fi
-  code="$(tail -c "+$(($2 + 1))" "$1" | sed -n 's/^ *exitcode *: *\([0-9]\{1,\}\) .*/\1/p' | tail -n 1)"
-  status="${code:-$status}"
+  [[ "$JOBS" == 1 && "$(tail -n 1 "$1")" == "$error" ]] || echo "$error" >&2
+  code="$(tail -c "+$(($2 + 1))" "$1" | sed -n 's/^ *exitcode *: *\(-\{0,1\}[0-9]\{1,\}\) .*/\1/p' | tail -n 1)"
+  code="${code:-$status}"
+  status=$((code < 0 ? 128 - code : code)) # the launcher writes signal 9 as -9
+}
+
+# Of the last stage in a log: the signal by which the process ended that the launcher reports, last, as root cause;
+# else the first error line; else the end of the first traceback, of the process that failed first, and of those that
+# follow from it. Lines of one of several processes may begin with [rank1]:, the launcher's own traceback does not;
+# they may stand beside another's progress bar.
+find_reason() {
+  tr '\r' '\n' | LC_ALL=C awk '
+    /^run     / { error = last = signal = ""; seen = inside = linked = 0 }
+    { sub(/^.*\]error: /, "error: ") }
+    /^error: / && error == "" { error = $0 }
+    / traceback : / { signal = /: Signal / ? substr($0, index($0, "Signal")) : "" }
+    {
+      rank = match($0, /^\[rank[0-9]+\]: ?/) ? substr($0, 1, RLENGTH) : ""
+      line = substr($0, length(rank) + 1)
+    }
+    line ~ /^Traceback \(most recent call last\):/ {
+      if (!seen || (linked && rank == first)) { seen = inside = 1; linked = 0; first = rank }
+      next
+    }
+    seen && rank == first {
+      if (inside && line ~ /^[^ ]/) { inside = 0; if (line !~ /(ChildFailed|CalledProcess)Error: /) last = line }
+      if (line ~ /^(During handling of the above|The above exception was the direct cause)/) linked = 1
+    }
+    END {
+      if (signal != "") print "error: " signal " (9: often of a machine out of memory)"
+      else if (error != "") print error
+      else if (last != "") print "error: " last " (unexpected: its traceback is above, and in the log)"
+    }'
 }
 
 duration() {

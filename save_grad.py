@@ -39,8 +39,7 @@ def compute_gradient(cfg, inputs, world):
     from ads.models import keep_freed_memory, load_model, recomputed, try_batches
 
     start = time.time()
-    if world.device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(world.device)
     sequences, num_left_out = load_sequences(cfg)
     vocabulary = check_vocabulary(cfg)
     memory.check_gradient(cfg, sequences, memory.room(world.device))

@@ -9,8 +9,10 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -448,6 +450,16 @@ class World:
         torch.distributed.all_gather_object(found, value)
         return found
 
+    def share(self, value):
+        """What the main process gives here, on all processes."""
+        if self.size == 1:
+            return value
+        import torch
+
+        shared = [value]
+        torch.distributed.broadcast_object_list(shared)
+        return shared[0]
+
     def check_same(self, inputs):
         """ValueError unless all processes have the same inputs: caches of several nodes may differ."""
         if self.size == 1:
@@ -464,10 +476,7 @@ def start_world():
     num_started = store.world_size()
     if num_started == 1:
         forget_launchers()
-    import torch
-
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    use_cpu = use_cpu or not torch.cuda.is_available()
+    use_cpu = num_gpus() == 0
     if num_started == 1:
         limit_threads(1)
         return World(0, 1, "cpu" if use_cpu else "cuda")
@@ -478,6 +487,54 @@ def start_world():
     assert state.num_processes == num_started, f"{state.num_processes} of {num_started} processes joined"
     limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE") or num_started))
     return World(state.process_index, state.num_processes, "cpu" if use_cpu else str(state.device))
+
+
+def num_gpus():
+    """How many GPUs this process may use, as torch counts them; 0 where the CPU was asked for.
+
+    ValueError where the machine has GPUs that this torch cannot use: what was meant for them would go on on
+    the CPU, for days.
+    """
+    if wants_cpu():
+        return 0
+    import torch
+
+    if torch.cuda.is_available():
+        # Not torch.cuda.device_count(): it asks the driver for whole GPUs, also where they are cut up (MIG)
+        # and a process may use one piece.
+        return torch._C._cuda_getDeviceCount()
+    if seen := gpus_of_driver():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise ValueError(
+            f"this machine has {seen}, but torch {torch.__version__} ({built}) cannot use them: install one "
+            "built for the driver's CUDA or an older one (for drivers of CUDA 12 the CUDA 12.6 wheels: pip "
+            "install --force-reinstall with the --index-url that pytorch.org/get-started names), or update "
+            "the driver; ACCELERATE_USE_CPU=true runs on the CPU"
+        )
+    return 0
+
+
+def wants_cpu():
+    """Whether the environment asks for the CPU: in words, or by naming no GPU among those to be seen."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return True
+    # CUDA sees none from the first entry on that is none: "", "-1", Slurm's "NoDevFiles"
+    return not re.match(r"\s*(\d|GPU-|MIG-)", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+
+
+def gpus_of_driver():
+    """'2 GPUs (driver for CUDA 12.4)' as nvidia-smi tells, or nothing where it is missing or sees none."""
+    try:
+        listed, shown = (
+            subprocess.run(["nvidia-smi", *option], capture_output=True, text=True, timeout=60).stdout
+            for option in (["-L"], [])
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    count = len(re.findall("^GPU ", listed, re.MULTILINE))
+    version = re.search(r"CUDA[A-Za-z ]* Version: *([\d.]+)", shown)
+    known = f"for CUDA {version[1]}" if version else "of unknown version"
+    return f"{count} GPU{'s' * (count > 1)} (driver {known})" if count else ""
 
 
 def forget_launchers():
@@ -596,7 +653,7 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
     store.read_commits(cfg.exp_dir)
     try:
         inputs = fingerprint_inputs(cfg)
-    except FileNotFoundError as error:
+    except store.NotMade as error:
         if not only_check:
             raise
         print0(f"waits: {error}")
@@ -619,6 +676,7 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
 def is_finished(cfg, inputs):
     """Whether the stage is done with these settings and inputs; clears away what a kill left."""
     if not store.is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
+        store.check_not_deleted(inputs)
         return False
     notes = store.made_at_unknown_commits(cfg.sidecar_path, inputs)
     notes += store.made_by_other_code(cfg.sidecar_path)
@@ -639,7 +697,8 @@ def run_stage(cfg, inputs, make):
     name = "-".join(cfg.sidecar_path.with_suffix("").relative_to(cfg.exp_dir).parts)
     with store.stage_lock(cfg.exp_dir, name) if world.is_main else contextlib.nullcontext():
         world.barrier()
-        if not is_finished(cfg, inputs):
+        # one verdict for all: another machine may see a file that has just been written late
+        if not world.share(is_finished(cfg, inputs) if world.is_main else None):
             make(cfg, inputs, world)
         world.barrier()
 

@@ -21,6 +21,13 @@ from ads import decoder, dual, memory, store
 from ads.cache import Pages, Placement, SlotCache, Slots
 from ads.dual import TRIED, is_out_of_memory
 
+# Settings of torch for CUDA, which all who build models need; on a CPU they change nothing. cuDNN's attention
+# makes a plan for each new shape, in which time other kernels do many steps. Sums of a product's parts stay
+# float32: in 16 bits logits would depend more on how kernels cut a product up, and so on the number of rows.
+torch.backends.cuda.enable_cudnn_sdp(False)
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 # memory.PREFILL_TOKENS of a CPU in float32, where more take hardly less time per token; of 16 bits twice as
 # many, in the same room.
@@ -239,9 +246,13 @@ def give_back_freed_memory():
         libc.malloc_trim(0)
 
 
-def keep_freed_memory():
-    """For the next tensors: glibc would unmap each large one, and page faults slow training passes down."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+def keep_freed_memory(device):
+    """For the next tensors: glibc would unmap each large one, and page faults slow training passes down.
+
+    Nothing is kept where the tensors are on another device than the CPU.
+    """
+    is_cpu = torch.device(device).type == "cpu"
+    if is_cpu and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 

@@ -44,6 +44,10 @@ NO_STAGE = ("grid.py", "page.py", "plots.py", "report.py", "search.py", "tradeof
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without flock
 
 
+class NotMade(FileNotFoundError):
+    """What a stage reads and another stage is still to make."""
+
+
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed.
@@ -174,8 +178,9 @@ def check_output(sidecar, path):
     """ValueError if a stage's output is no longer what its sidecar says it wrote."""
     if not Path(sidecar).is_file():
         return
-    written = read_sidecar(sidecar).get("outputs", {}).get(os.path.relpath(path, Path(sidecar).parent))
-    if written is None or (Path(path).exists() and fingerprint(path) == written):
+    record = read_sidecar(sidecar)
+    written = record.get("outputs", {}).get(os.path.relpath(path, Path(sidecar).parent))
+    if written is None or "deleted" in record or (Path(path).exists() and fingerprint(path) == written):
         return
     state = "damaged or changed since" if Path(path).exists() else "missing"
     raise ValueError(
@@ -384,12 +389,12 @@ def fingerprint(path):
 
 
 def fingerprint_existing(path, remedy):
-    """fingerprint_file of an input; FileNotFoundError that says how to make it.
+    """fingerprint_file of an input; NotMade, a FileNotFoundError, that says how to make it.
 
     ValueError if a stage made it and it has changed since.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: {remedy}")
+        raise NotMade(f"{path} does not exist: {remedy}")
     check_output(Path(path).with_suffix(".yaml"), path)
     return fingerprint_file(path)
 
@@ -397,16 +402,23 @@ def fingerprint_existing(path, remedy):
 def fingerprint_model(name):
     """What identifies a model: the contents of a folder, tokenizer included, or the hub's name and commit.
 
-    ValueError if it is a student that has changed since it was made, or holds an adapter.
+    ValueError if it is a student that has changed since it was made, or holds an adapter; NotMade if it is
+    one that is still to be made. Of a deleted student it is what it was.
     """
+    if deleted := deleted_student(name):
+        return deleted["model"]
     folder = Path(name).absolute()
-    check_output(folder.parent.parent / f"{folder.parent.name}.yaml", folder)
+    check_output(student_sidecar(folder), folder)
+    if is_student(folder) and not folder.is_dir():
+        raise NotMade(f"{name} does not exist: make it with distill.py")
     check_no_adapter(name)
     return fingerprint_folder(name, "model", MODEL_FILES)
 
 
 def fingerprint_tokenizer(name):
     """What identifies a tokenizer: its files in a local folder, or the hub's name and commit."""
+    if deleted := deleted_student(name):
+        return deleted["tokenizer"]
     return fingerprint_folder(name, "tokenizer", TOKENIZER_FILES)
 
 
@@ -434,6 +446,58 @@ def check_no_adapter(name):
         raise ValueError(
             f"{name} holds an adapter ({ADAPTER_FILE}): merge it into its base model first "
             f"(merge_and_unload of peft, then save_pretrained); {remedy}"
+        )
+
+
+# Students
+#
+# They take more room than all else. One that has been evaluated may be deleted; its sidecar, which says so,
+# and what was measured of it stay, and its stages count as done.
+
+DELETED = {}  # {fingerprint: sidecar} of the deleted students that this process has met
+
+
+def is_student(folder):
+    """Whether a folder is where distill.py puts a student: EXP_DIR/models/NAME/final."""
+    return folder.name == "final" and folder.parent.parent.name == "models"
+
+
+def student_sidecar(folder):
+    return folder.parent.with_name(f"{folder.parent.name}.yaml")
+
+
+def delete_student(name):
+    """Delete a finished student's folder; first its sidecar tells what it was. Again, what a kill left."""
+    folder = Path(name).absolute()
+    if not is_student(folder):
+        raise ValueError(f"{name} is no student (EXP_DIR/models/NAME/final): not deleted")
+    if not deleted_student(name):
+        fingerprints = {"model": fingerprint_model(name), "tokenizer": fingerprint_tokenizer(name)}
+        sidecar = student_sidecar(folder)
+        record = {"deleted": fingerprints, **read_sidecar(sidecar)}
+        write_text(sidecar, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110))
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def deleted_student(name):
+    """{"model": fingerprint, "tokenizer": fingerprint} of a student that was deleted, else None."""
+    folder = Path(name).absolute()
+    sidecar = student_sidecar(folder)
+    if not (is_student(folder) and sidecar.is_file()):
+        return None
+    found = read_sidecar(sidecar).get("deleted")
+    if found:
+        DELETED[found["model"]] = sidecar
+    return found
+
+
+def check_not_deleted(inputs):
+    """ValueError if a stage that is to be done reads a student that was deleted."""
+    for sidecar in [DELETED[made_from] for made_from in inputs.values() if made_from in DELETED]:
+        raise ValueError(
+            f"{sidecar.with_suffix('')}/final was deleted once it had been evaluated (KEEP_STUDENTS=0): "
+            f"delete {sidecar} and run again to make the student anew from its traces"
         )
 
 
@@ -586,11 +650,36 @@ def find_snapshot(repository, commit, kind):
     FileNotFoundError when there is none.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import GatedRepoError, HTTPError
 
     try:
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=HUB_FILES[kind]))
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=HUB_FILES[kind]))
+        if not is_complete(folder, kind):
+            check_access(repository)
+        return folder
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{repository} is gated: ask for access on its page of the hub, then `hf auth login` here (or "
+            f"set HF_TOKEN) with the account that has it ({reason(error)})"
+        ) from error
     except (OSError, ValueError, HTTPError) as error:
         raise FileNotFoundError(
             f"{repository}@{commit} is no folder, nor to be had from the hub: {reason(error)}"
         ) from error
+
+
+def check_access(repository):
+    """GatedRepoError if what is still to be downloaded of a repository may not be.
+
+    HUB_FILES may be in the cache by an account that has access. Whatever else keeps the hub from answering
+    shows when the model is loaded.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HTTPError
+
+    try:
+        HfApi().auth_check(repository)
+    except GatedRepoError:
+        raise
+    except (OSError, ValueError, HTTPError):
+        return

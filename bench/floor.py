@@ -1,20 +1,30 @@
-"""What decoding and the paper's grid cost at least, from bytes and operations alone. Nothing is run.
+"""What decoding and the paper's grid cost, from bytes, operations and launches. Nothing is run.
 
     python bench/floor.py                                  # one H100: 3.35 TB/s, 989 TFLOP/s in bfloat16
     python bench/floor.py --bandwidth 4.8e12 --share 0.5   # another device; half of the floor reached
+    python bench/floor.py --launch_us 24 --devices 1       # a slow host, one GPU
 
-A step reads each weight once and each row's keys and values once, at `bandwidth`, or multiplies at `rate`
-where that takes longer. The proxy in dual numbers reads its weights once for twice the rows, and twice the
-keys and values. A prompt's and a training step's time is that of their products. Shapes are those of the
-models' config.json; that a response has --new tokens is an assumption.
+The floor: a step reads each weight once and each row's keys and values once, at `bandwidth`, or multiplies at
+`rate` where that takes longer. The proxy in dual numbers reads its weights once for twice the rows, and twice
+the keys and values. A prompt's and a training step's time is that of their products. Shapes are those of the
+models' config.json; that a response has --new tokens in the mean, the last ones --longest, is an assumption.
+
+The grid: a step takes the floor over --share, or what the host needs to launch its kernels if that is longer;
+to that come start-up and loading (--start_seconds for the stages of a point, which share a process).
 """
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 
 GSM8K = {"train": 5231, "holdout": 2242, "test": 1319}  # 70 % and 30 % of 7,473; the test split
 NUM_POINTS = 33  # of grid.py
+# Kernels and products of a decoding step at batch 192; of a training step (forward, backward, clipping and
+# AdamW) and of a step of evaluation, whatever their rows. Counted on a CUDA runtime whose kernels do nothing.
+LAUNCHES = {"teacher": 747, "exact": 2445, "student": 747, "training": 5004, "evaluation": 2132}
+EPOCHS, BATCH, ROWS_AT_ONCE = 3, 16, 2  # of train_config.yaml
+NUM_EVALUATIONS, EVALUATED_AT_ONCE = 7, 1
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,13 @@ def main():
     for batch in (1, 8, 32, 64, 128, 192, 256, 512):
         cells = [describe(args, models, batch) for models in WAYS.values()]
         print(f"{batch:5}  " + "".join(f"{cell:>26}" for cell in cells))
-    hours = grid_hours(args)
-    print(f"\nGSM8K grid of {NUM_POINTS} points on {args.devices} devices, batch {args.batch}, hours at")
-    print(f"{args.share:g} of the floor: " + ", ".join(f"{k} {v:.1f}" for k, v in hours.items()))
-    print(json.dumps({**vars(args), "hours": {k: round(v, 3) for k, v in hours.items()}}))
+    seconds = grid_seconds(args)
+    seconds["all"] = {limit: sum(found[limit] for found in seconds.values()) for limit in LIMITS}
+    print(f"\nGSM8K grid of {NUM_POINTS} points on {args.devices} devices, batch {args.batch}: hours by")
+    print(f"{args.share:g} of the floor alone; with {args.launch_us:g} us for a launch and start-up")
+    for stage, found in seconds.items():
+        print(f"{stage:18}" + "".join(f"{found[limit] / 3600:8.2f}" for limit in LIMITS))
+    print(json.dumps({**vars(args), "seconds": seconds}))
 
 
 def parse():
@@ -76,12 +89,16 @@ def parse():
     )
     parser.add_argument("--bandwidth", type=float, default=3.35e12, help="bytes per second")
     parser.add_argument("--rate", type=float, default=989e12, help="operations per second")
+    parser.add_argument("--float32_rate", type=float, default=67e12, help="the same in float32, for stage 2")
     parser.add_argument("--bytes", type=int, default=2, help="per number")
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--prompt", type=int, default=150)
     parser.add_argument("--new", type=int, default=450)
+    parser.add_argument("--longest", type=int, default=874, help="new tokens of the last row to end")
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--share", type=float, default=0.5, help="of the floor that is reached")
+    parser.add_argument("--launch_us", type=float, default=20, help="microseconds of the host per launch")
+    parser.add_argument("--start_seconds", type=float, default=90, help="of a process with all it loads")
     return parser.parse_args()
 
 
@@ -102,32 +119,60 @@ def describe(args, models, batch):
     return f"{1e3 * seconds:.1f} {batch / seconds:,.0f} {gigabytes:.0f}"
 
 
-def decode_hours(args, models, num_rows):
-    """Hours of one device to prefill and decode so many rows."""
-    context = args.prompt + args.new // 2
-    decoding = num_rows * args.new / args.batch * step_seconds(args, models, args.batch, context)
-    prompts = (
-        sum(2 * shape.products * copies for shape, copies in models) * num_rows * args.prompt / args.rate
-    )
-    return (decoding + prompts) / 3600
+LIMITS = "floor", "host"
 
 
-def grid_hours(args):
-    """{stage: hours on all devices} of a sweep; stages 1 and 2 run once, 3 to 6 at each point."""
+def longer(args, floor, launches):
+    """{limit: seconds}: of the share of the floor, and of the host's launches where they take longer."""
+    at_share = floor / args.share
+    return {"floor": at_share, "host": max(at_share, 1e-6 * launches * args.launch_us)}
+
+
+def times(count, seconds):
+    return {limit: round(count * value, 1) for limit, value in seconds.items()}
+
+
+def plus(*parts):
+    return {limit: sum(part[limit] for part in parts) for limit in LIMITS}
+
+
+def decode_seconds(args, way, num_rows):
+    """Seconds to prefill and decode so many rows, dealt to all devices."""
+    rows, models = math.ceil(num_rows / args.devices), WAYS[way]
+    step = step_seconds(args, models, min(args.batch, rows), args.prompt + args.new // 2)
+    # slots are refilled; as the prompts run out, the last rows end in ever emptier batches
+    steps = max(0, rows - args.batch) * args.new / args.batch + args.longest
+    prompts = sum(2 * shape.products * copies for shape, copies in models) * rows * args.prompt / args.rate
+    return plus(times(steps, longer(args, step, LAUNCHES[way])), times(1, longer(args, prompts, 0)))
+
+
+def distil_seconds(args):
+    """Seconds of a student's training, whose frozen weights need no gradient, and of its evaluations."""
     length = args.prompt + args.new
-    backward = 6 * PROXY.products * GSM8K["holdout"] * length / args.rate / 3600
-    # adapters: frozen weights need no gradient of their own; 3 epochs
-    distil = 3 * 4 * STUDENT.products * GSM8K["train"] * length / args.rate / 3600
-    once = decode_hours(args, WAYS["teacher"], GSM8K["holdout"]) + backward
+    rows = max(1, min(ROWS_AT_ONCE, BATCH // args.devices))
+    passes = EPOCHS * math.ceil(GSM8K["train"] / BATCH) * BATCH / args.devices / rows
+    training = 4 * STUDENT.products * rows * length / args.rate
+    evaluations = NUM_EVALUATIONS * GSM8K["holdout"] / args.devices / EVALUATED_AT_ONCE
+    evaluation = 2 * STUDENT.products * EVALUATED_AT_ONCE * length / args.rate
+    return plus(
+        times(passes, longer(args, training, LAUNCHES["training"])),
+        times(evaluations, longer(args, evaluation, LAUNCHES["evaluation"])),
+    )
+
+
+def grid_seconds(args):
+    """{stage: {limit: seconds}} of a sweep; stages 1 and 2 run once, 3 to 6 at each point."""
+    length = args.prompt + args.new
+    backward = 6 * PROXY.products * GSM8K["holdout"] * length / args.float32_rate / args.devices
+    once = plus(decode_seconds(args, "teacher", GSM8K["holdout"]), times(1, longer(args, backward, 0)))
     points = {
-        "training traces": decode_hours(args, WAYS["exact"], GSM8K["train"]),
-        "distillation": distil,
-        "student test": decode_hours(args, WAYS["student"], GSM8K["test"]),
-        "teacher test": decode_hours(args, WAYS["exact"], GSM8K["test"]),
+        "training traces": decode_seconds(args, "exact", GSM8K["train"]),
+        "distillation": distil_seconds(args),
+        "student test": decode_seconds(args, "student", GSM8K["test"]),
+        "teacher test": decode_seconds(args, "exact", GSM8K["test"]),
+        "start-up": {"floor": 0.0, "host": args.start_seconds},
     }
-    hours = {"stages 1 and 2": once} | {stage: NUM_POINTS * hours for stage, hours in points.items()}
-    hours["all"] = sum(hours.values())
-    return {stage: value / args.devices / args.share for stage, value in hours.items()}
+    return {"stages 1 and 2": once} | {stage: times(NUM_POINTS, found) for stage, found in points.items()}
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def work(connection, args, way):
     if way == "float64":
         model = in_float64(model)
     elif way != "plain":
-        keep_freed_memory()
+        keep_freed_memory("cpu")
     while (found := connection.recv()) != "end":
         start = time.perf_counter()
         if found is None:

@@ -32,7 +32,7 @@ def main():
     torch.set_num_threads(args.threads)
     if matmul.library() is None:
         sys.exit("no compiler or no matrix registers (AMX) here: nothing to compare")
-    keep_freed_memory()
+    keep_freed_memory("cpu")
     for size in args.sizes:
         num_rows, ins, outs = map(int, size.split(","))
         print(size, *measure(num_rows, ins, outs), sep="  ", flush=True)

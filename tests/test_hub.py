@@ -107,7 +107,10 @@ def test_without_a_network_a_commit_is_taken_that_is_there_with_its_weights(hub,
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a look at one model needs; the server has its commit, files and requests."""
+    """As much of the hub as a look at one model needs; the server has its commit, files and requests.
+
+    Of a gated model it tells, as the hub does, what files there are and at which commit, but gives none.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -120,14 +123,18 @@ class Hub(http.server.BaseHTTPRequestHandler):
             sizes = {name: len(text) for name, text in self.server.files.items()}
             found = [{"type": "file", "path": n, "size": size, "oid": n} for n, size in sizes.items()]
             self.answer(json.dumps(found))
+        elif self.server.is_gated:
+            self.answer("", 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
         else:
-            self.answer(self.server.files[path.rpartition("/")[2]])
+            self.answer("" if path.endswith("/auth-check") else self.server.files[path.rpartition("/")[2]])
 
     def do_HEAD(self):
         self.do_GET()
 
-    def answer(self, text):
-        self.send_response(200)
+    def answer(self, text, status=200, headers=()):
+        self.send_response(status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(text)))
         self.send_header("ETag", f'"{len(text)}"')
         self.send_header("X-Repo-Commit", self.server.commit)
@@ -143,7 +150,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def online(hub, monkeypatch):
     """A server that stands for the hub, with NAME at NEW."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.commit, server.requests = NEW, []
+    server.commit, server.requests, server.is_gated = NEW, [], False
     server.files = {"config.json": "{}", "tokenizer_config.json": "{}", "model.safetensors": "weights"}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
@@ -187,6 +194,45 @@ def test_an_experiment_asks_once_for_each_name(hub, online, problem_folder, mode
         assert "lr=-1" in refused.stderr and said in refused.stdout
         assert store.read_yaml(tmp_path / "hub.yaml") == {NAME: NEW}
         assert asked(online) == num_asked
+
+
+GATED = f"error: {NAME} is gated: ask for access on its page of the hub, then `hf auth login` here"
+
+
+@pytest.mark.parametrize("is_config_cached", (False, True))
+def test_a_gated_student_is_refused_before_the_first_stage(
+    hub, online, problem_folder, model_folders, tmp_path, is_config_cached
+):
+    """It once showed after hours, as the stages that read the student were taken to wait for another. What
+    tells of it may be in the cache, by someone who has access, without the weights."""
+    if is_config_cached:
+        store.find_snapshot(NAME, NEW, "model")
+        store.find_snapshot(NAME, NEW, "tokenizer")
+    online.is_gated = True
+    models = dict(model_folders, student=NAME)
+    settings = {"HF_HUB_OFFLINE": "0", "GRID_ARGS": "--points 0.6,0,0"}
+    refused = run_pipeline(models, problem_folder, tmp_path / "new", check=False, **settings)
+    assert refused.returncode == 2 and refused.stderr.splitlines()[-1].startswith(GATED)
+    assert "run     " not in refused.stdout and not list((tmp_path / "new" / "logs").iterdir())
+    words = [f"exp_dir={tmp_path}/x", f"teacher={NAME}", f"data_split={problem_folder}_test"]
+    stage = run_script("gentraces.py", *words, check=False, HF_HUB_OFFLINE="0")
+    assert stage.returncode == 2 and stage.stderr.splitlines()[-1].startswith(GATED)
+
+
+def test_a_gated_model_that_is_in_the_cache_needs_no_access(hub, online):
+    add_model(hub, NEW, 1)
+    online.is_gated = True
+    assert store.fingerprint_model(NAME) == store.fingerprint_tokenizer(NAME) == f"hub:{NAME}@{NEW}"
+    assert not any(path.endswith("/auth-check") for path in online.requests)
+
+
+@pytest.mark.parametrize("name", ("owner/none", "models/none", "/nowhere/none"))
+def test_a_model_that_nothing_makes_is_not_waited_for(hub, problem_folder, model_folders, tmp_path, name):
+    """A misspelt STUDENT once showed after the first two stages."""
+    models = dict(model_folders, student=name)
+    refused = run_pipeline(models, problem_folder, tmp_path, check=False, GRID_ARGS="--points 0.6,0,0")
+    assert refused.returncode == 2 and "run     " not in refused.stdout
+    assert refused.stderr.splitlines()[-1].startswith(f"error: {name} is ")
 
 
 def test_what_has_moved_since_is_said(hub, online, tmp_path, capsys):

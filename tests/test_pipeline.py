@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,6 +144,72 @@ def test_the_error_of_a_stage_is_the_last_line(model_folders, problem_folder, tm
     assert result.returncode == 2
 
 
+FAILS = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+import utils
+
+def main(_):
+    world = utils.start_world()
+    print("error-free so far")
+    if world.rank == 1:
+        {fault}
+    time.sleep(60)
+
+utils.run_script(main)
+"""
+FAULTS = (
+    (
+        "raise RuntimeError('boom') from KeyError('cause')",
+        "error: RuntimeError: boom (unexpected: its traceback is above, and in the log)",
+        1,
+    ),
+    ("os.kill(os.getpid(), 9)", "error: Signal 9 (SIGKILL) received by PID ", 137),
+)
+
+
+@pytest.mark.parametrize("fault,line,code", FAULTS)
+def test_the_process_that_failed_first_has_the_last_word(
+    model_folders, problem_folder, tmp_path, fault, line, code
+):
+    """The launcher's own traceback and report once were the end of what one saw."""
+    (tmp_path / "fails.py").write_text(FAILS.format(root=str(ROOT), fault=fault))
+    launch = f"torchrun --standalone --nproc_per_node 2 {tmp_path}/fails.py"
+    settings = {"LAUNCH": launch, "ACCELERATE_USE_CPU": "true", "NPROC": "2"}
+    result = run_pipeline(model_folders, problem_folder, tmp_path / "x", check=False, **settings)
+    assert result.stderr.splitlines()[-1].startswith(line)
+    assert result.returncode == code
+
+
+def test_students_are_deleted_on_request_and_count_as_done(
+    experiment, model_folders, problem_folder, tmp_path
+):
+    """The 33 students of the paper's grid take 212 GB."""
+    exp_dir = Path(shutil.copytree(experiment[0], tmp_path / "copy"))
+    run = functools.partial(run_pipeline, model_folders, problem_folder, exp_dir)
+    student = exp_dir / "models" / "student_tau0.8_lam0_eps0"
+    before = responses(exp_dir, "eval_student_tau0.8_lam0_eps0")
+    for options, num_left in ((["--dry-run"], 2), ([], 0), (["--dry-run"], 0)):
+        again = run(*options, KEEP_STUDENTS="0")
+        assert again.stdout.count("done    ") == 11 and "run     " not in again.stdout
+        assert len(list((exp_dir / "models").glob("*/final"))) == num_left
+    results = [(top / "report" / "results.csv").read_text() for top in (exp_dir, experiment[0])]
+    assert results[0] == results[1]
+    (exp_dir / "traces" / f"eval_{student.name}.yaml").unlink()
+    plan = run("--dry-run", check=False)
+    assert plan.stdout.count("refused ") == 1 and f"delete {student}.yaml and run again" in plan.stderr
+    Path(f"{student}.yaml").unlink()
+    assert run(KEEP_STUDENTS="0", GRID_ARGS=ONE_POINT).stdout.count("run     ") == 2
+    assert responses(exp_dir, "eval_student_tau0.8_lam0_eps0") == before
+    assert not (student / "final").exists()
+
+
+def test_nothing_but_a_student_is_deleted(tmp_path):
+    (tmp_path / "final").mkdir()
+    with pytest.raises(ValueError, match="is no student"):
+        store.delete_student(str(tmp_path / "final"))
+
+
 @pytest.mark.parametrize(
     "exp_dir,words",
     (("", "EXP_DIR is empty"), ("~someone/x", "EXP_DIR='~someone/x': write that home")),
@@ -192,6 +259,34 @@ def test_the_same_pipeline_twice_at_once(experiment, model_folders, problem_fold
     assert sorted(names) == alone
     for name in alone:
         assert responses(tmp_path / "twice", name) == responses(experiment[0], name)
+
+
+ON_TWO_MACHINES = """#!/bin/sh
+"$@" & "$@"
+status=$?
+wait $! || status=$?
+exit $status
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_make_what_one_makes(experiment, model_folders, problem_folder, tmp_path):
+    """As two launchers on this one, which meet as those of two machines do (docs/scaling.md)."""
+    (tmp_path / "on_both").write_text(ON_TWO_MACHINES)
+    launch = f"sh {tmp_path}/on_both torchrun --nnodes 2 --nproc_per_node 1\n --rdzv_id x --rdzv_backend c10d"
+    settings = {"ACCELERATE_USE_CPU": "true", "NPROC": "2", "GRID_ARGS": ONE_POINT}
+    settings["LAUNCH"] = f"{launch} --rdzv_endpoint 127.0.0.1:{free_port()}"
+    found = run_pipeline(model_folders, problem_folder, tmp_path / "two", **settings)
+    assert found.stdout.count("run     ") == 7
+    for name in ("holdout", "student_base", "train_tau0.8_lam0_eps0", "eval_teacher_tau0.8_lam0_eps0"):
+        assert store.read_yaml(tmp_path / "two" / "traces" / f"{name}.yaml")["world_size"] == 2
+        assert responses(tmp_path / "two", name) == responses(experiment[0], name)
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
 
 
 def test_other_settings_are_refused_by_name(experiment, model_folders, problem_folder):

@@ -172,3 +172,19 @@ def test_registry_lines_are_appended(tmp_path):
     for i in range(3):
         store.append_jsonl(tmp_path / "metadata" / "r.jsonl", {"i": i})
     assert [r["i"] for r in store.read_jsonl(tmp_path / "metadata" / "r.jsonl")] == [0, 1, 2]
+
+
+def test_rows_that_another_machine_wrote_are_waited_for(tmp_path, monkeypatch):
+    """Network file systems show them late; without a shared exp_dir they never come, once a KeyError."""
+    import gentraces
+    import utils
+
+    store.write_part(tmp_path, 0, [{"id": "a"}])
+    both = utils.World(0, 2, "cpu")
+    late = threading.Timer(0.5, store.write_part, (tmp_path, 1, [{"id": "b"}]))
+    late.start()
+    assert gentraces.read_rows(tmp_path, {"a", "b"}, both).keys() == {"a", "b"}
+    monkeypatch.setattr(gentraces, "LATE_SECONDS", 0)
+    for world in (both, utils.World(0, 1, "cpu")):
+        with pytest.raises(ValueError, match="lacks 1 of 3 rows .* such as c: exp_dir must be a folder that"):
+            gentraces.read_rows(tmp_path, {"a", "b", "c"}, world)
