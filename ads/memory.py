@@ -16,6 +16,7 @@ from ads import chat
 
 FLOAT = 4  # bytes
 MOMENTS = 8  # of AdamW, per trained weight
+NUM_POSITIONS = 64  # of each trace that Delta is judged on
 FORCE_IDS = 16  # at most, that close a think block and ask for the answer
 # batch_size: auto. More rows than these make a step longer without more tokens per second.
 MOST_SLOTS = {"cpu": 64, "cuda": 512}
@@ -171,11 +172,19 @@ def gradient(cfg, proxy, num_tokens, num_logits):
     }
 
 
-def diagnostics(proxy, num_tokens):
-    """What stage 2 takes to judge Delta on traces of up to num_tokens: float32, along the full gradient."""
-    scores = proxy.H * num_tokens**2 * 9 * FLOAT
-    weights = FLOAT * proxy.parameters
-    return {"weights": 2 * weights, "gradient": weights, "activations": scores}
+def diagnostics(cfg, proxy, num_tokens):
+    """What stage 2 takes to judge Delta on traces of up to num_tokens, cfg being the GradConfig.
+
+    The proxy is there again in the dtype that samples. The most beside is its largest matrix moved along g,
+    or the scores of a trace in dual numbers, which are all made.
+    """
+    largest = max(rows * columns for rows, columns in proxy.matrices)
+    return {
+        "weights": (FLOAT + itemsize(cfg.proxy_dtype)) * proxy.parameters,
+        "gradient": FLOAT * proxy.parameters,
+        "activations": FLOAT * max(4 * largest, 9 * proxy.H * num_tokens**2),
+        "logits": 4 * FLOAT * cfg.num_diagnosed * NUM_POSITIONS * proxy.V,
+    }
 
 
 def distillation(cfg, student, num_tokens, num_logits, num_processes=1):

@@ -136,7 +136,7 @@ def plan_gradient(free, settings, proxy):
         if memory.peak(parts) <= free:
             break
     rows = [Row("gradient of the proxy", f"{num_tokens:,} tokens", parts)]
-    judged = memory.diagnostics(proxy, longest)
+    judged = memory.diagnostics(cfg, proxy, longest)
     if cfg.num_diagnosed and memory.peak(judged) <= free:
         rows.append(Row("diagnostics of Delta", f"{longest:,} tokens", judged))
     elif cfg.num_diagnosed:
