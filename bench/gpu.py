@@ -71,7 +71,7 @@ FIGURES = ("tokens_per_second", "ms_per_step", "floor_ms", "peak_gb", "plan_gb",
 
 def main(arguments):
     is_tiny = parse(arguments).tiny
-    device = "cuda" if torch.cuda.is_available() and not is_tiny else "cpu"
+    device = "cuda" if not is_tiny and utils.num_gpus() else "cpu"
     if device == "cpu" and not is_tiny:
         sys.exit("error: no CUDA device: bash bench/gpu.sh --tiny runs the same on a CPU with tiny models")
     rows, scale = {}, TINY if is_tiny else PAPER
@@ -438,4 +438,4 @@ SECTIONS = {
 }
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    utils.run_script(main)
