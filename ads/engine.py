@@ -20,8 +20,11 @@ from ads.proxy import CentralDifference, ExactDerivative
 REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
 # batch_size: auto. More rows than these make a step longer without more tokens per second.
 MOST_SLOTS = {"cpu": 64, "cuda": 512}
-SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts and for what others take
-BYTES_PER_LOGIT = 64  # log-probabilities, Delta, scores and CDF of a row, per id of the vocabulary
+SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts, graphs and what others take
+# Log-probabilities, Delta, scores and CDF of a row, per id of the vocabulary, are 30 with top_k and up to 66
+# without; those of captured steps have room of their own beside that of prompts' first tokens.
+BYTES_PER_LOGIT = 64
+SLOTS_AT_ONCE = 16  # on CUDA a multiple of this: in 16 bits a trace differs with the number of slots
 STATIC_POSITIONS = 128  # positions that static steps read are multiples of this
 
 
@@ -115,7 +118,10 @@ def choose_batch_size(models, requests, forcing=None, num_processes=1):
     for model in filter(None, (models.teacher, models.proxy)):
         row_bytes += num_positions(requests, forcing) * model.bytes_per_position
     room = SHARE_OF_FREE_MEMORY * free_bytes(device) / (num_processes if device.type == "cpu" else 1)
-    return max(1, min(MOST_SLOTS[device.type], int(room / row_bytes)))
+    num_slots = max(1, min(MOST_SLOTS[device.type], int(room / row_bytes)))
+    if device.type == "cuda" and num_slots > SLOTS_AT_ONCE:
+        num_slots -= num_slots % SLOTS_AT_ONCE
+    return num_slots
 
 
 def generate(models, rule, seed, requests, batch_size, forcing=None, cuda_graph=False):
