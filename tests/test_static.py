@@ -109,9 +109,7 @@ def test_static_steps_have_few_sizes(monkeypatch):
     counts, lengths = ({size[k] for size in Sizes.seen} for k in (0, 1))
     assert counts == {16, 23, 45, 90} and lengths == {128, 256, longest}
     assert any(num_rows > num_active for num_rows, _, num_active, _ in Sizes.seen), "none was parked"
-    assert {num_pending for *_, num_pending in Sizes.seen} == {1}, (
-        "the host looks once the next step is launched"
-    )
+    assert {num_pending for *_, num_pending in Sizes.seen} == {1}, "the host is a step late"
     assert Sizes.num_moved < 23 + 12 + 8, "rows move where their number halves alone"
 
 
