@@ -370,7 +370,8 @@ class Pending:
     def __init__(self, number, rows, record_4N):
         self.number, self.rows = number, rows
         self.record_4N = record_4N.to("cpu", non_blocking=True)  # from CUDA into pinned memory
-        self.copied = torch.cuda.current_stream().record_event() if record_4N.is_cuda else None
+        stream = torch.cuda.current_stream(record_4N.device) if record_4N.is_cuda else None
+        self.copied = stream and stream.record_event()
 
     def read(self):
         if self.copied is not None:

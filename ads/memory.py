@@ -20,8 +20,11 @@ NUM_POSITIONS = 64  # of each trace that Delta is judged on
 FORCE_IDS = 16  # at most, that close a think block and ask for the answer
 # batch_size: auto. More rows than these make a step longer without more tokens per second.
 MOST_SLOTS = {"cpu": 64, "cuda": 512}
-SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts and for what others take
-BYTES_PER_LOGIT = 64  # of a decoding step: log-probabilities, Delta, scores and CDF of a row
+SLOTS_AT_ONCE = 16  # on CUDA a multiple of this: in 16 bits a trace differs with the number of slots
+SHARE_OF_FREE_MEMORY = 0.8  # the rest is for activations of prompts, graphs and what others take
+# Log-probabilities, Delta, scores and CDF of a row, per id of the vocabulary, are 30 with top_k and up to 66
+# without; those of captured steps have room of their own beside that of prompts' first tokens.
+BYTES_PER_LOGIT = 64
 # Prompts run through a model in pieces of at most this many tokens, padding included: more take more room.
 PREFILL_TOKENS = 16384
 GB = 10**9
@@ -114,7 +117,10 @@ def slot_bytes(num_positions, bytes_per_position, num_ids):
 
 def num_slots(free, size, device_type):
     """batch_size: auto, with `free` bytes left by the models and slots of `size` bytes."""
-    return max(1, min(MOST_SLOTS[device_type], int(SHARE_OF_FREE_MEMORY * free / size)))
+    fitting = max(1, min(MOST_SLOTS[device_type], int(SHARE_OF_FREE_MEMORY * free / size)))
+    if device_type == "cuda" and fitting > SLOTS_AT_ONCE:
+        fitting -= fitting % SLOTS_AT_ONCE
+    return fitting
 
 
 # Each stage: {what: bytes} on one device

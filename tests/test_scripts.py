@@ -19,7 +19,7 @@ import distill
 from ads import chat, store
 
 SMALL = ["max_length=140", "max_prompt_length=115", "batch_size=5", "tau=0.8"]
-TIMING = {"seconds", "tokens_per_second"}
+TIMING = {"seconds", "tokens_per_second", "rows_at_once"}
 
 
 def gentraces(models, problems, exp_dir, name, *more, **keywords):

@@ -5,7 +5,17 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
-from test_engine import EOS, V, ads_models, plain_models, proxy_gradient, requests, same, tail_of
+from test_engine import (
+    EOS,
+    V,
+    ads_models,
+    plain_models,
+    proxy_gradient,
+    requests,
+    same,
+    step_with_little_memory,
+    tail_of,
+)
 
 from ads import engine, graph
 from ads.engine import Forcing, Models, Request, generate, static_counts
@@ -80,7 +90,7 @@ class Sizes(engine.Decoder):
     seen, num_moved = [], 0
 
     def advance(self, num_rows, length):
-        self.seen.append((num_rows, length, len(self.active)))
+        self.seen.append((num_rows, length, len(self.active), len(self.pending)))
         return super().advance(num_rows, length)
 
     def close_ranks(self):
@@ -98,7 +108,8 @@ def test_static_steps_have_few_sizes(monkeypatch):
     longest = max(len(row.prompt_ids) + row.max_new_tokens for row in rows)
     counts, lengths = ({size[k] for size in Sizes.seen} for k in (0, 1))
     assert counts == {16, 23, 45, 90} and lengths == {128, 256, longest}
-    assert any(num_rows > num_active for num_rows, _, num_active in Sizes.seen), "none was parked"
+    assert any(num_rows > num_active for num_rows, _, num_active, _ in Sizes.seen), "none was parked"
+    assert {num_pending for *_, num_pending in Sizes.seen} == {1}, "the host is a step late"
     assert Sizes.num_moved < 23 + 12 + 8, "rows move where their number halves alone"
 
 
@@ -139,6 +150,14 @@ def test_rows_that_ended_before_another_fails_are_not_lost():
         for completion in generate(models, Sampling(1.0), 1, rows, 5, cuda_graph=True):
             ended.append(completion.id)
     assert sorted(ended) == ["row0", "row1", "row3", "row4"]
+
+
+def test_out_of_memory_halves_static_steps_too(monkeypatch, capsys):
+    rows, models = requests(num_rows=9), plain_models()
+    wanted = decode(models, Sampling(1.0), rows, 2)
+    monkeypatch.setattr(CachedModel, "step", step_with_little_memory)
+    same(decode(models, Sampling(1.0), rows, 8, is_static=True), wanted)
+    assert "batch_size=4" in capsys.readouterr().out
 
 
 def test_a_capture_is_told_from_another_step():
