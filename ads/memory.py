@@ -251,6 +251,17 @@ def room(device):
     return free_bytes(device)
 
 
+def known_sizes(free, *names):
+    """The Sizes of models; none where there is nothing to compare with or a config.json does not tell them:
+    whether such a model can be loaded is not for the plan to say."""
+    if free is None:
+        return []
+    try:
+        return [read_sizes(name) for name in names]
+    except ValueError:
+        return []
+
+
 def check(least, plan, free, remedy, advice):
     """ValueError where what is counted of `least` is above `free` bytes, a line where the plan is.
 
@@ -272,21 +283,23 @@ def check(least, plan, free, remedy, advice):
 
 def check_decoding(cfg, free):
     """`check` for the models of a GenConfig and one row, before they are loaded; free: see `room`."""
-    if free is None:
+    sizes = known_sizes(free, cfg.teacher, *([cfg.proxy_student] if cfg.has_delta else []))
+    if not sizes:
         return
-    teacher, proxy = read_sizes(cfg.teacher), read_sizes(cfg.proxy_student) if cfg.has_delta else None
+    teacher, proxy = sizes if cfg.has_delta else (*sizes, None)
     numbers = Path(cfg.grad_path).stat().st_size // FLOAT if proxy else 0
-    sizes = [1, 1 if cfg.batch_size == "auto" else cfg.batch_size]
-    least, plan = (decoding(cfg, teacher, proxy, num_slots, numbers) for num_slots in sizes)
+    most = 1 if cfg.batch_size == "auto" else cfg.batch_size
+    least, plan = (decoding(cfg, teacher, proxy, num_slots, numbers) for num_slots in (1, most))
     models = f"teacher={cfg.teacher}" + (f" and proxy_student={cfg.proxy_student}" if proxy else "")
     check(least, plan, free, f"take smaller models than {models}", "set batch_size=auto")
 
 
 def check_gradient(cfg, sequences, free):
     """The same for the proxy of a GradConfig, its gradient, and the longest of the gradient.Sequence list."""
-    if free is None:
+    sizes = known_sizes(free, cfg.proxy_student)
+    if not sizes:
         return
-    proxy, longest = read_sizes(cfg.proxy_student), max(len(s.ids) for s in sequences)
+    (proxy,), longest = sizes, max(len(s.ids) for s in sequences)
     num_logits = max(len(s.ids) - s.num_prompt_tokens for s in sequences)
     num_tokens = max(cfg.batch_tokens, longest)
     least, plan = (gradient(cfg, proxy, *pair) for pair in ((longest, num_logits), (num_tokens, num_tokens)))
@@ -296,9 +309,10 @@ def check_gradient(cfg, sequences, free):
 
 def check_distillation(cfg, examples, free, num_processes):
     """The same for the student of a TrainConfig, what is trained of it, and the longest of the examples."""
-    if free is None:
+    sizes = known_sizes(free, cfg.student)
+    if not sizes:
         return
-    student, longest = read_sizes(cfg.student), max(len(e["input_ids"]) for e in examples)
+    (student,), longest = sizes, max(len(e["input_ids"]) for e in examples)
     num_logits = max(sum(label != chat.IGNORED_LABEL for label in e["labels"]) for e in examples)
     most = longest * (1 if cfg.per_device_batch_size == "auto" else cfg.per_device_batch_size)
     least, plan = (
