@@ -4,8 +4,7 @@ Weights, gradients, optimizer states and caches are counted; what passes hold on
 layer's sizes, as one is built that is like Llama's (attention that keeps no scores; gate, up and down). A
 family built otherwise takes more or less there, so a stage is refused (`check`) for what is counted alone.
 
-Sizes are in bytes. Shapes: h hidden, i intermediate, H heads of queries, K of keys, D head width, V
-vocabulary.
+Sizes are in bytes. Shapes: h hidden, i intermediate, H heads of queries, D head width, V vocabulary.
 """
 
 import gc
@@ -38,18 +37,13 @@ class Sizes:
     parameters: int
     matrices: tuple[tuple[int, int], ...]  # shapes of its parameters of two dimensions
     linears: tuple[tuple[int, int], ...]  # (outputs, inputs) of its linear layers, the last one left out
+    cached: int  # numbers in the KV cache per position
     layers: int
     h: int
     i: int
     H: int
-    K: int
     D: int
     V: int
-
-    @property
-    def cached(self):
-        """Numbers in the KV cache per position."""
-        return 2 * self.layers * self.K * self.D
 
     def factors(self, rank):
         """Numbers in a gradient whose matrices are kept in factors of that rank."""
@@ -90,19 +84,35 @@ def sizes_of(config):
     shapes = [tuple(m.weight.shape) for m in layers if m is not model.get_output_embeddings()]
     text = config.get_text_config(decoder=True)
     heads, hidden = text.num_attention_heads, text.hidden_size
+    width = getattr(text, "head_dim", None) or hidden // heads
     return Sizes(
         name=config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
         matrices=tuple(tuple(p.shape) for p in model.parameters() if p.dim() == 2),
         linears=tuple(shapes),
+        cached=count_cached(model, width),
         layers=text.num_hidden_layers,
         h=hidden,
         i=getattr(text, "intermediate_size", None) or 4 * hidden,
         H=heads,
-        K=getattr(text, "num_key_value_heads", None) or heads,
-        D=getattr(text, "head_dim", None) or hidden // heads,
+        D=width,
         V=model.get_input_embeddings().weight.shape[0],
     )
+
+
+def count_cached(model, width):
+    """Numbers in the KV cache per position, of a model on device meta and its heads' width."""
+    import torch
+
+    ids_1T = torch.zeros(1, 4, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad():
+            layers = model(input_ids=ids_1T, use_cache=True).past_key_values.layers
+        return sum(layer.keys.numel() + layer.values.numel() for layer in layers) // ids_1T.numel()
+    except Exception:  # whatever a family's forward does without numbers: then as most families have it
+        text = model.config.get_text_config(decoder=True)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return 2 * text.num_hidden_layers * heads * width
 
 
 def itemsize(dtype):

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import sys
 
+import families
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, save_folder, tiny_config, tiny_model
@@ -18,7 +19,7 @@ from ads.config import GenConfig, GradConfig, TrainConfig
 from ads.models import CachedModel
 from ads.proxy import ExactDerivative
 
-KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "gpt2")
+KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "gpt2")  # as most families are
 UNTIED = {"vocab_size": 151936, "tie_word_embeddings": False}
 TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
 # hidden, intermediate, layers, heads, heads of keys, of the models of the paper and of small ones
@@ -79,6 +80,20 @@ def test_what_is_counted_is_what_models_have(kind):
     assert sizes.V == 97
     cached = CachedModel(model, may_fuse=False)
     assert memory.FLOAT * sizes.cached == cached.bytes_per_position
+
+
+@pytest.mark.parametrize("name", ("falcon", "gpt_bigcode", "gpt2", "youtu"))
+def test_caches_of_families_that_keep_other_keys(name):
+    """One head for all queries, or latent attention: a formula of Llama's took four times as much."""
+    found = memory.FLOAT * memory.sizes_of(families.tiny_config(name)).cached
+    assert found == CachedModel(families.build(name), may_fuse=False).bytes_per_position
+
+
+def test_caches_of_a_family_that_does_not_run_without_numbers():
+    class Blind:
+        config = tiny_config("llama", 97)
+
+    assert memory.count_cached(Blind(), 8) == memory.sizes_of(Blind.config).cached
 
 
 @pytest.mark.parametrize("kind", ("qwen2", "llama", "gemma3_text"))
