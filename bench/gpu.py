@@ -79,7 +79,7 @@ def main(arguments):
         for name, found in run_section(measure, scale, device, 60 * minutes):
             rows[name] = found
             print(name, found, file=sys.stderr, flush=True)
-    print(*table(rows), *conclusions(rows), sep="\n")
+    print(*table(rows), *([] if is_tiny else conclusions(rows)), sep="\n")
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     versions = {"torch": torch.__version__, "transformers": __import__("transformers").__version__}
     print(json.dumps({"device": name, "tiny": is_tiny, **versions, "rows": rows}))
@@ -423,7 +423,7 @@ def conclusions(rows):
         ("a step over a captured one, ADS", "ms_per_step", "step, ADS", "step, ADS, captured"),
     )
     for title, key, a, b in pairs:
-        if key in rows.get(a, {}) and key in rows.get(b, {}):
+        if key in rows.get(a, {}) and key in rows.get(b, {}) and "note" not in rows[b]:
             yield f"{title}: {rows[a][key] / rows[b][key]:.2f}"
 
 
