@@ -301,7 +301,9 @@ def check_decoding(cfg, free):
     most = 1 if cfg.batch_size == "auto" else cfg.batch_size
     least, plan = (decoding(cfg, teacher, proxy, num_slots, numbers) for num_slots in (1, most))
     models = f"teacher={cfg.teacher}" + (f" and proxy_student={cfg.proxy_student}" if proxy else "")
-    check(least, plan, free, f"take smaller models than {models}", "set batch_size=auto")
+    are_wide = cfg.dtype == "float32" or (proxy and cfg.proxy_dtype == "float32")
+    remedy = f"take smaller models than {models}" + (" or 16-bit dtypes" if are_wide else "")
+    check(least, plan, free, remedy, "set batch_size=auto")
 
 
 def check_gradient(cfg, sequences, free):

@@ -287,6 +287,8 @@ def test_models_and_one_row_must_fit(folder, tmp_path):
     memory.check_decoding(cfg, free)
     with pytest.raises(ValueError, match=f"take smaller models than teacher={folder} and proxy_student"):
         memory.check_decoding(cfg, free - 1)
+    with pytest.raises(ValueError, match="or 16-bit dtypes, or free"):
+        memory.check_decoding(dataclasses.replace(cfg, dtype="float32"), free)
     plain = dataclasses.replace(cfg, lam=0.0)
     assert 2 * sizes.parameters < exactly(memory.decoding(plain, sizes, None, 1)) < free
     central = exactly(memory.decoding(dataclasses.replace(cfg, eps=1e-2), sizes, sizes, 1, 1000))
