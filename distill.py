@@ -45,7 +45,7 @@ def fingerprint_inputs(cfg):
 
 
 def distil(cfg, inputs, world):
-    from ads import models
+    from ads import memory, models
 
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
@@ -59,6 +59,7 @@ def distil(cfg, inputs, world):
         store.open_parts(cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
     world.barrier()
 
+    memory.check_distillation(cfg, train, memory.room(world.device), world.size)
     model = load_student(cfg, tokenizer, world.device)
     longest = max(map(num_tokens, train + (holdout or [])))
     models.try_batches(model, longest, models.resolve_dtype(cfg.dtype, world.device))

@@ -186,10 +186,12 @@ def models_of(cfg, inputs, tokenizer, vocabulary, world):
 
 def load_models(cfg, tokenizer, vocabulary, world):
     """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, what gives Delta."""
+    from ads import memory
     from ads.corruption import Corruption
     from ads.engine import Models
     from ads.models import CachedModel, load_model
 
+    memory.check_decoding(cfg, memory.room(world.device))
     proxy, notes = load_proxy(cfg, tokenizer, vocabulary, world.device) if cfg.has_delta else (None, {})
     print0(f"loading {cfg.teacher}")
     teacher = load_model(cfg.teacher, cfg.dtype, world.device, cfg.attn_implementation)
@@ -264,12 +266,26 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     to_row = functools.partial(
         trace_row, cfg, tokenizer, models.eos, opening, requests=by_id, solutions=solutions
     )
+    batch_size = choose_rows(cfg, models, forcing, requests, world)
     start = time.time()
-    num_tokens = world.sum(decode_to_parts(cfg, models, forcing, requests, to_row, world))  # waits for all
+    given = cfg, models, forcing, requests, to_row, world, batch_size
+    num_tokens = world.sum(decode_to_parts(*given))  # waits for all
     seconds = time.time() - start
     rows = world.share(read_rows(cfg.parts_dir / "traces", by_id.keys(), world) if world.is_main else None)
     print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
-    return rows, {"tokens_per_second": round(num_tokens / seconds, 1) if num_tokens else None}
+    speed = round(num_tokens / seconds, 1) if num_tokens else None
+    return rows, {"tokens_per_second": speed, "rows_at_once": batch_size}
+
+
+def choose_rows(cfg, models, forcing, requests, world):
+    """How many rows are decoded at once: batch_size, or by free memory."""
+    from ads.engine import choose_batch_size
+
+    if cfg.batch_size != "auto":
+        return cfg.batch_size
+    batch_size = choose_batch_size(models, requests, forcing, world.size)
+    print0(f"batch_size: {batch_size} rows at once, by free memory")
+    return batch_size
 
 
 def read_rows(folder, ids, world):
@@ -342,29 +358,27 @@ def trace_row(cfg, tokenizer, eos, opening, completion, requests, solutions):
     }
 
 
-def decode_to_parts(cfg, models, forcing, requests, to_row, world):
+def decode_to_parts(cfg, models, forcing, requests, to_row, world, batch_size):
     """Decode this process's requests that are in no part, and write what is finished in parts; tokens
     sampled."""
     from tqdm import tqdm
 
-    from ads.engine import choose_batch_size, generate
+    from ads.engine import generate
 
     folder = cfg.parts_dir / "traces"
     done = world.share(set(store.read_parts(folder)) if world.is_main else None)
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
     if len(mine) < len(requests) // world.size:
         print0(f"{len(done)} of {len(requests)} rows are there from an earlier run")
-    batch_size = cfg.batch_size
-    if batch_size == "auto":
-        batch_size = choose_batch_size(models, requests, forcing, world.size)
-        print0(f"batch_size: {batch_size} rows at once, by free memory")
     part_rows = min(PART_ROWS, batch_size)
     rows, num_tokens, start, written = [], 0, time.time(), time.monotonic()
     try:
         with tqdm(
             total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2
         ) as progress:
-            for completion in generate(models, sampling_rule(cfg), cfg.seed, mine, batch_size, forcing):
+            has_graphs = cfg.cuda_graph is True  # auto: not before a GPU has run them
+            rule = sampling_rule(cfg)
+            for completion in generate(models, rule, cfg.seed, mine, batch_size, forcing, has_graphs):
                 rows.append(to_row(completion))
                 num_tokens += len(completion.ids)
                 progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)

@@ -425,7 +425,7 @@ def flatten(prefix, value):
         return {} if value is None else {prefix: value}
     flat = {}
     for key, part in value.items():
-        if key != "tokens_per_second":
+        if key not in ("tokens_per_second", "rows_at_once"):
             flat |= flatten(f"{prefix}_{key}", part)
     return flat
 

@@ -35,13 +35,14 @@ def fingerprint_inputs(cfg):
 def compute_gradient(cfg, inputs, world):
     import torch
 
-    from ads import gradient
+    from ads import gradient, memory
     from ads.models import keep_freed_memory, load_model, recomputed, try_batches
 
     start = time.time()
     keep_freed_memory(world.device)
     sequences, num_left_out = load_sequences(cfg)
     vocabulary = check_vocabulary(cfg)
+    memory.check_gradient(cfg, sequences, memory.room(world.device))
     print0(f"loading {cfg.proxy_student}")
     model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     num_rows = model.get_input_embeddings().weight.shape[0]

@@ -438,16 +438,6 @@ class World:
         torch.distributed.all_reduce(total)
         return total.item()
 
-    def share(self, value):
-        """What the main process gives here, on all processes."""
-        if self.size == 1:
-            return value
-        import torch
-
-        shared = [value]
-        torch.distributed.broadcast_object_list(shared)
-        return shared[0]
-
     def least(self, value):
         """The least of a number over all processes."""
         return value if self.size == 1 else min(self.gather(value))
@@ -459,6 +449,16 @@ class World:
         found = [None] * self.size
         torch.distributed.all_gather_object(found, value)
         return found
+
+    def share(self, value):
+        """What the main process gives here, on all processes."""
+        if self.size == 1:
+            return value
+        import torch
+
+        shared = [value]
+        torch.distributed.broadcast_object_list(shared)
+        return shared[0]
 
     def check_same(self, inputs):
         """ValueError unless all processes have the same inputs: caches of several nodes may differ."""

@@ -13,9 +13,9 @@ import functools
 import torch
 
 from ads import dual, gradient
+from ads.memory import NUM_POSITIONS
 from ads.models import load_model, resolve_dtype
 
-NUM_POSITIONS = 64  # of each trace
 LEAST_PROBABILITY = 1e-4
 EPS_LADDER = (1e-4, 1e-3, 1e-2, 3e-2)
 SPREADS = (0.1, 0.3, 0.5)  # of lam * Delta, in nats

@@ -43,39 +43,57 @@ def whole(size, piece):
 
 
 class Slots:
-    """Keys and values (B, H, S, D) per layer, allocated once at the first prefill, written in place.
+    """Keys and values (B, H, S, parts, D) per layer, allocated once, written in place.
 
-    num_parts: 2 in dual numbers, which have the derivatives of a slot num_slots slots further on.
+    num_parts: 2 in dual numbers, where the derivatives of a slot go by the slot num_slots slots further on.
+    They lie at the same position, before the values, so that one product reads both (decoder.attend_dual).
+    layers: those of an earlier cache of the model. Others get room at the first write, between activations of
+    a prompt, which on a GPU leave behind pieces of memory too small for the next layer's keys.
     """
 
-    def __init__(self, num_slots, num_positions, num_parts=1):
+    def __init__(self, num_slots, num_positions, num_parts=1, layers=None):
         self.num_slots, self.num_positions, self.num_parts = num_slots, num_positions, num_parts
         self.keys, self.values = {}, {}
+        for layer, like in (layers or {}).items():
+            self.make_room(layer, *like)
+
+    @property
+    def layers(self):
+        """{layer: (keys, values)} of no slots and no positions."""
+        return {
+            layer: tuple(stored[layer][:0, :, :0, 0].clone() for stored in (self.keys, self.values))
+            for layer in self.keys
+        }
 
     def reserve(self, slots, positions):
         """Have room for slots (B,) up to these positions (B,), of values and of derivatives."""
 
     def write(self, layer, keys_BHTD, values_BHTD, place):
         if layer not in self.keys:
-            _, num_heads, _, width = keys_BHTD.shape
-            shape = self.num_parts * self.num_slots, num_heads, self.num_positions
-            self.keys[layer] = keys_BHTD.new_zeros(*shape, width)
-            self.values[layer] = values_BHTD.new_zeros(*shape, values_BHTD.shape[-1])
+            self.make_room(layer, keys_BHTD, values_BHTD)
+        slots, parts = place.slots % self.num_slots, -1 - place.slots // self.num_slots
         for stored, given in ((self.keys[layer], keys_BHTD), (self.values[layer], values_BHTD)):
-            stored[place.slots, :, place.positions] = given[place.rows, :, place.columns]
+            stored[slots, :, place.positions, parts] = given[place.rows, :, place.columns]
+
+    def make_room(self, layer, keys_BHTD, values_BHTD):
+        """Keys and values of a layer, of the heads, widths and dtype of those given."""
+        for stored, given in ((self.keys, keys_BHTD), (self.values, values_BHTD)):
+            _, num_heads, _, width = given.shape
+            shape = self.num_slots, num_heads, self.num_positions, self.num_parts, width
+            stored[layer] = given.new_zeros(shape)
 
     def read(self, layer, first, num_rows, length):
         """Keys and values (N, H, L, D) of slots first, first + 1, ..."""
-        slots = slice(first, first + num_rows)
-        return self.keys[layer][slots, :, :length], self.values[layer][slots, :, :length]
+        part, first = divmod(first, self.num_slots)
+        stored = self.keys[layer], self.values[layer]
+        return tuple(x[first : first + num_rows, :, :length, -1 - part] for x in stored)
 
     def release(self, slot, last, length):
         """A slot's row has ended: the last one, of `length` tokens, takes its place."""
         if slot == last:
             return
         for stored in (*self.keys.values(), *self.values.values()):
-            for start in range(0, len(stored), self.num_slots):
-                stored[start + slot, :, :length] = stored[start + last, :, :length]
+            stored[slot, :, :length] = stored[last, :, :length]
 
     @property
     def bytes_per_position(self):
@@ -92,6 +110,8 @@ class Pages:
     fill, but fewer are in use at once: the lowest are taken first, and memory never written takes no room.
     The table is as wide as the longest slot has needed.
     """
+
+    layers = None  # nothing is taken before it is written
 
     def __init__(self, num_slots, num_positions, num_parts=1, num_layers=1):
         self.num_slots, self.num_layers, self.num_parts = num_slots, num_layers, num_parts

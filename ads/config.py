@@ -21,6 +21,7 @@ ARMS = ("ads", "random", "permuted", "temperature")  # of search.py
 # place whose contents are compared by fingerprint.
 NOT_COMPARED = {"compare": False}
 AutoInt = typing.NewType("AutoInt", object)  # an int or "auto"
+AutoBool = typing.NewType("AutoBool", object)  # a bool or "auto"
 PathText = typing.NewType("PathText", str)  # a path, in which ~ is the home folder, or a name on the hub
 # of report_to, as transformers knows them; and the modules it imports where they are named otherwise
 TRACKERS = ("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "mlflow",
@@ -67,7 +68,8 @@ class GenConfig:
     prefill: str | None = None
     few_shot: int = 0
     few_shot_traces: PathText | None = field(default=None, metadata=NOT_COMPARED)
-    batch_size: AutoInt = field(default=64, metadata=NOT_COMPARED)
+    batch_size: AutoInt = field(default="auto", metadata=NOT_COMPARED)
+    cuda_graph: AutoBool = field(default="auto", metadata=NOT_COMPARED)
     seed: int = 42
 
     @property
@@ -484,6 +486,10 @@ def parse_auto_int(value):
     return value if value == "auto" else parse_int(value)
 
 
+def parse_auto_bool(value):
+    return value if value == "auto" else parse_bool(value)
+
+
 def parse_float(value):
     if isinstance(value, bool) or float(value) != float(value) or abs(float(value)) == float("inf"):
         raise ValueError(value)
@@ -510,6 +516,7 @@ PARSERS = {
     bool: parse_bool,
     int: parse_int,
     AutoInt: parse_auto_int,
+    AutoBool: parse_auto_bool,
     float: parse_float,
     str: parse_str,
     PathText: parse_str,
@@ -518,6 +525,7 @@ DESCRIPTIONS = {
     bool: "true or false",
     int: "a whole number",
     AutoInt: "a whole number or auto",
+    AutoBool: "true, false or auto",
     float: "a finite number",
     str: "text (quote it in YAML)",
     PathText: "text (quote it in YAML)",

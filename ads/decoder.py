@@ -1,13 +1,15 @@
 """One decoding step of a model built like Llama, in as few operations as it takes; plain or in dual numbers.
 
 In the library's forward a small model's step on a CPU spends as long around its products as in them: forty
-operations a layer, each of a few microseconds, and the Python between them. Here query, key and value are one
-product, gate and up another, scale and mask go into the product with the keys, and nothing is looked up
-twice. On a CPU native.c does the same in one call. Prompts stay with the library, and so do models
-of any other kind (`make_step` finds out).
+operations a layer, each of a few microseconds, and the Python between them; on a GPU each is a kernel whose
+launch takes longer than the kernel. Here query, key and value are one product, gate and up another, scale and
+mask go into the product with the keys, rotations are products, what a layer adds is part of the product that
+gives it, and nothing is looked up twice. On a CPU native.c does the same in one call. Prompts stay with the
+library, and so do models of any other kind (`make_step` finds out).
 
 Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual.py); L positions, H
-heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs.
+heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs; J columns of
+room for an input, of which x has the first.
 """
 
 import inspect
@@ -16,10 +18,12 @@ import torch
 from torch.nn import functional
 
 from ads import dual, native
+from ads.cache import LANES, whole
 from ads.gradient import Factors, dense
 
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MARGIN = 8  # columns beside a Stream, of which one is used: rows stay multiples of 16 bytes
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
@@ -35,6 +39,9 @@ def make_step(model, windows):
     if children(inner) != {"embed_tokens", "layers", "norm", "rotary_emb"} or not is_norm(inner.norm):
         return None
     if type(inner.embed_tokens) is not torch.nn.Embedding or not all(map(is_layer, inner.layers)):
+        return None
+    norms = [n for layer in inner.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+    if any(norm.variance_epsilon != inner.norm.variance_epsilon for norm in norms):
         return None
     return Step(model, windows)
 
@@ -101,6 +108,7 @@ class Product:
         if self.left_RO is not None:
             repoint_left([m.weight for m in layers], self.left_RO)
         self.base_PI = base
+        self.shape = base.shape[1]  # of its input
         self.bias = None if biases[0] is None else self.join(biases)
 
     def join(self, biases):
@@ -122,6 +130,97 @@ class Product:
         if self.bias is not None:
             y.unflatten(0, (2, -1)).add_(self.bias)
         return y
+
+    def add_to_(self, x_RO, y_RI):
+        """Add the product with y to x, in place."""
+        if self.bias is not None:
+            x_RO.add_(self(y_RI))
+        else:
+            x_RO.addmm_(y_RI, self.base_PI.T)
+
+    def make_input(self, num_rows):
+        return self.base_PI.new_empty(num_rows, self.base_PI.shape[1])
+
+
+class DualProduct:
+    """x to [W_1 x; W_2 x; ...] for linear layers of the same input, in dual numbers, where torch multiplies.
+
+    Left factors of g and biases are columns beside W, so that one product adds all up, also to what is there:
+
+        values        [ x     0         1   0 ]   [W  left  b  db]^T
+        derivatives   [dx   right x     0   1 ]
+    """
+
+    def __init__(self, *layers):
+        weights, biases = [m.weight for m in layers], [m.bias for m in layers]
+        tangents = [weight.tangent for weight in weights]
+        is_factored, has_bias = all(isinstance(t, Factors) for t in tangents), biases[0] is not None
+        self.right_RI = torch.cat([t.right for t in tangents]) if is_factored else None
+        self.g_OI = None if is_factored else torch.cat([dense(t) for t in tangents])
+        self.num_inputs, self.rank = weights[0].shape[1], len(self.right_RI) if is_factored else 0
+        columns = [torch.cat([w.detach().as_subclass(torch.Tensor) for w in weights])]
+        if is_factored:
+            columns.append(torch.block_diag(*(t.left for t in tangents)))
+        if has_bias:
+            columns += [torch.cat(part)[:, None] for part in zip(*map(dual.pair_of, biases), strict=True)]
+        self.ones = (self.num_inputs + self.rank) if has_bias else None  # the first column of ones
+        missing = -sum(part.shape[1] for part in columns) % MARGIN
+        columns.append(columns[0].new_zeros(len(columns[0]), missing))
+        self.base_OJ = dual.stack_columns(columns)
+        self.shape = self.num_inputs, self.rank, has_bias  # of its input
+        self.repoint(layers)
+
+    def repoint(self, layers):
+        """Make weights and factors of the layers views of the matrices."""
+        row, column = 0, 0
+        for layer in layers:
+            weight = layer.weight
+            last_row, rank = row + len(weight), len(weight.tangent.right) if self.rank else 0
+            left = slice(self.num_inputs + column, self.num_inputs + column + rank)
+            if self.rank:
+                tangent = Factors(self.base_OJ[row:last_row, left], self.right_RI[column : column + rank])
+            else:
+                tangent = self.g_OI[row:last_row]
+            layer.weight = dual.make_weight(self.base_OJ[row:last_row, : self.num_inputs], tangent)
+            row, column = last_row, column + rank
+
+    def make_input(self, num_rows):
+        """(R, J) for x in its first columns; the others are what they must be, or become it."""
+        room_RJ = self.base_OJ.new_zeros(num_rows, self.base_OJ.shape[1])
+        if self.ones is not None:
+            for part, half in enumerate(dual.halves(room_RJ)):
+                half[:, self.ones + part] = 1
+        return room_RJ
+
+    def fill(self, room_RJ):
+        """(x, derivatives' rows) of an input, of which right x is now a part."""
+        num_rows = len(room_RJ) // 2
+        x_NI = room_RJ[:num_rows, : self.num_inputs]
+        if self.rank:
+            right_x = room_RJ[num_rows:, self.num_inputs : self.num_inputs + self.rank]
+            torch.mm(x_NI, self.right_RI.T, out=right_x)
+        return x_NI
+
+    def __call__(self, room_RJ):
+        x_NI = self.fill(room_RJ)
+        y_RO = functional.linear(room_RJ, self.base_OJ)
+        if not self.rank:
+            y_RO[len(x_NI) :].addmm_(x_NI, self.g_OI.T)
+        return y_RO
+
+    def add_to_(self, x_RO, room_RJ):
+        """Add the product to x, in place."""
+        x_NI = self.fill(room_RJ)
+        x_RO.addmm_(room_RJ, self.base_OJ.T)
+        if not self.rank:
+            x_RO[len(x_NI) :].addmm_(x_NI, self.g_OI.T)
+
+
+def make_product(*layers, is_table=False):
+    weight = layers[0].weight
+    if isinstance(weight, dual.Weight) and not is_table and not native.suits(weight):
+        return DualProduct(*layers)
+    return Product(*layers, is_table=is_table)
 
 
 def repoint_left(weights, left_RO):
@@ -151,18 +250,45 @@ def repoint(layers, base_PI, g_OI):
 
 
 class Norm:
-    """An RMS norm: (R, ..., I) to the same."""
+    """An RMS norm: (R, ..., I) to the same; in dual numbers of a Stream, or of any rows (`of_rows`)."""
 
     def __init__(self, module):
         weight = module.weight
         self.eps, self.width = module.variance_epsilon, (len(weight),)
         self.is_dual = isinstance(weight, dual.Weight)
         self.scale = dual.scale(weight, 0) if self.is_dual else weight.detach()
+        self.unit_scale = self.scale * len(weight) ** 0.5
 
-    def __call__(self, x):
+    def __call__(self, x, room_RJ=None):
         if self.is_dual:
-            return dual.normalise(self.scale, self.eps, x).to(x.dtype)
+            return x.normalise(self.unit_scale, room_RJ)
         return functional.rms_norm(x, self.width, self.scale, self.eps)
+
+    def of_rows(self, x):
+        return dual.normalise(self.scale, self.eps, x).to(x.dtype) if self.is_dual else self(x)
+
+
+class Stream:
+    """What the layers of a dual step add to: zeros (N, I + MARGIN), values x and derivatives dx.
+
+    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part
+    of the length of a row: the root of sum x^2 + I eps.
+    """
+
+    def __init__(self, x_RI, eps):
+        num_rows, self.width = len(x_RI) // 2, x_RI.shape[1]
+        self.rows_3NJ = x_RI.new_zeros(3, num_rows, self.width + MARGIN)
+        self.x_RI = self.rows_3NJ[1:].flatten(0, 1)[:, : self.width]
+        self.x_RI.copy_(x_RI)
+        self.rows_3NJ[1, :, self.width] = (self.width * eps) ** 0.5
+        self.ones_R1 = x_RI.new_ones(2 * num_rows, 1)
+
+    def normalise(self, scale_2I, room_RJ):
+        """w x / |x| and its derivative for a scale w, into the first columns of the room."""
+        unit_RI = dual.unit_rows(self.rows_3NJ, self.ones_R1)[:, : self.width]
+        values, derivatives = dual.halves(torch.mul(unit_RI, scale_2I[0], out=room_RJ[:, : self.width]))
+        derivatives.addcmul_(unit_RI[: len(values)], scale_2I[1])
+        return room_RJ
 
 
 class Layer:
@@ -174,94 +300,136 @@ class Layer:
         self.num_keys = len(attention.k_proj.weight) // self.width
         self.norms = [Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)]
         self.head_norms = [Norm(getattr(attention, n)) for n in ("q_norm", "k_norm") if hasattr(attention, n)]
-        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = Product(attention.o_proj)
-        self.gate_up, self.down = Product(mlp.gate_proj, mlp.up_proj), Product(mlp.down_proj)
+        self.is_dual = self.norms[0].is_dual
+        self.qkv = make_product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = make_product(attention.o_proj)
+        self.gate_up, self.down = make_product(mlp.gate_proj, mlp.up_proj), make_product(mlp.down_proj)
 
-    def __call__(self, x_RI, angles, place):
-        x_RI = self.output(self.attend(self.norms[0](x_RI), angles, place)).add_(x_RI)
-        gate, up = self.gate_up(self.norms[1](x_RI)).chunk(2, dim=1)
-        product = dual_gate(gate, up) if self.qkv.is_dual else functional.silu(gate) * up
-        return self.down(product).add_(x_RI)
+    def add_to_(self, x, place):
+        """Add to x, (N, I) or a Stream, what the layer makes of it."""
+        stream = x.x_RI if self.is_dual else x
+        self.output.add_to_(stream, self.attend(self.norms[0](x, place.input_of(self.qkv)), place))
+        gate_up = self.gate_up(self.norms[1](x, place.input_of(self.gate_up)))
+        self.down.add_to_(stream, self.gate(*gate_up.chunk(2, dim=1), place))
 
-    def attend(self, x_RI, angles, place):
+    def gate(self, gate_RO, up_RO, place):
+        if self.is_dual:
+            return dual_gate(gate_RO, up_RO, place.input_of(self.down))
+        return functional.silu(gate_RO) * up_RO
+
+    def attend(self, x_RI, place):
         num_turned = self.num_heads + self.num_keys
         qkv_RHD = self.qkv(x_RI).unflatten(1, (-1, self.width))
         turned_RHD, values_RKD = qkv_RHD.split((num_turned, self.num_keys), dim=1)
         if self.head_norms:
             parts = turned_RHD.split((self.num_heads, self.num_keys), dim=1)
-            turned_RHD = torch.cat([n(p) for n, p in zip(self.head_norms, parts, strict=True)], dim=1)
-        turned_RHD = rotate(turned_RHD, *angles)
-        queries_RHD, keys_RKD = turned_RHD.split((self.num_heads, self.num_keys), dim=1)
-        keys, values = place.storage.keys[self.index], place.storage.values[self.index]
-        keys[place.slots_R, :, place.positions_R] = keys_RKD
-        values[place.slots_R, :, place.positions_R] = values_RKD
-        attend = attend_dual if self.qkv.is_dual else attend_plain
-        return attend(queries_RHD, keys, values, place, place.masks[self.kind], self.scaling)
+            normed = [norm.of_rows(part) for norm, part in zip(self.head_norms, parts, strict=True)]
+            turned_RHD = torch.cat(normed, dim=1)
+        turned_RHD = torch.bmm(turned_RHD, place.rotations_RDD, out=place.turned_RHD)
+        place.write(self.index, turned_RHD[:, self.num_heads :], values_RKD)
+        given = place, self.index, self.num_heads, place.masks[self.kind], self.scaling
+        return attend_dual(*given, place.input_of(self.output)) if self.is_dual else attend_plain(*given)
 
 
-def rotate(x_RHD, cos_R1D, sin_R1D):
-    """Rotary position embedding (Su et al., 2021): x cos + (-x_2, x_1) sin of the two halves of D."""
-    result, half = x_RHD * cos_R1D, x_RHD.shape[-1] // 2
-    result[..., :half].addcmul_(x_RHD[..., half:], sin_R1D[..., :half], value=-1)
-    result[..., half:].addcmul_(x_RHD[..., :half], sin_R1D[..., half:])
-    return result
+def rotations(cos_RD, sin_RD):
+    """(R, D, D) that rows are multiplied by: rotary position embedding (Su et al., 2021).
+
+    x cos + (-x_2, x_1) sin of the two halves of D. A product of all heads takes less time than three passes
+    over them, as the matrices are the same for all layers.
+    """
+    half = cos_RD.shape[1] // 2
+    result_RDD = cos_RD.diag_embed()
+    torch.neg(sin_RD[:, :half], out=result_RDD.diagonal(-half, 1, 2))
+    result_RDD.diagonal(half, 1, 2).copy_(sin_RD[:, half:])
+    return result_RDD
 
 
-def dual_gate(gate_RO, up_RO):
-    """silu(gate) up, of values over derivatives."""
-    num_rows = len(gate_RO) // 2
-    (gate, d_gate), (up, d_up) = gate_RO.split(num_rows), up_RO.split(num_rows)
-    result = gate_RO.new_empty(gate_RO.shape)
-    value, derivative = result.split(num_rows)
-    active = functional.silu(gate)
-    torch.mul(active, up, out=value)
-    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=derivative)
-    derivative.mul_(up).addcmul_(active, d_up)
-    return result
+def dual_gate(gate_RO, up_RO, room_RJ):
+    """silu(gate) up, of values over derivatives, into the first columns of the room."""
+    (gate, d_gate), up_2NO = (x.unflatten(0, (2, -1)) for x in (gate_RO, up_RO))
+    result_2NO = room_RJ[:, : up_RO.shape[1]].unflatten(0, (2, -1))
+    torch.mul(functional.silu(gate), up_2NO, out=result_2NO)
+    result_2NO[1].addcmul_(torch.ops.aten.silu_backward(d_gate, gate), up_2NO[0])
+    return room_RJ
 
 
-def attend_plain(queries_NHD, keys, values, place, mask_NKGL, scaling):
-    num_rows, num_heads, width = queries_NHD.shape
-    keys, values = place.seen(keys, 0), place.seen(values, 0)
-    if values.dtype != torch.float32:  # a fused kernel keeps scores in float32
-        seen = [x.unflatten(0, (num_rows, -1)) for x in (keys, values)]
-        mask, queries = mask_NKGL.view(num_rows, num_heads, 1, -1), queries_NHD[:, :, None]
-        return functional.scaled_dot_product_attention(
-            queries, *seen, attn_mask=mask, scale=scaling, enable_gqa=True
-        ).reshape(num_rows, num_heads * width)
-    queries = queries_NHD.reshape(len(keys), -1, width)
-    probs = torch.softmax(torch.baddbmm(mask_NKGL, queries, keys.mT, alpha=scaling), -1)
-    return torch.bmm(probs, values).view(num_rows, num_heads * width)
+def attend_plain(place, layer, num_heads, mask_NKGL, scaling):
+    queries_NHD = place.turned_RHD[:, :num_heads]
+    keys, values = place.seen(layer)
+    queries_NKGD = queries_NHD.unflatten(1, (keys.shape[1], -1))
+    if values.dtype != torch.float32:
+        # a fused kernel keeps scores in float32; told of shared keys (enable_gqa) none on GPUs takes a mask
+        result = functional.scaled_dot_product_attention(
+            queries_NKGD, keys, values, attn_mask=mask_NKGL, scale=scaling
+        )
+    else:
+        queries, keys, values, mask = (x.flatten(0, 1) for x in (queries_NKGD, keys, values, mask_NKGL))
+        probs = torch.softmax(torch.baddbmm(mask, queries, keys.mT, alpha=scaling), -1)
+        result = torch.bmm(probs, values)
+    return result.reshape(len(queries_NHD), -1)
 
 
-def attend_dual(queries_RHD, keys, values, place, mask_NKGL, scaling):
-    """See dual.attend, of which this is the case of one token."""
-    num_rows, num_heads, width = queries_RHD.shape
-    k, dk = place.seen(keys, 0), place.seen(keys, place.storage.num_slots)
-    v, dv = place.seen(values, 0), place.seen(values, place.storage.num_slots)
-    size = num_heads * num_rows // 2 // len(k)
-    # queries above their derivatives, so that keys and values are read once
-    grouped = queries_RHD.unflatten(1, (-1, size)).unflatten(0, (2, -1)).permute(1, 2, 0, 3, 4)
-    queries = torch.mul(grouped, scaling, out=k.new_empty(grouped.shape)).view(len(k), 2 * size, width)
-    scores, changes = torch.baddbmm(mask_NKGL, queries, k.mT).float().split(size, dim=1)
-    changes = torch.bmm(queries[:, :size], dk.mT).float().add_(changes)
-    return torch.cat(dual.weigh(scores, changes, v, dv)).view(num_rows, num_heads * width)
+def attend_dual(place, layer, num_heads, mask_NKGL, scaling, room_RJ):
+    """dual.attend for one token, in two products: keys and values are read once, with their derivatives.
+
+    In blocks, of heads that share keys: [0 q; q dq] [dk k]^T are scores S and their derivatives dS, and
+    [P; dP] [dv v] gives P v above dP v and, beside it, P dv.
+    """
+    keys, values = (x.flatten(0, 1).flatten(2) for x in place.seen(layer))
+    size = num_heads * place.num_rows // len(keys)
+    pairs = place.zero_and_turned_3NHD[:, :, :num_heads].unfold(0, 2, 1)  # (2, N, H, D, 2)
+    grouped = pairs.unflatten(2, (-1, size)).permute(1, 2, 0, 3, 5, 4)
+    queries = torch.mul(grouped, scaling, out=grouped.new_empty(grouped.shape)).view(len(keys), 2 * size, -1)
+    scores = torch.baddbmm(mask_NKGL.flatten(0, 1), queries, keys.mT)
+    parts = torch.bmm(dual.softmax(scores), values).unflatten(1, (2, size)).unflatten(3, (2, -1))
+    parts = parts.unflatten(0, (place.num_rows, -1)).permute(2, 4, 0, 1, 3, 5)  # (2, 2, N, K, G, D)
+    result = room_RJ[:, : parts[0, 0, 0].numel()].view(parts.shape[1:])
+    torch.addcmul(parts[:, 1], parts[:1, 0], place.is_derivative_2, out=result)
+    return room_RJ
 
 
 class Place:
-    """Where a step writes and what it reads, the same for all layers."""
+    """Where a step writes and what it reads, the same for all layers; and room that all layers use.
 
-    def __init__(self, cache, lengths_N, longest, masks, is_dual):
-        slots_N = torch.arange(len(lengths_N), device=lengths_N.device)
-        self.storage, self.masks = cache.storage, masks
+    turned_RHD: rotated queries and keys of the layer at work, in dual numbers with zeros above them.
+    """
+
+    def __init__(self, cache, lengths_N, longest, masks, rotations_RDD, num_turned):
+        self.storage, self.masks, self.rotations_RDD = cache.storage, masks, rotations_RDD
         self.num_rows, self.length = len(lengths_N), longest + 1
-        self.slots_R = torch.cat([slots_N, slots_N + self.storage.num_slots]) if is_dual else slots_N
-        self.positions_R = torch.cat([lengths_N, lengths_N]) if is_dual else lengths_N
+        slots_N = torch.arange(self.num_rows, device=lengths_N.device)
+        self.slots_R, self.positions_R, self.parts_R = slots_N, lengths_N, 0
+        shape = self.num_rows, num_turned, rotations_RDD.shape[1]
+        if self.storage.num_parts == 1:
+            self.turned_RHD = rotations_RDD.new_empty(shape)
+            return
+        self.slots_R, self.positions_R = slots_N.repeat(2), lengths_N.repeat(2)
+        parts_2 = torch.arange(2, device=slots_N.device)
+        self.parts_R = parts_2.flip(0).repeat_interleave(self.num_rows)  # derivatives lie before values
+        self.is_derivative_2 = parts_2.to(rotations_RDD.dtype).view(2, 1, 1, 1, 1)
+        self.zero_and_turned_3NHD = rotations_RDD.new_zeros(3, *shape)
+        self.turned_RHD = self.zero_and_turned_3NHD[1:].flatten(0, 1)
+        self.inputs = {}
 
-    def seen(self, slots, first):
-        """(N K, L, D) of slots first, first + 1, ..., a view."""
-        return slots[first : first + self.num_rows, :, : self.length].flatten(0, 1)
+    def input_of(self, product):
+        """Room for the input of a product in dual numbers, the same for products of one shape; else None."""
+        if self.storage.num_parts == 1:
+            return None
+        key = type(product), product.shape
+        if key not in self.inputs:
+            self.inputs[key] = product.make_input(2 * self.num_rows)
+        return self.inputs[key]
+
+    def write(self, layer, keys_RKD, values_RKD):
+        index = self.slots_R, slice(None), self.positions_R, self.parts_R
+        self.storage.keys[layer][index] = keys_RKD
+        self.storage.values[layer][index] = values_RKD
+
+    def seen(self, layer):
+        """Keys and values of the active slots, (N, K, L, D), or (N, K, L, 2, D) of derivatives and values."""
+        stored = self.storage.keys[layer], self.storage.values[layer]
+        seen = (x[: self.num_rows, :, : self.length] for x in stored)
+        return [x if self.storage.num_parts == 2 else x.squeeze(3) for x in seen]
 
 
 class Step:
@@ -276,9 +444,9 @@ class Step:
                 p.data = p.data.clone()
         kinds = getattr(config, "layer_types", None) or [next(iter(windows))] * len(inner.layers)
         self.layers = [Layer(layer, kind) for layer, kind in zip(inner.layers, kinds, strict=True)]
-        self.norm, self.is_dual = Norm(inner.norm), self.layers[0].qkv.is_dual
+        self.norm, self.is_dual = Norm(inner.norm), self.layers[0].is_dual
         is_tied = model.lm_head.weight is inner.embed_tokens.weight
-        self.head = Product(model.lm_head, is_table=is_tied)
+        self.head = make_product(model.lm_head, is_table=is_tied)
         self.compiled = native.CompiledStep(self) if native.suits(self.table.weight) else None
 
     def __call__(self, tokens_N, lengths_N, longest, cache):
@@ -292,29 +460,32 @@ class Step:
             masks = {
                 kind: self.mask(lengths_N, longest, window, x_RI) for kind, window in self.windows.items()
             }
-            place = Place(cache, lengths_N, longest, masks, self.is_dual)
-            angles = [(torch.cat([a, a]) if self.is_dual else a)[:, None] for a in (cos, sin)]
+            num_turned = self.layers[0].num_heads + self.layers[0].num_keys
+            if self.is_dual:
+                cos, sin = torch.cat([cos, cos]), torch.cat([sin, sin])
+            place = Place(cache, lengths_N, longest, masks, rotations(cos, sin), num_turned)
+            x = Stream(x_RI, self.norm.eps) if self.is_dual else x_RI
             for layer in self.layers:
-                x_RI = layer(x_RI, angles, place)
-            return self.result(self.head(self.norm(x_RI)))
+                layer.add_to_(x, place)
+            return self.result(self.head(self.norm(x, place.input_of(self.head))))
 
     def result(self, logits_RV):
         return logits_RV.as_subclass(dual.Dual) if self.is_dual else logits_RV
 
     def embed(self, tokens_N):
         if self.is_dual:
-            twice = torch.cat([tokens_N, tokens_N])
-            return dual.embed(functional.embedding, twice, self.table.weight).as_subclass(torch.Tensor)
+            values, tangents = dual.look_up(tokens_N, self.table.weight)
+            return torch.cat([values, tangents])
         return functional.embedding(tokens_N, self.table.weight)
 
     def mask(self, lengths_N, longest, window, like):
-        """(N K, G, L) to add to the scores; in dual numbers with G rows of 0 for the derivatives."""
-        positions_L = torch.arange(longest + 1, device=like.device)
-        distance_NL = lengths_N[:, None] - positions_L
-        seen_NL = distance_NL >= 0 if window is None else (distance_NL >= 0) & (distance_NL < window)
-        mask_NL = torch.zeros_like(distance_NL, dtype=like.dtype)
-        mask_NL.masked_fill_(~seen_NL, torch.finfo(like.dtype).min)
-        layer = self.layers[0]
+        """(N, K, G, L) to add to the scores; in dual numbers with G rows of 0 for the derivatives."""
+        layer, length = self.layers[0], longest + 1
         num_groups = layer.num_heads // layer.num_keys
-        mask_NKGL = mask_NL[:, None, None].expand(-1, layer.num_keys, num_groups, -1).flatten(0, 1)
-        return functional.pad(mask_NKGL, (0, 0, 0, num_groups)) if self.is_dual else mask_NKGL
+        # rows start at multiples of 16 bytes, or a GPU's fused kernel would copy the mask in every layer
+        shape = (layer.num_keys, 2 * num_groups, length) if self.is_dual else (1, 1, whole(length, LANES))
+        mask_NKGL = like.new_zeros(len(lengths_N), *shape)[..., :length]
+        distance_NL = lengths_N[:, None] - torch.arange(length, device=like.device)
+        hidden_NL = distance_NL < 0 if window is None else (distance_NL < 0) | (distance_NL >= window)
+        mask_NKGL[:, :, :num_groups].masked_fill_(hidden_NL[:, None, None], torch.finfo(like.dtype).min)
+        return mask_NKGL if self.is_dual else mask_NKGL.expand(-1, layer.num_keys, num_groups, -1)

@@ -197,12 +197,24 @@ def stack_rows(matrices):
     On the CPU in float32 that is by rows where native.c decodes, else by columns, in torch a tenth faster
     (bench/RESULTS.md).
     """
-    first, shape = matrices[0], (sum(map(len, matrices)), matrices[0].shape[1])
-    is_by_columns = first.device.type == "cpu" and first.dtype == torch.float32 and not native.suits(first)
-    stacked = first.new_empty(shape[::-1]).T if is_by_columns else first.new_empty(shape)
+    stacked = new_matrix(matrices[0], sum(map(len, matrices)), matrices[0].shape[1])
     for part, matrix in zip(stacked.split([len(m) for m in matrices]), matrices, strict=True):
         part.copy_(matrix)
     return stacked
+
+
+def stack_columns(matrices):
+    """Matrices side by side, in that layout."""
+    widths = [m.shape[1] for m in matrices]
+    stacked = new_matrix(matrices[0], len(matrices[0]), sum(widths))
+    for part, matrix in zip(stacked.split(widths, dim=1), matrices, strict=True):
+        part.copy_(matrix)
+    return stacked
+
+
+def new_matrix(like, num_rows, num_columns):
+    is_by_columns = like.device.type == "cpu" and like.dtype == torch.float32 and not native.suits(like)
+    return like.new_empty(num_columns, num_rows).T if is_by_columns else like.new_empty(num_rows, num_columns)
 
 
 def make_weight(value, tangent):
@@ -492,11 +504,16 @@ def add_linear(function, bias, x, weight, **keywords):
 def embed(function, ids, weight, padding_idx=None, max_norm=None, *others, **keywords):
     if not isinstance(weight, Weight) or max_norm is not None:
         return NotImplemented
-    ids, g = halves(ids)[0], weight.tangent
-    tangent = functional.embedding(ids, g.left if isinstance(g, Factors) else g)
+    return as_dual(torch.cat(look_up(halves(ids)[0], weight)))
+
+
+def look_up(ids, weight):
+    """Rows of a Weight and their derivatives."""
+    g = weight.tangent
+    tangents = functional.embedding(ids, g.left if isinstance(g, Factors) else g)
     if isinstance(g, Factors):
-        tangent = tangent @ g.right
-    return as_dual(torch.cat([functional.embedding(ids, weight), tangent]))
+        tangents = tangents @ g.right
+    return functional.embedding(ids, weight.as_subclass(torch.Tensor)), tangents
 
 
 def named(names, rule):
@@ -580,6 +597,35 @@ def normalise(scale_2D, eps, x):
     scaled = result * scale_2D[0]
     scaled[1].addcmul_(value, scale_2D[1])
     return scaled.flatten(0, 1)
+
+
+def unit_rows(rows_3NJ, ones_R1):
+    """x / |x| above its derivative dx / |x| - x (x dx) / |x|^3, (2N, J), of [0; x; dx].
+
+    The derivative is its own transpose, so what backward mode has for rows scaled to length 1 (weight
+    normalisation) does it in one pass. With x for dx, 0 for x and the same |x| it gives x / |x|.
+    """
+    dtype = rows_3NJ.dtype
+    kept = dtype if dtype == torch.float64 else torch.float32
+    twice_2NJ = rows_3NJ[1:2].expand(2, -1, -1)
+    lengths = torch.linalg.vector_norm(twice_2NJ, dim=-1, dtype=kept).view(-1, 1)
+    given, rows = rows_3NJ[1:].flatten(0, 1), rows_3NJ[:2].flatten(0, 1)
+    return torch.ops.aten._weight_norm_interface_backward(given, rows, ones_R1, lengths, 0)[0]
+
+
+def softmax(scores):
+    """Probabilities P above their derivatives (P, 2S, L), of scores above theirs: dP = P (dS - sum(P dS)).
+
+    The derivative is its own transpose, so what backward mode has does it. It is told to take P from S rows
+    further up, and so runs on all rows as they lie: what it makes of the values means nothing and goes.
+    """
+    size, shape = scores.shape[1] // 2, scores.shape
+    room = scores.new_empty(size + shape[0] * shape[1], shape[2])
+    probs = torch.softmax(scores, -1, out=room[size:].view(shape))
+    shifted = room[:-size].view(shape)
+    both = torch.ops.aten._softmax_backward_data(scores, shifted, -1, scores.dtype)
+    both[:, :size] = probs[:, :size]
+    return both
 
 
 class DualCache(SlotCache):

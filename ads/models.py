@@ -17,7 +17,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoCo
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ads import decoder, dual, store
+from ads import decoder, dual, memory, store
 from ads.cache import Pages, Placement, SlotCache, Slots
 from ads.dual import TRIED, is_out_of_memory
 
@@ -29,10 +29,9 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
-# Prompts run through a model in pieces of at most this many tokens, padding included: more would take more
-# room and, on a CPU, hardly less time per token.
-PREFILL_TOKENS = 16384
-CPU_PREFILL_TOKENS = 512  # in float32; of 16 bits, twice as many in the same room
+# memory.PREFILL_TOKENS of a CPU in float32, where more take hardly less time per token; of 16 bits twice as
+# many, in the same room.
+CPU_PREFILL_TOKENS = 512
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TRIED_WINDOW = 6
 NUM_SHORT = 9  # tokens of the shorter of two rows
@@ -272,11 +271,11 @@ class CachedModel:
         """may_fuse: decoder.py may move the weights into fused matrices; False leaves the model as it is."""
         self.model, self.make_cache = model, make_cache
         self.windows = attention_windows(model.config)
-        self.cache = None
+        self.cache, self.layers = None, None
         self.device = model.get_input_embeddings().weight.device
         self.dtype = model.get_input_embeddings().weight.dtype
         on_cpu = CPU_PREFILL_TOKENS * torch.float32.itemsize // self.dtype.itemsize
-        self.prefill_tokens = on_cpu if self.device.type == "cpu" else PREFILL_TOKENS
+        self.prefill_tokens = on_cpu if self.device.type == "cpu" else memory.PREFILL_TOKENS
         self.own_step = None
         if may_fuse:
             self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
@@ -342,7 +341,9 @@ class CachedModel:
         usual, self.prefill_tokens = self.prefill_tokens, TRIED  # for two rows, so in chunks of half of it
         self.prefill_group([row[:-1] for row in rows], 0)
         self.prefill_tokens = usual
-        self.bytes_per_position = self.cache.storage.bytes_per_position
+        storage = self.cache.storage
+        self.bytes_per_position = storage.bytes_per_position
+        self.layers = storage.layers
         return self.library_step(*self.last_tokens(rows))
 
     def last_tokens(self, rows):
@@ -403,9 +404,11 @@ class CachedModel:
             return f"the exact Delta does not cover model type {kind!r} ({reason}): set eps above 0"
         return f"model type {kind!r} cannot be decoded in batches with a cache ({reason}): take another model"
 
+    @torch.inference_mode(False)  # outside of it nothing may write to what was made in it, as dual numbers do
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
-        make_storage = Slots
+        self.cache = None  # its room may be needed
+        make_storage = functools.partial(Slots, layers=self.layers)
         if self.own_step is not None and self.own_step.compiled:
             make_storage = functools.partial(Pages, num_layers=len(self.own_step.layers))
         self.cache = self.make_cache(make_storage, num_slots, num_positions)
@@ -415,10 +418,13 @@ class CachedModel:
         self.cache.storage.release(slot, last, length)
 
     @torch.no_grad()
-    def prefill(self, prompts, first_slot):
-        """Fill slots from first_slot on with prompts (lists of ids); logits (B, V) after the last token."""
-        groups = self.groups(prompts)
-        return torch.cat([self.prefill_group(prompts[g], first_slot + g.start) for g in groups])
+    def prefill(self, prompts, slots):
+        """Fill slots with prompts (lists of ids); logits (B, V) after the last token.
+
+        slots: one for each prompt, or the first of as many.
+        """
+        slots = each_slot(prompts, slots)
+        return torch.cat([self.prefill_group(prompts[g], slots[g]) for g in self.groups(prompts)])
 
     def groups(self, prompts):
         """Slices of the prompts that run through the model at once."""
@@ -426,12 +432,13 @@ class CachedModel:
         return [slice(first, first + size) for first in range(0, len(prompts), size)]
 
     @torch.no_grad()
-    def prefill_group(self, prompts, first_slot):
+    def prefill_group(self, prompts, slots):
         """See prefill. Long prompts go chunk by chunk.
 
         Rows are padded on the left: the last column is every row's last token, and only its logits are made.
         """
         num_rows, width = len(prompts), max(map(len, prompts))
+        slots_B = torch.tensor(each_slot(prompts, slots))
         padding_B = torch.tensor([width - len(ids) for ids in prompts])
         ids_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts])
         positions_BT = torch.arange(width) - padding_B[:, None]
@@ -441,10 +448,10 @@ class CachedModel:
             rows, columns = (positions_BC >= 0).nonzero(as_tuple=True)
             # the first chunk attends to itself, where padding is put later than any query and never seen
             read, key_positions_BL = None, positions_BC.masked_fill(positions_BC < 0, width)
-            if first:
-                read = first_slot, num_rows, int(positions_BC.max()) + 1
+            if first:  # of one long prompt, or where slots follow one another
+                read = int(slots_B[0]), num_rows, int(positions_BC.max()) + 1
                 key_positions_BL = torch.arange(read[2]).expand(num_rows, -1)
-            place = Placement(rows, columns, rows + first_slot, positions_BC[rows, columns], read)
+            place = Placement(rows, columns, slots_B[rows], positions_BC[rows, columns], read)
             logits_B1V = self.forward(ids_BC, positions_BC.clamp(min=0), key_positions_BL, place)
         return logits_B1V[:, -1]
 
@@ -498,6 +505,11 @@ class CachedModel:
             logits_to_keep=num_logits,
         )
         return output.logits[:, -num_logits:]
+
+
+def each_slot(prompts, slots):
+    """A slot for each prompt, of these or of the first of them."""
+    return list(range(slots, slots + len(prompts))) if isinstance(slots, int) else slots
 
 
 def is_right(found, wanted):

@@ -14,7 +14,7 @@ import torch
 
 from ads import dual, gradient, sampling
 from ads.config import LEAST_COSINE
-from ads.models import CachedModel
+from ads.models import CachedModel, each_slot
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CentralDifference:
 
     def __init__(self, plus, minus, eps, shared_V):
         """plus, minus: models that perturb_ made; shared_V: bool mask of the ids the teacher shares."""
-        self.plus, self.minus = CachedModel(plus), CachedModel(minus)
+        self.plus, self.minus = self.models = CachedModel(plus), CachedModel(minus)
         self.eps, self.shared_V = eps, shared_V
         self.bytes_per_position = self.plus.bytes_per_position + self.minus.bytes_per_position
 
@@ -42,9 +42,9 @@ class CentralDifference:
     def try_length(self, num_positions):
         self.plus.try_length(num_positions)  # minus is a model of the same kind
 
-    def prefill(self, prompts, first_slot):
+    def prefill(self, prompts, slots):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
-        return self.delta(*(m.prefill(prompts, first_slot) for m in (self.plus, self.minus)))
+        return self.delta(*(m.prefill(prompts, slots) for m in (self.plus, self.minus)))
 
     def extend(self, ids, length):
         """Delta (T, V) after each of the tokens appended to slot 0; see CachedModel.extend."""
@@ -79,6 +79,7 @@ class ExactDerivative:
         check_length(sum(gradient.square_norm(read_gradient(name)) for name in names))
         model = dual.make_checked(model, read_gradient)
         self.dual = CachedModel(model, model.make_cache)
+        self.models = (self.dual,)
         self.dual.prefill_tokens //= 2  # activations take twice the room
         self.bytes_per_position = self.dual.bytes_per_position
         self.shared_V, self.are_all_shared = shared_V, bool(shared_V.all())
@@ -89,10 +90,10 @@ class ExactDerivative:
     def try_length(self, num_positions):
         self.dual.try_length(num_positions)
 
-    def prefill(self, prompts, first_slot):
+    def prefill(self, prompts, slots):
         """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
-        groups = self.dual.groups(prompts)
-        logits = (self.dual.prefill_group(prompts[g], first_slot + g.start) for g in groups)
+        groups, slots = self.dual.groups(prompts), each_slot(prompts, slots)
+        logits = (self.dual.prefill_group(prompts[g], slots[g]) for g in groups)
         return torch.cat([self.delta(logits_BR) for logits_BR in logits])
 
     def extend(self, ids, length):
@@ -109,8 +110,8 @@ class ExactDerivative:
     def delta(self, logits_BR):
         """Derivative of log-probabilities over the shared ids (nats per unit of g), of a dual.Dual; 0
         elsewhere (B, V)."""
-        halves = dual.halves(logits_BR.as_subclass(torch.Tensor))
-        logits_BV, tangents_BV = (half[:, : len(self.shared_V)].float() for half in halves)
+        both = logits_BR.as_subclass(torch.Tensor)[:, : len(self.shared_V)].float()
+        logits_BV, tangents_BV = dual.halves(both)
         if self.are_all_shared:
             return dual.log_probs_change(torch.softmax(logits_BV, -1), tangents_BV)
         probs_BV = torch.softmax(logits_BV.masked_fill(~self.shared_V, -torch.inf), -1)

@@ -36,8 +36,8 @@ GREEDY = Sampling(tau=0.0)
 
 def log_probs(logits_BR, allowed_V):
     """Log-probabilities (nats, float32, (B, V)) over the allowed ids, -inf elsewhere; R >= V logits given."""
-    logits_BV = logits_BR[:, : len(allowed_V)].float().masked_fill(~allowed_V, -torch.inf)
-    return torch.log_softmax(logits_BV, dim=-1)
+    logits_BV = logits_BR[:, : len(allowed_V)].to(torch.float32, copy=True)
+    return torch.log_softmax(logits_BV.masked_fill_(~allowed_V, -torch.inf), dim=-1)
 
 
 def sample(log_probs_BV, delta_BV, sampling, keys_B, steps_B):
@@ -58,7 +58,7 @@ def sample(log_probs_BV, delta_BV, sampling, keys_B, steps_B):
 def scores(log_probs_BV, delta_BV, sampling):
     """log p_T / tau + lam * Delta, the logarithm of eq. 11 up to a constant per row (tau = 0: tau = 1)."""
     scores_BV = log_probs_BV if sampling.tau == 0 else log_probs_BV / sampling.tau
-    return scores_BV if delta_BV is None else scores_BV + sampling.lam * delta_BV
+    return scores_BV if delta_BV is None else scores_BV.add(delta_BV, alpha=sampling.lam)
 
 
 def permute(delta_BV, keys_B, steps_B):
@@ -77,8 +77,8 @@ def truncate(scores_BV, top_k, top_p):
     """
     ranked_BK = None
     if 0 < top_k < scores_BV.shape[-1]:
-        ranked_BK = scores_BV.topk(top_k, dim=-1).values
-        scores_BV = scores_BV.masked_fill(scores_BV < ranked_BK[:, -1:], -torch.inf)
+        ranked_BK = scores_BV.topk(top_k, dim=-1)
+        scores_BV = scores_BV.masked_fill(scores_BV < ranked_BK.values[:, -1:], -torch.inf)
     if top_p < 1:
         edge_B1 = nucleus_edge(scores_BV, ranked_BK, top_p)
         scores_BV = scores_BV.masked_fill(scores_BV < edge_B1, -torch.inf)
@@ -88,18 +88,32 @@ def truncate(scores_BV, top_k, top_p):
 def nucleus_edge(scores_BV, ranked_BK, top_p):
     """The least score (B, 1) of the smallest set of tokens that holds top_p of the probability.
 
-    ranked_BK: all scores above -inf in falling order; None: they are looked for, and only where a row is so
-    flat that its nucleus goes beyond NUM_RANKED tokens is the vocabulary sorted.
+    ranked_BK: all scores above -inf in falling order, (values, indices); None: they are looked for.
     """
-    log_total_B1 = scores_BV.logsumexp(-1, keepdim=True)
+    log_probs_BV = torch.log_softmax(scores_BV, -1)
     if ranked_BK is None:
-        ranked_BK = scores_BV.topk(min(NUM_RANKED, scores_BV.shape[-1]), dim=-1).values
-        if ((ranked_BK - log_total_B1).exp().sum(-1) < top_p).any():
-            ranked_BK = scores_BV.sort(dim=-1, descending=True).values
-    probs_BK = (ranked_BK - log_total_B1).exp()
-    mass_before_BK = probs_BK.cumsum(-1) - probs_BK
-    last_B1 = ((mass_before_BK < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 in a row of NaN
-    return ranked_BK.gather(-1, last_B1)
+        ranked_BK = highest(scores_BV, log_probs_BV, top_p)
+    mass_BK = log_probs_BV.gather(-1, ranked_BK.indices).exp().cumsum(-1)
+    last_B1 = (mass_BK[:, :-1] < top_p).sum(-1, keepdim=True)  # 0 in a row of NaN
+    return scores_BV.gather(-1, ranked_BK.indices.gather(-1, last_B1))
+
+
+def highest(scores_BV, log_probs_BV, top_p):
+    """At least the scores of the nucleus in falling order, (values, indices), where top_k does not bound it.
+
+    Only where a row is so flat that its nucleus goes beyond NUM_RANKED tokens is the vocabulary sorted. To
+    ask for that would make the host wait for a GPU, which sorts instead.
+    """
+    if may_ask(scores_BV.device):
+        ranked_BK = scores_BV.topk(min(NUM_RANKED, scores_BV.shape[-1]), dim=-1)
+        if not (log_probs_BV.gather(-1, ranked_BK.indices).exp().sum(-1) < top_p).any():
+            return ranked_BK
+    return scores_BV.sort(dim=-1, descending=True)
+
+
+def may_ask(device):
+    """Whether the host can look at values without waiting for the device."""
+    return device.type == "cpu"
 
 
 def draw(scores_BV, uniforms_B):
@@ -128,7 +142,7 @@ def uniforms(keys_B, steps_B):
     Below 1 by 2^-32, so `uniform * total` stays below the total in float64 and a token of probability 0 is
     never drawn.
     """
-    return shift_right(random_bits(keys_B, steps_B), 32).double() / 2**32
+    return shift_right(random_bits(keys_B, steps_B), 32) * torch.tensor(2.0**-32, dtype=torch.float64)
 
 
 def random_bits(keys, counters):

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import machine
 
@@ -162,9 +162,10 @@ def load_ours(args, way):
     return functools.partial(decode_ours, teacher, CachedModel(teacher), delta, allowed_V, args)
 
 
-def decode_ours(model, teacher, delta, allowed_V, args, prompts, eos):
+def decode_ours(model, teacher, delta, allowed_V, args, prompts, eos, limits=None):
+    """limits: {id: most new tokens}; None: what max_length leaves."""
     models = engine.Models(teacher, delta, allowed_V, frozenset(eos))
-    limits = dict(zip(prompts, max_new_tokens(list(prompts.values()), args), strict=True))
+    limits = limits or dict(zip(prompts, max_new_tokens(list(prompts.values()), args), strict=True))
     requests = [engine.Request(i, ids, limits[i]) for i, ids in prompts.items()]
     rule = sampling.Sampling(0.0, args.lam if delta else 0.0)
     timed = TimedDecoder.steps = []
@@ -183,7 +184,7 @@ class TimedDecoder(engine.Decoder):
     steps = []
 
     def step(self):
-        num_rows, cached = len(self.rows), sum(row.num_cached for row in self.rows)
+        num_rows, cached = len(self.active), sum(row.num_cached for row in self.active)
         start = time.perf_counter()
         ended = list(super().step())
         self.steps.append(Step(time.perf_counter() - start, num_rows, cached))
@@ -202,7 +203,8 @@ def load_peer(args, way):
 
 
 @torch.inference_mode()
-def decode_peer(teacher, processor, args, prompts, eos):
+def decode_peer(teacher, processor, args, prompts, eos, limits=None):
+    """limits: {id: most new tokens}, at which a row stops as at an eos."""
     ids, traces, steps = list(prompts), {}, []
     for first in range(0, len(ids), args.batch):
         batch = [prompts[i] for i in ids[first : first + args.batch]]
@@ -210,18 +212,30 @@ def decode_peer(teacher, processor, args, prompts, eos):
         ids_BT = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=args.device)
         mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=args.device)
         processor.begin(mask_BT)
+        of_batch = [limits[i] for i in ids[first : first + args.batch]] if limits else []
+        stop = [Limits(width + torch.tensor(of_batch, device=args.device))] if limits else []
         found_BT = teacher.generate(
             ids_BT, attention_mask=mask_BT, do_sample=False, max_length=args.max_length,
-            eos_token_id=sorted(eos), pad_token_id=0, logits_processor=[processor],
+            eos_token_id=sorted(eos), pad_token_id=0, logits_processor=[processor], stopping_criteria=stop,
         )  # fmt: skip
         for k, row in enumerate(found_BT[:, width:].tolist()):
             end = next((n for n, token in enumerate(row, 1) if token in eos), len(row))
-            traces[ids[first + k]] = row[:end]
+            traces[ids[first + k]] = row[: min(end, limits[ids[first + k]])] if limits else row[:end]
         stamps = processor.stamps
         for n in range(1, len(stamps)):
             cached = sum(map(len, batch)) + n * len(batch)
             steps.append(Step(stamps[n] - stamps[n - 1], len(batch), cached))
     return traces, steps
+
+
+class Limits:
+    """A stopping criterion: rows end at lengths of their own, prompts and padding included."""
+
+    def __init__(self, lengths_B):
+        self.lengths_B = lengths_B
+
+    def __call__(self, ids_BT, scores, **others):
+        return ids_BT.shape[1] >= self.lengths_B
 
 
 class Peer:

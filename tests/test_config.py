@@ -76,6 +76,7 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
         (["tau=-0.1"], "tau=-0.1: must be at least 0"),
         (["batch_size=2.5"], "must be a whole number"),
         (["batch_size=0"], "must be at least 1"),
+        (["cuda_graph=maybe"], "cuda_graph='maybe' in the command line: must be true, false or auto"),
         (["answer_force=maybe"], "must be true or false"),
         (["seed=null"], "must be a whole number"),
         (["top_p=0"], "above 0 and at most 1"),

@@ -31,11 +31,11 @@ def demo():
     )
 
 
-def decode(demo, share, batch_size=60):
+def decode(demo, share, batch_size=60, **keywords):
     """{id: Completion} with a share of the results corrupted; None: without any corruption."""
     corrupted = None if share is None else Corruption(demo.tokenizer, demo.allowed_V, share)
     models = Models(demo.teacher, None, demo.allowed_V, demo.eos, corrupted)
-    return {c.id: c for c in generate(models, RULE, SEED, demo.requests, batch_size)}
+    return {c.id: c for c in generate(models, RULE, SEED, demo.requests, batch_size, **keywords)}
 
 
 def result_spans(text):
@@ -85,6 +85,13 @@ def test_batches_do_not_change_what_is_corrupted(demo):
     assert {i: c.ids for i, c in decode(demo, 0.5).items()} == {
         i: c.ids for i, c in decode(demo, 0.5, batch_size=7).items()
     }
+
+
+def test_static_steps_corrupt_what_ordinary_ones_do(demo, capsys):
+    """The host then looks at each step before the next: it replaces what was sampled."""
+    ordinary, static = (decode(demo, 0.5, 40, cuda_graph=is_static) for is_static in (False, True))
+    assert {i: c.ids for i, c in static.items()} == {i: c.ids for i, c in ordinary.items()}
+    assert "steps run uncaptured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import distill
 from ads import chat, store
 
 SMALL = ["max_length=140", "max_prompt_length=115", "batch_size=5", "tau=0.8"]
-TIMING = {"seconds", "tokens_per_second"}
+TIMING = {"seconds", "tokens_per_second", "rows_at_once"}
 
 
 def gentraces(models, problems, exp_dir, name, *more, **keywords):
@@ -98,7 +98,8 @@ def test_two_processes_and_other_batches_give_the_same_traces(model_folders, pro
     holdout = f"holdout_traces={exp}/traces/holdout.parquet"
     more = [*ads_arguments(model_folders, exp), holdout, "one_step=0.1", "num_contrasts=3"]
     gentraces(model_folders, problem_folder, tmp_path, "one", *more, "batch_size=3")
-    gentraces(model_folders, problem_folder, tmp_path, "two", *more, "batch_size=4", num_processes=2)
+    others = "batch_size=4", "cuda_graph=true"
+    gentraces(model_folders, problem_folder, tmp_path, "two", *more, *others, num_processes=2)
     one, two = (store.read_yaml(tmp_path / "traces" / f"{name}.yaml") for name in ("one", "two"))
     assert two["world_size"] == 2 and one["stats"]["one_step"]["change"] != 0
     assert two["stats"]["one_step"] == pytest.approx(one["stats"]["one_step"], abs=3e-6)
