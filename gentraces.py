@@ -411,7 +411,7 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
         store.write_part(folder, world.rank, found)
     world.barrier()
     if world.is_main:
-        done = store.read_parts(folder)
+        done = read_rows(folder, {row["id"] for row in rows}, world)
         problems = [done[row["id"]] for row in rows]
         store.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
 
