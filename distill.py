@@ -55,9 +55,7 @@ def distil(cfg, inputs, world):
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
     numerics = resolve_numerics(cfg, world.device)
     made_with = numerics | {"sequences": store.fingerprint_json([train, holdout])}
-    if world.is_main:
-        store.open_parts(cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
-    world.barrier()
+    world.ask_main(store.open_parts, cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
     model = load_student(cfg, tokenizer, world.device)
     longest = max(map(num_tokens, train + (holdout or [])))

@@ -59,9 +59,7 @@ def generate_traces(cfg, inputs, world):
     problems = leave_out_unanswered(found)
     prompts = render_prompts(cfg, tokenizer, problems)
     made_with = resolve_numerics(cfg, world.device) | {"prompts": store.fingerprint_json(prompts)}
-    if world.is_main:
-        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
-    world.barrier()
+    world.ask_main(store.open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
     vocabulary = check_vocabulary(cfg, tokenizer) if cfg.has_delta or cfg.one_step else None
     models, notes = models_of(cfg, inputs, tokenizer, vocabulary, world)
@@ -267,7 +265,7 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     start = time.time()
     num_tokens = world.sum(decode_to_parts(cfg, models, forcing, requests, to_row, world))  # waits for all
     seconds = time.time() - start
-    rows = world.share(read_rows(cfg.parts_dir / "traces", by_id.keys(), world) if world.is_main else None)
+    rows = world.ask_main(read_rows, cfg.parts_dir / "traces", by_id.keys(), world)
     print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
     return rows, {"tokens_per_second": round(num_tokens / seconds, 1) if num_tokens else None}
 

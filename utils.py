@@ -448,6 +448,19 @@ class World:
         torch.distributed.broadcast_object_list(shared)
         return shared[0]
 
+    def ask_main(self, function, *arguments):
+        """What a function gives on the main process, on all; where it raises a ValueError, all do."""
+        found = error = None
+        if self.is_main:
+            try:
+                found = function(*arguments)
+            except ValueError as raised:
+                error = raised
+        found, error = self.share((found, error))
+        if error is not None:
+            raise error
+        return found
+
     def least(self, value):
         """The least of a number over all processes."""
         return value if self.size == 1 else min(self.gather(value))
@@ -698,7 +711,7 @@ def run_stage(cfg, inputs, make):
     with store.stage_lock(cfg.exp_dir, name) if world.is_main else contextlib.nullcontext():
         world.barrier()
         # one verdict for all: another machine may see a file that has just been written late
-        if not world.share(is_finished(cfg, inputs) if world.is_main else None):
+        if not world.ask_main(is_finished, cfg, inputs):
             make(cfg, inputs, world)
         world.barrier()
 
