@@ -55,9 +55,7 @@ def distil(cfg, inputs, world):
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
     numerics = resolve_numerics(cfg, world.device)
     made_with = numerics | {"sequences": store.fingerprint_json([train, holdout])}
-    if world.is_main:
-        store.open_parts(cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
-    world.barrier()
+    world.ask_main(store.open_parts, cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
     memory.check_distillation(cfg, train, memory.room(world.device), world.size)
     model = load_student(cfg, tokenizer, world.device)
@@ -69,6 +67,8 @@ def distil(cfg, inputs, world):
     with models.recomputed(model, cfg.gradient_checkpointing):
         most = most_per_device(cfg, model, longest, world)
         per_device = per_device_batch(cfg.batch_size, most, world.size)
+        if cfg.per_device_batch_size == "auto":
+            print0(f"per_device_batch_size: {per_device} sequences at once")
         trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
         result = train_fast(trainer, checkpoint)
     if not math.isfinite(result.training_loss):
@@ -122,17 +122,18 @@ def num_fitting(model, longest, is_shared, dtype):
     from ads import dual, loss, models
 
     device = model.get_input_embeddings().weight.device
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
     ids = dual.tried_ids(model, longest)
     batch = {key: x.to(device) for key, x in loss.collate([{"input_ids": ids, "labels": ids}]).items()}
     labels = batch.pop("labels")
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = model(**batch, use_cache=False).logits
-    loss.token_losses(logits, labels).sum().backward()
+    for _ in range(2):  # the second time beside gradients, as are all but the first sequences of a step
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            total = loss.token_losses(model(**batch, use_cache=False).logits, labels).sum()
+        total.backward()
+        row_bytes = torch.cuda.max_memory_allocated(device) - before
     model.zero_grad()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    row_bytes = torch.cuda.max_memory_allocated(device) - before - trained
     room = SHARE_OF_FREE_MEMORY * models.free_bytes(device) - (4 if is_shared else 3) * trained
     return int(room / row_bytes)
 

@@ -22,7 +22,7 @@ from utils import print0, print_result
 
 LOADED = []  # (settings, what load_models() gave) of the last stage of this process
 PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
-LATE_SECONDS = 60  # after which a network file system shows what other machines have written
+LATE_SECONDS = 90  # after which a network file system shows what other machines have written
 
 
 def main(arguments):
@@ -59,9 +59,7 @@ def generate_traces(cfg, inputs, world):
     problems = leave_out_unanswered(found)
     prompts = render_prompts(cfg, tokenizer, problems)
     made_with = resolve_numerics(cfg, world.device) | {"prompts": store.fingerprint_json(prompts)}
-    if world.is_main:
-        store.open_parts(cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
-    world.barrier()
+    world.ask_main(store.open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
     vocabulary = check_vocabulary(cfg, tokenizer) if cfg.has_delta or cfg.one_step else None
     models, notes = models_of(cfg, inputs, tokenizer, vocabulary, world)
@@ -271,7 +269,7 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     given = cfg, models, forcing, requests, to_row, world, batch_size
     num_tokens = world.sum(decode_to_parts(*given))  # waits for all
     seconds = time.time() - start
-    rows = world.share(read_rows(cfg.parts_dir / "traces", by_id.keys(), world) if world.is_main else None)
+    rows = world.ask_main(read_rows, cfg.parts_dir / "traces", by_id.keys(), world)
     print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
     speed = round(num_tokens / seconds, 1) if num_tokens else None
     return rows, {"tokens_per_second": speed, "rows_at_once": batch_size}
@@ -425,7 +423,7 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
         store.write_part(folder, world.rank, found)
     world.barrier()
     if world.is_main:
-        done = store.read_parts(folder)
+        done = read_rows(folder, {row["id"] for row in rows}, world)
         problems = [done[row["id"]] for row in rows]
         store.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
 

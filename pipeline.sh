@@ -274,7 +274,10 @@ run_point() {
   want_stage "eval_student_$point" gentraces.py "${problems[@]}" is_teacher=false "teacher=$student" \
     "data_split=${DATASET}_test" tau=0 "trace_name=eval_student_$point" || return
   run_wanted "$point" || return
-  [[ "$KEEP_STUDENTS" == 1 || "$dry_run" == 1 || ! -d "$student" ]] || in_python store.delete_student "$student"
+  # a launcher may leave with 0 although a stage failed
+  if [[ "$KEEP_STUDENTS" == 0 && "$dry_run" == 0 && -d "$student" && -f "$EXP_DIR/traces/eval_student_$point.yaml" ]]; then
+    in_python store.delete_student "$student"
+  fi
 }
 
 sample_training_traces() {

@@ -438,6 +438,19 @@ class World:
         torch.distributed.all_reduce(total)
         return total.item()
 
+    def ask_main(self, function, *arguments):
+        """What a function gives on the main process, on all; where it raises a ValueError, all do."""
+        found = error = None
+        if self.is_main:
+            try:
+                found = function(*arguments)
+            except ValueError as raised:
+                error = raised
+        found, error = self.share((found, error))
+        if error is not None:
+            raise error
+        return found
+
     def least(self, value):
         """The least of a number over all processes."""
         return value if self.size == 1 else min(self.gather(value))
@@ -508,7 +521,8 @@ def num_gpus():
         raise ValueError(
             f"this machine has {seen}, but torch {torch.__version__} ({built}) cannot use them: install one "
             "built for the driver's CUDA or an older one (for drivers of CUDA 12 the CUDA 12.6 wheels: pip "
-            "install --force-reinstall with the --index-url that pytorch.org/get-started names), or update "
+            f"uninstall torch, then pip install torch=={torch.__version__.split('+')[0]} with the --index-url that "
+            "pytorch.org/get-started names), or update "
             "the driver; ACCELERATE_USE_CPU=true runs on the CPU"
         )
     return 0
@@ -698,7 +712,7 @@ def run_stage(cfg, inputs, make):
     with store.stage_lock(cfg.exp_dir, name) if world.is_main else contextlib.nullcontext():
         world.barrier()
         # one verdict for all: another machine may see a file that has just been written late
-        if not world.share(is_finished(cfg, inputs) if world.is_main else None):
+        if not world.ask_main(is_finished, cfg, inputs):
             make(cfg, inputs, world)
         world.barrier()
 
@@ -774,8 +788,12 @@ def explain_fault(error):
         return f"the disk is full ({text}): free space and run again, what is finished is kept"
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{text}: not allowed to read or write there; mend that or choose another place"
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+    # the last of a part of a GPU (MIG): see is_out_of_memory
+    told = "out of memory", "can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT FAILED"
+    if isinstance(error, MemoryError) or any(words in text for words in told):
         return f"out of memory ({text}): lower batch_size or per_device_batch_size, or max_length"
+    if "CUDA driver error" in text:
+        return f"{text}: if this is a virtual GPU or WSL, set PYTORCH_ALLOC_CONF=expandable_segments:False"
     return None
 
 

@@ -204,6 +204,15 @@ def test_students_are_deleted_on_request_and_count_as_done(
     assert not (student / "final").exists()
 
 
+def test_a_student_that_was_not_evaluated_is_not_deleted(experiment, model_folders, problem_folder, tmp_path):
+    """A launcher may hide that a stage failed: some leave with 0 whatever becomes of their processes."""
+    exp_dir = Path(shutil.copytree(experiment[0], tmp_path / "copy"))
+    (exp_dir / "traces" / "eval_student_tau0.8_lam0_eps0.yaml").unlink()
+    settings = {"KEEP_STUDENTS": "0", "GRID_ARGS": ONE_POINT, "LAUNCH": "true"}
+    run_pipeline(model_folders, problem_folder, exp_dir, check=False, **settings)
+    assert (exp_dir / "models" / "student_tau0.8_lam0_eps0" / "final" / "config.json").is_file()
+
+
 def test_nothing_but_a_student_is_deleted(tmp_path):
     (tmp_path / "final").mkdir()
     with pytest.raises(ValueError, match="is no student"):

@@ -72,6 +72,14 @@ def test_two_processes_give_the_gradient_of_one(model_folders, exp, tmp_path):
     assert stats[0]["stats"]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
+def test_all_processes_say_in_a_line_what_the_main_one_refuses(model_folders, exp):
+    """The others once waited for its verdict, and died of its death with a traceback below its line."""
+    refused = save_grad(model_folders, exp, "grad_rank=5", num_processes=2, check=False)
+    lines = [line for line in refused.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 2 and all("grad_rank was 16, now 5" in line for line in lines)
+    assert "[rank1]" not in refused.stderr
+
+
 def test_gradient_batch_size_and_checkpointing_change_nothing(model_folders, exp, tmp_path):
     """Nor do they lose the diagnostics, which the library's own checkpointing once did."""
     folders = tmp_path / "one", tmp_path / "two"

@@ -12,7 +12,7 @@ from conftest import ROOT, run_script
 from test_pipeline import run_pipeline
 
 import utils
-from ads import models
+from ads import dual, models
 
 NVIDIA_SMI = """#!/bin/sh
 [ "$1" = -L ] || { echo "| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |"; exit; }
@@ -151,3 +151,11 @@ def test_freed_memory_is_kept_on_cpus_alone(monkeypatch):
     assert not called
     models.keep_freed_memory("cpu")
     assert called or sys.platform != "linux"
+
+
+def test_an_allocator_that_fails_otherwise_is_understood():
+    """On a part of a GPU (MIG) the allocator cannot ask what to put into its error, and says that instead."""
+    error = RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1165')
+    assert dual.is_out_of_memory(error) and utils.explain_fault(error).startswith("out of memory (")
+    error = RuntimeError("CUDA driver error: operation not supported")
+    assert "expandable_segments:False" in utils.explain_fault(error) and not dual.is_out_of_memory(error)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -188,3 +189,21 @@ def test_rows_that_another_machine_wrote_are_waited_for(tmp_path, monkeypatch):
     for world in (both, utils.World(0, 1, "cpu")):
         with pytest.raises(ValueError, match="lacks 1 of 3 rows .* such as c: exp_dir must be a folder that"):
             gentraces.read_rows(tmp_path, {"a", "b", "c"}, world)
+
+
+def test_contrasts_that_another_machine_wrote_are_waited_for(tmp_path, monkeypatch):
+    """As rows are: each process writes its share of the contrasts, and the main one reads them all."""
+    import gentraces
+    import utils
+    from ads import diagnostics
+    from ads.config import GenConfig
+
+    assert diagnostics.contrasts  # imported before the clock of what comes late runs
+    monkeypatch.setattr(utils.World, "barrier", lambda self: None)  # the other process is this test
+    cfg, folder = GenConfig(exp_dir=str(tmp_path), trace_name="t"), tmp_path / "parts" / "t" / "contrasts"
+    rows = [{"id": name, "prompt_ids": [1]} for name in "ab"]
+    store.write_part(folder, 0, [{"id": "a"}])
+    late = threading.Timer(0.5, store.write_part, (folder, 1, [{"id": "b"}]))
+    late.start()
+    gentraces.save_contrasts(cfg, None, None, rows, utils.World(0, 2, "cpu"))
+    assert json.loads(cfg.contrast_path.read_text())["problems"] == [{"id": "a"}, {"id": "b"}]
