@@ -521,9 +521,8 @@ def num_gpus():
         raise ValueError(
             f"this machine has {seen}, but torch {torch.__version__} ({built}) cannot use them: install one "
             "built for the driver's CUDA or an older one (for drivers of CUDA 12 the CUDA 12.6 wheels: pip "
-            f"uninstall torch, then pip install torch=={torch.__version__.split('+')[0]} with the --index-url that "
-            "pytorch.org/get-started names), or update "
-            "the driver; ACCELERATE_USE_CPU=true runs on the CPU"
+            f"uninstall torch, then pip install torch=={torch.__version__.split('+')[0]} with the --index-url "
+            "that pytorch.org/get-started names), or update the driver; ACCELERATE_USE_CPU=true runs on the CPU"
         )
     return 0
 
