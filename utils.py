@@ -518,11 +518,12 @@ def num_gpus():
         return torch._C._cuda_getDeviceCount()
     if seen := gpus_of_driver():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        version = torch.__version__.split("+")[0]
         raise ValueError(
             f"this machine has {seen}, but torch {torch.__version__} ({built}) cannot use them: install one "
             "built for the driver's CUDA or an older one (for drivers of CUDA 12 the CUDA 12.6 wheels: pip "
-            f"uninstall torch, then pip install torch=={torch.__version__.split('+')[0]} with the --index-url "
-            "that pytorch.org/get-started names), or update the driver; ACCELERATE_USE_CPU=true runs on the CPU"
+            f"uninstall torch, then pip install torch=={version} with the --index-url that "
+            "pytorch.org/get-started names), or update the driver; ACCELERATE_USE_CPU=true runs on the CPU"
         )
     return 0
 
