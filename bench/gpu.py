@@ -314,7 +314,8 @@ def draw_gradient(model):
 
 
 def draw_ids(seed, number):
-    return [random.Random(seed).randrange(1, 500) for _ in range(number)]
+    rng = random.Random(seed)
+    return [rng.randrange(1, 500) for _ in range(number)]
 
 
 def draw_rows(num_rows, prompt, max_length):
