@@ -89,7 +89,8 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         # thread_local: what other threads do, such as NCCL's, who ask how far their events are, is no error
         given = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, **given):
+        # a capture that cannot be ended would leave its stream the current one, for whatever comes after
+        with torch.cuda.stream(current), torch.cuda.graph(graph, **given):
             found = decoder.advance(*sizes)
         decoder.state_6B.copy_(before)
         graph.replay()

@@ -185,3 +185,22 @@ def test_captured_steps_sample_what_uncaptured_ones_do(forcing, capsys):
         pair = [decode(models, rule, requests(num_rows=45), 40, forcing, is_on) for is_on in (False, True)]
         same(*pair)
     assert "uncaptured" not in capsys.readouterr().out
+
+
+class BrokenGraph(torch.cuda.CUDAGraph):
+    """Its captures cannot be ended, as after an operation that breaks them."""
+
+    def capture_end(self):
+        super().capture_end()
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what is captured runs on one alone")
+def test_a_capture_that_breaks_leaves_the_stream_as_it_was(monkeypatch, capsys):
+    """torch leaves the capture's stream only once the capture has ended: all that followed ran on that one."""
+    models = Models(CachedModel(tiny_model().cuda()), None, torch.ones(V).cuda() > 0, EOS)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
+    before = torch.cuda.current_stream()
+    decode(models, GREEDY, requests(num_rows=5), 5, is_static=True)
+    assert "cuda_graph: operation failed" in capsys.readouterr().out
+    assert torch.cuda.current_stream() == before
