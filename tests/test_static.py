@@ -197,7 +197,7 @@ class BrokenGraph(torch.cuda.CUDAGraph):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what is captured runs on one alone")
 def test_a_capture_that_breaks_leaves_the_stream_as_it_was(monkeypatch, capsys):
-    """torch leaves the capture's stream only once the capture has ended: all that followed ran on that one."""
+    """torch leaves the capture's stream once the capture has ended: all that followed ran on that one."""
     models = Models(CachedModel(tiny_model().cuda()), None, torch.ones(V).cuda() > 0, EOS)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenGraph)
     before = torch.cuda.current_stream()
