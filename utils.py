@@ -746,8 +746,8 @@ def run_script(main):
         leave_world()
     except Exception as error:
         raised_at = traceback.extract_tb(error.__traceback__)[-1]
-        is_ours = Path(raised_at.filename).resolve().parent in (ROOT, ROOT / "ads", ROOT / "demo")
-        is_ours = is_ours and isinstance(error, (ValueError, FileNotFoundError, RuntimeError))
+        is_ours = isinstance(error, (ValueError, FileNotFoundError, RuntimeError))
+        is_ours = is_ours and is_of_project(raised_at.filename)
         if is_ours and raised_at.line.startswith("raise"):
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
@@ -755,6 +755,12 @@ def run_script(main):
             print(f"error: {fault}", file=sys.stderr, flush=True)
             sys.exit(1)
         raise
+
+
+def is_of_project(path):
+    """Whether a source file is a script of the project's or in a folder of its code; its .venv is not."""
+    path = Path(path).resolve()
+    return path.parent == ROOT or any(ROOT / name in path.parents for name in ("ads", "demo"))
 
 
 def stop(number, frame):

@@ -40,7 +40,10 @@ HUB = "hub:"  # begins the fingerprint of what is there
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 256
 # what only reads finished stages, or plans them
-NO_STAGE = ("grid.py", "page.py", "plots.py", "report.py", "search.py", "tradeoff.py")
+NO_STAGE = {
+    *("grid.py", "report.py", "search.py"),
+    *("ads/claims.py", "ads/page.py", "ads/plots.py", "ads/tradeoff.py"),
+}
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without flock
 
 
@@ -249,9 +252,10 @@ def git_commit():
 
 def fingerprint_code():
     """16 hex digits of the project's code that makes stages."""
-    paths = [*ROOT.glob("*.py"), *(ROOT / "ads").glob("*.py"), *(ROOT / "ads").glob("*.c")]
+    paths = [*ROOT.glob("*.py"), *(ROOT / "ads").rglob("*.py"), *(ROOT / "ads").rglob("*.c")]
+    by_name = {path.relative_to(ROOT).as_posix(): path for path in paths}
     return fingerprint_json(
-        {path.name: fingerprint_file(path) for path in paths if path.name not in NO_STAGE}
+        {name: fingerprint_file(by_name[name]) for name in sorted(by_name.keys() - NO_STAGE)}
     )
 
 

@@ -18,9 +18,9 @@ def keys(*classes):
 
 def test_every_file_it_names_exists_and_every_script_is_named():
     suffixes = r"(?:py|sh|yaml|txt)"
-    names = set(re.findall(rf"(?<![\w/.])((?:ads/|demo/)?\w+\.{suffixes})\b", README))
+    names = set(re.findall(rf"(?<![\w/.])((?:(?:ads|demo)/(?:\w+/)*)?\w+\.{suffixes})\b", README))
     assert len(names) > 20 and [name for name in names - {"NAME.yaml"} if not (ROOT / name).exists()] == []
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.yaml"), *ROOT.glob("ads/[a-z]*.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.yaml"), *ROOT.glob("ads/**/[a-z]*.py")]
     assert [path.name for path in paths if str(path.relative_to(ROOT)) not in names] == []
 
 
@@ -68,7 +68,8 @@ def test_default_grid_is_the_paper_s():
 
 def test_nothing_in_the_tree_depends_on_where_it_was_made():
     """No absolute path of a machine, no package index."""
-    for path in [*ROOT.glob("*.*"), *ROOT.glob("ads/*.py"), *ROOT.glob("tests/*.py"), ROOT / ".ci" / "run"]:
+    code = [path for folder in ("ads", "bench", "demo", "tests") for path in ROOT.glob(f"{folder}/**/*.py")]
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("docs/*.md"), *code, ROOT / ".ci" / "run"]:
         if path.is_file() and path.name != "test_readme.py":
             text = path.read_text(errors="ignore")
             assert not re.search(r"(?<![\w.])/(?:work|root|home|opt)/|files\.pythonhosted|pypi\.org", text), (

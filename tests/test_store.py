@@ -105,6 +105,18 @@ def test_work_of_other_code_is_not_mixed_and_said(tmp_path, monkeypatch):
         store.open_parts(tmp_path / "parts", {}, {})
 
 
+def test_code_in_folders_of_the_package_counts_and_names_may_recur(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    files = [tmp_path / "ads" / name for name in ("a/model.py", "b/model.py", "b/deep/kernel.c")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("before")
+    for path in files:
+        before = store.fingerprint_code()
+        path.write_text("after")
+        assert store.fingerprint_code() != before, path
+
+
 def changed_file(name, fingerprint_file, path):
     return fingerprint_file(path) + "changed" * (Path(path).name == name)
 
