@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import utils
-from utils import print0
+from ads.stage.world import print0
 
 SCRIPTS = ("gentraces.py", "save_grad.py", "distill.py")
 

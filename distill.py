@@ -17,9 +17,14 @@ import time
 from pathlib import Path
 
 import utils
-from ads import chat, store
-from ads.config import TrainConfig, ignored_keys, to_dict
-from utils import print0, print_result
+from ads import chat
+from ads.stage import files, fingerprint
+from ads.stage.config import ignored_keys, to_dict
+from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
+from ads.stage.settings import TrainConfig
+from ads.stage.sidecar import open_parts, write_sidecar
+from ads.stage.world import print0
+from utils import print_result
 
 NUM_COMPARED, COMPARED_TOKENS = 3, 256  # sequences, and tokens of each, that a saved student is checked on
 CPU_BATCH = 2  # per_device_batch_size: auto. More sequences at once gain nothing on a CPU (bench/RESULTS.md)
@@ -35,12 +40,12 @@ def main(arguments):
 def fingerprint_inputs(cfg):
     """What the student depends on besides the settings."""
     inputs = {
-        "student": store.fingerprint_model(cfg.student),
-        "tokenizer": store.fingerprint_tokenizer(cfg.tokenizer or cfg.student),
-        "train_traces": store.fingerprint_existing(cfg.train_traces, "make it with gentraces.py"),
+        "student": fingerprint_model(cfg.student),
+        "tokenizer": fingerprint_tokenizer(cfg.tokenizer or cfg.student),
+        "train_traces": fingerprint_existing(cfg.train_traces, "make it with gentraces.py"),
     }
     if cfg.do_eval:
-        inputs["holdout_traces"] = store.fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py")
+        inputs["holdout_traces"] = fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py")
     return inputs
 
 
@@ -54,8 +59,8 @@ def distil(cfg, inputs, world):
     train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
     numerics = resolve_numerics(cfg, world.device)
-    made_with = numerics | {"sequences": store.fingerprint_json([train, holdout])}
-    world.ask_main(store.open_parts, cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
+    made_with = numerics | {"sequences": fingerprint.fingerprint_json([train, holdout])}
+    world.ask_main(open_parts, cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
     memory.check_distillation(cfg, train, memory.room(world.device), world.size)
     model = load_student(cfg, tokenizer, world.device)
@@ -174,7 +179,7 @@ def resolve_numerics(cfg, device):
     from ads.models import resolve_dtype
 
     dtype = resolve_dtype(cfg.dtype, device)
-    can_flash = device != "cpu" and store.importable("flash-attn") and dtype.itemsize == 2
+    can_flash = device != "cpu" and fingerprint.importable("flash-attn") and dtype.itemsize == 2
     attention = (
         "flash_attention_2" if cfg.attn_implementation == "auto" and can_flash else cfg.attn_implementation
     )
@@ -334,7 +339,7 @@ def save_student(cfg, model, tokenizer, device, rows):
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.config.use_cache = True
-    with store.atomic_folder(cfg.model_path / "final") as folder:
+    with files.atomic_folder(cfg.model_path / "final") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         check_saved(cfg, model, folder, device, rows)
@@ -368,12 +373,10 @@ def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
         "holdout_loss": holdout_losses[-1][1] if holdout_losses else None,
     }
     entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
-    store.append_jsonl(Path(cfg.exp_dir) / "metadata" / "model_registry.jsonl", entry)
+    files.append_jsonl(Path(cfg.exp_dir) / "metadata" / "model_registry.jsonl", entry)
     curves = {"train": losses, "holdout": holdout_losses}
     outputs = [cfg.model_path / "final"]
-    store.write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **made_with
-    )
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **made_with)
     for path in cfg.leftovers:
         shutil.rmtree(path)
     print_result(model_name=cfg.model_name, model=str(cfg.model_path / "final"), **stats)

@@ -16,9 +16,14 @@ import time
 from pathlib import Path
 
 import utils
-from ads import chat, grading, store
-from ads.config import GenConfig, ignored_keys, to_dict
-from utils import print0, print_result
+from ads import chat, grading
+from ads.stage import files, fingerprint
+from ads.stage.config import ignored_keys, to_dict
+from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
+from ads.stage.settings import GenConfig
+from ads.stage.sidecar import open_parts, write_sidecar
+from ads.stage.world import print0
+from utils import print_result
 
 LOADED = []  # (settings, what load_models() gave) of the last stage of this process
 PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
@@ -33,20 +38,18 @@ def main(arguments):
 def fingerprint_inputs(cfg):
     """What the traces depend on besides the settings."""
     inputs = {
-        "teacher": store.fingerprint_model(cfg.teacher),
-        "tokenizer": store.fingerprint_tokenizer(cfg.tokenizer or cfg.teacher),
+        "teacher": fingerprint_model(cfg.teacher),
+        "tokenizer": fingerprint_tokenizer(cfg.tokenizer or cfg.teacher),
         "data": utils.fingerprint_data(cfg.data_split, cfg.data_dir),
     }
     if cfg.has_delta:
-        inputs["proxy_student"] = store.fingerprint_model(cfg.proxy_student)
-        inputs["gradient"] = store.fingerprint_existing(cfg.grad_path, "make it with save_grad.py")
+        inputs["proxy_student"] = fingerprint_model(cfg.proxy_student)
+        inputs["gradient"] = fingerprint_existing(cfg.grad_path, "make it with save_grad.py")
     if cfg.one_step:
-        inputs["proxy_student"] = store.fingerprint_model(cfg.proxy_student)
-        inputs["holdout_traces"] = store.fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py")
+        inputs["proxy_student"] = fingerprint_model(cfg.proxy_student)
+        inputs["holdout_traces"] = fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py")
     if cfg.few_shot:
-        inputs["few_shot_traces"] = store.fingerprint_existing(
-            cfg.few_shot_traces, "make it with gentraces.py"
-        )
+        inputs["few_shot_traces"] = fingerprint_existing(cfg.few_shot_traces, "make it with gentraces.py")
     return inputs
 
 
@@ -58,8 +61,8 @@ def generate_traces(cfg, inputs, world):
     found = utils.load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
     problems = leave_out_unanswered(found)
     prompts = render_prompts(cfg, tokenizer, problems)
-    made_with = resolve_numerics(cfg, world.device) | {"prompts": store.fingerprint_json(prompts)}
-    world.ask_main(store.open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
+    made_with = resolve_numerics(cfg, world.device) | {"prompts": fingerprint.fingerprint_json(prompts)}
+    world.ask_main(open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
     vocabulary = check_vocabulary(cfg, tokenizer) if cfg.has_delta or cfg.one_step else None
     models, notes = models_of(cfg, inputs, tokenizer, vocabulary, world)
@@ -207,7 +210,7 @@ def load_proxy(cfg, tokenizer, vocabulary, device):
     from ads.models import load_model
 
     grad_path = Path(cfg.grad_path)
-    file = gradient.open_checked(grad_path, store.fingerprint_model(cfg.proxy_student))
+    file = gradient.open_checked(grad_path, fingerprint_model(cfg.proxy_student))
     way = f"twice, as theta +- {cfg.eps:g} g" if cfg.eps else "once, to differentiate along g"
     print0(f"loading {cfg.proxy_student} {way} (direction: {cfg.direction})")
     models = [
@@ -288,7 +291,7 @@ def choose_rows(cfg, models, forcing, requests, world):
 
 def read_rows(folder, ids, world):
     """{id: row} of all rows that the processes have put into parts; ValueError when some do not turn up."""
-    rows = store.read_parts(folder)
+    rows = files.read_parts(folder)
     last_look = time.monotonic() + (LATE_SECONDS if world.size > 1 else 0)
     while missing := ids - rows.keys():
         if time.monotonic() > last_look:
@@ -297,7 +300,7 @@ def read_rows(folder, ids, world):
                 f"{min(missing)}: exp_dir must be a folder that all machines of a run share; run again"
             )
         time.sleep(2)
-        rows = store.read_parts(folder)
+        rows = files.read_parts(folder)
     return rows
 
 
@@ -364,7 +367,7 @@ def decode_to_parts(cfg, models, forcing, requests, to_row, world, batch_size):
     from ads.engine import generate
 
     folder = cfg.parts_dir / "traces"
-    done = world.share(set(store.read_parts(folder)) if world.is_main else None)
+    done = world.share(set(files.read_parts(folder)) if world.is_main else None)
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
     if len(mine) < len(requests) // world.size:
         print0(f"{len(done)} of {len(requests)} rows are there from an earlier run")
@@ -382,11 +385,11 @@ def decode_to_parts(cfg, models, forcing, requests, to_row, world, batch_size):
                 progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
                 progress.update()
                 if len(rows) >= part_rows or time.monotonic() - written > PART_SECONDS:
-                    store.write_part(folder, world.rank, rows)
+                    files.write_part(folder, world.rank, rows)
                     rows, written = [], time.monotonic()
     finally:  # stopped, or another row failed: what is finished is kept
         if rows:
-            store.write_part(folder, world.rank, rows)
+            files.write_part(folder, world.rank, rows)
     return num_tokens
 
 
@@ -410,7 +413,7 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
     from ads import diagnostics
 
     folder = cfg.parts_dir / "contrasts"
-    done = store.read_parts(folder)
+    done = files.read_parts(folder)
     mine = [
         {**row, "max_new_tokens": cfg.max_length - len(row["prompt_ids"])}
         for row in rows[world.rank :: world.size]
@@ -420,12 +423,12 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
         num_slots = len(mine) if cfg.batch_size == "auto" else min(cfg.batch_size, len(mine))
         rule = sampling_rule(cfg)
         found = diagnostics.contrasts(models, rule, cfg.seed, tokenizer, mine, is_correct, num_slots)
-        store.write_part(folder, world.rank, found)
+        files.write_part(folder, world.rank, found)
     world.barrier()
     if world.is_main:
         done = read_rows(folder, {row["id"] for row in rows}, world)
         problems = [done[row["id"]] for row in rows]
-        store.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
+        files.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
 
 
 def is_correct(row, text):
@@ -454,9 +457,9 @@ def save_traces(cfg, rows):
     from datasets import Dataset
 
     dataset = Dataset.from_list(rows)
-    with store.atomic_folder(cfg.traces_path) as folder:
+    with files.atomic_folder(cfg.traces_path) as folder:
         dataset.save_to_disk(str(folder))
-    with store.atomic_path(cfg.parquet_path) as path:
+    with files.atomic_path(cfg.parquet_path) as path:
         dataset.to_parquet(str(path))
 
 
@@ -490,9 +493,9 @@ def accuracy(rows, column):
 def finish(cfg, inputs, stats, notes, seconds):
     """Registry, sidecar (last), and only then away with the parts."""
     entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
-    store.append_jsonl(Path(cfg.exp_dir) / "metadata" / "trace_registry.jsonl", entry)
+    files.append_jsonl(Path(cfg.exp_dir) / "metadata" / "trace_registry.jsonl", entry)
     outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
     shutil.rmtree(cfg.parts_dir)
     print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
 

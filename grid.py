@@ -13,7 +13,7 @@ import random
 import sys
 from pathlib import Path
 
-from ads.config import DIRECTIONS
+from ads.stage.settings import DIRECTIONS
 
 # The paper's models reach 70 % teacher accuracy on GSM8K at lam of about 0.03.
 EPS = "0"  # the exact derivative (docs/delta.md); above 0: central difference

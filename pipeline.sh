@@ -106,7 +106,7 @@ choose_processes() {
 count_gpus() {
   num_gpus=0
   if [[ "$may_have_gpus" == 1 || "${NPROC:-1}" != 1 ]]; then
-    num_gpus="$(in_python utils.num_gpus)" || exit 2
+    num_gpus="$(in_python world.num_gpus)" || exit 2
   fi
   [[ "$num_gpus" != 0 ]] || require_processes
   NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}"
@@ -133,7 +133,7 @@ choose_launcher() {
 }
 
 # All stages, of this run and of later ones, take what is of the hub at the commits that this file records
-# (ads/store.py); those of a dry run record theirs in a copy.
+# (ads/stage/hub.py); those of a dry run record theirs in a copy.
 choose_commits() {
   export HUB_RECORD="$EXP_DIR/hub.yaml"
   if [[ "$dry_run" == 1 ]]; then
@@ -144,13 +144,13 @@ choose_commits() {
     [[ ! -f "$HUB_RECORD" ]] || cp "$HUB_RECORD" "$copy"
     HUB_RECORD="$copy/hub.yaml"
   elif [[ -f "$HUB_RECORD" ]]; then
-    in_python store.print_moved "$EXP_DIR"
+    in_python hub.print_moved "$EXP_DIR"
   fi
 }
 
-# in_python FUNCTION WORDS...: one of utils or of ads/store.py; what it gives is printed.
+# in_python FUNCTION WORDS...: one of ads/stage/; what it gives is printed.
 in_python() {
-  PYTHONPATH="$here" python -c "import utils; from ads import store
+  PYTHONPATH="$here" python -c "import utils; from ads.stage import hub, inputs, world
 utils.run_script(lambda words: (found := $1(*words)) is None or print(found))" "${@:2}"
 }
 
@@ -276,7 +276,7 @@ run_point() {
   run_wanted "$point" || return
   # a launcher may leave with 0 although a stage failed
   if [[ "$KEEP_STUDENTS" == 0 && "$dry_run" == 0 && -d "$student" && -f "$EXP_DIR/traces/eval_student_$point.yaml" ]]; then
-    in_python store.delete_student "$student"
+    in_python inputs.delete_student "$student"
   fi
 }
 

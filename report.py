@@ -18,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import utils
-from ads import claims, delta_table, page, plots, store, tradeoff
-from ads.config import LEAST_COSINE, GenConfig, GradConfig, TrainConfig, expand_home, ignored_keys, to_dict
+from ads import claims, delta_table, page, plots, tradeoff
 from ads.delta_table import LEAST_CORRELATION
+from ads.stage import files, fingerprint, hub
+from ads.stage.config import ignored_keys, to_dict
+from ads.stage.inputs import fingerprint_model
+from ads.stage.settings import LEAST_COSINE, GenConfig, GradConfig, TrainConfig, expand_home
+from ads.stage.world import print0
 from ads.tradeoff import (
     ARMS,
     ONE_SEED,
@@ -35,7 +39,7 @@ from ads.tradeoff import (
     show_setting,
     values_of,
 )
-from utils import print0, print_result
+from utils import print_result
 
 SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")  # and direction, which old sidecars lack
 TRACE_KEYS = ("exp_dir", "teacher", "is_teacher", "data_split", "few_shot", *SAMPLING_KEYS)
@@ -111,17 +115,17 @@ def main(arguments):
     print0(*filter(None, sentences), sep="\n")
 
     utils.prepare_exp_dir(folder)
-    with store.stage_lock(folder if folder.parent != exp_dirs[0] else exp_dirs[0], "report"):
-        store.write_text(folder / "results.csv", to_csv(results(points, baselines)))
-        store.write_text(folder / "comparisons.csv", to_csv(map(comparison, matches)))
-        store.write_text(folder / "claims.csv", to_csv(map(claim_line, claimed)))
+    with files.stage_lock(folder if folder.parent != exp_dirs[0] else exp_dirs[0], "report"):
+        files.write_text(folder / "results.csv", to_csv(results(points, baselines)))
+        files.write_text(folder / "comparisons.csv", to_csv(map(comparison, matches)))
+        files.write_text(folder / "claims.csv", to_csv(map(claim_line, claimed)))
         panels = plots.make_panels(curves, baselines, matches)
         plots.write_plots(folder, panels, plot_title(curves, baselines))
-        store.write_text(
+        files.write_text(
             folder / "report.md",
             to_markdown(exp_dirs, experiments, rows, notes, sentences, matches, tables, panels),
         )
-        store.write_text(
+        files.write_text(
             folder / "report.html",
             to_page(experiments, points, baselines, notes, curves, matches, claimed, panels),
         )
@@ -187,7 +191,7 @@ def load_experiments(paths):
 def without_commit(sidecar):
     """Fingerprints of what a stage took from the hub that do not tell the commit."""
     found = (sidecar.get("inputs") or {}).values()
-    return [text for text in map(str, found) if text.startswith(store.HUB) and "@" not in text]
+    return [text for text in map(str, found) if text.startswith(hub.HUB) and "@" not in text]
 
 
 def load_experiment(path):
@@ -202,7 +206,7 @@ def load_experiment(path):
 
 def load_sidecar(path, config_keys):
     """A sidecar; ValueError if the file is none or its config lacks a key."""
-    sidecar = store.read_yaml(path)
+    sidecar = files.read_yaml(path)
     parts = [sidecar.get(part) for part in ("config", "stats")]
     parts += [sidecar.get(part) or {} for part in ("inputs", "outputs")]  # old ones have none
     if not all(isinstance(part, dict) for part in parts):
@@ -278,7 +282,7 @@ def plain(value):
 def model_name(sidecar, key):
     """The short name of a stage's model; of the hub without its commit, which counts by fingerprint."""
     name = sidecar["config"][key]
-    is_of_hub = str((sidecar.get("inputs") or {}).get(key)).startswith(store.HUB)
+    is_of_hub = str((sidecar.get("inputs") or {}).get(key)).startswith(hub.HUB)
     return short_name((name.partition("@")[0] or name) if is_of_hub else name)
 
 
@@ -401,7 +405,7 @@ def setting_columns(stages):
         own = OWN_COLUMNS.get(stage, ())
         columns |= {f"{stage}.{key}": value for key, value in found.items() if key not in own}
     recipe = {key: value for key, value in columns.items() if key.startswith("model.")}
-    return columns | ({"recipe": store.fingerprint_json(recipe)[:8]} if recipe else {})
+    return columns | ({"recipe": fingerprint.fingerprint_json(recipe)[:8]} if recipe else {})
 
 
 def stage_files(stage, stages):
@@ -738,7 +742,7 @@ def read_answers(stage):
 
 def is_demo(experiments):
     """Whether anything was made with the models that are part of this repository, as they are now."""
-    shipped = {store.fingerprint_model(str(path.parent)) for path in DEMO_MODELS.glob("*/config.json")}
+    shipped = {fingerprint_model(str(path.parent)) for path in DEMO_MODELS.glob("*/config.json")}
     read = [sidecar.get("inputs") or {} for e in experiments for sidecar in sidecars_of(e)]
     return any(shipped & {str(inputs.get(name)) for name in ("teacher", "student")} for inputs in read)
 

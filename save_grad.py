@@ -11,9 +11,14 @@ import time
 from pathlib import Path
 
 import utils
-from ads import chat, store
-from ads.config import GradConfig, to_dict
-from utils import print0, print_result
+from ads import chat
+from ads.stage import files
+from ads.stage.config import to_dict
+from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
+from ads.stage.settings import GradConfig
+from ads.stage.sidecar import write_sidecar
+from ads.stage.world import is_main_process, print0
+from utils import print_result
 
 LOSS_WEIGHTING = "mean over sequences of the mean over response tokens, eos included"
 
@@ -26,9 +31,9 @@ def main(arguments):
 def fingerprint_inputs(cfg):
     """What the gradient depends on besides the settings."""
     return {
-        "proxy_student": store.fingerprint_model(cfg.proxy_student),
-        "holdout_traces": store.fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py"),
-        "tokenizer": store.fingerprint_tokenizer(traces_tokenizer(cfg)),
+        "proxy_student": fingerprint_model(cfg.proxy_student),
+        "holdout_traces": fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py"),
+        "tokenizer": fingerprint_tokenizer(traces_tokenizer(cfg)),
     }
 
 
@@ -141,7 +146,7 @@ def load_sequences(cfg):
 def traces_tokenizer(cfg):
     """Name of the tokenizer whose ids the holdout traces hold: as configured, else as their sidecar says."""
     sidecar = Path(cfg.holdout_traces).with_suffix(".yaml")
-    made_with = store.read_yaml(sidecar)["config"] if sidecar.is_file() else {}
+    made_with = files.read_yaml(sidecar)["config"] if sidecar.is_file() else {}
     name = cfg.tokenizer or made_with.get("tokenizer") or made_with.get("teacher")
     if name is None:
         raise ValueError(f"{sidecar} is not there to name the tokenizer of the traces: set tokenizer")
@@ -166,7 +171,7 @@ def check_ids(sequences, num_rows, cfg):
 def progress_bar(batches):
     from tqdm import tqdm
 
-    return tqdm(batches, desc="gradient", unit="batch", disable=not utils.is_main_process(), mininterval=2)
+    return tqdm(batches, desc="gradient", unit="batch", disable=not is_main_process(), mininterval=2)
 
 
 def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
@@ -182,7 +187,7 @@ def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
         **stats,
     }
     gradient.save(cfg.grad_path, compressed, metadata)
-    store.write_sidecar(
+    write_sidecar(
         cfg.sidecar_path,
         to_dict(cfg),
         inputs,

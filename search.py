@@ -20,9 +20,12 @@ from pathlib import Path
 
 import gentraces
 import utils
-from ads import store
-from ads.config import GenConfig, SearchConfig, ignored_keys, load_config, to_dict
-from utils import ROOT, print0, print_result
+from ads.stage import files, hub
+from ads.stage.config import ignored_keys, load_config, to_dict
+from ads.stage.settings import GenConfig, SearchConfig
+from ads.stage.sidecar import is_finished
+from ads.stage.world import print0, world_size
+from utils import ROOT, print_result
 
 NARROW = 0.05  # width of a bracket, relative to its upper end, that is not searched further
 ROUNDING = 1e-9  # 0.71 - 0.70 is above 0.01
@@ -43,15 +46,15 @@ REMEDIES = {
 
 def main(arguments):
     cfg, words = parse(arguments)
-    store.read_commits(stages_dir(cfg))
+    hub.read_commits(stages_dir(cfg))
     check_stages(cfg, words)
     utils.prepare_exp_dir(cfg.exp_dir)
-    store.record_commits(stages_dir(cfg))
-    with store.stage_lock(cfg.exp_dir, f"search-{cfg.output}"):
+    hub.record_commits(stages_dir(cfg))
+    with files.stage_lock(cfg.exp_dir, f"search-{cfg.output}"):
         matches = [match for arm in cfg.arm_names for match in search_arm(arm, cfg, words)]
         lines = [line for match in matches for line in match_lines(match, cfg, words)]
         header = [f"# {shlex.join(['search.py', *arguments])}", "# tau lam eps [direction]"]
-        store.write_text(cfg.output_path, "\n".join([*header, *lines, ""]))
+        files.write_text(cfg.output_path, "\n".join([*header, *lines, ""]))
     print0(*lines, sep="\n")
     print_result(output=str(cfg.output_path), matches=[match_record(match, cfg) for match in matches])
     if any(match.outcome in REMEDIES for match in matches):
@@ -71,7 +74,7 @@ def parse(arguments):
 
 def check_stages(cfg, words):
     """What would fail at the first stage, or at the last, fails here."""
-    if store.world_size() > 1:
+    if world_size() > 1:
         raise ValueError(
             "search.py is one process: give the launcher as launch='...', it starts gentraces.py"
         )
@@ -214,9 +217,9 @@ def evaluate_stage(arm, cfg, words, x):
     point = make_point(arm, x, cfg)
     stage = stage_config(point, cfg, words)
     inputs = gentraces.fingerprint_inputs(stage)
-    if not store.is_finished(stage.sidecar_path, to_dict(stage), inputs, ignored_keys(stage)):
+    if not is_finished(stage.sidecar_path, to_dict(stage), inputs, ignored_keys(stage)):
         run_stage(point, cfg, words)
-    stats = store.read_yaml(stage.sidecar_path)["stats"]
+    stats = files.read_yaml(stage.sidecar_path)["stats"]
     accuracy = stats[cfg.rule]
     measured = Measured(accuracy["accuracy"], accuracy["low"], accuracy["high"], stats["n"])
     print0(f"{point.name}: {cfg.rule} {measured}")

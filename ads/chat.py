@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
-from ads import store
+from ads.stage import errors, hub
 
 SYSTEM_PROMPT = "You are a helpful assistant. Reason step by step and put your final answer within \\boxed{}."
 FORCE_TEXT = "\n\n**Final Answer**\n\\[\\boxed{"
@@ -35,11 +35,11 @@ def load_tokenizer(name, need_chat_template=True):
     """The tokenizer `name` (folder or hub name); ValueError when it has no usable chat template or no eos."""
     from transformers import AutoTokenizer
 
-    where, commit = store.locate(name, "tokenizer")
+    where, commit = hub.locate(name, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=commit)
     except Exception as error:  # whatever a folder that does not hold together makes the library raise
-        raise ValueError(f"tokenizer {name!r} could not be loaded: {store.reason(error)}") from error
+        raise ValueError(f"tokenizer {name!r} could not be loaded: {errors.reason(error)}") from error
     if need_chat_template and not tokenizer.chat_template:
         raise ValueError(
             f"tokenizer {name!r} has no chat template: set tokenizer to one of the family that has"

@@ -31,9 +31,10 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from ads import native, store
+from ads import native
 from ads.cache import Placement, SlotCache
 from ads.gradient import Factors, dense
+from ads.stage import errors
 
 ATTENTION = "dual"
 IN_PLACE = ("__iadd__", "add_", "__isub__", "sub_")
@@ -124,7 +125,7 @@ def make_checked(model, read_gradient):
         if is_out_of_memory(error):
             raise
         raise ValueError(
-            f"the exact Delta does not cover model type {kind!r} ({store.reason(error)}): set eps above 0"
+            f"the exact Delta does not cover model type {kind!r} ({errors.reason(error)}): set eps above 0"
         ) from error
     slack = 1e-3 if table.dtype == torch.float32 else 0.5
     is_right = (values_V - logits_V).norm() <= slack * (logits_V - logits_V.mean()).norm()

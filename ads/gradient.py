@@ -13,8 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ads import chat, matmul, sampling, store
+from ads import chat, matmul, sampling
 from ads.loss import collate, token_losses
+from ads.stage import files
+from ads.stage.sidecar import at_a_commit, is_unrecorded
 
 OVERSAMPLING = 8  # more columns than the rank in the sketch of a matrix
 NUM_POWER_ITERATIONS = 2  # they sharpen the sketch where singular values fall off slowly
@@ -238,7 +240,7 @@ def save(path, compressed, metadata):
     for name, g in compressed.items():
         parts = {".left": g.left, ".right": g.right} if isinstance(g, Factors) else {"": g}
         tensors |= {name + part: tensor.cpu().contiguous() for part, tensor in parts.items()}
-    with store.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={METADATA: json.dumps(metadata)})
 
 
@@ -271,13 +273,13 @@ def open_checked(path, proxy_fingerprint):
     if "proxy_fingerprint" not in metadata:
         raise ValueError(f"{path} holds no proxy gradient: {remedy}")
     made_for = metadata["proxy_fingerprint"]
-    if store.is_unrecorded(made_for, proxy_fingerprint):
+    if is_unrecorded(made_for, proxy_fingerprint):
         print(f"WARNING: gradient {path}: at which commit of {made_for} was not recorded", flush=True)
     elif made_for != proxy_fingerprint:
         differences = f"contents {made_for!r}, now {proxy_fingerprint!r}"
         raise ValueError(
             f"gradient {path} belongs to another proxy ({metadata['proxy_student']}, {differences}): "
-            f"set proxy_student to it, or {remedy}" + store.at_a_commit([differences])
+            f"set proxy_student to it, or {remedy}" + at_a_commit([differences])
         )
     return file
 

@@ -19,8 +19,9 @@ import warnings
 
 import torch
 
-from ads import decoder, store
+from ads import decoder
 from ads.dual import is_out_of_memory
+from ads.stage import errors
 
 LEAST_SHARE = 0.9  # of tokens that a captured and an uncaptured step choose alike: sums may round otherwise
 
@@ -59,7 +60,7 @@ class Graphs:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            reason = store.reason(error)
+            reason = errors.reason(error)
         decoder.state_6B.copy_(before)
         wanted = decoder.advance(*sizes)  # last, so that the caches are as if nothing had been captured
         if reason is None and not (

@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 
-from ads import decoder, dual, matmul, models, store
+from ads import decoder, dual, matmul, models
+from ads.stage import errors
 
 FILLING = 0.3  # what adapters that are tried out add to a layer's output, about
 
@@ -48,7 +49,7 @@ def add_adapters(model, cfg):
     except Exception as error:  # whatever PEFT raises for modules, and modules for being replaced
         if dual.is_out_of_memory(error):
             raise
-        problem = f"adapters do not work in a {kind!r} model ({store.reason(error)})"
+        problem = f"adapters do not work in a {kind!r} model ({errors.reason(error)})"
         raise ValueError(f"student {cfg.student}: {problem}; set lora=false") from error
     if not decoder.agrees(merged_TV, beside_TV):
         problem = f"adapters cannot be merged into the weights of a {kind!r} model: its logits would change"

@@ -62,13 +62,13 @@ def read_sizes(name):
     """The Sizes of a model, a folder or of the hub."""
     from transformers import AutoConfig
 
-    from ads import store
+    from ads.stage import errors, hub
 
-    where, commit = store.locate(name, "model")
+    where, commit = hub.locate(name, "model")
     try:
         sizes = sizes_of(AutoConfig.from_pretrained(where, revision=commit))
     except Exception as error:  # whatever the library makes of a config.json that does not hold together
-        raise ValueError(f"model {name!r}: no sizes in its config.json ({store.reason(error)})") from error
+        raise ValueError(f"model {name!r}: no sizes in its config.json ({errors.reason(error)})") from error
     return replace(sizes, name=name)
 
 

@@ -17,9 +17,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoCo
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ads import decoder, dual, memory, store
+from ads import decoder, dual, memory
 from ads.cache import Pages, Placement, SlotCache, Slots
 from ads.dual import TRIED, is_out_of_memory
+from ads.stage import errors, hub
+from ads.stage.inputs import check_no_adapter
 
 # Settings of torch for CUDA, which all who build models need; on a CPU they change nothing. cuDNN's attention
 # makes a plan for each new shape, in which time other kernels do many steps. Sums of a product's parts stay
@@ -43,8 +45,8 @@ def load_model(name, dtype, device, attn_implementation="auto"):
     dtype "auto" is bfloat16 on CUDA, float32 elsewhere; attention "auto" is the library's choice.
     """
     attention = None if attn_implementation == "auto" else attn_implementation
-    store.check_no_adapter(name)
-    where, commit = store.locate(name, "model")
+    check_no_adapter(name)
+    where, commit = hub.locate(name, "model")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             where,
@@ -56,7 +58,7 @@ def load_model(name, dtype, device, attn_implementation="auto"):
             use_safetensors=True,  # no pickle
         )
     except Exception as error:  # whatever a folder that does not hold together makes the library raise
-        raise ValueError(f"model {name!r} could not be loaded: {store.reason(error)}") from error
+        raise ValueError(f"model {name!r} could not be loaded: {errors.reason(error)}") from error
     check_weights(name, report)
     return model.to(device).eval()
 
@@ -201,7 +203,7 @@ def flaw_of_batch(model, dtype, longest):
     except Exception as error:  # whatever a family raises
         if is_out_of_memory(error):
             raise
-        return store.reason(error)
+        return errors.reason(error)
     wanted_CV = torch.stack([part.logits[0, -1] for part in parts])
     if not wanted_CV.isfinite().all():
         raise ValueError(f"logits of the {model.config.model_type!r} model are not finite: check its weights")
@@ -299,7 +301,7 @@ class CachedModel:
         except Exception as error:  # whatever a family raises that is not made to be called like this
             if is_out_of_memory(error):
                 raise
-            raise ValueError(self.refusal(store.reason(error))) from error
+            raise ValueError(self.refusal(errors.reason(error))) from error
         if not self.bytes_per_position:
             raise ValueError(self.refusal("it keeps no keys and values in the cache it is given"))
         if not is_right(found, wanted):
@@ -389,7 +391,7 @@ class CachedModel:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            return store.reason(error)
+            return errors.reason(error)
         finally:
             self.cache = None
         found = dual.rows(found, 0, 1) if isinstance(found, dual.Dual) else found[:1]

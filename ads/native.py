@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from ads.cache import LANES, PAGE, Pages, whole
-from ads.config import native_setting
+from ads.stage.config import native_setting
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = "-std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -shared -fPIC"

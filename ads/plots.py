@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ads import store, tradeoff
+from ads import tradeoff
+from ads.stage import files
 from ads.tradeoff import ARMS, RULES, SYMBOLS
 
 # Okabe and Ito's colours, safe for colour-blind readers, and one marker an arm
@@ -337,7 +338,7 @@ def write_plots(folder, panels, title):
             if drawn:
                 figure = compose(drawn, title)
                 for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-                    with store.atomic_path(folder / f"{name}.{kind}") as path:
+                    with files.atomic_path(folder / f"{name}.{kind}") as path:
                         figure.savefig(path, format=kind, dpi=160, metadata=metadata)
                     figure.set_layout_engine("none")  # laid out once: it is half of the time
 

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ads import dual, gradient, sampling
-from ads.config import LEAST_COSINE
 from ads.models import CachedModel, each_slot
+from ads.stage.settings import LEAST_COSINE
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ads import agreement, delta_table, gradient
-from ads.config import GradConfig
 from ads.models import load_model
+from ads.stage.settings import GradConfig
 
 DTYPES = ("float32", "bfloat16")
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill
 from ads import chat, lora
-from ads.config import TrainConfig
-from utils import World
+from ads.stage.settings import TrainConfig
+from ads.stage.world import World
 
 WAYS = ("plain", "unmerged", "sorted")
 

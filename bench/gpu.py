@@ -40,7 +40,8 @@ from decode_delta import random_gradient
 
 import utils
 from ads import engine, gradient, memory, models, proxy, sampling
-from ads.config import GenConfig, GradConfig, TrainConfig
+from ads.stage.settings import GenConfig, GradConfig, TrainConfig
+from ads.stage.world import World, num_gpus
 
 RANK, EPS, LAM = 16, 1e-3, 0.03
 SMALL_EPS, SMALL_LAM = 1e-2, 10.0  # by which a small model's traces change, in float32 without much noise
@@ -71,7 +72,7 @@ FIGURES = ("tokens_per_second", "ms_per_step", "floor_ms", "peak_gb", "plan_gb",
 
 def main(arguments):
     is_tiny = parse(arguments).tiny
-    device = "cuda" if not is_tiny and utils.num_gpus() else "cpu"
+    device = "cuda" if not is_tiny and num_gpus() else "cpu"
     if device == "cpu" and not is_tiny:
         sys.exit("error: no CUDA device: bash bench/gpu.sh --tiny runs the same on a CPU with tiny models")
     rows, scale = {}, TINY if is_tiny else PAPER
@@ -238,7 +239,7 @@ def measure_distillation(scale, device):
     import distill
     from ads import lora
 
-    sequences, world = draw_sequences(scale), utils.World(0, 1, device)
+    sequences, world = draw_sequences(scale), World(0, 1, device)
     longest = max(len(s.ids) for s in sequences)
     by_ids = {tuple(s.ids): s for s in sequences}
     examples = [

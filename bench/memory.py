@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distill
 import utils
 from ads import memory
-from ads.config import GenConfig, GradConfig, TrainConfig, load_config
+from ads.stage.config import load_config
+from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
 RANK = 16
 COLUMNS = ("weights", "gradient", "optimizer", "caches", "activations", "logits")

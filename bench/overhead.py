@@ -4,7 +4,7 @@
         proxy_student=demo/models/proxy grad_path=runs/demo/student_grads.safetensors \\
         data_split=arithmetic_train lam=8 tau=0.4 max_length=200 max_prompt_length=100 batch_size=300
 
-Runs gentraces.py with these arguments, in this process, and times what ads/store.py does on the way: settings
+Runs gentraces.py with these arguments, in this process, and times what ads/stage/ does on the way: settings
 and fingerprints of inputs are compared, finished rows written in parts with checksums and read again, files
 flushed to the disk and renamed, outputs fingerprinted. Not counted: writing the dataset itself. Prints a
 table and one JSON line.
@@ -21,7 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gentraces
-from ads import store
+from ads.stage import files, fingerprint, hub, inputs, sidecar
+
+PROJECT = ("ads", "gentraces", "utils")
 
 
 class Clock:
@@ -45,11 +47,14 @@ class Clock:
 
 def main():
     clock = Clock()
-    for name, function in inspect.getmembers(store, inspect.isfunction):
-        if function.__module__ == store.__name__:
-            is_context = hasattr(function, "__wrapped__")
-            wrap = wrap_context if is_context else wrap_call
-            setattr(store, name, functools.wraps(function)(functools.partial(wrap, clock, name, function)))
+    ours = files, fingerprint, hub, inputs, sidecar
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in PROJECT]
+    for module in modules:
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ in {of.__name__ for of in ours}:
+                is_context = hasattr(function, "__wrapped__")
+                wrap = functools.partial(wrap_context if is_context else wrap_call, clock, name, function)
+                setattr(module, name, functools.wraps(function)(wrap))
     start = time.perf_counter()
     gentraces.main(sys.argv[1:])
     wall = time.perf_counter() - start

@@ -27,7 +27,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
-from ads import arithmetic, chat, sampling, store
+from ads import arithmetic, chat, sampling
+from ads.stage import files
+from ads.stage.world import num_cpus
 from utils import print_result
 
 OUT = Path(__file__).resolve().parent / "models"
@@ -97,7 +99,7 @@ def main(arguments):
     except ValueError:
         raise ValueError(f"seed={settings['seed']}, scale={settings['scale']}: must be numbers") from None
     jobs = [(name, out, seed, scale) for name in PHASES]
-    with multiprocessing.get_context("spawn").Pool(min(len(jobs), utils.num_cpus())) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), num_cpus())) as pool:
         reached = pool.starmap(make_model, jobs, chunksize=1)
     shutil.rmtree(out / "unfinished", ignore_errors=True)
     print_result(**dict(zip(PHASES, reached, strict=True)))
@@ -111,7 +113,7 @@ def make_model(name, out, seed, scale):
     model = new_model(name, tokenizer, seed)
     train(name, model, tokenizer, out / "unfinished", seed, scale)
     model.half()
-    with store.atomic_folder(out / name) as folder:
+    with files.atomic_folder(out / name) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     reached = evaluate(model.float().eval(), tokenizer, seed)
@@ -299,7 +301,7 @@ def save_checkpoint(path, model, optimizer, **position):
     tensors = {f"model.{name}": p.detach().clone() for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-    with store.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={key: str(value) for key, value in position.items()})
 
 

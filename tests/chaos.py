@@ -27,7 +27,8 @@ from conftest import ROOT, byte_tokenizer, save_folder, tiny_model
 from test_pipeline import pipeline_environment
 
 import utils
-from ads import store
+from ads.stage import files
+from ads.stage.sidecar import read_sidecar
 
 POINTS = ("0.8,0,0", "0.8,0.05,0")
 SETTINGS = {
@@ -188,7 +189,7 @@ def finished(exp_dir):
     for folder in exp_dir.glob("parts/*"):
         name = f"traces/{folder.name}.yaml"
         if name not in done:
-            done |= {f"{folder.name}: {i}" for i in store.read_parts(folder / "traces")}
+            done |= {f"{folder.name}: {i}" for i in files.read_parts(folder / "traces")}
     # rows of a finished stage are in its dataset
     for path in exp_dir.glob("traces/*.yaml"):
         done |= {f"{path.stem}: {row['id']}" for row in utils.read_parquet(path.with_suffix(".parquet"))}
@@ -207,7 +208,7 @@ def compare(exp_dir, reference):
             if utils.read_parquet(files[0]) != utils.read_parquet(files[1]):
                 found.append(f"{exp_dir.name}/{name}: rows")
         else:
-            ours, theirs = (store.read_sidecar(top / name) for top in (exp_dir, reference))
+            ours, theirs = (read_sidecar(top / name) for top in (exp_dir, reference))
             differing = [key for key in ("outputs", "stats") if ours[key] != theirs[key]]
             found += [f"{exp_dir.name}/{name}: {ours[key]}, not {theirs[key]}" for key in differing]
     return found

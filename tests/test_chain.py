@@ -5,7 +5,7 @@ from conftest import run_script
 from test_scripts import SMALL, TIMING, ads_arguments, exp, rows_of  # noqa: F401 (a fixture)
 
 import chain
-from ads import store
+from ads.stage.sidecar import read_sidecar
 
 
 def stages(models, problems, exp, exp_dir):  # noqa: F811
@@ -51,7 +51,7 @@ def test_a_chain_makes_what_its_stages_make(num_processes, model_folders, proble
     assert done.stdout.count(f"loading {model_folders['teacher']}") == 1
     for name in ("train", "test", "taught")[: 4 - num_processes]:
         assert rows_of(folders[0], name) == rows_of(folders[1], name)
-    sidecars = [store.read_sidecar(folder / "models" / "student.yaml") for folder in folders]
+    sidecars = [read_sidecar(folder / "models" / "student.yaml") for folder in folders]
     assert [s["command"][0] for s in sidecars] == ["distill.py", "distill.py"]
     if num_processes == 1:
         assert sidecars[0]["outputs"] == sidecars[1]["outputs"]

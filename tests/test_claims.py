@@ -9,7 +9,8 @@ import pytest
 from test_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
 
 import report
-from ads import claims, page, plots, store, tradeoff
+from ads import claims, page, plots, tradeoff
+from ads.stage import files
 
 # (tau, lam, direction): (teacher, student, NLL of the teacher's traces, one-step change)
 GRID = {
@@ -205,10 +206,10 @@ def test_corrupted_results_are_one_point_though_the_one_step_test_read_the_proxy
     """Their training traces named it among their inputs, the teacher's test did not: no point was whole."""
     exp_dir = write_experiment(tmp_path)
     for path in exp_dir.glob("traces/a*.yaml"):
-        sidecar = store.read_yaml(path)
+        sidecar = files.read_yaml(path)
         if sidecar["config"]["direction"] == "corrupt":
             sidecar["inputs"]["proxy_student"] = "hub:proxy"
-            store.write_text(path, json.dumps(sidecar))
+            files.write_text(path, json.dumps(sidecar))
     found, curves, _ = load(exp_dir)
     assert [len(curve.points) for curve in curves if curve.arm == "corrupted results"] == [2]
     assert "not measured" not in {claim.verdict for claim in found["f"]}

@@ -6,7 +6,8 @@ import importlib.util
 import pytest
 from conftest import ROOT
 
-from ads.config import TRACKERS, GenConfig, GradConfig, SearchConfig, TrainConfig, load_config
+from ads.stage.config import load_config
+from ads.stage.settings import TRACKERS, GenConfig, GradConfig, SearchConfig, TrainConfig
 
 FILES = {
     "gen_config.yaml": GenConfig,

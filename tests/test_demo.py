@@ -12,9 +12,10 @@ import torch
 from conftest import ROOT, run_script
 
 import utils
-from ads import arithmetic, chat, grading, sampling, store
+from ads import arithmetic, chat, grading, sampling
 from ads.engine import Models, Request, generate
 from ads.models import CachedModel, load_model
+from ads.stage import files
 
 sys.path.insert(0, str(ROOT / "demo"))
 import pretrain
@@ -202,7 +203,7 @@ def test_demo_with_few_problems_runs_to_its_report(tmp_path):
     settings = {"GEN_ARGS": "max_samples=24", "TRAIN_ARGS": "num_epochs=1", "SEED": "7"}
     found = run_demo(EXP_DIR=str(tmp_path), GRID_ARGS="--points 0.4,11,0", **settings)
     assert found.returncode == 0, found.stdout + found.stderr
-    train = store.read_yaml(tmp_path / "traces" / "train_tau0.4_lam11_eps0.yaml")
+    train = files.read_yaml(tmp_path / "traces" / "train_tau0.4_lam11_eps0.yaml")
     assert train["config"]["seed"] == 7 and train["stats"]["n"] == 24 and "one_step" in train["stats"]
     rows = utils.read_parquet(tmp_path / "traces" / "student_base.parquet")
     assert [row["problem"] for row in rows] == [

@@ -9,15 +9,15 @@ from conftest import byte_tokenizer, tiny_model
 from test_engine import EOS, V, ads_models, decode, plain_models, proxy_gradient, requests
 from test_proxy import gradient_of, mean_loss, model_with_gradient, sequences
 
-import utils
 from ads import chat, diagnostics, engine, gradient, proxy, sampling
 from ads.engine import Models
 from ads.models import CachedModel
 from ads.sampling import Sampling
+from ads.stage.world import World
 
 pytestmark = pytest.mark.compiled
 
-ALONE = utils.World(0, 1, "cpu")
+ALONE = World(0, 1, "cpu")
 RULE = Sampling(tau=0.7, lam=0.4)
 
 

@@ -9,10 +9,10 @@ from test_engine import decode, plain_models, prompts, requests
 from test_proxy import V, exact_delta, gradient_of, model_with_gradient, perturbed, sequences, tied_model
 
 from ads import agreement, delta_table, dual, gradient, proxy, sampling
-from ads.config import GradConfig
 from ads.engine import Models
 from ads.gradient import Factors
 from ads.sampling import GREEDY, Sampling
+from ads.stage.settings import GradConfig
 
 pytestmark = pytest.mark.compiled
 

@@ -167,10 +167,10 @@ def flat(tensors):
 def lora(folder):
     """Two steps of distill.py's training: the student as saved against the one that was trained."""
     import distill
-    import utils
     from ads import chat
-    from ads.config import TrainConfig
     from ads.models import try_batches
+    from ads.stage.settings import TrainConfig
+    from ads.stage.world import World
 
     cfg = TrainConfig(
         exp_dir=folder,
@@ -188,7 +188,7 @@ def lora(folder):
     try_batches(model, 24)  # as distil() does
     before = plain_logits(model, tried[0])
     examples = [{"input_ids": ids, "labels": ids} for ids in tried]
-    world = utils.World(rank=0, size=1, device="cpu")
+    world = World(rank=0, size=1, device="cpu")
     trainer = distill.make_trainer(cfg, model, tokenizer, examples, None, 2, world)
     distill.train_fast(trainer)
     model = trainer.model.eval()

@@ -17,7 +17,8 @@ from conftest import ROOT, run_script
 from test_pipeline import has_ended, wait_until
 
 import utils
-from ads import store
+from ads.stage import files
+from ads.stage.world import cpu_quotas
 
 GEN = ["max_length=140", "max_prompt_length=115", "tau=0.8", "batch_size=2", "trace_name=t"]
 
@@ -130,7 +131,7 @@ def test_signals_stop_a_stage_soon_and_keep_what_is_finished(
     assert process.returncode == code
     assert f"stopped by {number.name}" in output and "Traceback" not in errors
     assert not (tmp_path / "traces" / "t.yaml").exists()
-    kept = store.read_parts(tmp_path / "parts" / "t" / "traces")
+    kept = files.read_parts(tmp_path / "parts" / "t" / "traces")
     again = run_script("gentraces.py", *words)
     assert f"{len(kept)} of 12 rows are there" in again.stdout
     assert traces(tmp_path) == traces(finished)
@@ -165,7 +166,7 @@ def test_a_stopped_stage_keeps_every_row_that_it_reported(model_folders, tmp_pat
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=300) == 143
-    kept = store.read_parts(tmp_path / "parts" / "t" / "traces")
+    kept = files.read_parts(tmp_path / "parts" / "t" / "traces")
     assert 0 < len(kept) == num_reported(log) < 3000
     assert max(len(path.read_text().splitlines()) for path in parts(tmp_path)) <= 32
 
@@ -190,7 +191,7 @@ def no_flock(tmp_path_factory):
     return library
 
 
-TAKE_LOCK = "import sys; from ads import store\nwith store.stage_lock(sys.argv[1], 'x'): print('held')"
+TAKE_LOCK = "import sys; from ads.stage import files\nwith files.stage_lock(sys.argv[1], 'x'): print('held')"
 
 
 @pytest.mark.parametrize("number", (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
@@ -234,7 +235,7 @@ def test_half_of_what_a_launcher_says_is_refused(model_folders, problem_folder, 
     refused("gentraces.py", arguments(model_folders, problem_folder, tmp_path), words, **environment)
 
 
-LEAVE_EARLY = "import sys, utils, gentraces; utils.JOIN_SECONDS = 1; utils.run_script(gentraces.main)"
+LEAVE_EARLY = "import sys, utils, gentraces; from ads.stage import world; world.JOIN_SECONDS = 1; utils.run_script(gentraces.main)"
 
 
 @pytest.mark.parametrize("rank", ("0", "1"))
@@ -274,7 +275,7 @@ def listens(port):
 
 def test_the_number_of_cpus_is_by_affinity_and_quota(tmp_path):
     """A job of 2 CPUs on a machine of 64 once ran 64 processes."""
-    code = "import utils, torch; utils.limit_threads(1); print(utils.num_cpus(), torch.get_num_threads())"
+    code = "import torch; from ads.stage import world; world.limit_threads(1); print(world.num_cpus(), torch.get_num_threads())"
     one = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); {code}"
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", one]
@@ -283,13 +284,13 @@ def test_the_number_of_cpus_is_by_affinity_and_quota(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
     (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
-    assert min(utils.cpu_quotas(tmp_path, tmp_path / "groups")) == 2
+    assert min(cpu_quotas(tmp_path, tmp_path / "groups")) == 2
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    assert min(utils.cpu_quotas(tmp_path, tmp_path / "none")) == float("inf")
+    assert min(cpu_quotas(tmp_path, tmp_path / "none")) == float("inf")
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("50000\n")
-    assert min(utils.cpu_quotas(tmp_path, tmp_path / "none")) == 1
+    assert min(cpu_quotas(tmp_path, tmp_path / "none")) == 1
 
 
 def test_damaged_parts_are_said_and_their_rows_made_again(model_folders, problem_folder, finished, tmp_path):
@@ -371,7 +372,7 @@ def test_a_process_that_dies_takes_the_others_with_it(model_folders, problem_fol
     os.kill(int(victims[0]), signal.SIGKILL)
     assert process.wait(timeout=300) != 0
     wait_until(functools.partial(has_ended, tmp_path))
-    kept = store.read_parts(tmp_path / "parts" / "t" / "traces")
+    kept = files.read_parts(tmp_path / "parts" / "t" / "traces")
     again = run_script("gentraces.py", *words)
     assert f"{len(kept)} of 12 rows are there" in again.stdout
 

@@ -26,7 +26,8 @@ import report
 import save_grad
 import utils
 from ads import chat, grading
-from ads.config import GenConfig, GradConfig, SearchConfig, TrainConfig, load_config
+from ads.stage.config import load_config
+from ads.stage.settings import GenConfig, GradConfig, SearchConfig, TrainConfig
 
 STAGES = {gentraces: GenConfig, save_grad: GradConfig, distill: TrainConfig}
 CONTROL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<think>", "</think>")

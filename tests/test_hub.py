@@ -14,14 +14,17 @@ from test_pipeline import run_pipeline
 import gentraces
 import save_grad
 import utils
-from ads import gradient, store
+from ads import gradient
+from ads.stage import files, hub
+from ads.stage.inputs import fingerprint_model, fingerprint_tokenizer
+from ads.stage.sidecar import is_finished, made_at_unknown_commits, write_sidecar
 
 OLD, NEW = "a" * 40, "b" * 40
 NAME = "owner/tiny"
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub_home(tmp_path, monkeypatch):
     """The folder that HF_HOME names, empty, for this process and those it starts."""
     home = tmp_path / "hf"
     monkeypatch.setenv("HF_HOME", str(home))
@@ -35,13 +38,13 @@ def hub(tmp_path, monkeypatch):
 
 def forget():
     """As a new process is: without what this one has looked up."""
-    store.COMMITS.clear()
-    store.find_snapshot.cache_clear()
+    hub.COMMITS.clear()
+    hub.find_snapshot.cache_clear()
 
 
-def snapshot(hub, commit, name=NAME, kind="model"):
+def snapshot(hub_home, commit, name=NAME, kind="model"):
     """The folder for a commit's files in the cache of a repository, whose main is then at that commit."""
-    repository = hub / "hub" / f"{kind}s--{name.replace('/', '--')}"
+    repository = hub_home / "hub" / f"{kind}s--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / "main").write_text(commit)
     folder = repository / "snapshots" / commit
@@ -50,60 +53,62 @@ def snapshot(hub, commit, name=NAME, kind="model"):
     return folder
 
 
-def add_model(hub, commit, seed):
-    return save_folder(snapshot(hub, commit), tiny_model("qwen2", 272, seed=seed), byte_tokenizer())
+def add_model(hub_home, commit, seed):
+    return save_folder(snapshot(hub_home, commit), tiny_model("qwen2", 272, seed=seed), byte_tokenizer())
 
 
-def test_fingerprints_hold_the_commit(hub):
+def test_fingerprints_hold_the_commit(hub_home):
     """They once were the name alone: where main moved, a finished stage had nothing to do."""
     for commit, seed in ((OLD, 1), (NEW, 2)):
-        add_model(hub, commit, seed)
-        assert store.fingerprint_model(NAME) == f"hub:{NAME}@{commit}"
-        assert store.fingerprint_tokenizer(NAME) == f"hub:{NAME}@{commit}"
-    assert store.fingerprint_model(f"{NAME}@{OLD}") == f"hub:{NAME}@{OLD}"
-    assert store.fingerprint_model(f"{NAME}@main") == f"hub:{NAME}@{NEW}"
+        add_model(hub_home, commit, seed)
+        assert fingerprint_model(NAME) == f"hub:{NAME}@{commit}"
+        assert fingerprint_tokenizer(NAME) == f"hub:{NAME}@{commit}"
+    assert fingerprint_model(f"{NAME}@{OLD}") == f"hub:{NAME}@{OLD}"
+    assert fingerprint_model(f"{NAME}@main") == f"hub:{NAME}@{NEW}"
 
 
 @pytest.mark.parametrize(
     "name", ("owner/none", f"{NAME}@branch", f"{NAME}@{'c' * 40}", "a b/c", "owner/a@b@c")
 )
-def test_what_the_cache_does_not_have_is_one_line(hub, name):
-    add_model(hub, OLD, 1)
+def test_what_the_cache_does_not_have_is_one_line(hub_home, name):
+    add_model(hub_home, OLD, 1)
     with pytest.raises(FileNotFoundError, match="is no folder, nor to be had from the hub"):
-        store.fingerprint_model(name)
+        fingerprint_model(name)
 
 
-def test_the_commit_that_is_recorded_is_the_one_that_is_loaded(hub):
+def test_the_commit_that_is_recorded_is_the_one_that_is_loaded(hub_home):
     """main may move between the two, as another process downloads."""
-    add_model(hub, OLD, 1)
-    assert store.fingerprint_model(NAME).endswith(OLD)
-    folder = store.find_folder(NAME, "model")
-    repository = hub / "hub" / "models--owner--tiny"
+    add_model(hub_home, OLD, 1)
+    assert fingerprint_model(NAME).endswith(OLD)
+    folder = hub_home.find_folder(NAME, "model")
+    repository = hub_home / "hub" / "models--owner--tiny"
     (repository / "refs" / "main").write_text(NEW)
-    assert store.locate(NAME, "model") == (NAME, OLD) and store.find_folder(NAME, "model") == folder
+    assert hub_home.locate(NAME, "model") == (NAME, OLD) and hub_home.find_folder(NAME, "model") == folder
 
 
-def test_without_a_network_a_commit_is_taken_that_is_there_with_its_weights(hub, capfd):
+def test_without_a_network_a_commit_is_taken_that_is_there_with_its_weights(hub_home, capfd):
     """A look at the hub once left main, in the cache, at a new commit with its config.json alone: where there
     is no network, that was then loaded, though the whole model was there as of yesterday."""
-    whole = add_model(hub, OLD, 1)
+    whole = add_model(hub_home, OLD, 1)
     for name in ("config.json", "tokenizer_config.json"):
-        shutil.copy(Path(whole) / name, snapshot(hub, NEW))
-    assert store.fingerprint_model(NAME) == f"hub:{NAME}@{OLD}"
+        shutil.copy(Path(whole) / name, snapshot(hub_home, NEW))
+    assert fingerprint_model(NAME) == f"hub:{NAME}@{OLD}"
     assert f"{NAME}: at {OLD}, the newest complete commit in the cache" in capfd.readouterr().err
     forget()
-    assert store.fingerprint_tokenizer(NAME) == f"hub:{NAME}@{OLD}"
-    shutil.copy(Path(whole) / "model.safetensors", snapshot(hub, NEW) / "model-00001-of-00002.safetensors")
-    (snapshot(hub, NEW) / "model.safetensors.index.json").write_text(
+    assert fingerprint_tokenizer(NAME) == f"hub:{NAME}@{OLD}"
+    shutil.copy(
+        Path(whole) / "model.safetensors", snapshot(hub_home, NEW) / "model-00001-of-00002.safetensors"
+    )
+    (snapshot(hub_home, NEW) / "model.safetensors.index.json").write_text(
         json.dumps(
             {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
         )
     )
-    assert store.fingerprint_model(NAME) == f"hub:{NAME}@{OLD}"
+    assert fingerprint_model(NAME) == f"hub:{NAME}@{OLD}"
     shutil.rmtree(whole)
     forget()
     with pytest.raises(FileNotFoundError, match=f"{NAME} is no folder, nor to be had from the hub"):
-        store.fingerprint_model(NAME)
+        fingerprint_model(NAME)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -147,7 +152,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def online(hub, monkeypatch):
+def online(hub_home, monkeypatch):
     """A server that stands for the hub, with NAME at NEW."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.commit, server.requests, server.is_gated = NEW, [], False
@@ -172,15 +177,15 @@ def asked(server):
     return sum(path.partition("?")[0] == f"/api/models/{NAME}" for path in server.requests)
 
 
-def test_a_look_at_the_hub_leaves_the_cache_s_main_where_it_is(hub, online):
-    add_model(hub, OLD, 1)
-    assert store.fingerprint_model(NAME) == store.fingerprint_tokenizer(NAME) == f"hub:{NAME}@{NEW}"
-    assert (hub / "hub" / "models--owner--tiny" / "refs" / "main").read_text() == OLD
-    found = {path.name for path in (hub / "hub" / "models--owner--tiny" / "snapshots" / NEW).iterdir()}
+def test_a_look_at_the_hub_leaves_the_cache_s_main_where_it_is(hub_home, online):
+    add_model(hub_home, OLD, 1)
+    assert fingerprint_model(NAME) == fingerprint_tokenizer(NAME) == f"hub:{NAME}@{NEW}"
+    assert (hub_home / "hub" / "models--owner--tiny" / "refs" / "main").read_text() == OLD
+    found = {path.name for path in (hub_home / "hub" / "models--owner--tiny" / "snapshots" / NEW).iterdir()}
     assert found == {"config.json", "tokenizer_config.json"} and asked(online) == 1
 
 
-def test_an_experiment_asks_once_for_each_name(hub, online, problem_folder, model_folders, tmp_path):
+def test_an_experiment_asks_once_for_each_name(hub_home, online, problem_folder, model_folders, tmp_path):
     """Each stage did, and so did each --check: hundreds of times in the dry run of a sweep."""
     models = dict(model_folders, teacher=NAME)
     settings = {"HF_HUB_OFFLINE": "0", "GRID_ARGS": "--points 0.6,0,0"}
@@ -192,7 +197,7 @@ def test_an_experiment_asks_once_for_each_name(hub, online, problem_folder, mode
         online.commit = commit
         refused = run_pipeline(models, problem_folder, tmp_path, check=False, **settings)
         assert "lr=-1" in refused.stderr and said in refused.stdout
-        assert store.read_yaml(tmp_path / "hub.yaml") == {NAME: NEW}
+        assert files.read_yaml(tmp_path / "hub.yaml") == {NAME: NEW}
         assert asked(online) == num_asked
 
 
@@ -201,13 +206,13 @@ GATED = f"error: {NAME} is gated: ask for access on its page of the hub, then `h
 
 @pytest.mark.parametrize("is_config_cached", (False, True))
 def test_a_gated_student_is_refused_before_the_first_stage(
-    hub, online, problem_folder, model_folders, tmp_path, is_config_cached
+    hub_home, online, problem_folder, model_folders, tmp_path, is_config_cached
 ):
     """It once showed after hours, as the stages that read the student were taken to wait for another. What
     tells of it may be in the cache, by someone who has access, without the weights."""
     if is_config_cached:
-        store.find_snapshot(NAME, NEW, "model")
-        store.find_snapshot(NAME, NEW, "tokenizer")
+        hub_home.find_snapshot(NAME, NEW, "model")
+        hub_home.find_snapshot(NAME, NEW, "tokenizer")
     online.is_gated = True
     models = dict(model_folders, student=NAME)
     settings = {"HF_HUB_OFFLINE": "0", "GRID_ARGS": "--points 0.6,0,0"}
@@ -219,15 +224,17 @@ def test_a_gated_student_is_refused_before_the_first_stage(
     assert stage.returncode == 2 and stage.stderr.splitlines()[-1].startswith(GATED)
 
 
-def test_a_gated_model_that_is_in_the_cache_needs_no_access(hub, online):
-    add_model(hub, NEW, 1)
+def test_a_gated_model_that_is_in_the_cache_needs_no_access(hub_home, online):
+    add_model(hub_home, NEW, 1)
     online.is_gated = True
-    assert store.fingerprint_model(NAME) == store.fingerprint_tokenizer(NAME) == f"hub:{NAME}@{NEW}"
+    assert fingerprint_model(NAME) == fingerprint_tokenizer(NAME) == f"hub:{NAME}@{NEW}"
     assert not any(path.endswith("/auth-check") for path in online.requests)
 
 
 @pytest.mark.parametrize("name", ("owner/none", "models/none", "/nowhere/none"))
-def test_a_model_that_nothing_makes_is_not_waited_for(hub, problem_folder, model_folders, tmp_path, name):
+def test_a_model_that_nothing_makes_is_not_waited_for(
+    hub_home, problem_folder, model_folders, tmp_path, name
+):
     """A misspelt STUDENT once showed after the first two stages."""
     models = dict(model_folders, student=name)
     refused = run_pipeline(models, problem_folder, tmp_path, check=False, GRID_ARGS="--points 0.6,0,0")
@@ -235,30 +242,30 @@ def test_a_model_that_nothing_makes_is_not_waited_for(hub, problem_folder, model
     assert refused.stderr.splitlines()[-1].startswith(f"error: {name} is ")
 
 
-def test_what_has_moved_since_is_said(hub, online, tmp_path, capsys):
-    store.write_text(tmp_path / "hub.yaml", f"{NAME}: {OLD}")
-    store.print_moved(tmp_path)
+def test_what_has_moved_since_is_said(hub_home, online, tmp_path, capsys):
+    files.write_text(tmp_path / "hub.yaml", f"{NAME}: {OLD}")
+    hub_home.print_moved(tmp_path)
     assert (
         f"{NAME} has moved on the hub from {OLD} to {NEW}: this experiment stays" in capsys.readouterr().out
     )
     online.commit = OLD
-    store.print_moved(tmp_path)
+    hub_home.print_moved(tmp_path)
     online.shutdown()
     online.server_close()
-    store.print_moved(tmp_path)
+    hub_home.print_moved(tmp_path)
     assert capsys.readouterr().out == ""
 
 
-def test_two_stages_that_begin_as_main_moves_do_not_take_two_commits(hub, tmp_path):
-    store.COMMITS[NAME] = OLD
-    store.record_commits(tmp_path)
-    store.COMMITS |= {NAME: NEW, "owner/other": NEW}
+def test_two_stages_that_begin_as_main_moves_do_not_take_two_commits(hub_home, tmp_path):
+    hub_home.COMMITS[NAME] = OLD
+    hub_home.record_commits(tmp_path)
+    hub_home.COMMITS |= {NAME: NEW, "owner/other": NEW}
     with pytest.raises(
         ValueError, match=f"hub.yaml has just been written by another .*{NAME} was '{OLD}'.*run again"
     ):
-        store.record_commits(tmp_path)
-    store.read_commits(tmp_path)
-    assert store.COMMITS == {NAME: OLD}
+        hub_home.record_commits(tmp_path)
+    hub_home.read_commits(tmp_path)
+    assert hub_home.COMMITS == {NAME: OLD}
 
 
 def traces(exp_dir, *more):
@@ -271,33 +278,33 @@ def save_gradient(exp_dir, *more):
     save_grad.main([f"proxy_student={NAME}", *arguments, *more])
 
 
-def test_stages_after_main_has_moved(hub, problem_folder, tmp_path, monkeypatch):
+def test_stages_after_main_has_moved(hub_home, problem_folder, tmp_path, monkeypatch):
     """A running sweep once failed in all points that were left, as each stage looked by itself."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     data, holdout = f"data_split={problem_folder}_holdout", "trace_name=holdout"
-    add_model(hub, OLD, 1)
+    add_model(hub_home, OLD, 1)
     traces(tmp_path, data, holdout)
-    assert store.read_yaml(tmp_path / "hub.yaml") == {NAME: OLD}
+    assert files.read_yaml(tmp_path / "hub.yaml") == {NAME: OLD}
     save_gradient(tmp_path)
 
-    add_model(hub, NEW, 2)
+    add_model(hub_home, NEW, 2)
     with pytest.raises(SystemExit, match="0"):  # nothing to do
         traces(tmp_path, data, holdout, "--check")
     path = tmp_path / "student_grads.safetensors"
     traces(
         tmp_path, data, "trace_name=ads", "lam=0.1", "tau=0.8", f"grad_path={path}", f"proxy_student={NAME}"
     )
-    found = store.read_yaml(tmp_path / "traces" / "ads.yaml")["inputs"]
+    found = files.read_yaml(tmp_path / "traces" / "ads.yaml")["inputs"]
     assert found["teacher"] == found["proxy_student"] == f"hub:{NAME}@{OLD}"
 
 
-def test_another_commit_than_the_recorded_one_is_refused(hub, problem_folder, tmp_path, monkeypatch):
+def test_another_commit_than_the_recorded_one_is_refused(hub_home, problem_folder, tmp_path, monkeypatch):
     """A finished stage has not been made with it, a gradient meets no other weights; NAME@COMMIT goes on."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     data = f"data_split={problem_folder}_holdout"
-    add_model(hub, OLD, 1)
+    add_model(hub_home, OLD, 1)
     traces(tmp_path, data)
-    add_model(hub, NEW, 2)
+    add_model(hub_home, NEW, 2)
     (tmp_path / "hub.yaml").unlink()
     wanted = f"was 'hub:{NAME}@{OLD}', now 'hub:{NAME}@{NEW}'.*OWNER/NAME@COMMIT is a model of the hub at"
     with pytest.raises(ValueError, match=wanted):
@@ -308,21 +315,19 @@ def test_another_commit_than_the_recorded_one_is_refused(hub, problem_folder, tm
     made_for = {"proxy_student": NAME, "proxy_fingerprint": f"hub:{NAME}@{OLD}"}
     gradient.save(path, {"w": torch.ones(2)}, made_for)
     with pytest.raises(ValueError, match=f"belongs to another proxy .*@{OLD}', now .*@{NEW}'"):
-        gradient.open_checked(path, store.fingerprint_model(NAME))
+        gradient.open_checked(path, fingerprint_model(NAME))
 
 
 def test_records_without_a_commit_are_taken_for_any_and_said(tmp_path):
     """Experiments made before commits were recorded go on."""
     path, now = tmp_path / "t.yaml", {"teacher": f"hub:{NAME}@{NEW}"}
-    store.write_sidecar(path, {}, {"teacher": f"hub:{NAME}"}, {"n": 3}, 1.0)
-    assert store.is_finished(path, {}, now)
-    assert (
-        store.made_at_unknown_commits(path, now) == " (at which commit of the hub was not recorded: teacher)"
-    )
+    write_sidecar(path, {}, {"teacher": f"hub:{NAME}"}, {"n": 3}, 1.0)
+    assert is_finished(path, {}, now)
+    assert made_at_unknown_commits(path, now) == " (at which commit of the hub was not recorded: teacher)"
     with pytest.raises(ValueError, match="teacher was 'hub:owner/tiny', now 'hub:owner/other@b"):
-        store.is_finished(path, {}, {"teacher": f"hub:owner/other@{NEW}"})
-    store.write_sidecar(path, {}, now, {"n": 3}, 1.0)
-    assert store.made_at_unknown_commits(path, now) == ""
+        is_finished(path, {}, {"teacher": f"hub:owner/other@{NEW}"})
+    write_sidecar(path, {}, now, {"n": 3}, 1.0)
+    assert made_at_unknown_commits(path, now) == ""
 
 
 def test_a_gradient_without_a_commit_too(tmp_path, capsys):
@@ -334,13 +339,13 @@ def test_a_gradient_without_a_commit_too(tmp_path, capsys):
         gradient.open_checked(path, f"hub:owner/other@{NEW}")
 
 
-def add_dataset(hub, commit, num_rows):
+def add_dataset(hub_home, commit, num_rows):
     """What `datasets` leaves of a dataset that it has prepared, and the hub's own cache of it."""
     from datasets import DatasetInfo, Features, SplitDict, SplitInfo, Value
     from datasets.arrow_writer import ArrowWriter
 
-    (snapshot(hub, commit, "openai/gsm8k", "dataset") / "README.md").touch()
-    folder = hub / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / commit
+    (snapshot(hub_home, commit, "openai/gsm8k", "dataset") / "README.md").touch()
+    folder = hub_home / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / commit
     folder.mkdir(parents=True)
     features = Features({"question": Value("string"), "answer": Value("string")})
     with ArrowWriter(path=str(folder / "gsm8k-train.arrow"), features=features) as writer:
@@ -353,15 +358,15 @@ def add_dataset(hub, commit, num_rows):
     return folder
 
 
-def test_datasets_are_loaded_at_the_commit_that_is_recorded(hub, monkeypatch):
+def test_datasets_are_loaded_at_the_commit_that_is_recorded(hub_home, monkeypatch):
     """Without a network `datasets` takes whatever it prepared last."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", hub / "datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", hub_home / "datasets")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("DATA_DIR", raising=False)
-    add_dataset(hub, OLD, 10)
+    add_dataset(hub_home, OLD, 10)
     assert utils.fingerprint_data("gsm8k_train") == f"hub:openai/gsm8k@{OLD}"
     assert len(utils.load_problems("gsm8k_train")) == 7
-    prepared = add_dataset(hub, NEW, 20)
+    prepared = add_dataset(hub_home, NEW, 20)
     assert utils.fingerprint_data("gsm8k_train") == f"hub:openai/gsm8k@{NEW}"
     assert len(utils.load_problems("gsm8k_train")) == 14
     shutil.rmtree(prepared)
@@ -374,8 +379,8 @@ def test_datasets_are_loaded_at_the_commit_that_is_recorded(hub, monkeypatch):
 def test_processes_with_other_inputs_are_told_so(tmp_path):
     """Nodes whose caches are of different days would make parts of one stage with different models."""
     code = (
-        "import utils; from ads import store\n"
-        "world = utils.start_world()\n"
+        "from ads.stage.world import start_world\n"
+        "world = start_world()\n"
         "world.check_same({'teacher': 'x'})\n"
         "world.check_same({'teacher': f'hub:a/b@{world.rank}'})\n"
     )

@@ -10,7 +10,7 @@ from test_matmul import no_tiles
 
 import distill
 from ads import lora, loss, models
-from utils import World
+from ads.stage.world import World
 
 pytestmark = pytest.mark.compiled
 

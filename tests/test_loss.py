@@ -13,8 +13,8 @@ from transformers.integrations import sdpa_attention
 import distill
 import save_grad
 from ads import chat, gradient, models
-from ads.config import GradConfig, TrainConfig
-from utils import World
+from ads.stage.settings import GradConfig, TrainConfig
+from ads.stage.world import World
 
 pytestmark = pytest.mark.compiled
 

@@ -15,9 +15,9 @@ import distill
 import gentraces
 import save_grad
 from ads import chat, gradient, lora, memory
-from ads.config import GenConfig, GradConfig, TrainConfig
 from ads.models import CachedModel
 from ads.proxy import ExactDerivative
+from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
 KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "gpt2")  # as most families are
 UNTIED = {"vocab_size": 151936, "tie_word_embeddings": False}

@@ -9,7 +9,9 @@ import pytest
 from test_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
 
 import report
-from ads import page, store
+from ads import page
+from ads.stage import files
+from ads.stage.inputs import fingerprint_model
 from ads.tradeoff import Point
 
 # A realistic experiment, after the figures of a prototype: (tau, lam, teacher, student, direction)
@@ -41,7 +43,7 @@ def write_demo(folder, seeds=(1, 2, 3), num_problems=600):
 
 def write_demo_seed(exp_dir, seed, num_problems):
     rng = np.random.default_rng(seed)
-    inputs = {"teacher": store.fingerprint_model(str(report.DEMO_MODELS / "student"))}
+    inputs = {"teacher": fingerprint_model(str(report.DEMO_MODELS / "student"))}
     baseline = (0.07, 0.06)
     write_stage_1_and_2(exp_dir, baseline, dataset="arithmetic", n=num_problems, inputs=inputs)
     for i, (tau, lam, teacher, student, direction) in enumerate(DEMO):
@@ -100,7 +102,7 @@ def write_contrast(exp_dir, name, lam, rng, num_problems=5, trace=TRACE, problem
         for i in range(num_problems)
     ]
     path = exp_dir / "traces" / f"{name}.contrast.json"
-    store.write_text(path, json.dumps({"trace_name": name, "problems": problems}))
+    files.write_text(path, json.dumps({"trace_name": name, "problems": problems}))
     return problems
 
 
@@ -343,10 +345,10 @@ def test_planted_markup_stays_text(browser, tmp_path):
     (exp_dir / "traces" / "a5.yaml").rename(exp_dir / "traces" / f"{name}.yaml".replace("/", ""))
     write_point(exp_dir, "5", 0.6, 0.02, (0.8, 0.6), (0.5, 0.4), teacher=name)
     sidecar = exp_dir / "student_grads.yaml"
-    stats = store.read_yaml(sidecar)
+    stats = files.read_yaml(sidecar)
     stats["norms"][name] = 99.0
     stats["stats"][name] = name
-    store.write_text(sidecar, json.dumps(stats))
+    files.write_text(sidecar, json.dumps(stats))
     report.main([str(exp_dir)])
     path = exp_dir / "report" / "report.html"
     messages, sent = open_page(browser, path)

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 import utils
-from ads import store
+from ads.stage import files
+from ads.stage.inputs import delete_student
 
 POINTS = "--points 0.8,0,0 0.8,0.05,1e-3"
 ONE_POINT = "--points 0.8,0,0"
@@ -74,7 +75,7 @@ def test_all_six_stages_ran(experiment):
         *(f"{s}_{p}" for s in ("train", "eval_student", "eval_teacher") for p in points),
     ]
     for name in traces:
-        assert store.read_yaml(exp_dir / "traces" / f"{name}.yaml")["stats"]["n"] > 0
+        assert files.read_yaml(exp_dir / "traces" / f"{name}.yaml")["stats"]["n"] > 0
         assert (exp_dir / "traces" / name / "dataset_info.json").exists()
     assert (exp_dir / "student_grads.yaml").exists()
     for point in points:
@@ -148,9 +149,10 @@ FAILS = """
 import os, sys, time
 sys.path.insert(0, {root!r})
 import utils
+from ads.stage.world import start_world
 
 def main(_):
-    world = utils.start_world()
+    world = start_world()
     print("error-free so far")
     if world.rank == 1:
         {fault}
@@ -216,7 +218,7 @@ def test_a_student_that_was_not_evaluated_is_not_deleted(experiment, model_folde
 def test_nothing_but_a_student_is_deleted(tmp_path):
     (tmp_path / "final").mkdir()
     with pytest.raises(ValueError, match="is no student"):
-        store.delete_student(str(tmp_path / "final"))
+        delete_student(str(tmp_path / "final"))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_two_machines_make_what_one_makes(experiment, model_folders, problem_fol
     found = run_pipeline(model_folders, problem_folder, tmp_path / "two", **settings)
     assert found.stdout.count("run     ") == 7
     for name in ("holdout", "student_base", "train_tau0.8_lam0_eps0", "eval_teacher_tau0.8_lam0_eps0"):
-        assert store.read_yaml(tmp_path / "two" / "traces" / f"{name}.yaml")["world_size"] == 2
+        assert files.read_yaml(tmp_path / "two" / "traces" / f"{name}.yaml")["world_size"] == 2
         assert responses(tmp_path / "two", name) == responses(experiment[0], name)
 
 
@@ -355,7 +357,7 @@ def test_grid_points_in_parallel_with_controls_and_diagnostics(
         name = f"{stage}_{names[0]}"
         assert responses(tmp_path, name) == responses(experiment[0], name)
     for name in names:
-        sidecar = store.read_yaml(tmp_path / "traces" / f"train_{name}.yaml")
+        sidecar = files.read_yaml(tmp_path / "traces" / f"train_{name}.yaml")
         assert sidecar["stats"]["one_step"]["n"] == 12 and sidecar["stats"]["one_step"]["change"] != 0
         contrast = tmp_path / "traces" / f"train_{name}.contrast.json"
         assert contrast.exists() == (name != names[0])

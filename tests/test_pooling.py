@@ -22,7 +22,9 @@ from test_report import (
 )
 
 import report
-from ads import page, store, tradeoff
+from ads import page, tradeoff
+from ads.stage import files, sidecar
+from ads.stage.inputs import fingerprint_model
 from ads.tradeoff import MARK, NO_SHARE, ONE_SEED, POOLED
 
 LEVELS = (0.82,)
@@ -49,7 +51,7 @@ def warnings_of(*exp_dirs):
 
 def edit(path, **stats):
     """A sidecar whose stats are others; None takes a number away."""
-    sidecar = store.read_yaml(path)
+    sidecar = files.read_yaml(path)
     for name, value in stats.items():
         *folders, key = name.split("__")
         place = sidecar["stats"]
@@ -58,7 +60,7 @@ def edit(path, **stats):
         place[key] = value
         if value is None:
             del place[key]
-    store.write_text(path, store.yaml.safe_dump(sidecar))
+    files.write_text(path, sidecar.yaml.safe_dump(sidecar))
 
 
 # Students of other recipes
@@ -99,9 +101,9 @@ def test_recipes_of_several_folders_are_told_apart_and_compared_each_by_itself(t
     for name, lr, drop in (("a", 5e-4, 0.0), ("b", 1e-4, 0.2)):
         exp_dir = write_both_arms(tmp_path / name)
         for path in exp_dir.glob("models/*.yaml"):
-            store.write_text(path, path.read_text().replace("lr: 0.0005", f"lr: {lr}"))
+            files.write_text(path, path.read_text().replace("lr: 0.0005", f"lr: {lr}"))
         for path in exp_dir.glob("traces/c[13].yaml"):  # the students of ADS
-            edit(path, af__accuracy=store.read_yaml(path)["stats"]["af"]["accuracy"] - drop)
+            edit(path, af__accuracy=files.read_yaml(path)["stats"]["af"]["accuracy"] - drop)
     curves = curves_of(tmp_path / "a", tmp_path / "b")
     assert [(curve.arm, len(curve.points), len(curve.start)) for curve in curves] == [
         *[("temperature", 2, 0)] * 2,
@@ -136,7 +138,7 @@ def test_what_is_no_part_of_the_recipe_tells_no_curves_apart(tmp_path):
 def test_every_key_of_the_training_settings_is_part_of_the_recipe_or_left_out_for_a_reason(tmp_path):
     """A key that is added later is part of it, unless somebody says otherwise."""
     write_model(tmp_path, "b", "a")
-    sidecar = store.read_yaml(tmp_path / "models" / "b.yaml")
+    sidecar = files.read_yaml(tmp_path / "models" / "b.yaml")
     left_out = sidecar["config"].keys() - report.settings_of(sidecar, report.TrainConfig).keys()
     places = {"exp_dir", "model_name", "train_traces", "holdout_traces", "student", "tokenizer"}
     places |= {"report_to", "keep_checkpoints", "save_epochs", "do_eval", "eval_epochs", "seed"}
@@ -204,7 +206,7 @@ def test_arms_whose_students_are_unlike_are_not_compared_and_the_reason_is_said(
     exp_dir = write_both_arms(tmp_path / "x")
     for name in ("b2", "b4"):  # of temperature
         path = exp_dir / "models" / f"{name}.yaml"
-        store.write_text(path, path.read_text().replace("lr: 0.0005", "lr: 0.001"))
+        files.write_text(path, path.read_text().replace("lr: 0.0005", "lr: 0.001"))
     assert matches_of(exp_dir) == []
     (line,) = report.unpaired_lines(curves_of(exp_dir))
     assert line.startswith("WARNING: not compared, no temperature curve shares the settings: ADS, ")
@@ -246,9 +248,9 @@ def write_points_of(exp_dir, *made_from):
         write_point(exp_dir, str(i), tau, lam, (forced, forced), (student, student))
         for stage, teacher in zip("ad", teachers, strict=True):
             path = exp_dir / "traces" / f"{stage}{i}.yaml"
-            sidecar = store.read_yaml(path)
+            sidecar = files.read_yaml(path)
             sidecar["inputs"]["teacher"] = teacher
-            store.write_text(path, store.yaml.safe_dump(sidecar))
+            files.write_text(path, sidecar.yaml.safe_dump(sidecar))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_two_recorded_commits_are_two_curves_and_a_name_with_its_commit_is_the_p
         path = tmp_path / "traces" / f"{name}.yaml"
         plain, pinned = "teacher: owner/teacher-7B\n", f"teacher: {OLD.removeprefix('hub:')}\n"
         assert plain in path.read_text()
-        store.write_text(path, path.read_text().replace(plain, pinned))
+        files.write_text(path, path.read_text().replace(plain, pinned))
     assert {row["teacher"] for row in rows_of(tmp_path)[0]} == {"owner/teacher-7B"}
     assert forced(matches_of(tmp_path)).difference > 0.2
 
@@ -299,10 +301,10 @@ def test_what_was_made_from_something_that_has_changed_since_is_left_out_and_sai
         (exp_dir / "models" / "b1.yaml", "train_traces", exp_dir / "traces" / "a1.yaml", "a1.parquet"),
         (exp_dir / "traces" / "c2.yaml", "teacher", exp_dir / "models" / "b2.yaml", "b2/final"),
     ):
-        reader, writer = store.read_yaml(path), store.read_yaml(other)
+        reader, writer = files.read_yaml(path), files.read_yaml(other)
         reader["inputs"][key], writer["outputs"] = "0123", {output: "4567"}
-        store.write_text(path, store.yaml.safe_dump(reader))
-        store.write_text(other, store.yaml.safe_dump(writer))
+        files.write_text(path, sidecar.yaml.safe_dump(reader))
+        files.write_text(other, sidecar.yaml.safe_dump(writer))
     rows, _ = rows_of(exp_dir)
     assert [tradeoff.is_complete(row) for row in rows] == [True, False, True, False]
     assert warnings_of(exp_dir) == [
@@ -314,7 +316,7 @@ def test_what_was_made_from_something_that_has_changed_since_is_left_out_and_sai
 def test_traces_of_another_gradient_than_the_one_described_are_named(tmp_path):
     write_stage_1_and_2(tmp_path)
     path = tmp_path / "student_grads.yaml"
-    store.write_text(
+    files.write_text(
         path, path.read_text().replace("outputs: {}", "outputs: {student_grads.safetensors: '01'}")
     )
     for name, gradient in (("a", "01"), ("b", "23")):
@@ -499,7 +501,7 @@ def test_seeds_of_the_students_alone_are_no_seeds_of_the_experiment(tmp_path):
 def test_what_is_known_of_the_demo_is_said_of_it_alone(tmp_path):
     """By the models' fingerprints: data of that kind, or models in a folder of that name, make no demo."""
     notes = (ROOT / "demo" / "notes.txt").read_text().splitlines()
-    shipped = store.fingerprint_model(str(ROOT / "demo" / "models" / "student"))
+    shipped = fingerprint_model(str(ROOT / "demo" / "models" / "student"))
     for name, fingerprint in (("demo", shipped), ("other", "0123")):
         exp_dir = tmp_path / name
         base = {"is_teacher": False, "teacher": "demo/models/student", "data_split": "arithmetic_test"}
@@ -515,5 +517,5 @@ def test_answers_behind_copies_are_read(tmp_path):
     write_copy_of_ads(exp_dir)
     (exp_dir / "traces" / "e.parquet").unlink()
     assert "traces/e.parquet is not there" in forced(matches_of(exp_dir)).note
-    write_answers(exp_dir / "traces" / "e.parquet", store.read_yaml(exp_dir / "traces" / "e.yaml")["stats"])
+    write_answers(exp_dir / "traces" / "e.parquet", files.read_yaml(exp_dir / "traces" / "e.yaml")["stats"])
     assert forced(matches_of(exp_dir)).low is not None

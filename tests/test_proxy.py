@@ -7,8 +7,8 @@ import torch
 from conftest import tiny_model
 
 from ads import gradient, proxy
-from ads.config import LEAST_COSINE
 from ads.gradient import Sequence
+from ads.stage.settings import LEAST_COSINE
 
 pytestmark = pytest.mark.compiled
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT, run_script
 
-from ads.config import GenConfig, GradConfig, TrainConfig
+from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"gentraces.py": GenConfig, "save_grad.py": GradConfig, "distill.py": TrainConfig}

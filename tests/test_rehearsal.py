@@ -8,7 +8,8 @@ import pytest
 from conftest import save_folder, shared_path, tiny_model
 from test_pipeline import run_pipeline
 
-from ads import chat, store
+from ads import chat
+from ads.stage import files
 
 POINTS = ("tau0.6_lam0_eps0", "tau0.6_lam0.03_eps1e-3")
 ROWS = {"teacher": 152_064, "proxy": 151_936, "student": 128_256}
@@ -62,11 +63,11 @@ def test_all_stages_on_real_problems(paper_models, data_dir, tmp_path, script, d
         "student_base",
         *(f"{s}_{p}" for p in POINTS for s in ("train", "eval_student", "eval_teacher")),
     ):
-        sidecar = store.read_yaml(tmp_path / "traces" / f"{name}.yaml")
+        sidecar = files.read_yaml(tmp_path / "traces" / f"{name}.yaml")
         stats = sidecar["stats"]
         assert stats["n"] + stats["num_prompts_too_long"] + stats["num_without_answer"] == 8
         assert sidecar["world_size"] == num_processes
         assert sidecar["config"]["data_split"].startswith(dataset)
-    ads = store.read_yaml(tmp_path / "traces" / f"train_{POINTS[1]}.yaml")
+    ads = files.read_yaml(tmp_path / "traces" / f"train_{POINTS[1]}.yaml")
     assert [i for i, _, _ in ads["ids_without_delta"]] == list(range(151_643, 151_650))
     assert ads["perturbation"]["cosine"] > 0.99

@@ -15,8 +15,11 @@ import pyarrow.parquet
 import pytest
 
 import report
-from ads import plots, store, tradeoff
-from ads.config import GenConfig, GradConfig, TrainConfig, to_dict
+from ads import plots, tradeoff
+from ads.stage import files, fingerprint
+from ads.stage.config import to_dict
+from ads.stage.settings import GenConfig, GradConfig, TrainConfig
+from ads.stage.sidecar import write_sidecar
 from ads.tradeoff import make_curves, wilson_interval
 
 ROOT = Path(report.__file__).parent
@@ -46,7 +49,7 @@ def write_traces(
     }
     notes = {"perturbation": perturbation or PERTURBATION} if cfg.lam else {}
     made_from = {"teacher": f"hub:{cfg.teacher}@{COMMIT}", **dict(inputs)}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), made_from, stats, 360, **notes)
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), made_from, stats, 360, **notes)
     if parquet:
         write_answers(cfg.parquet_path, stats)
 
@@ -77,7 +80,7 @@ def write_model(exp_dir, name, train_name, student=STUDENT, losses=None, inputs=
     stats = {"n": 5231, "num_cut": 0, "num_steps": 981, "train_loss": 0.21, "holdout_loss_start": 0.9}
     stats["holdout_loss"] = 0.4567
     losses = losses or {"train": [[1, 0.5]], "holdout": []}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), dict(inputs), stats, 720, losses=losses)
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), dict(inputs), stats, 720, losses=losses)
 
 
 def write_student_test(exp_dir, name, model, forced, raw, **more):
@@ -122,7 +125,7 @@ def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N, in
     )
     stats = {"n": 2242, "num_left_out": 0, "loss": 0.412345, "grad_norm": 7.412345, "num_response_tokens": 9}
     norms = {"lm_head.weight": 1.0} | {f"model.layers.{i}.mlp.up_proj.weight": 0.9**i for i in range(12)}
-    store.write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms, diagnostics=DIAGNOSTICS)
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms, diagnostics=DIAGNOSTICS)
     base = {
         "is_teacher": False,
         "teacher": STUDENT,
@@ -242,7 +245,7 @@ def test_a_folder_that_is_not_there_and_one_without_sidecars(tmp_path):
 )
 def test_a_file_that_is_no_sidecar_is_named(tmp_path, text, wanted):
     write_traces(tmp_path, "a", 0.9, 0.9, data_split="gsm8k_train")
-    store.write_text(tmp_path / "traces" / "b.yaml", text)
+    files.write_text(tmp_path / "traces" / "b.yaml", text)
     code, output, errors = run(tmp_path)
     assert (code, output, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("error: ") and wanted in errors
@@ -287,7 +290,7 @@ def test_markdown_has_the_table_the_command_and_what_made_it(tmp_path):
     num_sidecars = 3 + 4 * 4
     hours = ((2 + 4 * 3) * 360 + 4 * 720 + 60) / 3600
     assert f"from {num_sidecars} stages that took {hours:.1f} hours: commit" in text
-    assert f"numpy {store.versions()['numpy']}" in text
+    assert f"numpy {fingerprint.versions()['numpy']}" in text
 
 
 def test_a_second_run_writes_the_same_bytes(tmp_path):
@@ -399,7 +402,7 @@ def test_tests_on_different_data_are_not_compared(tmp_path):
     write_point(tmp_path, "1", 0.6, 0.0, (0.9, 0.9), (0.6, 0.6))
     write_student_test(tmp_path, "transfer", "b1", 0.3, 0.3, n=77)
     sidecar = tmp_path / "traces" / "transfer.yaml"
-    store.write_text(sidecar, sidecar.read_text().replace("gsm8k_test", "/data/mmlu_test"))
+    files.write_text(sidecar, sidecar.read_text().replace("gsm8k_test", "/data/mmlu_test"))
     points, _ = rows_of(tmp_path)
     found = {(row["data"], row["student_n"], row.get("teacher_n")) for row in points}
     assert found == {("gsm8k_test", N, N), ("mmlu_test", 77, None)}
@@ -584,7 +587,7 @@ def test_arm_of_a_point(tmp_path, lam, direction, arm):
     write_point(tmp_path, "1", 0.6, lam, (0.7, 0.5), (0.25, 0.2), **more)
     if direction is None:
         for path in tmp_path.glob("traces/*.yaml"):
-            store.write_text(path, path.read_text().replace("  direction: gradient\n", ""))
+            files.write_text(path, path.read_text().replace("  direction: gradient\n", ""))
     ((row,), _) = rows_of(tmp_path)
     assert row["arm"] == arm and tradeoff.is_complete(row)
 
@@ -700,9 +703,9 @@ def test_agreement_of_delta_is_shown_and_warned_of(tmp_path):
     assert "Delta a poor one" not in shown
     page = (exp_dir / "report" / "report.html").read_text()
     assert "<td>central, eps 0.001</td><td>0.5917</td>" in page and "std of Delta 53.42 nats" in page
-    sidecar = store.read_yaml(exp_dir / "student_grads.yaml")
+    sidecar = files.read_yaml(exp_dir / "student_grads.yaml")
     sidecar["config"]["eps"] = 0.001
-    store.write_text(exp_dir / "student_grads.yaml", json.dumps(sidecar))
+    files.write_text(exp_dir / "student_grads.yaml", json.dumps(sidecar))
     run(exp_dir)
     warning = "WARNING: Delta a poor one, correlation with the exact one below 0.99: student_grads .592"
     assert warning in (exp_dir / "report" / "report.md").read_text()

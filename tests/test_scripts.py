@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from test_pipeline import imported
 
 import distill
-from ads import chat, store
+from ads import chat
+from ads.stage import files, fingerprint
+from ads.stage.sidecar import read_sidecar
 
 SMALL = ["max_length=140", "max_prompt_length=115", "batch_size=5", "tau=0.8"]
 TIMING = {"seconds", "tokens_per_second", "rows_at_once"}
@@ -63,7 +65,7 @@ def test_two_processes_give_the_gradient_of_one(model_folders, exp, tmp_path):
     norm = sum(g.square().sum() for g in one.values()).sqrt()
     difference = sum((one[k] - two[k]).square().sum() for k in one).sqrt()
     assert difference / norm < 1e-6
-    stats = [store.read_yaml(folder / "student_grads.yaml") for folder in folders]
+    stats = [files.read_yaml(folder / "student_grads.yaml") for folder in folders]
     for key in ("exact", "split_half"):
         found = [s["diagnostics"][key]["correlation"] for s in stats]
         assert found[0] == pytest.approx(found[1], abs=1e-4), key
@@ -93,7 +95,7 @@ def test_gradient_batch_size_and_checkpointing_change_nothing(model_folders, exp
         "gradient_checkpointing=true",
         holdout_of=exp,
     )
-    one, two = (store.read_yaml(folder / "student_grads.yaml")["diagnostics"] for folder in folders)
+    one, two = (files.read_yaml(folder / "student_grads.yaml")["diagnostics"] for folder in folders)
     for key in ("exact", "split_half"):
         assert one[key]["correlation"] == pytest.approx(two[key]["correlation"], abs=1e-4), key
     assert one["num_positions"] == two["num_positions"] > 0
@@ -108,7 +110,7 @@ def test_two_processes_and_other_batches_give_the_same_traces(model_folders, pro
     gentraces(model_folders, problem_folder, tmp_path, "one", *more, "batch_size=3")
     others = "batch_size=4", "cuda_graph=true"
     gentraces(model_folders, problem_folder, tmp_path, "two", *more, *others, num_processes=2)
-    one, two = (store.read_yaml(tmp_path / "traces" / f"{name}.yaml") for name in ("one", "two"))
+    one, two = (files.read_yaml(tmp_path / "traces" / f"{name}.yaml") for name in ("one", "two"))
     assert two["world_size"] == 2 and one["stats"]["one_step"]["change"] != 0
     assert two["stats"]["one_step"] == pytest.approx(one["stats"]["one_step"], abs=3e-6)
     one, two = (
@@ -147,10 +149,10 @@ def test_trace_columns(exp, problem_folder):
 def test_sidecar_stats_and_perturbation(model_folders, problem_folder, exp):
     more = [*ads_arguments(model_folders, exp), "eps=1e-3"]
     gentraces(model_folders, problem_folder, exp, "ads", *more)
-    sidecar = store.read_yaml(exp / "traces" / "ads.yaml")
+    sidecar = files.read_yaml(exp / "traces" / "ads.yaml")
     assert sidecar["stats"]["n"] == 12 and sidecar["stats"]["raw"]["high"] > 0
     assert sidecar["perturbation"]["cosine"] > 0.99
-    assert sidecar["inputs"]["gradient"] == store.fingerprint_file(exp / "student_grads.safetensors")
+    assert sidecar["inputs"]["gradient"] == fingerprint.fingerprint_file(exp / "student_grads.safetensors")
     assert not (exp / "parts" / "ads").exists()
 
 
@@ -194,7 +196,7 @@ def test_killed_sampling_goes_on_where_it_was(model_folders, problem_folder, tmp
     arguments.append(f"data_split={problem_folder}_train")
     assert kill_when("parts/t/traces/*.jsonl", cut, "gentraces.py", *arguments)
     assert not (cut / "traces" / "t.yaml").exists()
-    kept = store.read_parts(cut / "parts" / "t" / "traces")
+    kept = files.read_parts(cut / "parts" / "t" / "traces")
     assert 0 < len(kept) < 12
     resumed = run_script("gentraces.py", *arguments)
     assert f"{len(kept)} of 12 rows are there from an earlier run" in resumed.stdout
@@ -258,7 +260,7 @@ def test_students_of_16_bits_are_kept(lora, model_folders, exp, tmp_path):
     arguments = distill_arguments(model_folders, tmp_path, exp)
     more = ["dtype=bfloat16", f"lora={lora}", "num_epochs=1", "do_eval=false", "lr=1e-3"]
     run_script("distill.py", *arguments, *more)
-    assert store.read_sidecar(tmp_path / "models" / "student.yaml")["resolved_dtype"] == "bfloat16"
+    assert read_sidecar(tmp_path / "models" / "student.yaml")["resolved_dtype"] == "bfloat16"
     weights = load_file(tmp_path / "models" / "student" / "final" / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
 
@@ -266,7 +268,7 @@ def test_students_of_16_bits_are_kept(lora, model_folders, exp, tmp_path):
 def test_distilled_student_learned_and_is_an_ordinary_model(student, model_folders):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    sidecar = store.read_yaml(student.with_suffix(".yaml"))
+    sidecar = files.read_yaml(student.with_suffix(".yaml"))
     assert sidecar["stats"]["holdout_loss"] < sidecar["stats"]["holdout_loss_start"] - 0.2
     assert [step for step, _ in sidecar["losses"]["holdout"]] == [0, 3, 6, 9, 12]
     model = AutoModelForCausalLM.from_pretrained(student / "final")
@@ -284,8 +286,8 @@ def test_distilled_student_learned_and_is_an_ordinary_model(student, model_folde
 def test_merged_student_has_the_holdout_loss_of_training(student, exp, model_folders):
     """What is evaluated in stage 5 is what was trained in stage 4: same prompt, same weights."""
     import distill
-    from ads.config import TrainConfig
     from ads.models import load_model
+    from ads.stage.settings import TrainConfig
 
     cfg = TrainConfig(student=str(student / "final"))
     tokenizer = chat.load_tokenizer(str(student / "final"))
@@ -295,7 +297,7 @@ def test_merged_student_has_the_holdout_loss_of_training(student, exp, model_fol
     for example in examples:
         with torch.no_grad():
             losses.append(model(**{k: torch.tensor([ids]) for k, ids in example.items()}).loss.item())
-    sidecar = store.read_yaml(student.with_suffix(".yaml"))
+    sidecar = files.read_yaml(student.with_suffix(".yaml"))
     assert sum(losses) / len(losses) == pytest.approx(sidecar["stats"]["holdout_loss"], rel=1e-4)
 
 
@@ -337,7 +339,7 @@ def test_training_with_two_processes_is_that_with_one(model_folders, exp, tmp_pa
         arguments = distill_arguments(model_folders, folder, exp)
         more = [f"lora={str(has_lora).lower()}", "batch_size=10", "num_epochs=1", "lr=1e-3"]
         run_script("distill.py", *arguments, *more, num_processes=num_processes)
-        sidecars.append(store.read_yaml(folder / "models" / "student.yaml"))
+        sidecars.append(files.read_yaml(folder / "models" / "student.yaml"))
         weights.append(load_file(folder / "models" / "student" / "final" / "model.safetensors"))
     one, two = sidecars
     assert (one["world_size"], two["world_size"], two["stats"]["num_steps"]) == (1, 2, 2)
@@ -401,7 +403,7 @@ def test_corrupted_results_need_no_proxy_and_random_directions_have_seeds(
 ):
     """A direction's seed makes another direction; without one it is the run's own seed."""
     gentraces(model_folders, problem_folder, tmp_path, "corrupt", "lam=0.5", "direction=corrupt")
-    record = store.read_yaml(tmp_path / "traces" / "corrupt.yaml")
+    record = files.read_yaml(tmp_path / "traces" / "corrupt.yaml")
     assert "proxy_student" not in record["inputs"] and record["config"]["lam"] == 0.5
     random = [*ads_arguments(model_folders, exp), "direction=random"]
     for name, more in (("own", []), ("named", ["direction_seed=42"]), ("other", ["direction_seed=43"])):
@@ -449,7 +451,7 @@ def test_two_runs_of_one_stage_make_it_once(model_folders, problem_folder, tmp_p
     outputs = sorted(run.communicate(timeout=600)[0].count("loading") for run in runs)
     assert [run.returncode for run in runs] == [0, 0]
     assert outputs == [0, 1]
-    assert len(store.read_jsonl(tmp_path / "metadata" / "trace_registry.jsonl")) == 1
+    assert len(files.read_jsonl(tmp_path / "metadata" / "trace_registry.jsonl")) == 1
 
 
 def test_a_diverged_student_is_an_error(model_folders, exp, tmp_path):
@@ -462,7 +464,7 @@ def test_a_diverged_student_is_an_error(model_folders, exp, tmp_path):
 
 def test_what_a_kill_left_beside_a_finished_stage_is_cleared(model_folders, problem_folder, exp):
     """Else a stage that is redone on purpose would be put together from old parts."""
-    store.write_part(exp / "parts" / "holdout" / "traces", 0, [{"id": "old"}])
+    files.write_part(exp / "parts" / "holdout" / "traces", 0, [{"id": "old"}])
     again = gentraces(
         model_folders, problem_folder, exp, "holdout", f"data_split={problem_folder}_holdout", "tau=0"
     )

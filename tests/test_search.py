@@ -14,8 +14,8 @@ import pytest
 from conftest import ROOT, run_script
 
 import search
-from ads import store
-from ads.config import SearchConfig
+from ads.stage import files
+from ads.stage.settings import SearchConfig
 
 CFG = SearchConfig(targets="0.5")
 LIMITS = search.Limits(0.0, 0.01, 1.28)
@@ -199,7 +199,7 @@ def test_both_arms_are_searched_and_the_grid_reads_what_was_found(experiment, fo
     ]
     for match in matches:
         name = f"search_tau{match['tau']:g}_lam{match['lam']:g}"
-        sidecar = store.read_yaml(exp_dir / "search" / "traces" / f"{name}.yaml")
+        sidecar = files.read_yaml(exp_dir / "search" / "traces" / f"{name}.yaml")
         assert sidecar["stats"]["raw"]["accuracy"] == match["accuracy"] and match["outcome"] == "hit"
         assert sidecar["config"]["data_split"] == f"{data}_train" and sidecar["stats"]["n"] == match["n"]
     text = (exp_dir / "matched.txt").read_text()

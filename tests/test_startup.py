@@ -13,6 +13,7 @@ from test_pipeline import run_pipeline
 
 import utils
 from ads import dual, models
+from ads.stage.world import gpus_of_driver, num_gpus, wants_cpu
 
 NVIDIA_SMI = """#!/bin/sh
 [ "$1" = -L ] || { echo "| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |"; exit; }
@@ -43,10 +44,10 @@ def add_program(folder, name, text):
 def test_gpus_that_torch_cannot_use_are_an_error(gpus):
     """With an old driver, or wheels for CPUs, everything once ran on the CPU without a word, for days."""
     with pytest.raises(ValueError, match=r"has 2 GPUs \(driver for CUDA 12.4\), but torch .*cannot use them"):
-        utils.num_gpus()
+        num_gpus()
     built = "built without CUDA" if torch.version.cuda is None else f"built for CUDA {torch.version.cuda}"
     with pytest.raises(ValueError, match=f"{torch.__version__.replace('+', '.')} .{built}.*CUDA 12.6 wheels"):
-        utils.num_gpus()
+        num_gpus()
 
 
 @without_cuda
@@ -61,13 +62,13 @@ def test_gpus_that_torch_cannot_use_are_an_error(gpus):
 )
 def test_unless_the_cpu_was_asked_for(gpus, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    assert utils.num_gpus() == 0
+    assert num_gpus() == 0
 
 
 @pytest.mark.parametrize("value", ("0", "1,0", "GPU-1f2e", "MIG-3,MIG-4", " 2"))
 def test_naming_gpus_is_not_asking_for_the_cpu(gpus, monkeypatch, value):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-    assert not utils.wants_cpu()
+    assert not wants_cpu()
 
 
 @without_cuda
@@ -76,9 +77,9 @@ def test_a_machine_without_gpus_is_a_cpu(tmp_path, monkeypatch):
     for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert utils.num_gpus() == 0
+    assert num_gpus() == 0
     add_program(tmp_path / "bin", "nvidia-smi", "#!/bin/sh\necho No devices were found\nexit 6\n")
-    assert utils.gpus_of_driver() == "" and utils.num_gpus() == 0
+    assert gpus_of_driver() == "" and num_gpus() == 0
 
 
 @without_cuda

@@ -12,7 +12,8 @@ from test_loss import config, flat_gradient
 from test_proxy import sequences
 
 import distill
-from ads import gradient, lora, models, store
+from ads import gradient, lora, models
+from ads.stage.inputs import fingerprint_model
 
 LAYERS = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 0}
 SMALL = LAYERS | {"num_attention_heads": 4}
@@ -259,7 +260,7 @@ def test_an_adapter_beside_weights_or_alone_is_refused(folder, tmp_path):
     model.save_pretrained(tmp_path / "alone")
     cases = ((folder, "or remove adapter_config.json"), (tmp_path / "alone", "it is no model by itself"))
     for path, words in cases:
-        for refuse in (store.fingerprint_model, lambda name: models.load_model(name, "float32", "cpu")):
+        for refuse in (fingerprint_model, lambda name: models.load_model(name, "float32", "cpu")):
             with pytest.raises(ValueError, match=f"holds an adapter .*merge it into its base model.*{words}"):
                 refuse(str(path))
     shutil.copytree(folder, tmp_path / "teacher")

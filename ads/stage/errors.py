@@ -1,0 +1,12 @@
+"""Errors that a user can mend, and one line on those of others."""
+
+
+class NotMade(FileNotFoundError):
+    """What a stage reads and another stage is still to make."""
+
+
+def reason(error):
+    """One line on an error that a library raised: its text, and its type where that says more."""
+    text = " ".join(str(error).split())[:300]
+    is_plain = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+    return text if is_plain else f"{type(error).__name__}: {text}"

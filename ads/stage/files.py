@@ -1,0 +1,154 @@
+"""Files that survive a kill: atomic writes, parts of an unfinished stage, registries, locks."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import yaml
+
+UMASK = os.umask(0o077)  # it can only be read by being set
+os.umask(UMASK)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without flock
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed.
+
+    Two processes may not write one path at a time: hold the stage's lock.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # one name: what a kill leaves is overwritten, not collected
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path):
+    """Yield a temporary sibling folder to fill; on success it replaces the folder `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for file in temporary.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~UMASK)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def write_text(path, text):
+    """Write `text` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_jsonl(path, record):
+    """Append one JSON line to a registry that several processes may be writing to."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_jsonl(path):
+    """The records of a JSON-lines file."""
+    with Path(path).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_yaml(path):
+    """The mapping in a YAML file; ValueError when the file holds something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{path} should hold `key: value` lines, but holds a {type(content).__name__}")
+    return content or {}
+
+
+def differing_keys(before, now, ignore=()):
+    """One 'key: before -> now' string per key in which two mappings differ."""
+    keys = [key for key in {**before, **now} if key not in ignore]
+    return [
+        f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in keys
+        if before.get(key) != now.get(key)
+    ]
+
+
+def write_part(parts_dir, rank, rows):
+    """Store finished rows (dicts with an 'id') as one JSON-lines file that no later call touches.
+
+    Its name ends in a checksum of its contents.
+    """
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_text(Path(parts_dir) / f"{time.time_ns():020d}-{rank}-{checksum(text.encode())}.jsonl", text)
+
+
+def read_parts(parts_dir):
+    """{id: row} of every row stored so far. A damaged part is said and left out: its rows are made again."""
+    rows = {}
+    for path in sorted(Path(parts_dir).glob("[0-9]*.jsonl")):
+        content = path.read_bytes()
+        if path.stem.split("-")[-1] != checksum(content):
+            print(f"{path} is damaged: its rows are made again", flush=True)
+            continue
+        rows |= {row["id"]: row for row in map(json.loads, content.splitlines())}
+    return rows
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def stage_lock(exp_dir, name):
+    """Hold the lock of one stage, waiting while another process has it; a killed holder lets go."""
+    path = Path(exp_dir) / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        take_lock(file, path)
+        file.truncate(0)
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        )
+        file.flush()
+        yield
+
+
+def take_lock(file, path):
+    """Lock an open file; where its file system has no locks, say what that means and go on."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        print(f"waiting for {file.read().strip() or 'another run'} (making {path.stem})", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"WARNING: no locks on the file system of {path} ({error.strerror}): two runs at once on this "
+            "experiment are not kept apart and may spoil it; start one at a time",
+            flush=True,
+        )

@@ -1,0 +1,100 @@
+"""What identifies code, files and folders; versions and commit."""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from ads.stage.hub import HUB, HUB_FILES, find_folder, locate
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Weights are fingerprinted by NUM_SAMPLES blocks of SAMPLE_BYTES: a retrained model differs in every one.
+WEIGHTS = (".safetensors", ".bin")
+MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model")
+SAMPLE_BYTES = 4096
+NUM_SAMPLES = 256
+# what only reads finished stages, or plans them
+NO_STAGE = {
+    *("grid.py", "report.py", "search.py"),
+    *("ads/claims.py", "ads/page.py", "ads/plots.py", "ads/tradeoff.py"),
+}
+
+
+def versions():
+    """Version of every library that can change a result."""
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "math-verify", "numpy")
+    found = {name: metadata.version(name) for name in names if importable(name)}
+    return {"python": platform.python_version(), **found}
+
+
+def importable(name):
+    """Whether a distribution is installed."""
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def git_commit():
+    """The project's commit, with '+' when the working tree differs from it; None outside a checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        result = subprocess.run(command, capture_output=True, text=True)
+        return result.stdout.strip() or None
+    return None
+
+
+def fingerprint_code():
+    """16 hex digits of the project's code that makes stages."""
+    paths = [*ROOT.glob("*.py"), *(ROOT / "ads").rglob("*.py"), *(ROOT / "ads").rglob("*.c")]
+    by_name = {path.relative_to(ROOT).as_posix(): path for path in paths}
+    return fingerprint_json(
+        {name: fingerprint_file(by_name[name]) for name in sorted(by_name.keys() - NO_STAGE)}
+    )
+
+
+def fingerprint_json(value):
+    """16 hex digits that identify a JSON-able value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def fingerprint_file(path):
+    """16 hex digits of a file's contents; of weights, their size and evenly spaced blocks."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if Path(path).suffix in WEIGHTS and size > SAMPLE_BYTES * NUM_SAMPLES:
+            for i in range(NUM_SAMPLES):
+                file.seek((size - SAMPLE_BYTES) * i // (NUM_SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+        else:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(path):
+    """16 hex digits of a file's contents or of a model folder's."""
+    is_model = Path(path).is_dir()
+    return fingerprint_folder(str(path), "model", MODEL_FILES) if is_model else fingerprint_file(path)
+
+
+def fingerprint_folder(name, kind, patterns):
+    """Contents of the files that match, or a repository's name and commit on the hub.
+
+    FileNotFoundError without the first of the kind's HUB_FILES.
+    """
+    where, commit = locate(name, kind)
+    folder = find_folder(name, kind)
+    if not (folder / HUB_FILES[kind][0]).is_file():
+        raise FileNotFoundError(f"{name} is not complete: it has no {HUB_FILES[kind][0]}")
+    if commit is not None:
+        return f"{HUB}{where}@{commit}"
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return fingerprint_json({path.name: fingerprint_file(path) for path in files})

@@ -1,0 +1,133 @@
+"""Files that survive a kill: atomic writes, parts of an unfinished stage, sidecars, registries, locks,
+fingerprints.
+
+A stage is done when its sidecar exists; the sidecar is written, by atomic rename, after everything else.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from ads.stage.files import differing_keys, read_yaml, write_text
+from ads.stage.fingerprint import fingerprint, fingerprint_code, git_commit, versions
+from ads.stage.hub import HUB
+from ads.stage.world import world_size
+
+
+def write_sidecar(path, config, inputs, stats, seconds, outputs=(), **more):
+    """Write what a finished stage was made with and measured. Call it last: its presence means finished.
+
+    outputs: the files and model folders that later stages read, which must then be as they are now.
+    """
+    record = {
+        "config": config,
+        "inputs": inputs,
+        "outputs": {os.path.relpath(output, Path(path).parent): fingerprint(output) for output in outputs},
+        "stats": stats,
+        **more,
+        "code": fingerprint_code(),
+        "versions": versions(),
+        "commit": git_commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "world_size": world_size(),
+        "seconds": round(seconds, 1),
+    }
+    write_text(path, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110))
+    return record
+
+
+def is_finished(path, config, inputs, ignore=()):
+    """Whether the sidecar `path` exists; ValueError naming the difference if it was made with another config
+    or other inputs. `ignore` names config keys that do not change the result (such as batch_size)."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    record = read_sidecar(path)
+    if differences := find_differences(record, config, inputs, ignore):
+        raise ValueError(
+            f"{path} was made with other settings: {'; '.join(differences)}. "
+            "Choose another name or exp_dir, restore the settings, or delete that file to redo the stage"
+            + at_a_commit(differences)
+        )
+    for name in record.get("outputs", {}):
+        check_output(path, path.parent / name)
+    return True
+
+
+def at_a_commit(differences):
+    """How to go back to what the hub had, where that is among the differences; else an empty text."""
+    names_hub = any(f"'{HUB}" in text for text in differences)
+    return " (OWNER/NAME@COMMIT is a model of the hub at an earlier commit)" if names_hub else ""
+
+
+def read_sidecar(path):
+    """The record in a sidecar; ValueError when it was cut short."""
+    record = read_yaml(path)
+    if record.keys().isdisjoint({"seconds"}):  # the last key
+        raise ValueError(f"{path} is cut short: delete it to redo the stage")
+    return record
+
+
+def check_output(sidecar, path):
+    """ValueError if a stage's output is no longer what its sidecar says it wrote."""
+    if not Path(sidecar).is_file():
+        return
+    record = read_sidecar(sidecar)
+    written = record.get("outputs", {}).get(os.path.relpath(path, Path(sidecar).parent))
+    if written is None or "deleted" in record or (Path(path).exists() and fingerprint(path) == written):
+        return
+    state = "damaged or changed since" if Path(path).exists() else "missing"
+    raise ValueError(
+        f"{path} is {state}, by {sidecar}: put it back, or delete {sidecar} to redo the stage that makes it"
+    )
+
+
+def find_differences(record, config, inputs, ignore):
+    """What differs between a record's config and inputs and those given now, one text per key."""
+    found = differing_keys(record.get("config", {}), config, ignore)
+    made_with = record.get("inputs", {})
+    alike = {key for key in made_with if is_unrecorded(made_with[key], inputs.get(key))}
+    return found + differing_keys(made_with, inputs, alike)
+
+
+def is_unrecorded(before, now):
+    """Whether a fingerprint of the hub is from when commits were not recorded: it may be of any."""
+    is_hub = isinstance(before, str) and before.startswith(HUB)
+    return is_hub and "@" not in before and str(now).startswith(f"{before}@")
+
+
+def made_by_other_code(sidecar):
+    """What to say of a finished stage whose code has changed since, or an empty text."""
+    record = read_sidecar(sidecar)
+    if record.get("code") == fingerprint_code():
+        return ""
+    return f" (made by other code: commit {record.get('commit')}, now {git_commit()})"
+
+
+def made_at_unknown_commits(sidecar, inputs):
+    """What to say of a finished stage whose record does not tell the hub's commits, or an empty text."""
+    made_with = read_sidecar(sidecar).get("inputs", {})
+    names = [key for key, before in made_with.items() if is_unrecorded(before, inputs.get(key))]
+    return f" (at which commit of the hub was not recorded: {', '.join(names)})" if names else ""
+
+
+def open_parts(folder, config, inputs, ignore=()):
+    """Prepare the folder of unfinished work; ValueError if it holds work done with other settings, code or
+    libraries."""
+    folder = Path(folder)
+    settings = folder / "settings.yaml"
+    record = read_yaml(settings) if settings.is_file() else {}
+    makers = {"code": fingerprint_code(), **versions()}
+    differences = find_differences(record, config, inputs, ignore)
+    differences += differing_keys(record.get("makers", {}), makers)
+    # what is left of a write that a kill cut short is no work
+    work = [path for path in folder.glob("*") if path != settings and path.suffix != ".tmp"]
+    if differences and work:
+        raise ValueError(
+            f"{folder} holds unfinished work done with other settings: {'; '.join(differences)}. "
+            "Restore them to finish it, or delete that folder to start anew"
+        )
+    written = {"config": config, "inputs": inputs, "makers": makers}
+    write_text(settings, yaml.safe_dump(written, sort_keys=False))
