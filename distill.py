@@ -18,6 +18,7 @@ from pathlib import Path
 
 import utils
 from ads import chat
+from ads.data.tables import check_traces, read_parquet
 from ads.stage import files, fingerprint
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
@@ -90,8 +91,8 @@ def distil(cfg, inputs, world):
 
 def load_examples(cfg, tokenizer, path):
     """(training sequences of a trace dataset, how many were cut to max_length)."""
-    rows = utils.read_parquet(Path(path))
-    utils.check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished",))
+    rows = read_parquet(Path(path))
+    check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished",))
     examples, num_cut = [], 0
     for row in rows:
         ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])

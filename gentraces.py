@@ -11,12 +11,15 @@ Settings: gen_config.yaml, then key=value. --check only says whether the stage i
 import functools
 import json
 import shutil
-import statistics
 import time
 from pathlib import Path
 
 import utils
-from ads import chat, grading
+from ads import chat
+from ads.data import grading
+from ads.data.problems import fingerprint_data, load_problems, take_subset
+from ads.data.tables import check_traces, read_parquet
+from ads.data.traces import assemble, compute_stats, is_correct, save_traces, trace_row
 from ads.stage import files, fingerprint
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
@@ -40,7 +43,7 @@ def fingerprint_inputs(cfg):
     inputs = {
         "teacher": fingerprint_model(cfg.teacher),
         "tokenizer": fingerprint_tokenizer(cfg.tokenizer or cfg.teacher),
-        "data": utils.fingerprint_data(cfg.data_split, cfg.data_dir),
+        "data": fingerprint_data(cfg.data_split, cfg.data_dir),
     }
     if cfg.has_delta:
         inputs["proxy_student"] = fingerprint_model(cfg.proxy_student)
@@ -58,7 +61,7 @@ def generate_traces(cfg, inputs, world):
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
     if place := chat.describe_place(tokenizer):
         print0(place)
-    found = utils.load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
+    found = load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
     problems = leave_out_unanswered(found)
     prompts = render_prompts(cfg, tokenizer, problems)
     made_with = resolve_numerics(cfg, world.device) | {"prompts": fingerprint.fingerprint_json(prompts)}
@@ -148,9 +151,9 @@ def few_shot_examples(cfg):
     """(problem, worked solution) of the first correct, finished traces: what follows their think block."""
     if not cfg.few_shot:
         return ()
-    rows = utils.read_parquet(Path(cfg.few_shot_traces))
+    rows = read_parquet(Path(cfg.few_shot_traces))
     texts, flags = ("problem", cfg.trace_colname), ("finished", "is_raw_correct")
-    utils.check_traces(cfg.few_shot_traces, rows, text=texts, flags=flags)
+    check_traces(cfg.few_shot_traces, rows, text=texts, flags=flags)
     rows = [row for row in rows if row["finished"] and row["is_raw_correct"]]
     if len(rows) < cfg.few_shot:
         raise ValueError(
@@ -327,38 +330,6 @@ def sampling_rule(cfg):
     return Sampling(cfg.tau, cfg.lam if cfg.has_delta else 0.0, cfg.top_k, cfg.top_p, is_permuted)
 
 
-def trace_row(cfg, tokenizer, eos, opening, completion, requests, solutions):
-    """What a finished response, and the answer it was made to state, add to their problem.
-
-    The opening is part of its text, but was not sampled.
-    """
-    trace = chat.response_text(tokenizer, opening + completion.ids, eos)
-    solution = solutions[completion.id]
-    grade = grading.grade(trace, solution)
-    row = {
-        "id": completion.id,
-        "response_ids": completion.ids,
-        "trace": trace,
-        "finished": completion.finished,
-        "num_tokens": len(completion.ids),
-        "raw_answer": grade.answer,
-        "is_raw_correct": grade.correct,
-        "raw_timed_out": grade.timed_out,
-        "teacher_nll": -completion.log_prob / len(completion.ids),
-    }
-    if not cfg.answer_force:
-        return row
-    given = force_ids(requests[completion.id], completion.ids, tokenizer, eos, opening)
-    continuation = chat.response_text(tokenizer, completion.forced_ids, eos)
-    grade = grading.grade_forced(continuation, solution)
-    return row | {
-        "trace_af": trace + chat.decode_next(tokenizer, given) + continuation,
-        "af_answer": grade.answer,
-        "is_af_correct": grade.correct,
-        "af_timed_out": grade.timed_out,
-    }
-
-
 def decode_to_parts(cfg, models, forcing, requests, to_row, world, batch_size):
     """Decode this process's requests that are in no part, and write what is finished in parts; tokens
     sampled."""
@@ -393,18 +364,6 @@ def decode_to_parts(cfg, models, forcing, requests, to_row, world, batch_size):
     return num_tokens
 
 
-def assemble(cfg, problems, prompts, rows):
-    """The dataset's rows, in the order of the problems."""
-    by_id = {p["id"]: p for p in problems}
-    table = []
-    for i, ids in prompts.items():
-        row = {**by_id[i], "prompt_ids": ids, "trace_af": None, "is_af_correct": None, **rows[i]}
-        row[cfg.trace_colname] = row.pop("trace")
-        row[f"{cfg.trace_colname}_af"] = row.pop("trace_af")
-        table.append(row)
-    return table
-
-
 def save_contrasts(cfg, models, tokenizer, rows, world):
     """Store the rows' traces beside clean ones of the same random numbers, for the report's reader.
 
@@ -431,18 +390,14 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
         files.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
 
 
-def is_correct(row, text):
-    return grading.grade(text, row["solution"]).correct
-
-
 def one_step_test(cfg, rows, world):
     """What a step of gradient descent on the traces does to the proxy's loss on the holdout traces."""
     from ads import diagnostics, gradient
     from ads.models import load_model, try_batches
 
-    taught = utils.take_subset(rows, cfg.one_step_samples, cfg.seed)
-    holdout = utils.read_parquet(cfg.holdout_traces)
-    utils.check_traces(cfg.holdout_traces, holdout, ids=("prompt_ids", "response_ids"))
+    taught = take_subset(rows, cfg.one_step_samples, cfg.seed)
+    holdout = read_parquet(cfg.holdout_traces)
+    check_traces(cfg.holdout_traces, holdout, ids=("prompt_ids", "response_ids"))
     taught, holdout = (gradient.make_sequences(part, cfg.max_length) for part in (taught, holdout))
     if not holdout:
         raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
@@ -450,44 +405,6 @@ def one_step_test(cfg, rows, world):
     proxy = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     try_batches(proxy, max(len(s.ids) for s in taught + holdout))
     return diagnostics.one_step(proxy, taught, holdout, cfg.one_step, world)
-
-
-def save_traces(cfg, rows):
-    """The dataset folder and the parquet file beside it."""
-    from datasets import Dataset
-
-    dataset = Dataset.from_list(rows)
-    with files.atomic_folder(cfg.traces_path) as folder:
-        dataset.save_to_disk(str(folder))
-    with files.atomic_path(cfg.parquet_path) as path:
-        dataset.to_parquet(str(path))
-
-
-def compute_stats(cfg, rows):
-    """What the report needs of a trace dataset."""
-    lengths = sorted(row["num_tokens"] for row in rows)
-    timed_out = sum(row["raw_timed_out"] + row.get("af_timed_out", 0) for row in rows)
-    return {
-        "n": len(rows),
-        "raw": accuracy(rows, "is_raw_correct"),
-        "af": accuracy(rows, "is_af_correct") if cfg.answer_force else None,
-        "finished": round(statistics.fmean(row["finished"] for row in rows), 4),
-        "num_tokens": {f"p{q}": lengths[(len(lengths) - 1) * q // 100] for q in (10, 50, 90, 100)},
-        "teacher_nll": round(statistics.fmean(row["teacher_nll"] for row in rows), 5),
-        "num_grader_timeouts": timed_out,
-    }
-
-
-def accuracy(rows, column):
-    """Share of correct rows with its 95 % Wilson interval."""
-    num_correct = sum(row[column] for row in rows)
-    low, high = grading.wilson_interval(num_correct, len(rows))
-    return {
-        "accuracy": round(num_correct / len(rows), 4),
-        "low": round(low, 4),
-        "high": round(high, 4),
-        "num_correct": num_correct,
-    }
 
 
 def finish(cfg, inputs, stats, notes, seconds):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import utils
 from ads import claims, delta_table, page, plots, tradeoff
+from ads.data.tables import read_columns
 from ads.delta_table import LEAST_CORRELATION
 from ads.stage import files, fingerprint, hub
 from ads.stage.config import ignored_keys, to_dict
@@ -727,7 +728,7 @@ def read_answers(stage):
     if not path.is_file():
         return {}, f"{name} is not there"
     try:
-        table = utils.read_columns(path, ("id", *(f"is_{rule}_correct" for rule in RULES)))
+        table = read_columns(path, ("id", *(f"is_{rule}_correct" for rule in RULES)))
     except ValueError as error:
         return {}, str(error)
     answers = {}

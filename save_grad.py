@@ -12,6 +12,8 @@ from pathlib import Path
 
 import utils
 from ads import chat
+from ads.data.problems import take_subset
+from ads.data.tables import check_traces, read_parquet
 from ads.stage import files
 from ads.stage.config import to_dict
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
@@ -119,7 +121,7 @@ def diagnose(cfg, model, compressed, half, sequences, seconds):
     if not cfg.num_diagnosed:
         return None
     start = time.time()
-    chosen = utils.take_subset(sequences, cfg.num_diagnosed, cfg.seed)
+    chosen = take_subset(sequences, cfg.num_diagnosed, cfg.seed)
     try:
         found = agreement.diagnose(cfg, model, compressed, half, chosen)
     except (ValueError, RuntimeError) as error:  # not covered, too little memory: g is worth keeping
@@ -134,9 +136,9 @@ def load_sequences(cfg):
     """(holdout sequences, how many had no room for a response token within max_length)."""
     from ads.gradient import make_sequences
 
-    rows = utils.read_parquet(Path(cfg.holdout_traces))
-    utils.check_traces(cfg.holdout_traces, rows, ids=("prompt_ids", "response_ids"))
-    rows = utils.take_subset(rows, cfg.max_samples, cfg.seed)
+    rows = read_parquet(Path(cfg.holdout_traces))
+    check_traces(cfg.holdout_traces, rows, ids=("prompt_ids", "response_ids"))
+    rows = take_subset(rows, cfg.max_samples, cfg.seed)
     kept = make_sequences(rows, cfg.max_length)
     if not kept:
         raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ads.grading import wilson_interval
+from ads.data.grading import wilson_interval
 
 ARMS = (
     *("temperature", "ADS", "negative lambda", "random direction", "permuted", "corrupted results"),

@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import machine
 
-import utils
 from ads import chat, engine, gradient, proxy, sampling
+from ads.data.problems import load_problems
 from ads.models import CachedModel, load_model
 
 WAYS = ("plain", "ads", "ads_central", "peer_plain", "peer_ads")
@@ -105,7 +105,7 @@ def prepare(args):
     torch.set_num_threads(args.threads)
     tokenizer = chat.load_tokenizer(args.teacher)
     holdout = args.data_split.rpartition("_")[0] + "_holdout"
-    problems = utils.load_problems(holdout, args.data_dir, 8)
+    problems = load_problems(holdout, args.data_dir, 8)
     sequences = []
     for problem in problems:
         prompt = chat.prompt_ids(tokenizer, problem["problem"])
@@ -122,7 +122,7 @@ def run(args, way, figures):
     """What one way took: seconds, traces and steps, peak memory (MB) above what the imports take."""
     torch.set_num_threads(args.threads)
     tokenizer = chat.load_tokenizer(args.teacher)
-    problems = utils.load_problems(args.data_split, args.data_dir, args.num)[: args.num]
+    problems = load_problems(args.data_split, args.data_dir, args.num)[: args.num]
     prompts = {p["id"]: chat.prompt_ids(tokenizer, p["problem"]) for p in problems}
     base = 0 if args.device == "cuda" else machine.peak_megabytes(args.device)
     decode = load_peer(args, way) if way.startswith("peer") else load_ours(args, way)

@@ -22,7 +22,7 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
-from ads import grading
+from ads.data import grading
 
 FILES = {
     "train": ("hendrycks_math_train", "gsm8k_train"),

@@ -27,7 +27,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
-from ads import arithmetic, chat, sampling
+from ads import chat, sampling
+from ads.data import arithmetic
 from ads.stage import files
 from ads.stage.world import num_cpus
 from utils import print_result
@@ -323,7 +324,7 @@ def load_checkpoint(path, model, optimizer):
 
 def evaluate(model, tokenizer, seed):
     """{temperature: share of boxed answers that are right}, on problems that the experiments never use."""
-    from ads import grading
+    from ads.data import grading
     from ads.engine import Models, Request, generate
     from ads.models import CachedModel
 

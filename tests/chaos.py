@@ -26,7 +26,7 @@ from pathlib import Path
 from conftest import ROOT, byte_tokenizer, save_folder, tiny_model
 from test_pipeline import pipeline_environment
 
-import utils
+from ads.data.tables import read_parquet
 from ads.stage import files
 from ads.stage.sidecar import read_sidecar
 
@@ -192,7 +192,7 @@ def finished(exp_dir):
             done |= {f"{folder.name}: {i}" for i in files.read_parts(folder / "traces")}
     # rows of a finished stage are in its dataset
     for path in exp_dir.glob("traces/*.yaml"):
-        done |= {f"{path.stem}: {row['id']}" for row in utils.read_parquet(path.with_suffix(".parquet"))}
+        done |= {f"{path.stem}: {row['id']}" for row in read_parquet(path.with_suffix(".parquet"))}
     return done
 
 
@@ -205,7 +205,7 @@ def compare(exp_dir, reference):
             found.append(f"{exp_dir.name}/{name} is missing")
         elif name.parent.name == "traces":
             files = [(top / name).with_suffix(".parquet") for top in (exp_dir, reference)]
-            if utils.read_parquet(files[0]) != utils.read_parquet(files[1]):
+            if read_parquet(files[0]) != read_parquet(files[1]):
                 found.append(f"{exp_dir.name}/{name}: rows")
         else:
             ours, theirs = (read_sidecar(top / name) for top in (exp_dir, reference))

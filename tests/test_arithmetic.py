@@ -6,7 +6,8 @@ import re
 import pytest
 
 import utils
-from ads import arithmetic, grading
+from ads.data import arithmetic, grading
+from ads.data.problems import fingerprint_data, load_problems
 
 
 def computation(row):
@@ -43,11 +44,11 @@ def test_splits_are_disjoint_whatever_the_seed():
 
 
 def test_problems_depend_on_split_and_seed_alone():
-    rows = utils.load_problems("arithmetic_test", seed=3)
+    rows = load_problems("arithmetic_test", seed=3)
     assert len(rows) == 600 and len({row["id"] for row in rows}) == 600
-    assert rows[:7] == utils.load_problems("arithmetic_test", seed=3, max_samples=7)
-    assert rows[0]["problem"] != utils.load_problems("arithmetic_test", seed=4)[0]["problem"]
-    assert len(utils.load_problems("arithmetic_holdout", seed=3)) == 600
+    assert rows[:7] == load_problems("arithmetic_test", seed=3, max_samples=7)
+    assert rows[0]["problem"] != load_problems("arithmetic_test", seed=4)[0]["problem"]
+    assert len(load_problems("arithmetic_holdout", seed=3)) == 600
     # as made with Python 3.11: every version must make the same
     assert rows[0]["problem"] == (
         "There are 13 stamps in a box . Finn loses 3 of them . The number triples . Finn loses 5 of them . "
@@ -87,4 +88,4 @@ def test_unknown_results_are_random_and_worked_on_with():
 
 @pytest.mark.parametrize("split", ("train", "test"))
 def test_data_fingerprint_is_that_of_the_generator(split):
-    assert utils.fingerprint_data(f"arithmetic_{split}") == utils.store.fingerprint_file(arithmetic.__file__)
+    assert fingerprint_data(f"arithmetic_{split}") == utils.store.fingerprint_file(arithmetic.__file__)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, byte_tokenizer
 
-from ads import arithmetic, chat, corruption, sampling
+from ads import chat, corruption, sampling
 from ads.corruption import Corruption
+from ads.data import arithmetic
 from ads.engine import Models, Request, generate
 from ads.models import CachedModel, load_model
 from ads.sampling import Sampling

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 from conftest import shared_path
 
-import utils
+from ads.data.problems import (
+    check_choices,
+    check_problem,
+    find_source,
+    load_problems,
+    local_file,
+    permutation,
+    read_local,
+    to_problem,
+)
+from ads.data.tables import check_each, read_lines
 from ads.tradeoff import wilson_interval
 
 
@@ -39,31 +49,31 @@ def ids(problems):
 
 
 def test_gsm8k_is_cut_as_it_stands(data_dir):
-    train, holdout = (utils.load_problems(f"gsm8k_{s}", data_dir) for s in ("train", "holdout"))
+    train, holdout = (load_problems(f"gsm8k_{s}", data_dir) for s in ("train", "holdout"))
     assert ids(train) == [f"gsm8k/train/{i}" for i in range(7)]
     assert ids(holdout) == [f"gsm8k/train/{i}" for i in range(7, 10)]
     assert train[3] == {"id": "gsm8k/train/3", "problem": "q3", "solution": "a\n#### 3"}
-    assert len(utils.load_problems("gsm8k_test", data_dir)) == 4
+    assert len(load_problems("gsm8k_test", data_dir)) == 4
 
 
 @pytest.mark.parametrize("dataset", ("hendrycks_math", "mmlu"))
 def test_math_and_mmlu_are_shuffled_and_disjoint(data_dir, dataset):
     """The reference computed this shuffle and threw it away."""
-    train, holdout = (ids(utils.load_problems(f"{dataset}_{s}", data_dir)) for s in ("train", "holdout"))
+    train, holdout = (ids(load_problems(f"{dataset}_{s}", data_dir)) for s in ("train", "holdout"))
     assert (len(train), len(holdout)) == (14, 6)
     assert set(train) | set(holdout) == {f"{dataset}/train/{i}" for i in range(20)}
     assert train != sorted(train, key=lambda i: int(i.split("/")[-1]))
-    assert train == ids(utils.load_problems(f"{dataset}_train", data_dir))
+    assert train == ids(load_problems(f"{dataset}_train", data_dir))
 
 
 def test_math_split_name_with_an_underscore_in_the_dataset(data_dir):
     """The reference parsed 'hendrycks_math_train' wrongly. Extras of the dataset follow the problem."""
-    problem = utils.load_problems("hendrycks_math_train", data_dir)[0]
+    problem = load_problems("hendrycks_math_train", data_dir)[0]
     assert problem["level"] == "Level 1" and problem["type"] == "Algebra"
 
 
 def test_mmlu_problem_has_lettered_choices_and_a_boxed_letter(data_dir):
-    problems = {p["id"]: p for p in utils.load_problems("mmlu_train", data_dir)}
+    problems = {p["id"]: p for p in load_problems("mmlu_train", data_dir)}
     problem = next(iter(problems.values()))
     number = int(problem["id"].split("/")[-1])
     assert "\nA. w\nB. x\nC. y\nD. z\n" in problem["problem"]
@@ -71,17 +81,17 @@ def test_mmlu_problem_has_lettered_choices_and_a_boxed_letter(data_dir):
 
 
 def test_subset_is_random_seeded_nested_and_in_order(data_dir):
-    whole = ids(utils.load_problems("hendrycks_math_train", data_dir))
-    five, eight = (ids(utils.load_problems("hendrycks_math_train", data_dir, n, seed=1)) for n in (5, 8))
+    whole = ids(load_problems("hendrycks_math_train", data_dir))
+    five, eight = (ids(load_problems("hendrycks_math_train", data_dir, n, seed=1)) for n in (5, 8))
     assert set(five) < set(eight) < set(whole) and five != whole[:5]
     assert five == [i for i in whole if i in five]
-    assert five == ids(utils.load_problems("hendrycks_math_train", data_dir, 5, seed=1))
-    assert five != ids(utils.load_problems("hendrycks_math_train", data_dir, 5, seed=2))
-    assert ids(utils.load_problems("hendrycks_math_train", data_dir, 99)) == whole
+    assert five == ids(load_problems("hendrycks_math_train", data_dir, 5, seed=1))
+    assert five != ids(load_problems("hendrycks_math_train", data_dir, 5, seed=2))
+    assert ids(load_problems("hendrycks_math_train", data_dir, 99)) == whole
 
 
 def test_permutation_never_changes():
-    assert utils.permutation(10, 42) == [8, 1, 5, 0, 7, 2, 9, 4, 3, 6]
+    assert permutation(10, 42) == [8, 1, 5, 0, 7, 2, 9, 4, 3, 6]
 
 
 @pytest.mark.parametrize("suffix", (".jsonl", ".jsonl.gz", ".parquet"))
@@ -96,10 +106,10 @@ def test_folder_of_ones_own(tmp_path, suffix):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "test.parquet")
     else:
         write_lines(folder / f"test{suffix}", rows)
-    found = utils.load_problems(f"{folder}_test")
+    found = load_problems(f"{folder}_test")
     assert found == [{**row, "id": f"my_sums/test/{i}"} for i, row in enumerate(rows)]
     with pytest.raises(FileNotFoundError, match="none of train.jsonl, train.jsonl.gz, train.parquet"):
-        utils.load_problems(f"{folder}_train")
+        load_problems(f"{folder}_train")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +139,7 @@ def test_folder_of_ones_own(tmp_path, suffix):
 def test_bad_files_are_one_line_errors(tmp_path, text, words):
     (tmp_path / "test.jsonl").write_bytes(text.encode())
     with pytest.raises(ValueError) as error:
-        utils.load_problems(f"{tmp_path}_test")
+        load_problems(f"{tmp_path}_test")
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -144,7 +154,7 @@ def test_lines_are_read_as_datasets_reads_them(tmp_path, suffix, start, newline)
     opener = gzip.open if suffix.endswith("gz") else open
     with opener(tmp_path / f"test{suffix}", "wb") as file:
         file.write(text.replace("\n", newline).encode())
-    found = utils.load_problems(f"{tmp_path}_test")
+    found = load_problems(f"{tmp_path}_test")
     assert [{key: row[key] for key in rows[0]} for row in found] == rows
     assert ids(found) == [f"{tmp_path.name}/test/{i}" for i in range(3)]
 
@@ -155,7 +165,7 @@ def test_datasets_reads_the_same(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b'\xef\xbb\xbf\n{"problem": "x", "solution": "1", "y": NaN}\r\n \t\n{"problem": "z"}\n')
     theirs = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path)).to_list()
-    ours = utils.read_lines(path, dict)
+    ours = read_lines(path, dict)
     assert [row["problem"] for row in ours] == [row["problem"] for row in theirs] == ["x", "z"]
     assert ours[0]["y"] != ours[0]["y"] and theirs[0]["y"] != theirs[0]["y"]
 
@@ -165,7 +175,7 @@ def test_bytes_that_are_no_text_are_named_by_line_and_column(tmp_path):
     good = '{"problem": "\u00e9", "solution": "1"}\n'.encode()
     (tmp_path / "test.jsonl").write_bytes(good * 500 + good.replace(b'"1"', b'"\xff"'))
     with pytest.raises(ValueError, match="line 501: column 31: 0xff is not UTF-8"):
-        utils.load_problems(f"{tmp_path}_test")
+        load_problems(f"{tmp_path}_test")
 
 
 @pytest.mark.parametrize("cut,overwritten", ((12, b""), (0, b"xxxx"), (8, b"xxxxxxxx")))
@@ -175,7 +185,7 @@ def test_damaged_gzip_is_one_line(tmp_path, cut, overwritten):
     middle = len(packed) - cut if cut else 30
     (tmp_path / "test.jsonl.gz").write_bytes(packed[:middle] + overwritten + packed[middle + 4 :] * (not cut))
     with pytest.raises(ValueError, match="test.jsonl.gz is not a readable gzip file: .+"):
-        utils.load_problems(f"{tmp_path}_test")
+        load_problems(f"{tmp_path}_test")
 
 
 BAD_ROWS = (
@@ -203,24 +213,24 @@ BAD_ROWS = (
 @pytest.mark.parametrize("dataset,change,words", BAD_ROWS)
 def test_a_bad_row_of_a_known_dataset_is_named(data_dir, dataset, change, words):
     """-1 was the last choice, a twelfth choice was left out; the others were tracebacks."""
-    source = utils.find_source(f"{dataset}_train")
-    path = utils.local_file(source, Path(data_dir))
-    rows = utils.read_local(source, Path(data_dir))
+    source = find_source(f"{dataset}_train")
+    path = local_file(source, Path(data_dir))
+    rows = read_local(source, Path(data_dir))
     rows[2] |= change
     write_lines(path, rows)
     with pytest.raises(ValueError) as error:
-        utils.load_problems(f"{dataset}_train", data_dir)
+        load_problems(f"{dataset}_train", data_dir)
     assert str(error.value).startswith(f"{path}, line 3: ") and str(error.value).endswith(words)
-    check = functools.partial(utils.check_problem, columns=source.columns)
+    check = functools.partial(check_problem, columns=source.columns)
     with pytest.raises(ValueError, match="^cais/x, row 2: "):  # as of the hub's rows
-        utils.check_each("cais/x", rows, check)
+        check_each("cais/x", rows, check)
 
 
 def test_mmlu_may_have_from_two_to_ten_choices(data_dir):
     for num_choices in (2, 10):
         row = {"question": "q", "choices": list("qrstuvwxyz"[:num_choices]), "answer": num_choices - 1}
-        utils.check_choices(row["choices"], row["answer"])
-        problem = utils.to_problem("mmlu", row | {"subject": ""})
+        check_choices(row["choices"], row["answer"])
+        problem = to_problem("mmlu", row | {"subject": ""})
         assert problem["solution"] == f"\\boxed{{{'ABCDEFGHIJ'[num_choices - 1]}}}"
 
 
@@ -228,9 +238,9 @@ def test_unknown_dataset_and_missing_local_file(tmp_path):
     with pytest.raises(
         ValueError, match="neither a known dataset \\(arithmetic, gsm8k, hendrycks_math, mmlu\\) nor a folder"
     ):
-        utils.load_problems("gsm9k_test")
+        load_problems("gsm9k_test")
     with pytest.raises(FileNotFoundError, match="mmlu_test.jsonl.gz does not exist"):
-        utils.load_problems("mmlu_test", str(tmp_path))
+        load_problems("mmlu_test", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +256,7 @@ def test_unknown_dataset_and_missing_local_file(tmp_path):
     ),
 )
 def test_real_splits_have_their_sizes(data_split, num_problems, first_id):
-    problems = utils.load_problems(data_split, str(shared_path("data")))
+    problems = load_problems(data_split, str(shared_path("data")))
     assert len(problems) == num_problems
     assert first_id is None or problems[0]["id"] == first_id
     assert len({p["id"] for p in problems}) == num_problems
@@ -254,9 +264,9 @@ def test_real_splits_have_their_sizes(data_split, num_problems, first_id):
 
 def test_real_math_subset_covers_all_subjects():
     """The reference took the head of the file: 4 of 7 subjects of MATH, 19 of 57 of MMLU."""
-    math = utils.load_problems("hendrycks_math_test", str(shared_path("data")), 500)
+    math = load_problems("hendrycks_math_test", str(shared_path("data")), 500)
     assert len({p["type"] for p in math}) == 7
-    mmlu = utils.load_problems("mmlu_test", str(shared_path("data")), 2880)
+    mmlu = load_problems("mmlu_test", str(shared_path("data")), 2880)
     assert len({p["subject"] for p in mmlu}) == 57
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 
-import utils
-from ads import arithmetic, chat, grading, sampling
+from ads import chat, sampling
+from ads.data import arithmetic, grading
+from ads.data.tables import read_parquet
 from ads.engine import Models, Request, generate
 from ads.models import CachedModel, load_model
 from ads.stage import files
@@ -205,7 +206,7 @@ def test_demo_with_few_problems_runs_to_its_report(tmp_path):
     assert found.returncode == 0, found.stdout + found.stderr
     train = files.read_yaml(tmp_path / "traces" / "train_tau0.4_lam11_eps0.yaml")
     assert train["config"]["seed"] == 7 and train["stats"]["n"] == 24 and "one_step" in train["stats"]
-    rows = utils.read_parquet(tmp_path / "traces" / "student_base.parquet")
+    rows = read_parquet(tmp_path / "traces" / "student_base.parquet")
     assert [row["problem"] for row in rows] == [
         row["problem"] for row in arithmetic.generate("test", seed=7, count=24)
     ]

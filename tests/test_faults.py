@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, run_script
 from test_pipeline import has_ended, wait_until
 
-import utils
+from ads.data.tables import read_parquet
 from ads.stage import files
 from ads.stage.world import cpu_quotas
 
@@ -29,7 +29,7 @@ def arguments(models, problems, exp_dir, *more):
 
 
 def traces(exp_dir):
-    rows = utils.read_parquet(Path(exp_dir) / "traces" / "t.parquet")
+    rows = read_parquet(Path(exp_dir) / "traces" / "t.parquet")
     return [(row["id"], row["response_ids"], row["trace_af"]) for row in rows]
 
 
@@ -235,7 +235,12 @@ def test_half_of_what_a_launcher_says_is_refused(model_folders, problem_folder, 
     refused("gentraces.py", arguments(model_folders, problem_folder, tmp_path), words, **environment)
 
 
-LEAVE_EARLY = "import sys, utils, gentraces; from ads.stage import world; world.JOIN_SECONDS = 1; utils.run_script(gentraces.main)"
+LEAVE_EARLY = """\
+import gentraces, utils
+from ads.stage import world
+world.JOIN_SECONDS = 1
+utils.run_script(gentraces.main)
+"""
 
 
 @pytest.mark.parametrize("rank", ("0", "1"))
@@ -275,7 +280,8 @@ def listens(port):
 
 def test_the_number_of_cpus_is_by_affinity_and_quota(tmp_path):
     """A job of 2 CPUs on a machine of 64 once ran 64 processes."""
-    code = "import torch; from ads.stage import world; world.limit_threads(1); print(world.num_cpus(), torch.get_num_threads())"
+    code = "import torch; from ads.stage.world import limit_threads, num_cpus; limit_threads(1)"
+    code += "; print(num_cpus(), torch.get_num_threads())"
     one = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); {code}"
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", one]

@@ -25,7 +25,8 @@ import grid
 import report
 import save_grad
 import utils
-from ads import chat, grading
+from ads import chat
+from ads.data import grading
 from ads.stage.config import load_config
 from ads.stage.settings import GenConfig, GradConfig, SearchConfig, TrainConfig
 

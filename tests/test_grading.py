@@ -15,8 +15,8 @@ from pathlib import Path
 import math_verify  # here, so that no time limit or timing below includes its import
 import pytest
 
-from ads import answers, grading
-from ads.grading import extract_answer, grade, grade_forced, reference_answer
+from ads.data import answers, grading
+from ads.data.grading import extract_answer, grade, grade_forced, reference_answer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 GSM_18 = "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18"
@@ -624,7 +624,7 @@ def test_a_thread_raises_instead_of_grading_wrong():
 
 def test_numbers_need_no_sympy_and_sympy_makes_no_noise():
     code = (
-        "import sys; from ads.grading import grade; assert grade(r'\\boxed{1,800.0}', '#### 1800').correct; "
+        "import sys; from ads.data.grading import grade; assert grade(r'\\boxed{1,800.0}', '#### 1800').correct; "
         "assert not grade(r'\\boxed{19}', '#### 18').correct; assert 'sympy' not in sys.modules; "
         "assert grade(r'\\boxed{9 + 9}', '#### 18').correct; assert 'sympy' in sys.modules"
     )

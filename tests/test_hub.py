@@ -15,6 +15,7 @@ import gentraces
 import save_grad
 import utils
 from ads import gradient
+from ads.data.problems import fingerprint_data, load_problems
 from ads.stage import files, hub
 from ads.stage.inputs import fingerprint_model, fingerprint_tokenizer
 from ads.stage.sidecar import is_finished, made_at_unknown_commits, write_sidecar
@@ -364,16 +365,16 @@ def test_datasets_are_loaded_at_the_commit_that_is_recorded(hub_home, monkeypatc
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("DATA_DIR", raising=False)
     add_dataset(hub_home, OLD, 10)
-    assert utils.fingerprint_data("gsm8k_train") == f"hub:openai/gsm8k@{OLD}"
-    assert len(utils.load_problems("gsm8k_train")) == 7
+    assert fingerprint_data("gsm8k_train") == f"hub:openai/gsm8k@{OLD}"
+    assert len(load_problems("gsm8k_train")) == 7
     prepared = add_dataset(hub_home, NEW, 20)
-    assert utils.fingerprint_data("gsm8k_train") == f"hub:openai/gsm8k@{NEW}"
-    assert len(utils.load_problems("gsm8k_train")) == 14
+    assert fingerprint_data("gsm8k_train") == f"hub:openai/gsm8k@{NEW}"
+    assert len(load_problems("gsm8k_train")) == 14
     shutil.rmtree(prepared)
     with pytest.raises(ValueError, match=f"openai/gsm8k is at commit {NEW}, but .*{OLD}.* is cached"):
-        utils.load_problems("gsm8k_train")
+        load_problems("gsm8k_train")
     with pytest.raises(FileNotFoundError, match="cais/mmlu is no folder.*set data_dir to local copies"):
-        utils.fingerprint_data("mmlu_test")
+        fingerprint_data("mmlu_test")
 
 
 def test_processes_with_other_inputs_are_told_so(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import utils
+from ads.data.tables import read_parquet
 from ads.stage import files
 from ads.stage.inputs import delete_student
 
@@ -367,7 +367,7 @@ def test_grid_points_in_parallel_with_controls_and_diagnostics(
 
 
 def responses(exp_dir, name):
-    return [row["response_ids"] for row in utils.read_parquet(exp_dir / "traces" / f"{name}.parquet")]
+    return [row["response_ids"] for row in read_parquet(exp_dir / "traces" / f"{name}.parquet")]
 
 
 @pytest.mark.parametrize("number,code", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))

@@ -9,8 +9,8 @@ cut open counts as no box. When two answers are the same is said in ads/answers.
 import re
 from dataclasses import dataclass
 
-from ads import answers
-from ads.answers import _WHOLE, normalize
+from ads.data import answers
+from ads.data.answers import _WHOLE, normalize
 
 _BOX = r"\\\\?(?:boxed|fbox)\s*"
 _BRACES = re.compile(

@@ -15,9 +15,6 @@ from fractions import Fraction
 
 TIME_LIMIT = 5  # seconds to parse and compare one pair of expressions; signal.alarm takes whole ones
 MAX_ANSWER_CHARS = 400  # longer answers are compared as text; the longest in MATH has 159
-
-# Normal form
-
 SYMBOLS = {
     "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
     "\u00f7": "/", "\u2044": "/", "\u2215": "/", "\u03c0": r"\pi ", "\u03b8": r"\theta ",
@@ -33,7 +30,6 @@ _RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\
 _LOWERED = str.maketrans("\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089", "0123456789")
 _ROOT = re.compile("\u221a\\s*(?:(\\d+(?:\\.\\d+)?|[A-Za-z])|\\(([^()]*)\\)|\\{([^{}]*)\\})")
 _CURRENCY = r"\\?\$|[\u20ac\u00a3\u00a5\u20b9]|\\(?:euro|pounds|texteuro|yen)(?![A-Za-z])"
-
 # in 11,\! 111 and 1\,234 and 1{,}234; an ordinary space stays, as "1 2" is not 12, but in 12 345
 _IN_NUMBER = re.compile(
     r",\s*\\!\s*(?=\d)|\{,\}\s*(?=\d{3})|(?<=\d)(?:\\,|\\;|\\ |~|[\u202f\u2009])(?=\d{3}(?!\d))"
@@ -61,7 +57,6 @@ _ALIAS = re.compile(rf"\\({'|'.join(_ALIASES)})(?![A-Za-z])")
 _GROUP = r"\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}"
 _ONE_ARGUMENT = re.compile(r"\\(frac|binom)\s*(\\[A-Za-z]+|[^\s{}\\])|\\(sqrt)\s*([^\s{}\\\[])")
 _SECOND_ARGUMENT = re.compile(rf"(\\(?:frac|binom)\s*{_GROUP})\s*(\\[A-Za-z]+|[^\s{{}}\\])")
-
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/,]| ?[\d/])")
 _MIXED = re.compile(r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])")
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
@@ -97,8 +92,6 @@ def drop_rounding(text: str) -> str:
     is_far = exact_value and abs(exact_value[0] - rounded_value[0]) > abs(exact_value[0]) / 20
     return text if is_far else exact
 
-
-# Labels and units
 
 # by kind, the names of one unit between commas; different units differ, but for the last, nameless kind
 UNITS = """
@@ -216,8 +209,6 @@ def is_plural(noun: str) -> bool:
     return noun in IRREGULAR_PLURALS or re.fullmatch("[a-z]{2,}[^su]s", noun) is not None
 
 
-# Numbers and times
-
 _DECIMAL = rf"(?:{_WHOLE}(?:\.\d*)?|\.\d+)"
 _DECIMAL_NUMBER = re.compile(rf"([+-]?) ?({_DECIMAL})(?: ?\\times ?10 ?\^ ?\{{?(-?\d{{1,3}})\}}?)?")
 _FRACTION = re.compile(
@@ -287,8 +278,6 @@ def same_time(given: str, wanted: str) -> bool | None:
         return False
     return ours[1] == theirs[1] or "" in (ours[1], theirs[1])
 
-
-# Parts
 
 _TOKEN = re.compile(r"\\[{}]|\\[A-Za-z]+|(?<![A-Za-z])(?:and|or)(?![A-Za-z])|\\.|.", re.DOTALL)
 _TOKEN_OR_THOUSANDS = re.compile(rf"(?<![\d,.])\d{{1,3}}(?:,\d{{3}})+(?!\d|,\d)|{_TOKEN.pattern}", re.DOTALL)
@@ -363,8 +352,6 @@ def without_assignment(given: str, wanted: str) -> tuple[str, str]:
         return given, wanted[theirs.end() :]
     return given, wanted
 
-
-# Comparison
 
 _MACRO = re.compile(
     r"\\(?!l?dots|cdots)[A-Za-z]+"

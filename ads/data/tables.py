@@ -1,0 +1,133 @@
+"""Reading JSON lines and parquet, with one line on what is wrong in them."""
+
+import codecs
+import functools
+import gzip
+import json
+import zlib
+from pathlib import Path
+
+
+def read_lines(path, check):
+    """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first line that will not do.
+
+    check(object) raises one of what it finds. As `datasets` does, it passes over a byte order mark and empty
+    lines.
+    """
+    rows = []
+    for number, line in enumerate(read_bytes(path).removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(parse_object(line))
+            check(rows[-1])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+def read_bytes(path):
+    """What a file holds, unpacked if its name ends in .gz; ValueError when it is damaged."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            return file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable gzip file: {error}") from error
+
+
+def parse_object(line):
+    """The JSON object in a line of bytes; ValueError saying what is wrong, with the column where one is."""
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode()) + 1
+        raise ValueError(f"column {column}: {line[error.start]:#04x} is not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column {error.colno}: {error.msg} (one JSON object a line)") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object (one a line)")
+    if b"\\ud" in line.lower() and not is_text(json.dumps(row, ensure_ascii=False)):
+        raise ValueError("\\ud800 to \\udfff stand for a character in pairs only")
+    return row
+
+
+def is_text(text):
+    """Whether a string can be stored: half a surrogate pair, which JSON can write, is no character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def unique_keys(pairs):
+    """The dict of a JSON object's pairs; ValueError when a key is there twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {ascii(twice)} is given twice")
+    return row
+
+
+def read_parquet(path):
+    """The rows of a parquet file as dicts; ValueError when it is damaged."""
+    return read_table(path).to_pylist()
+
+
+def read_columns(path, columns):
+    """{name: values} of some columns of a parquet file; ValueError when it is damaged or lacks one."""
+    table = read_table(path, list(columns))
+    if missing := [name for name in columns if name not in table.column_names]:
+        raise ValueError(f"{path}: no column {', '.join(missing)}")
+    return table.to_pydict()
+
+
+def read_table(path, columns=None):
+    import pyarrow
+    import pyarrow.parquet
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return pyarrow.parquet.read_table(path, columns=columns)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def check_columns(path, rows, columns):
+    check_each(path, rows, functools.partial(check_row, columns=columns))
+
+
+def check_each(path, rows, check):
+    """ValueError naming the first row of which check(row) raises one."""
+    for i, row in enumerate(rows):
+        try:
+            check(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {i}: {error}") from error
+
+
+def check_row(row, columns):
+    if missing := [name for name in columns if name not in row]:
+        raise ValueError(f"no column {', '.join(missing)} (found: {', '.join(row)})")
+
+
+def check_traces(path, rows, ids=(), text=(), flags=()):
+    """ValueError naming the first row whose columns do not hold token ids, text and bools as they should."""
+    check_columns(path, rows, (*ids, *text, *flags))
+    for i, row in enumerate(rows):
+        wrong = [f"{name} holds no token ids" for name in ids if not are_ids(row[name])]
+        wrong += [f"{name} holds no text" for name in text if not isinstance(row[name], str)]
+        wrong += [f"{name} is neither true nor false" for name in flags if not isinstance(row[name], bool)]
+        if wrong:
+            raise ValueError(f"{path}, row {i}: {wrong[0]} (but {ascii(row[wrong[0].split()[0]])[:50]})")
+
+
+def are_ids(value):
+    return isinstance(value, list) and all(isinstance(i, int) and i >= 0 for i in value)
