@@ -51,7 +51,9 @@ def fingerprint_inputs(cfg):
 
 
 def distil(cfg, inputs, world):
-    from ads import memory, models
+    from ads import loading
+    from ads.decode import memory_plan
+    from ads.trials import try_batches
 
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
@@ -63,14 +65,14 @@ def distil(cfg, inputs, world):
     made_with = numerics | {"sequences": fingerprint.fingerprint_json([train, holdout])}
     world.ask_main(open_parts, cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
-    memory.check_distillation(cfg, train, memory.room(world.device), world.size)
+    memory_plan.check_distillation(cfg, train, memory_plan.room(world.device), world.size)
     model = load_student(cfg, tokenizer, world.device)
     longest = max(map(num_tokens, train + (holdout or [])))
-    models.try_batches(model, longest, models.resolve_dtype(cfg.dtype, world.device))
+    try_batches(model, longest, loading.resolve_dtype(cfg.dtype, world.device))
     checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
     if checkpoint:
         print0(f"resuming from {checkpoint}")
-    with models.recomputed(model, cfg.gradient_checkpointing):
+    with loading.recomputed(model, cfg.gradient_checkpointing):
         most = most_per_device(cfg, model, longest, world)
         per_device = per_device_batch(cfg.batch_size, most, world.size)
         if cfg.per_device_batch_size == "auto":
@@ -112,7 +114,7 @@ def most_per_device(cfg, model, longest, world):
         return cfg.per_device_batch_size
     if world.device == "cpu":
         return CPU_BATCH
-    from ads.models import resolve_dtype
+    from ads.loading import resolve_dtype
 
     fitting = num_fitting(model, longest, world.size > 1, resolve_dtype(cfg.dtype, world.device))
     return max(1, world.least(min(DEVICE_TOKENS // longest, fitting)))
@@ -125,22 +127,24 @@ def num_fitting(model, longest, is_shared, dtype):
     """
     import torch
 
-    from ads import dual, loss, models
+    from ads import loading
+    from ads.delta.loss import collate, token_losses
+    from ads.trials import tried_ids
 
     device = model.get_input_embeddings().weight.device
-    ids = dual.tried_ids(model, longest)
-    batch = {key: x.to(device) for key, x in loss.collate([{"input_ids": ids, "labels": ids}]).items()}
+    ids = tried_ids(model, longest)
+    batch = {key: x.to(device) for key, x in collate([{"input_ids": ids, "labels": ids}]).items()}
     labels = batch.pop("labels")
     for _ in range(2):  # the second time beside gradients, as are all but the first sequences of a step
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            total = loss.token_losses(model(**batch, use_cache=False).logits, labels).sum()
+            total = token_losses(model(**batch, use_cache=False).logits, labels).sum()
         total.backward()
         row_bytes = torch.cuda.max_memory_allocated(device) - before
     model.zero_grad()
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    room = SHARE_OF_FREE_MEMORY * models.free_bytes(device) - (4 if is_shared else 3) * trained
+    room = SHARE_OF_FREE_MEMORY * loading.free_bytes(device) - (4 if is_shared else 3) * trained
     return int(room / row_bytes)
 
 
@@ -155,8 +159,8 @@ def load_student(cfg, tokenizer, device):
     import torch
     from transformers import set_seed
 
-    from ads import lora
-    from ads.models import check_loadable, load_model, resolve_dtype
+    from ads import adapters
+    from ads.loading import check_loadable, load_model, resolve_dtype
 
     print0(f"loading {cfg.student}")
     dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.") if cfg.lora else "float32"
@@ -166,7 +170,7 @@ def load_student(cfg, tokenizer, device):
     set_seed(cfg.seed)
     if not cfg.lora:
         return model
-    model = lora.add_adapters(model, cfg)
+    model = adapters.add_adapters(model, cfg)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad), (
         "adapters must be float32"
@@ -177,7 +181,7 @@ def load_student(cfg, tokenizer, device):
 
 def resolve_numerics(cfg, device):
     """What "auto" stands for on this machine: flash_attention_2 where it can run, for one."""
-    from ads.models import resolve_dtype
+    from ads.loading import resolve_dtype
 
     dtype = resolve_dtype(cfg.dtype, device)
     can_flash = device != "cpu" and fingerprint.importable("flash-attn") and dtype.itemsize == 2
@@ -191,7 +195,7 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
     """transformers.Trainer with completion-only loss: token mean over each step's sequences."""
     from transformers import Trainer
 
-    from ads import loss
+    from ads.delta.loss import collate
 
     evaluated, scale = None, 1.0
     if holdout is not None:
@@ -202,17 +206,18 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
         args=training_arguments(cfg, len(train), holdout is not None, per_device, world),
         train_dataset=order_examples(cfg, train),
         eval_dataset=evaluated,
-        data_collator=functools.partial(loss.collate, pad_id=tokenizer.eos_token_id),
+        data_collator=functools.partial(collate, pad_id=tokenizer.eos_token_id),
         compute_loss_func=functools.partial(mean_loss, num_processes=world.size, scale=scale),
     )
 
 
 def train_fast(trainer, checkpoint=None):
     """trainer.train() with what makes it faster on a CPU."""
-    from ads import lora, matmul, models
+    from ads import matmul
+    from ads.cpu import memory, merged_lora
 
-    models.keep_freed_memory(trainer.args.device)
-    with matmul.in_tiles(), lora.merged(trainer.model):
+    memory.keep_freed_memory(trainer.args.device)
+    with matmul.in_tiles(), merged_lora.merged(trainer.model):
         return trainer.train(resume_from_checkpoint=checkpoint)
 
 
@@ -220,7 +225,7 @@ def training_arguments(cfg, num_examples, is_evaluated, per_device, world):
     import torch
     from transformers import TrainingArguments
 
-    from ads.models import resolve_dtype
+    from ads.loading import resolve_dtype
 
     steps_per_epoch = math.ceil(num_examples / cfg.batch_size)
     num_steps = math.ceil(cfg.num_epochs * steps_per_epoch)
@@ -298,9 +303,9 @@ def mean_loss(outputs, labels, num_items_in_batch, num_processes, scale=1.0):
     """
     import torch
 
-    from ads import loss
+    from ads.delta.loss import token_losses
 
-    losses_BC = loss.token_losses(outputs.logits, labels)
+    losses_BC = token_losses(outputs.logits, labels)
     if torch.is_grad_enabled():
         return losses_BC.sum() / num_items_in_batch
     counts_B = (labels != chat.IGNORED_LABEL).sum(1).clamp(min=1)
@@ -329,11 +334,11 @@ def save_student(cfg, model, tokenizer, device, rows):
     """
     from transformers import GenerationConfig
 
-    from ads import lora
-    from ads.models import resolve_dtype
+    from ads import adapters
+    from ads.loading import resolve_dtype
 
     if cfg.lora:
-        model = lora.merge(model, rows)
+        model = adapters.merge(model, rows)
     model = model.to(resolve_dtype(cfg.dtype, device)).eval()
     # The student learned to stop with the tokenizer's eos, which may not be the one its base config names.
     eos = sorted(chat.eos_ids(tokenizer, model))
@@ -350,12 +355,12 @@ def check_saved(cfg, model, folder, device, rows):
     """ValueError unless what was saved is the model."""
     import torch
 
-    from ads import decoder
-    from ads.models import load_model, logits_of
+    from ads.loading import load_model
+    from ads.trials import agrees, logits_of
 
     saved = load_model(str(folder), cfg.dtype, device, resolve_numerics(cfg, device)["attention"])
     with torch.no_grad():
-        are_right = [decoder.agrees(logits_of(saved, ids), logits_of(model, ids)) for ids in rows]
+        are_right = [agrees(logits_of(saved, ids), logits_of(model, ids)) for ids in rows]
     if not all(are_right):
         raise ValueError(f"student {cfg.student}: loaded from where it was saved it is another model")
 

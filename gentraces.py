@@ -89,7 +89,7 @@ def generate_traces(cfg, inputs, world):
 
 def resolve_numerics(cfg, device):
     """What dtypes "auto" stands for on this machine: parts made in another one are not gone on with."""
-    from ads.models import resolve_dtype
+    from ads.loading import resolve_dtype
 
     dtypes = {"resolved_dtype": cfg.dtype}
     if cfg.has_delta:
@@ -190,12 +190,13 @@ def models_of(cfg, inputs, tokenizer, vocabulary, world):
 
 def load_models(cfg, tokenizer, vocabulary, world):
     """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, what gives Delta."""
-    from ads import memory
-    from ads.corruption import Corruption
-    from ads.engine import Models
-    from ads.models import CachedModel, load_model
+    from ads.decode import memory_plan
+    from ads.decode.cached_model import CachedModel
+    from ads.decode.corruption import Corruption
+    from ads.decode.engine import Models
+    from ads.loading import load_model
 
-    memory.check_decoding(cfg, memory.room(world.device))
+    memory_plan.check_decoding(cfg, memory_plan.room(world.device))
     proxy, notes = load_proxy(cfg, tokenizer, vocabulary, world.device) if cfg.has_delta else (None, {})
     print0(f"loading {cfg.teacher}")
     teacher = load_model(cfg.teacher, cfg.dtype, world.device, cfg.attn_implementation)
@@ -209,43 +210,46 @@ def load_models(cfg, tokenizer, vocabulary, world):
 
 def load_proxy(cfg, tokenizer, vocabulary, device):
     """(what gives Delta, notes): theta +- eps g or, with eps = 0, one proxy in dual numbers."""
-    from ads import gradient, proxy
-    from ads.models import load_model
+    from ads.delta import gradient_file
+    from ads.delta.central import CentralDifference
+    from ads.delta.exact import ExactDerivative
+    from ads.dual.factors import random_tensor
+    from ads.loading import load_model
 
     grad_path = Path(cfg.grad_path)
-    file = gradient.open_checked(grad_path, fingerprint_model(cfg.proxy_student))
+    file = gradient_file.open_checked(grad_path, fingerprint_model(cfg.proxy_student))
     way = f"twice, as theta +- {cfg.eps:g} g" if cfg.eps else "once, to differentiate along g"
     print0(f"loading {cfg.proxy_student} {way} (direction: {cfg.direction})")
     models = [
         load_model(cfg.proxy_student, cfg.proxy_dtype, device, cfg.attn_implementation)
         for _ in range(2 if cfg.eps else 1)
     ]
-    gradient.check_matches(file, grad_path, models[0])
+    gradient_file.check_matches(file, grad_path, models[0])
     chat.check_rows(tokenizer, models[0].get_input_embeddings().weight.shape[0], cfg.proxy_student)
-    read_gradient = functools.partial(gradient.read, file)
+    read_gradient = functools.partial(gradient_file.read, file)
     if cfg.direction == "random":
         seed = cfg.seed if cfg.direction_seed is None else cfg.direction_seed
-        read_gradient = functools.partial(gradient.random_tensor, read_gradient, seed)
+        read_gradient = functools.partial(random_tensor, read_gradient, seed)
     shared_V = id_mask(tokenizer, vocabulary.shared_ids, device)
     notes = {
-        "grad_rank": gradient.metadata_of(file)["grad_rank"],
+        "grad_rank": gradient_file.metadata_of(file)["grad_rank"],
         "ids_without_delta": [list(entry) for entry in vocabulary.differing],
     }
     if cfg.eps == 0:
-        return proxy.ExactDerivative(models[0], read_gradient, shared_V), notes
+        return ExactDerivative(models[0], read_gradient, shared_V), notes
     notes["perturbation"] = perturb_(cfg, models, read_gradient)
-    return proxy.CentralDifference(*models, cfg.eps, shared_V), notes
+    return CentralDifference(*models, cfg.eps, shared_V), notes
 
 
 def perturb_(cfg, models, read_gradient):
     """Make the two proxies theta +- eps g; figures of what was stored of eps g."""
-    from ads import proxy
+    from ads.delta.central import describe, perturb_, warning
 
-    realised = proxy.perturb_(*models, read_gradient, cfg.eps)
-    print0(f"perturbation as stored: {proxy.describe(realised)}")
-    if warning := proxy.warning(realised, cfg.eps, cfg.proxy_dtype):
+    realised = perturb_(*models, read_gradient, cfg.eps)
+    print0(f"perturbation as stored: {describe(realised)}")
+    if warning := warning(realised, cfg.eps, cfg.proxy_dtype):
         print0(warning)
-    return proxy.describe(realised)
+    return describe(realised)
 
 
 def id_mask(tokenizer, ids, device):
@@ -259,7 +263,7 @@ def id_mask(tokenizer, ids, device):
 
 def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     """({id: row} of every problem's response, speed). Rows already in parts are kept."""
-    from ads.engine import Request
+    from ads.decode.engine import Request
 
     requests = [Request(i, ids, cfg.max_length - len(ids)) for i, ids in prompts.items()]
     solutions = {p["id"]: p["solution"] for p in problems}
@@ -283,7 +287,7 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
 
 def choose_rows(cfg, models, forcing, requests, world):
     """How many rows are decoded at once: batch_size, or by free memory."""
-    from ads.engine import choose_batch_size
+    from ads.decode.engine import choose_batch_size
 
     if cfg.batch_size != "auto":
         return cfg.batch_size
@@ -309,7 +313,7 @@ def read_rows(folder, ids, world):
 
 def make_forcing(tokenizer, eos, opening):
     """How the model is made to state its answer after a response."""
-    from ads.engine import Forcing
+    from ads.decode.engine import Forcing
 
     most = len(chat.encode_next(tokenizer, chat.THINK_END + chat.FORCE_TEXT))
     most = max(most, len(chat.encode_next(tokenizer, chat.FORCE_TEXT)))
@@ -335,7 +339,7 @@ def decode_to_parts(cfg, models, forcing, requests, to_row, world, batch_size):
     sampled."""
     from tqdm import tqdm
 
-    from ads.engine import generate
+    from ads.decode.engine import generate
 
     folder = cfg.parts_dir / "traces"
     done = world.share(set(files.read_parts(folder)) if world.is_main else None)
@@ -369,7 +373,7 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
 
     Each process makes its share and writes it as a part.
     """
-    from ads import diagnostics
+    from ads.delta import effects
 
     folder = cfg.parts_dir / "contrasts"
     done = files.read_parts(folder)
@@ -381,7 +385,7 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
     if mine:
         num_slots = len(mine) if cfg.batch_size == "auto" else min(cfg.batch_size, len(mine))
         rule = sampling_rule(cfg)
-        found = diagnostics.contrasts(models, rule, cfg.seed, tokenizer, mine, is_correct, num_slots)
+        found = effects.contrasts(models, rule, cfg.seed, tokenizer, mine, is_correct, num_slots)
         files.write_part(folder, world.rank, found)
     world.barrier()
     if world.is_main:
@@ -392,19 +396,21 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
 
 def one_step_test(cfg, rows, world):
     """What a step of gradient descent on the traces does to the proxy's loss on the holdout traces."""
-    from ads import diagnostics, gradient
-    from ads.models import load_model, try_batches
+    from ads.delta import effects
+    from ads.delta.loss import make_sequences
+    from ads.loading import load_model
+    from ads.trials import try_batches
 
     taught = take_subset(rows, cfg.one_step_samples, cfg.seed)
     holdout = read_parquet(cfg.holdout_traces)
     check_traces(cfg.holdout_traces, holdout, ids=("prompt_ids", "response_ids"))
-    taught, holdout = (gradient.make_sequences(part, cfg.max_length) for part in (taught, holdout))
+    taught, holdout = (make_sequences(part, cfg.max_length) for part in (taught, holdout))
     if not holdout:
         raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
     print0(f"loading {cfg.proxy_student} for the one-step test")
     proxy = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     try_batches(proxy, max(len(s.ids) for s in taught + holdout))
-    return diagnostics.one_step(proxy, taught, holdout, cfg.one_step, world)
+    return effects.one_step(proxy, taught, holdout, cfg.one_step, world)
 
 
 def finish(cfg, inputs, stats, notes, seconds):

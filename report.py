@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import utils
-from ads import claims, delta_table, page, plots, tradeoff
+from ads import claims, page, plots, tradeoff
 from ads.data.tables import read_columns
-from ads.delta_table import LEAST_CORRELATION
+from ads.delta import agreement_table
+from ads.delta.agreement_table import LEAST_CORRELATION
 from ads.stage import files, fingerprint, hub
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.inputs import fingerprint_model
@@ -531,7 +532,7 @@ def gradient_lines(experiments):
         proxy = short_name(gradient["config"]["proxy_student"])
         line = f"gradient of {proxy}: n {n}, loss {loss} nats/token, ||g|| {norm}"
         if found := gradient.get("diagnostics"):
-            ways = delta_table.rows(found).items()
+            ways = agreement_table.rows(found).items()
             shown = (f"{way} {show_number(figures['correlation'])}" for way, figures in ways)
             line += f"; correlation with the exact Delta: {', '.join(shown)}"
         lines.append(line)
@@ -593,7 +594,7 @@ def doubts(experiment):
             if trace["config"]["lam"] and has_changed(trace, "gradient", gradient, f"{name}.safetensors"):
                 yield f"traces of another gradient than the one that {name} describes", 0, trace_name
         found, eps = gradient.get("diagnostics"), gradient["config"].get("eps", 0)
-        if found and (correlation := delta_table.used(found, eps)["correlation"]) < LEAST_CORRELATION:
+        if found and (correlation := agreement_table.used(found, eps)["correlation"]) < LEAST_CORRELATION:
             kind = f"Delta a poor one, correlation with the exact one below {LEAST_CORRELATION}"
             yield kind, -correlation, f"{name} {show_number(correlation)}"
     for name, model in experiment.models.items():

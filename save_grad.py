@@ -42,14 +42,17 @@ def fingerprint_inputs(cfg):
 def compute_gradient(cfg, inputs, world):
     import torch
 
-    from ads import gradient, memory
-    from ads.models import keep_freed_memory, load_model, recomputed, try_batches
+    from ads.cpu.memory import keep_freed_memory
+    from ads.decode import memory_plan
+    from ads.delta import gradient
+    from ads.loading import load_model, recomputed
+    from ads.trials import try_batches
 
     start = time.time()
     keep_freed_memory(world.device)
     sequences, num_left_out = load_sequences(cfg)
     vocabulary = check_vocabulary(cfg)
-    memory.check_gradient(cfg, sequences, memory.room(world.device))
+    memory_plan.check_gradient(cfg, sequences, memory_plan.room(world.device))
     print0(f"loading {cfg.proxy_student}")
     model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     num_rows = model.get_input_embeddings().weight.shape[0]
@@ -83,7 +86,7 @@ def accumulate(cfg, model, sequences, world):
 
     half is the compressed share of every other sequence, for the diagnostics; None where they are off.
     """
-    from ads import gradient
+    from ads.delta import gradient
 
     step = 2 if cfg.num_diagnosed and len(sequences) >= 2 else 1
     loss, half = 0.0, None
@@ -102,12 +105,13 @@ def accumulate(cfg, model, sequences, world):
 
 def compress(cfg, model, norms, seconds):
     """(gradients as they are stored, {parameter name: share of the squared norm kept})."""
-    from ads import gradient
+    from ads.delta import gradient
+    from ads.dual.factors import square_norm
 
     start = time.time()
     compressed = gradient.compress(model, cfg.grad_rank, cfg.seed)
     seconds["compression"] = time.time() - start
-    kept = {name: gradient.square_norm(g) for name, g in compressed.items()}
+    kept = {name: square_norm(g) for name, g in compressed.items()}
     energy = {name: round(kept[name] / norm**2, 5) if norm else 1.0 for name, norm in norms.items()}
     energy["all"] = round(sum(kept.values()) / gradient.total_norm(norms) ** 2, 5)
     print0(f"grad_rank {cfg.grad_rank or 'full'}: {energy['all']:.4f} of the gradient's squared norm is kept")
@@ -116,7 +120,7 @@ def compress(cfg, model, norms, seconds):
 
 def diagnose(cfg, model, compressed, half, sequences, seconds):
     """Delta's agreement with the exact one, printed; None where it is switched off or does not work."""
-    from ads import agreement, delta_table
+    from ads.delta import agreement, agreement_table
 
     if not cfg.num_diagnosed:
         return None
@@ -128,13 +132,13 @@ def diagnose(cfg, model, compressed, half, sequences, seconds):
         print0(f"WARNING: no diagnostics: {' '.join(str(error).split())[:300]}")
         return None
     seconds["diagnostics"] = time.time() - start
-    print0(*delta_table.table(found, cfg.eps), sep="\n")
+    print0(*agreement_table.table(found, cfg.eps), sep="\n")
     return found
 
 
 def load_sequences(cfg):
     """(holdout sequences, how many had no room for a response token within max_length)."""
-    from ads.gradient import make_sequences
+    from ads.delta.loss import make_sequences
 
     rows = read_parquet(Path(cfg.holdout_traces))
     check_traces(cfg.holdout_traces, rows, ids=("prompt_ids", "response_ids"))
@@ -178,7 +182,7 @@ def progress_bar(batches):
 
 def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
     """The gradient with what it belongs to inside it, then the sidecar."""
-    from ads import gradient
+    from ads.delta import gradient_file
 
     metadata = {
         "proxy_student": cfg.proxy_student,
@@ -188,7 +192,7 @@ def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
         "grad_rank": cfg.grad_rank,
         **stats,
     }
-    gradient.save(cfg.grad_path, compressed, metadata)
+    gradient_file.save(cfg.grad_path, compressed, metadata)
     write_sidecar(
         cfg.sidecar_path,
         to_dict(cfg),

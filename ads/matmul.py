@@ -19,8 +19,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from ads import native
-from ads.cache import whole
+from ads.cpu import native
+from ads.kv_cache import whole
 
 LEAST_SIZE = 256  # of inputs and outputs: what is smaller is packed for longer than multiplied
 OPERATIONS_PER_THREAD = 5e7  # about 0.2 ms of one core

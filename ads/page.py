@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ads import claims, delta_table, plots, tradeoff
+from ads import claims, plots, tradeoff
+from ads.delta import agreement_table
 from ads.tradeoff import PRICES, RULES, show_number, show_setting, show_signed
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -394,12 +395,12 @@ def agreement_part(gradient):
     found = gradient.get("diagnostics")
     if not found:
         return ""
-    cells = [["way to Delta", *delta_table.FIGURES.values()]]
-    for way, figures in delta_table.rows(found).items():
-        cells.append([way, *(show_scalar(figures[key]) for key in delta_table.FIGURES)])
+    cells = [["way to Delta", *agreement_table.FIGURES.values()]]
+    for way, figures in agreement_table.rows(found).items():
+        cells.append([way, *(show_scalar(figures[key]) for key in agreement_table.FIGURES)])
     return (
-        f'<h3>Ways to Delta</h3><p class="caption">{escape(delta_table.caption(found))}. '
-        f'{escape(delta_table.spread(found))}.</p><div class="scroll">{html_table(cells)}</div>'
+        f'<h3>Ways to Delta</h3><p class="caption">{escape(agreement_table.caption(found))}. '
+        f'{escape(agreement_table.spread(found))}.</p><div class="scroll">{html_table(cells)}</div>'
     )
 
 

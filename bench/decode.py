@@ -32,9 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import machine
 
-from ads import chat, engine, gradient, proxy, sampling
+from ads import chat, sampling
 from ads.data.problems import load_problems
-from ads.models import CachedModel, load_model
+from ads.decode import engine
+from ads.decode.cached_model import CachedModel
+from ads.delta import gradient, gradient_file
+from ads.delta.central import CentralDifference, perturb_
+from ads.delta.exact import ExactDerivative
+from ads.delta.loss import Sequence
+from ads.loading import load_model
 
 WAYS = ("plain", "ads", "ads_central", "peer_plain", "peer_ads")
 
@@ -110,10 +116,10 @@ def prepare(args):
     for problem in problems:
         prompt = chat.prompt_ids(tokenizer, problem["problem"])
         response = [*chat.encode_next(tokenizer, problem["solution"]), tokenizer.eos_token_id]
-        sequences.append(gradient.Sequence(prompt + response, len(prompt)))
+        sequences.append(Sequence(prompt + response, len(prompt)))
     model = load_model(args.proxy, "float32", args.device)
     gradient.add_gradient_(model, sequences, len(sequences), 1)
-    gradient.save(args.grad_path, gradient.compress(model, 16, 0), {"proxy_fingerprint": "-"})
+    gradient_file.save(args.grad_path, gradient.compress(model, 16, 0), {"proxy_fingerprint": "-"})
     figures = machine.bandwidth(args.device), machine.rate(getattr(torch, args.dtype), args.device)
     return dict(zip(("bytes_per_second", "operations_per_second"), figures, strict=True))
 
@@ -147,7 +153,7 @@ def run(args, way, figures):
 def load_ours(args, way):
     """decode(prompts, eos) -> ({id: ids}, steps) through ads.engine, its first argument the teacher bound."""
     file = gradient.safe_open(args.grad_path, framework="pt")
-    read_gradient = functools.partial(gradient.read, file)
+    read_gradient = functools.partial(gradient_file.read, file)
     delta, num_rows = None, None
     if way != "plain":
         models = [load_model(args.proxy, args.dtype, args.device) for _ in range(1 + (way == "ads_central"))]
@@ -155,10 +161,10 @@ def load_ours(args, way):
     teacher = load_model(args.teacher, args.dtype, args.device)
     allowed_V = torch.ones(num_rows or teacher.config.vocab_size, dtype=torch.bool, device=args.device)
     if way == "ads":
-        delta = proxy.ExactDerivative(models[0], read_gradient, allowed_V)
+        delta = ExactDerivative(models[0], read_gradient, allowed_V)
     elif way == "ads_central":
-        proxy.perturb_(*models, read_gradient, args.eps)
-        delta = proxy.CentralDifference(*models, args.eps, allowed_V)
+        perturb_(*models, read_gradient, args.eps)
+        delta = CentralDifference(*models, args.eps, allowed_V)
     return functools.partial(decode_ours, teacher, CachedModel(teacher), delta, allowed_V, args)
 
 
@@ -197,7 +203,7 @@ def load_peer(args, way):
     if way == "peer_ads":
         file = gradient.safe_open(args.grad_path, framework="pt")
         pair = [load_model(args.proxy, args.dtype, args.device) for _ in range(2)]
-        proxy.perturb_(*pair, functools.partial(gradient.read, file), args.eps)
+        perturb_(*pair, functools.partial(gradient_file.read, file), args.eps)
         processor = PeerDelta(pair, args.eps, args.lam)
     return functools.partial(decode_peer, teacher, processor, args)
 

@@ -24,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import machine
 
-from ads.gradient import Factors, saves_room
-from ads.models import CachedModel, load_model
-from ads.proxy import CentralDifference, ExactDerivative
+from ads.decode.cached_model import CachedModel
+from ads.delta.central import CentralDifference
+from ads.delta.exact import ExactDerivative
+from ads.dual.factors import Factors, saves_room
+from ads.loading import load_model
 
 WAYS = ("plain", "central", "exact_16", "exact_full")
 

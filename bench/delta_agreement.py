@@ -18,8 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ads import agreement, delta_table, gradient
-from ads.models import load_model
+from ads.delta import agreement, agreement_table, gradient
+from ads.delta.loss import Sequence
+from ads.loading import load_model
 from ads.stage.settings import GradConfig
 
 DTYPES = ("float32", "bfloat16")
@@ -46,7 +47,7 @@ def main():
             cfg = GradConfig(proxy_student=args.model, proxy_dtype=dtype, grad_rank=rank)
             found = agreement.diagnose(cfg, model, compressed, half, sequences[: args.diagnosed])
             result[f"{dtype}_rank_{rank}"] = found
-            print(*delta_table.table(found, 0), "", sep="\n", flush=True)
+            print(*agreement_table.table(found, 0), "", sep="\n", flush=True)
     result |= check_identities(model, sequences[0])
     print(json.dumps(result))
 
@@ -73,7 +74,7 @@ def read_sequences(args):
     for row in rows:
         prompt = tokenizer(row["question"] + "\n").input_ids
         response = tokenizer(row["answer"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        sequences.append(gradient.Sequence(prompt + response, len(prompt)))
+        sequences.append(Sequence(prompt + response, len(prompt)))
     return sequences
 
 

@@ -27,7 +27,8 @@ from delta_agreement import read_sequences
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill
-from ads import chat, lora
+from ads import chat
+from ads.cpu import merged_lora
 from ads.stage.settings import TrainConfig
 from ads.stage.world import World
 
@@ -80,7 +81,7 @@ def train(args, examples, way, per_device):
     """(seconds, losses of the steps, peak MB of this process) of one epoch."""
     torch.set_num_threads(args.threads)
     if way == "unmerged":
-        lora.suits = suits_none
+        merged_lora.suits = suits_none
     with tempfile.TemporaryDirectory() as folder:
         cfg = TrainConfig(
             exp_dir=folder,

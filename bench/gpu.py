@@ -39,7 +39,13 @@ import machine
 from decode_delta import random_gradient
 
 import utils
-from ads import engine, gradient, memory, models, proxy, sampling
+from ads import sampling
+from ads.decode import engine, memory_plan
+from ads.decode.cached_model import CachedModel
+from ads.delta import gradient
+from ads.delta.central import CentralDifference, perturb_
+from ads.delta.exact import ExactDerivative
+from ads.delta.loss import Sequence, make_batches
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 from ads.stage.world import World, num_gpus
 
@@ -143,14 +149,14 @@ def measure_equal(scale, device):
     for model in (minus, whole):
         model.load_state_dict(plus.state_dict())
     read_gradient = draw_gradient(plus)
-    proxy.perturb_(plus, minus, read_gradient, SMALL_EPS)
+    perturb_(plus, minus, read_gradient, SMALL_EPS)
     peers = {"plain": decode.Peer(), "ADS": decode.PeerDelta((plus, minus), SMALL_EPS, args.lam)}
     wanted = {k: decode.decode_peer(teacher, p, args, prompts, {0}, limits)[0] for k, p in peers.items()}
-    cached, ids_V = models.CachedModel(teacher), torch.ones(SMALL.vocabulary, dtype=torch.bool, device=device)
+    cached, ids_V = CachedModel(teacher), torch.ones(SMALL.vocabulary, dtype=torch.bool, device=device)
     deltas = {
         "plain": None,
-        "ADS": proxy.CentralDifference(plus, minus, SMALL_EPS, ids_V),
-        "ADS, exact": proxy.ExactDerivative(whole, read_gradient, ids_V),
+        "ADS": CentralDifference(plus, minus, SMALL_EPS, ids_V),
+        "ADS, exact": ExactDerivative(whole, read_gradient, ids_V),
     }
     shares = {"ADS is plain": decode.share_equal(wanted["plain"], wanted["ADS"])}
     for name, delta in deltas.items():
@@ -163,7 +169,7 @@ def measure_ours(scale, device):
     for name in ("plain", "ADS"):
         prompts, limits, args = rows_and_settings(scale, device)
         teacher, delta, ids_V, plan = make_ours(scale, device, name == "ADS")
-        cached = models.CachedModel(teacher)
+        cached = CachedModel(teacher)
         call = functools.partial(
             decode.decode_ours, teacher, cached, delta, ids_V, args, prompts, {0}, limits
         )
@@ -178,7 +184,7 @@ def measure_peer(scale, device):
         teacher, peer = make(scale.teacher, "qwen2", dtype_on(device), device), decode.Peer()
         if name == "ADS":
             pair = [make(scale.proxy, "qwen2", dtype_on(device), device) for _ in range(2)]
-            proxy.perturb_(*pair, draw_gradient(pair[0]), EPS)
+            perturb_(*pair, draw_gradient(pair[0]), EPS)
             peer = decode.PeerDelta(pair, EPS, LAM)
         call = functools.partial(decode.decode_peer, teacher, peer, args, prompts, {0}, limits)
         yield f"the peer's traces, {name}", measure_decoding(call, device)
@@ -190,11 +196,11 @@ def measure_steps(scale, device):
     """Steps in the middle of the rows, as the difference between a long run and a short one."""
     size = 8192 if device == "cuda" else 512
     rates = machine.bandwidth(device), machine.rate(getattr(torch, dtype_on(device)), device, size)
-    speed = SimpleNamespace(bytes=memory.itemsize(dtype_on(device)), bandwidth=rates[0], rate=rates[1])
+    speed = SimpleNamespace(bytes=memory_plan.itemsize(dtype_on(device)), bandwidth=rates[0], rate=rates[1])
     context = scale.context + sum(scale.steps) // 2
     for name in ("plain", "ADS"):
         teacher, delta, ids_V, _ = make_ours(scale, device, name == "ADS")
-        ours = engine.Models(models.CachedModel(teacher), delta, ids_V, frozenset())
+        ours = engine.Models(CachedModel(teacher), delta, ids_V, frozenset())
         shapes = [(scale.teacher, 1), (scale.proxy, 2)][: 2 if delta else 1]
         least = floor.step_seconds(speed, shapes, scale.batch, context)
         for graph in (False, True):
@@ -223,8 +229,10 @@ def measure_gradient(scale, device):
     for dtype in ("float32", "bfloat16"):
         model, cfg = make(scale.proxy, "qwen2", "float32", device), GradConfig(dtype=dtype)
         sequences = draw_sequences(scale)
-        batches = gradient.make_batches(sequences, cfg.batch_size, cfg.batch_tokens)
-        plan = largest(functools.partial(memory.gradient, cfg, memory.sizes_of(model.config)), batches)
+        batches = make_batches(sequences, cfg.batch_size, cfg.batch_tokens)
+        plan = largest(
+            functools.partial(memory_plan.gradient, cfg, memory_plan.sizes_of(model.config)), batches
+        )
         add = functools.partial(gradient.add_gradient_, model, batch_size=cfg.batch_size, dtype=dtype)
         add(batches[0], len(batches[0]), batch_tokens=cfg.batch_tokens)
         start = now(device)
@@ -237,7 +245,7 @@ def measure_gradient(scale, device):
 def measure_distillation(scale, device):
     """As distill.py trains, loading and saving left out."""
     import distill
-    from ads import lora
+    from ads import adapters
 
     sequences, world = draw_sequences(scale), World(0, 1, device)
     longest = max(len(s.ids) for s in sequences)
@@ -251,7 +259,7 @@ def measure_distillation(scale, device):
             exp_dir=folder, lora_r=scale.lora_r, num_epochs=1.0, save_epochs=10.0, do_eval=False
         )
         student = make(scale.student, "llama", dtype_on(device), device)
-        sizes, model = memory.sizes_of(student.config), lora.add_adapters(student, cfg)
+        sizes, model = memory_plan.sizes_of(student.config), adapters.add_adapters(student, cfg)
         forget(device)
         most = distill.most_per_device(cfg, model, longest, world)
         size = distill.per_device_batch(cfg.batch_size, most, 1)
@@ -262,7 +270,7 @@ def measure_distillation(scale, device):
         seconds = now(device) - start
         rows = [by_ids.get(tuple(e["input_ids"])) for e in distill.order_examples(cfg, examples)]
         batches = [list(filter(None, rows[k : k + size])) for k in range(0, len(rows), size)]
-        plan = largest(functools.partial(memory.distillation, cfg, sizes), batches)
+        plan = largest(functools.partial(memory_plan.distillation, cfg, sizes), batches)
         yield "distillation", training_figures(sequences, seconds, device, plan)
 
 
@@ -298,12 +306,12 @@ def make_ours(scale, device, is_ads):
     ids_V = torch.ones(scale.proxy.vocabulary, dtype=torch.bool, device=device)
     if is_ads:
         model = make(scale.proxy, "qwen2", dtype_on(device), device)
-        sizes = memory.sizes_of(model.config)
-        delta = proxy.ExactDerivative(model, draw_gradient(model), ids_V)
+        sizes = memory_plan.sizes_of(model.config)
+        delta = ExactDerivative(model, draw_gradient(model), ids_V)
     teacher = make(scale.teacher, "qwen2", dtype_on(device), device)
     cfg = GenConfig(max_length=scale.max_length, max_prompt_length=scale.prompt, answer_force=False)
     numbers = sizes.factors(RANK) if sizes else 0
-    plan = memory.decoding(cfg, memory.sizes_of(teacher.config), sizes, scale.batch, numbers)
+    plan = memory_plan.decoding(cfg, memory_plan.sizes_of(teacher.config), sizes, scale.batch, numbers)
     return teacher, delta, ids_V, plan
 
 
@@ -331,7 +339,7 @@ def draw_rows(num_rows, prompt, max_length):
 
 def draw_sequences(scale):
     prompts, limits = draw_rows(scale.num_traces, scale.prompt, scale.max_length)
-    return [gradient.Sequence(ids + draw_ids(i, limits[i]), len(ids)) for i, ids in prompts.items()]
+    return [Sequence(ids + draw_ids(i, limits[i]), len(ids)) for i, ids in prompts.items()]
 
 
 def largest(plan, batches):
@@ -340,7 +348,7 @@ def largest(plan, batches):
     for batch in filter(None, batches):
         width, prompt = max(len(s.ids) for s in batch), min(s.num_prompt_tokens for s in batch)
         plans.append(plan(len(batch) * width, len(batch) * (width - prompt)))
-    return max(plans, key=memory.peak)
+    return max(plans, key=memory_plan.peak)
 
 
 def rows_and_settings(scale, device):
@@ -371,11 +379,11 @@ def training_figures(sequences, seconds, device, plan):
 
 
 def peak_gb(device):
-    return {"peak_gb": torch.cuda.max_memory_allocated() / memory.GB} if device == "cuda" else {}
+    return {"peak_gb": torch.cuda.max_memory_allocated() / memory_plan.GB} if device == "cuda" else {}
 
 
 def in_gb(plan):
-    return memory.peak(plan) / memory.GB
+    return memory_plan.peak(plan) / memory_plan.GB
 
 
 def forget(device):

@@ -25,8 +25,10 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ads import gradient
-from ads.models import keep_freed_memory, load_model
+from ads.cpu.memory import keep_freed_memory
+from ads.delta import gradient
+from ads.delta.loss import make_batches
+from ads.loading import load_model
 
 CHUNK = 32
 LOOPS = "plain", "float64"
@@ -152,9 +154,7 @@ def describe(way, rates, paths, sequences, args):
     if way in LOOPS:
         return found
     chunks = [sequences[first : first + CHUNK] for first in range(0, len(sequences), CHUNK)]
-    batches = [
-        b for chunk in chunks for b in gradient.make_batches(chunk, batch_size(way), args.batch_tokens)
-    ]
+    batches = [b for chunk in chunks for b in make_batches(chunk, batch_size(way), args.batch_tokens)]
     padded = sum(len(batch) * max(len(s.ids) for s in batch) for batch in batches)
     padding = 1 - sum(len(s.ids) for s in sequences) / padded
     return found | {"batches": len(batches), "padding": round(padding, 4)}

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ads import matmul
-from ads.models import keep_freed_memory
+from ads.cpu.memory import keep_freed_memory
 
 LAYERS, PASSES = 40, 5
 

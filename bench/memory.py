@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill
 import utils
-from ads import memory
+from ads.decode import memory_plan
 from ads.stage.config import load_config
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
@@ -40,8 +40,10 @@ SCRIPTS = {"hendrycks_math": "pipeline_math.sh", "mmlu": "pipeline_mmlu.sh"}
 
 def main(arguments):
     args = parse(arguments)
-    free, settings = args.gpu * memory.GB, settings_of(args.dataset)
-    teacher, proxy, student = (memory.read_sizes(name) for name in (args.teacher, args.proxy, args.student))
+    free, settings = args.gpu * memory_plan.GB, settings_of(args.dataset)
+    teacher, proxy, student = (
+        memory_plan.read_sizes(name) for name in (args.teacher, args.proxy, args.student)
+    )
     sampling, gen_words = plan_sampling(free, settings, teacher, proxy, student)
     gradient, grad_words = plan_gradient(free, settings, proxy)
     training, train_words = plan_training(free, settings, student, args.processes)
@@ -104,7 +106,7 @@ def plan_sampling(free, settings, *models):
     rows = []
     for stage, (stage_cfg, *pair) in stages.items():
         at_once = slots(free, stage_cfg, *pair)
-        parts = memory.decoding(stage_cfg, *pair, at_once, numbers(pair[1]))
+        parts = memory_plan.decoding(stage_cfg, *pair, at_once, numbers(pair[1]))
         rows.append(Row(stage, f"{at_once} rows of {stage_cfg.max_length}", parts))
     return rows, [] if cfg.batch_size == "auto" else [f"batch_size={cfg.batch_size}"]
 
@@ -113,9 +115,9 @@ def slots(free, cfg, teacher, proxy):
     """Rows decoded at once; those of batch_size: auto as gentraces.py will choose them."""
     if cfg.batch_size != "auto":
         return cfg.batch_size
-    none, one = (memory.decoding(cfg, teacher, proxy, n, numbers(proxy)) for n in (0, 1))
+    none, one = (memory_plan.decoding(cfg, teacher, proxy, n, numbers(proxy)) for n in (0, 1))
     size = one["caches"] + one["logits"]
-    return memory.num_slots(free - none["weights"] - none["gradient"], size, "cuda")
+    return memory_plan.num_slots(free - none["weights"] - none["gradient"], size, "cuda")
 
 
 def numbers(proxy):
@@ -133,12 +135,12 @@ def plan_gradient(free, settings, proxy):
     ):
         cfg = config(GradConfig, *words, *settings["GRAD_ARGS"])
         num_tokens = max(cfg.batch_tokens, min(longest, cfg.max_length))
-        parts = memory.gradient(cfg, proxy, num_tokens, num_tokens)
-        if memory.peak(parts) <= free:
+        parts = memory_plan.gradient(cfg, proxy, num_tokens, num_tokens)
+        if memory_plan.peak(parts) <= free:
             break
     rows = [Row("gradient of the proxy", f"{num_tokens:,} tokens", parts)]
-    judged = memory.diagnostics(cfg, proxy, longest)
-    if cfg.num_diagnosed and memory.peak(judged) <= free:
+    judged = memory_plan.diagnostics(cfg, proxy, longest)
+    if cfg.num_diagnosed and memory_plan.peak(judged) <= free:
         rows.append(Row("diagnostics of Delta", f"{longest:,} tokens", judged))
     elif cfg.num_diagnosed:
         words = [*words, "num_diagnosed=0"]
@@ -151,31 +153,39 @@ def plan_training(free, settings, student, num_processes):
         cfg = config(TrainConfig, *words, *settings["TRAIN_ARGS"])
         longest = min(cfg.max_length, config(GenConfig, *settings["GEN_ARGS"]).max_length)
         none, one = (
-            memory.distillation(cfg, student, n * longest, n * longest, num_processes) for n in (0, 1)
+            memory_plan.distillation(cfg, student, n * longest, n * longest, num_processes) for n in (0, 1)
         )
         most = cfg.per_device_batch_size
         if most == "auto":
-            left = distill.SHARE_OF_FREE_MEMORY * (free - memory.peak(none))
+            left = distill.SHARE_OF_FREE_MEMORY * (free - memory_plan.peak(none))
             most = max(
-                1, min(distill.DEVICE_TOKENS // longest, int(left / (memory.peak(one) - memory.peak(none))))
+                1,
+                min(
+                    distill.DEVICE_TOKENS // longest,
+                    int(left / (memory_plan.peak(one) - memory_plan.peak(none))),
+                ),
             )
         num_rows = distill.per_device_batch(cfg.batch_size, most, num_processes)
         num_tokens = num_rows * longest
-        parts = memory.distillation(cfg, student, num_tokens, num_tokens, num_processes)
-        if memory.peak(parts) <= free:
+        parts = memory_plan.distillation(cfg, student, num_tokens, num_tokens, num_processes)
+        if memory_plan.peak(parts) <= free:
             break
     rows = [Row("distillation", f"{num_rows} of {longest:,} tokens", parts)]
     if cfg.lora:
-        rows.append(Row("adapters tried out", "-", memory.trying_adapters(cfg, student)))
+        rows.append(Row("adapters tried out", "-", memory_plan.trying_adapters(cfg, student)))
     return rows, [*settings["TRAIN_ARGS"], *words]
 
 
 def table(free, rows):
     yield f"{'':32}{'at once':>18}" + "".join(f"{name:>12}" for name in (*COLUMNS, "peak"))
     for row in rows:
-        parts = [f"{row.parts[name] / memory.GB:.1f}" if row.parts.get(name) else "-" for name in COLUMNS]
-        parts.append(f"{memory.peak(row.parts) / memory.GB:.1f}")
-        note = "" if memory.peak(row.parts) <= free else "  too much: take smaller models or a larger GPU"
+        parts = [
+            f"{row.parts[name] / memory_plan.GB:.1f}" if row.parts.get(name) else "-" for name in COLUMNS
+        ]
+        parts.append(f"{memory_plan.peak(row.parts) / memory_plan.GB:.1f}")
+        note = (
+            "" if memory_plan.peak(row.parts) <= free else "  too much: take smaller models or a larger GPU"
+        )
         yield f"{row.stage:32}{row.at_once:>18}" + "".join(f"{cell:>12}" for cell in parts) + note
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import decode_delta
 import machine
 
-from ads import native
+from ads.cpu import native
 
 WAYS = ("plain", "exact_16")
 

@@ -325,8 +325,8 @@ def load_checkpoint(path, model, optimizer):
 def evaluate(model, tokenizer, seed):
     """{temperature: share of boxed answers that are right}, on problems that the experiments never use."""
     from ads.data import grading
-    from ads.engine import Models, Request, generate
-    from ads.models import CachedModel
+    from ads.decode.cached_model import CachedModel
+    from ads.decode.engine import Models, Request, generate
 
     rows = arithmetic.generate("pretrain", f"evaluate {seed}", NUM_EVALUATED)
     requests = [Request(row["id"], chat.prompt_ids(tokenizer, row["problem"]), 120) for row in rows]

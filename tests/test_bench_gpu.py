@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from ads import engine
+from ads.decode import engine
 
 sys.path.append(str(ROOT / "bench"))
 

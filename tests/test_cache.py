@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from ads import native
-from ads.cache import PAGE, Pages, Placement, Slots
-from ads.models import CachedModel
+from ads.cpu import native
+from ads.cpu.pages import PAGE, Pages
+from ads.decode.cached_model import CachedModel
+from ads.kv_cache import Placement, Slots
 
 pytestmark = pytest.mark.compiled
 

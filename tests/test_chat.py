@@ -452,7 +452,7 @@ def test_tokenizer_without_chat_template_or_with_too_many_ids_is_refused(tmp_pat
 
 def test_padding_is_masked_by_length_when_pad_is_eos():
     """pad may equal eos: the eos that ends a trace keeps its label, padding has none."""
-    from ads.loss import collate
+    from ads.delta.loss import collate
 
     eos = 9
     rows = [{"input_ids": [1, 2, eos], "labels": [-100, 2, eos]}, {"input_ids": [1], "labels": [1]}]

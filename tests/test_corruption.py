@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import ROOT, byte_tokenizer
 
-from ads import chat, corruption, sampling
-from ads.corruption import Corruption
+from ads import chat, sampling
 from ads.data import arithmetic
-from ads.engine import Models, Request, generate
-from ads.models import CachedModel, load_model
+from ads.decode import corruption
+from ads.decode.cached_model import CachedModel
+from ads.decode.corruption import Corruption
+from ads.decode.engine import Models, Request, generate
+from ads.loading import load_model
 from ads.sampling import Sampling
 
 TEACHER = str(ROOT / "demo" / "models" / "teacher")

@@ -7,9 +7,11 @@ import pytest
 import torch
 from conftest import ROOT, tiny_model
 
-from ads import decoder, dual, native
-from ads.cache import Slots
-from ads.models import CachedModel
+from ads.cpu import native
+from ads.decode.cached_model import CachedModel
+from ads.dual.model import DualModel
+from ads.kv_cache import Slots
+from ads.trials import agrees
 
 pytestmark = pytest.mark.compiled
 
@@ -35,12 +37,12 @@ def make(kind, is_dual, rank=0, dtype=torch.float32):
     model = tiny_model(kind, seed=3, spread=0.1).to(dtype)
     if not is_dual:
         return CachedModel(model)
-    from ads.gradient import compress
+    from ads.delta.gradient import compress
 
     for name, p in model.named_parameters():
         p.grad = random_gradient(model, name).to(dtype)
     g = compress(model, rank, seed=0)
-    dual_model = dual.DualModel(model, g.__getitem__)
+    dual_model = DualModel(model, g.__getitem__)
     return CachedModel(dual_model, dual_model.make_cache)
 
 
@@ -87,7 +89,7 @@ def test_bfloat16(is_dual, way):
     assert bool(cached.own_step.compiled) == (way == "compiled")
     for wanted, found in decode(cached):
         assert found.dtype == (torch.float32 if way == "compiled" else torch.bfloat16)
-        assert decoder.agrees(found, wanted)
+        assert agrees(found, wanted)
 
 
 def test_windows_count(way):
@@ -131,7 +133,7 @@ def odd_model(is_dual, rank=5, dtype=torch.float32, **changes):
     """Sizes that are no multiples of a vector or a tile; three query heads to a head of keys."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ads.gradient import compress
+    from ads.delta.gradient import compress
 
     sizes = {"hidden_size": 78, "intermediate_size": 99, "vocab_size": 83, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 22}
@@ -145,7 +147,7 @@ def odd_model(is_dual, rank=5, dtype=torch.float32, **changes):
         return CachedModel(model)
     for name, p in model.named_parameters():
         p.grad = random_gradient(model, name).to(dtype)
-    dual_model = dual.DualModel(model, compress(model, rank, seed=0).__getitem__)
+    dual_model = DualModel(model, compress(model, rank, seed=0).__getitem__)
     return CachedModel(dual_model, dual_model.make_cache)
 
 
@@ -274,7 +276,7 @@ def test_a_library_that_cannot_be_loaded_is_made_again(tmp_path):
 def run_native(cache, settings, prepare):
     folder = cache / "antidistillation-sampling"
     folder.mkdir(mode=0o700, exist_ok=True)
-    code = f"import os; folder = {str(folder)!r}; {prepare}; from ads import native; print(native.library())"
+    code = f"import os; folder = {str(folder)!r}; {prepare}; from ads.cpu import native; print(native.library())"
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment | settings, capture_output=True, text=True, check=True

@@ -14,8 +14,9 @@ from conftest import ROOT, run_script
 from ads import chat, sampling
 from ads.data import arithmetic, grading
 from ads.data.tables import read_parquet
-from ads.engine import Models, Request, generate
-from ads.models import CachedModel, load_model
+from ads.decode.cached_model import CachedModel
+from ads.decode.engine import Models, Request, generate
+from ads.loading import load_model
 from ads.stage import files
 
 sys.path.insert(0, str(ROOT / "demo"))

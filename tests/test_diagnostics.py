@@ -9,9 +9,13 @@ from conftest import byte_tokenizer, tiny_model
 from test_engine import EOS, V, ads_models, decode, plain_models, proxy_gradient, requests
 from test_proxy import gradient_of, mean_loss, model_with_gradient, sequences
 
-from ads import chat, diagnostics, engine, gradient, proxy, sampling
-from ads.engine import Models
-from ads.models import CachedModel
+from ads import chat, sampling
+from ads.decode.cached_model import CachedModel
+from ads.decode.engine import Models
+from ads.decode.replay import replay
+from ads.delta import effects, gradient
+from ads.delta.exact import ExactDerivative
+from ads.dual.factors import random_tensor
 from ads.sampling import Sampling
 from ads.stage.world import World
 
@@ -23,7 +27,7 @@ RULE = Sampling(tau=0.7, lam=0.4)
 
 def test_one_step_is_a_step_of_descent_of_the_length_asked_for():
     taught, holdout = sequences(6, seed=1), sequences(5, seed=2)
-    found = diagnostics.one_step(tiny_model(seed=3, spread=0.1), taught, holdout, 0.05, ALONE)
+    found = effects.one_step(tiny_model(seed=3, spread=0.1), taught, holdout, 0.05, ALONE)
     model = tiny_model(seed=3, spread=0.1)
     before = mean_loss(model, holdout).item()
     mean_loss(model, taught).backward()
@@ -42,24 +46,24 @@ def test_one_step_on_the_holdout_traces_themselves_lowers_their_loss_by_the_grad
     model, _ = model_with_gradient()
     norm = gradient.total_norm(gradient.norms(model))
     rows = sequences()
-    found = diagnostics.one_step(tiny_model(seed=3, spread=0.1), rows, rows, 1e-3, ALONE)
+    found = effects.one_step(tiny_model(seed=3, spread=0.1), rows, rows, 1e-3, ALONE)
     assert found["change"] == pytest.approx(-1e-3 * norm, rel=0.02)
 
 
 def test_random_direction_has_the_gradient_s_norms_and_hangs_on_seed_and_name_alone():
     model, _ = model_with_gradient()
     g = gradient_of(model)
-    draw = functools.partial(gradient.random_tensor, g.__getitem__, 7)
+    draw = functools.partial(random_tensor, g.__getitem__, 7)
     cosines = []
     for name, tensor in g.items():
         found = draw(name)
         assert found.norm().item() == pytest.approx(tensor.norm().item(), rel=1e-5)
         assert torch.equal(found, draw(name))
-        assert not torch.allclose(found, gradient.random_tensor(g.__getitem__, 8, name))
+        assert not torch.allclose(found, random_tensor(g.__getitem__, 8, name))
         cosines.append(torch.cosine_similarity(found.flatten(), tensor.flatten(), dim=0).item())
     one, other = [name for name in g if "layernorm" in name][:2]
     same = {one: g[one], other: g[one]}
-    assert not torch.allclose(*(gradient.random_tensor(same.__getitem__, 7, name) for name in same))
+    assert not torch.allclose(*(random_tensor(same.__getitem__, 7, name) for name in same))
     assert abs(sum(cosines) / len(cosines)) < 0.15
 
 
@@ -84,7 +88,7 @@ def exact_models():
     """With a few ids that the proxy does not know."""
     read, shared_V = proxy_gradient().__getitem__, torch.ones(V, dtype=torch.bool)
     shared_V[[2, 90]] = False
-    delta = proxy.ExactDerivative(tiny_model("qwen2", seed=3), read, shared_V)
+    delta = ExactDerivative(tiny_model("qwen2", seed=3), read, shared_V)
     return Models(CachedModel(tiny_model("qwen2")), delta, shared_V | True, EOS)
 
 
@@ -119,14 +123,14 @@ def sampled(make_models, num_new=12):
 @pytest.mark.parametrize("is_permuted", (False, True))
 def test_replay_is_what_was_thought_token_by_token(num_at_once, make_models, is_permuted, monkeypatch):
     """It took a step per token, on one process while the others waited: now a pass per REPLAYED_TOKENS."""
-    monkeypatch.setattr(engine, "REPLAYED_TOKENS", num_at_once)
+    monkeypatch.setattr(replay, "REPLAYED_TOKENS", num_at_once)
     rows, responses = sampled(make_models)
     rule = dataclasses.replace(RULE, is_permuted=is_permuted)
     assert len({len(ids) for ids in responses}) > 2
     models, passes = make_models(), []
     models.teacher.model.register_forward_hook(lambda *_: passes.append(1))
     for row, ids in zip(rows, responses, strict=True):
-        found = torch.tensor(engine.replay(models, rule, 1, row, ids))
+        found = torch.tensor(replay(models, rule, 1, row, ids))
         wanted = judge_plainly(make_models(), rule, row, ids)
         assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # of Delta at eps: 1e-5 / 2 eps
     assert len(passes) == sum(1 + -(-(len(ids) - 1) // num_at_once) for ids in responses)
@@ -136,7 +140,7 @@ def test_replay_equals_uncached_passes():
     rows, responses = sampled(functools.partial(ads_models, 1e-2))
     models = ads_models(1e-2)
     for row, ids in zip(rows, responses, strict=True):
-        found = torch.tensor(engine.replay(models, RULE, 1, row, ids))
+        found = torch.tensor(replay(models, RULE, 1, row, ids))
         wanted = uncached_thoughts(models, RULE, row, ids)
         assert torch.allclose(found, wanted, rtol=2e-3, atol=2e-3)  # of Delta: 1e-5 / 2 eps
 
@@ -150,7 +154,7 @@ def test_contrasts_are_the_sampled_traces_beside_clean_ones_of_the_same_random_n
         | {"response_ids": ads[r.id].ids, "finished": ads[r.id].finished}
         for r in rows
     ]
-    found = diagnostics.contrasts(ads_models(), RULE, 1, tokenizer, table, is_short, 3)
+    found = effects.contrasts(ads_models(), RULE, 1, tokenizer, table, is_short, 3)
     assert [problem["id"] for problem in found] == [r.id for r in rows]
     for problem in found:
         for side, completions in (("clean", clean), ("ads", ads)):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from ads import gradient, native, sampling
-from ads.engine import Forcing, Models, Request, choose_batch_size, generate
-from ads.gradient import Sequence
-from ads.models import CachedModel
-from ads.proxy import CentralDifference, perturb_
+from ads import sampling
+from ads.cpu import native
+from ads.decode.cached_model import CachedModel
+from ads.decode.engine import Forcing, Models, Request, choose_batch_size, generate
+from ads.delta import gradient
+from ads.delta.central import CentralDifference, perturb_
+from ads.delta.loss import Sequence
 from ads.sampling import GREEDY, Sampling
 
 pytestmark = pytest.mark.compiled
@@ -227,9 +229,9 @@ def test_batch_size_by_free_memory(monkeypatch):
     # bytes a logit
     row_bytes = 3 * positions * 2 * 2 * (8 + (16 if native.library() else 8)) * 4 + 64 * V
     for free, wanted in ((10 * row_bytes / 0.8 + 1, 10), (0, 1), (1e12, 64)):
-        monkeypatch.setattr("ads.engine.free_bytes", functools.partial(given_bytes, free))
+        monkeypatch.setattr("ads.decode.engine.free_bytes", functools.partial(given_bytes, free))
         assert choose_batch_size(models, rows) == wanted
-    monkeypatch.setattr("ads.engine.free_bytes", functools.partial(given_bytes, 10 * row_bytes / 0.8 + 1))
+    monkeypatch.setattr("ads.decode.engine.free_bytes", functools.partial(given_bytes, 10 * row_bytes / 0.8 + 1))
     assert choose_batch_size(models, rows, num_processes=2) == 5
 
 
@@ -282,7 +284,7 @@ def test_rows_that_end_in_the_step_in_which_another_fails_are_not_lost():
 def test_layers_without_keys_and_values_are_refused():
     config = tiny_model("qwen2").config
     config.layer_types = ["linear_attention", "full_attention"]
-    from ads.models import attention_windows
+    from ads.decode.cached_model import attention_windows
 
     with pytest.raises(ValueError, match="linear_attention"):
         attention_windows(config)

@@ -8,9 +8,15 @@ from conftest import tiny_model
 from test_engine import decode, plain_models, prompts, requests
 from test_proxy import V, exact_delta, gradient_of, model_with_gradient, perturbed, sequences, tied_model
 
-from ads import agreement, delta_table, dual, gradient, proxy, sampling
-from ads.engine import Models
-from ads.gradient import Factors
+from ads import sampling
+from ads.decode.engine import Models
+from ads.delta import agreement, agreement_table, gradient, gradient_file
+from ads.delta.central import CentralDifference, perturb_
+from ads.delta.exact import ExactDerivative
+from ads.dual.attention import ATTENTION, dual_attention
+from ads.dual.factors import Factors, dense, factorise, random_tensor, square_norm
+from ads.dual.norms import find_norms
+from ads.dual.rules import Dual, halves, make_weight
 from ads.sampling import GREEDY, Sampling
 from ads.stage.settings import GradConfig
 
@@ -24,7 +30,7 @@ def exact_proxy(kind, read_gradient, shared_V=ALL, dtype=torch.float32, attentio
     model = tiny_model(kind, seed=3, spread=0.1).to(dtype)
     if attention:
         model.set_attn_implementation(attention)
-    return proxy.ExactDerivative(model, read_gradient, shared_V)
+    return ExactDerivative(model, read_gradient, shared_V)
 
 
 def prefill(exact, rows, num_positions=64):
@@ -120,7 +126,7 @@ def test_factors_give_the_delta_of_their_product(kind):
     factors = gradient.compress(reference(kind), rank=3, seed=0)
     assert sum(isinstance(g, Factors) for g in factors.values()) > 5
     rows = [s.ids for s in sequences(3)]
-    full = {name: gradient.dense(g) for name, g in factors.items()}
+    full = {name: dense(g) for name, g in factors.items()}
     found, wanted = (prefill(exact_proxy(kind, g.__getitem__), rows) for g in (factors, full))
     assert relative(found, wanted) < 1e-5
     assert relative(found, prefill(exact_proxy(kind, gradient_of(reference(kind)).__getitem__), rows)) > 1e-3
@@ -134,9 +140,9 @@ def test_tied_head_and_embedding_both_move():
     model.set_attn_implementation("eager")
     rows = [s.ids for s in sequences(3)]
     for g in (gradient_of(model), gradient.compress(model, 3, 0)):
-        delta_BV = prefill(proxy.ExactDerivative(tied_model(config), g.__getitem__, ALL), rows)
+        delta_BV = prefill(ExactDerivative(tied_model(config), g.__getitem__, ALL), rows)
         for name, p in model.named_parameters():
-            p.grad = gradient.dense(g[name])
+            p.grad = dense(g[name])
         check_rows(model, rows, delta_BV)
 
 
@@ -159,17 +165,17 @@ def test_central_difference_tends_to_the_exact_derivative():
     errors = []
     for eps in (1e-1, 1e-2, 1e-3):
         plus, minus, _ = perturbed(model, eps)
-        errors.append(relative(prefill(proxy.CentralDifference(plus, minus, eps, ALL), rows), wanted))
+        errors.append(relative(prefill(CentralDifference(plus, minus, eps, ALL), rows), wanted))
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
 
 
 def test_central_difference_accepts_factors():
     factors = gradient.compress(reference("qwen2"), rank=3, seed=0)
     plus, minus = (tiny_model("qwen2", seed=3, spread=0.1) for _ in range(2))
-    proxy.perturb_(plus, minus, factors.__getitem__, 1e-2)
+    perturb_(plus, minus, factors.__getitem__, 1e-2)
     for name, p in tiny_model("qwen2", seed=3, spread=0.1).named_parameters():
         moved = dict(plus.named_parameters())[name] - p
-        assert torch.allclose(moved, 1e-2 * gradient.dense(factors[name]), atol=1e-7), name
+        assert torch.allclose(moved, 1e-2 * dense(factors[name]), atol=1e-7), name
 
 
 def test_bfloat16_keeps_the_direction():
@@ -181,8 +187,8 @@ def test_bfloat16_keeps_the_direction():
     cosine_B = torch.cosine_similarity(found, wanted)
     assert found.dtype == torch.float32 and cosine_B.min() > 0.995
     plus, minus = (tiny_model("qwen2", seed=3, spread=0.1).bfloat16() for _ in range(2))
-    proxy.perturb_(plus, minus, read, 1e-4)
-    central = prefill(proxy.CentralDifference(plus, minus, 1e-4, ALL), rows)
+    perturb_(plus, minus, read, 1e-4)
+    central = prefill(CentralDifference(plus, minus, 1e-4, ALL), rows)
     assert torch.cosine_similarity(central, wanted).mean() < 0.9
 
 
@@ -190,7 +196,7 @@ def test_bfloat16_keeps_the_direction():
 def test_eager_attention_gives_the_same(kind):
     read, rows = gradient_of(reference(kind)).__getitem__, [s.ids for s in sequences()]
     eager, ours = (exact_proxy(kind, read, attention="eager") for _ in range(2))
-    ours.dual.model.library.set_attn_implementation(dual.ATTENTION)  # Gemma 2 is eager by itself
+    ours.dual.model.library.set_attn_implementation(ATTENTION)  # Gemma 2 is eager by itself
     eager, ours = (prefill(exact, rows) for exact in (eager, ours))
     assert relative(ours, eager) < 1e-5 and not torch.equal(ours, eager)
 
@@ -198,7 +204,7 @@ def test_eager_attention_gives_the_same(kind):
 def test_attention_of_other_kinds_is_refused():
     query = torch.zeros(1, 2, 1, 4)
     with pytest.raises(NotImplementedError, match="s_aux.*attn_implementation=eager"):
-        dual.dual_attention(None, query, query, query, torch.zeros(1, 1, 1, 1), s_aux=torch.zeros(2))
+        dual_attention(None, query, query, query, torch.zeros(1, 1, 1, 1), s_aux=torch.zeros(2))
 
 
 def test_zero_and_non_finite_gradients_are_refused():
@@ -254,10 +260,10 @@ def test_operations_on_duals_are_those_of_forward_mode_ad(name):
     with dual_level():
         wanted = unpack_dual(operation(make_dual(x, dx), make_dual(y, dy), make_dual(w, dw), c))
     with torch.no_grad():
-        duals = [tensor.clone().as_subclass(dual.Dual) for tensor in given]
-        found = operation(*duals[:2], dual.make_weight(w, dw), given[2])
-        assert isinstance(found, dual.Dual)
-        for half, part in zip(dual.halves(found.as_subclass(torch.Tensor)), wanted, strict=True):
+        duals = [tensor.clone().as_subclass(Dual) for tensor in given]
+        found = operation(*duals[:2], make_weight(w, dw), given[2])
+        assert isinstance(found, Dual)
+        for half, part in zip(halves(found.as_subclass(torch.Tensor)), wanted, strict=True):
             assert torch.allclose(half, part, rtol=1e-4, atol=1e-5)
         assert torch.equal(duals[0].as_subclass(torch.Tensor), given[0]), "x itself was changed"
 
@@ -273,17 +279,17 @@ def test_operations_on_duals_are_those_of_forward_mode_ad(name):
 )
 def test_operations_that_are_not_covered_say_so(operation, words):
     with pytest.raises(NotImplementedError, match=words):
-        operation(torch.randn(4, 6).as_subclass(dual.Dual))
+        operation(torch.randn(4, 6).as_subclass(Dual))
 
 
 def test_norms_are_found_by_what_they_compute():
     """A layer norm without bias has the same attributes as an RMS norm."""
-    kinds = {kind: len(dual.find_norms(tiny_model(kind, seed=3, spread=0.1))) for kind in KINDS}
+    kinds = {kind: len(find_norms(tiny_model(kind, seed=3, spread=0.1))) for kind in KINDS}
     layers = tiny_model("llama").config.num_hidden_layers
     assert kinds["llama"] == kinds["qwen2"] == 2 * layers + 1 and kinds["gpt2"] == kinds["gpt_neox"] == 0
     assert kinds["gemma2"] == 4 * layers + 1 and kinds["gemma3_text"] == 6 * layers + 1
     layer_norm = torch.nn.LayerNorm(8, bias=False)
-    assert not dual.find_norms(torch.nn.ModuleList([layer_norm]))
+    assert not find_norms(torch.nn.ModuleList([layer_norm]))
 
 
 def test_an_architecture_that_is_not_covered_says_so():
@@ -291,9 +297,7 @@ def test_an_architecture_that_is_not_covered_says_so():
     with pytest.raises(
         ValueError, match="does not cover model type 'mixtral' .the proxy's forward .*set eps above 0"
     ):
-        prefill(
-            proxy.ExactDerivative(model, lambda name: dict(model.named_parameters())[name], ALL), [[1, 2]]
-        )
+        prefill(ExactDerivative(model, lambda name: dict(model.named_parameters())[name], ALL), [[1, 2]])
 
 
 def decaying_matrix(num_rows=300, num_columns=200):
@@ -309,16 +313,14 @@ def decaying_matrix(num_rows=300, num_columns=200):
 def test_factors_are_the_best_approximation_of_their_rank(rank):
     """Rank 5 is sketched, rank 60 decomposed as it is."""
     matrix = decaying_matrix()
-    factors = gradient.factorise(matrix, rank, 7, "w")
+    factors = factorise(matrix, rank, 7, "w")
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     best = left[:, :rank] * values[:rank] @ right[:rank]
     assert factors.left.shape == (300, rank) and factors.right.shape == (rank, 200)
-    error, least = (matrix - gradient.dense(factors)).norm(), (matrix - best).norm()
+    error, least = (matrix - dense(factors)).norm(), (matrix - best).norm()
     assert least > 0.1 and error < 1.002 * least
-    assert gradient.square_norm(factors) == pytest.approx(
-        gradient.dense(factors).square().sum().item(), rel=1e-4
-    )
-    again = gradient.factorise(matrix, rank, 7, "w")
+    assert square_norm(factors) == pytest.approx(dense(factors).square().sum().item(), rel=1e-4)
+    again = factorise(matrix, rank, 7, "w")
     assert torch.equal(factors.left, again.left) and torch.equal(factors.right, again.right)
 
 
@@ -335,23 +337,23 @@ def test_only_what_shrinks_is_factored():
 def test_factors_round_trip_through_the_file(tmp_path):
     path = tmp_path / "g.safetensors"
     compressed = gradient.compress(reference("qwen2"), rank=3, seed=0)
-    gradient.save(path, compressed, {"proxy_student": "tiny", "proxy_fingerprint": "abc"})
-    file = gradient.open_checked(path, "abc")
-    gradient.check_matches(file, path, reference("qwen2"))
+    gradient_file.save(path, compressed, {"proxy_student": "tiny", "proxy_fingerprint": "abc"})
+    file = gradient_file.open_checked(path, "abc")
+    gradient_file.check_matches(file, path, reference("qwen2"))
     for name, g in compressed.items():
-        found = gradient.read(file, name)
-        assert type(found) is type(g) and torch.equal(gradient.dense(found), gradient.dense(g)), name
+        found = gradient_file.read(file, name)
+        assert type(found) is type(g) and torch.equal(dense(found), dense(g)), name
     with pytest.raises(ValueError, match="does not fit the proxy"):
-        gradient.check_matches(file, path, reference("llama"))
+        gradient_file.check_matches(file, path, reference("llama"))
 
 
 def test_random_direction_of_factors_has_their_norm_and_form():
     compressed = gradient.compress(reference("qwen2"), rank=3, seed=0)
     name = next(name for name, g in compressed.items() if isinstance(g, Factors))
-    found, again = (gradient.random_tensor(compressed.__getitem__, 7, name) for _ in range(2))
-    other = gradient.random_tensor(compressed.__getitem__, 8, name)
+    found, again = (random_tensor(compressed.__getitem__, 7, name) for _ in range(2))
+    other = random_tensor(compressed.__getitem__, 8, name)
     assert found.left.shape == compressed[name].left.shape and torch.equal(found.left, again.left)
-    g, directions = gradient.dense(compressed[name]), [gradient.dense(d) for d in (found, other)]
+    g, directions = dense(compressed[name]), [dense(d) for d in (found, other)]
     assert directions[0].norm().item() == pytest.approx(g.norm().item(), rel=1e-4)
     for one, two in ((g, directions[0]), (directions[1], directions[0])):
         assert abs(torch.cosine_similarity(one.flatten(), two.flatten(), dim=0)) < 0.3
@@ -426,12 +428,14 @@ def test_diagnosed_spread_is_that_of_the_exact_delta(diagnosed):
 
 def test_a_poor_delta_is_warned_of_with_what_to_change(diagnosed):
     found, *_ = diagnosed
-    assert "raise grad_rank" in delta_table.table(found, 0)[-1]
+    assert "raise grad_rank" in agreement_table.table(found, 0)[-1]
     central = {**found, "dtype": "bfloat16", "central": {"0.001": {**found["exact"], "correlation": 0.6}}}
-    assert "0.600" in delta_table.warning(central, 1e-3)
-    assert "eps=0 (the exact derivative) or set proxy_dtype=float32" in delta_table.warning(central, 1e-3)
+    assert "0.600" in agreement_table.warning(central, 1e-3)
+    assert "eps=0 (the exact derivative) or set proxy_dtype=float32" in agreement_table.warning(central, 1e-3)
     good = {**found, "exact": {**found["exact"], "correlation": 0.999}}
-    assert delta_table.warning(good, 0) is None and "WARNING" not in " ".join(delta_table.table(good, 0))
+    assert agreement_table.warning(good, 0) is None and "WARNING" not in " ".join(
+        agreement_table.table(good, 0)
+    )
 
 
 def test_prompts_of_the_engine_s_tests_are_long_enough():

@@ -56,7 +56,7 @@ def prompts(lengths=LENGTHS):
 
 
 def load(folder):
-    from ads.models import load_model
+    from ads.loading import load_model
 
     return load_model(folder, "float32", "cpu")
 
@@ -74,8 +74,8 @@ def check(found, wanted, what, tolerance=TOLERANCE):
 
 def decode(folder):
     """Greedy decoding of a batch of unequal rows against passes over one row without a cache."""
-    from ads.engine import Models, Request, generate
-    from ads.models import CachedModel
+    from ads.decode.cached_model import CachedModel
+    from ads.decode.engine import Models, Request, generate
     from ads.sampling import GREEDY
 
     model, plain = load(folder), load(folder)
@@ -96,7 +96,7 @@ def decode(folder):
 
 def exact_delta(folder):
     """Delta of cached, batched dual numbers against the central difference of float64 passes over one row."""
-    from ads.proxy import ExactDerivative
+    from ads.delta.exact import ExactDerivative
 
     model, (plain, eps) = load(folder), float64(load(folder))
     generator = torch.Generator().manual_seed(2)
@@ -143,15 +143,16 @@ def central(model, g, ids, eps):
 
 def gradient(folder):
     """The mean gradient of padded batches against backpropagation of one row after another."""
-    from ads import gradient as ours
-    from ads.models import try_batches
+    from ads.delta import gradient
+    from ads.delta.loss import make_sequences
+    from ads.trials import try_batches
 
     lengths = WINDOW + 1, WINDOW, WINDOW - 1, 12
     rows = [{"prompt_ids": ids[:6], "response_ids": ids[6:]} for ids in prompts(lengths)]
     model, plain = load(folder), load(folder)
-    sequences = ours.make_sequences(rows, 4096)
+    sequences = make_sequences(rows, 4096)
     try_batches(model, max(lengths))  # as save_grad.py does
-    ours.add_gradient_(model, sequences, len(rows), 4)
+    gradient.add_gradient_(model, sequences, len(rows), 4)
     for s in sequences:
         ids = torch.tensor([s.ids])
         logits = plain(input_ids=ids, use_cache=False).logits[0, s.num_prompt_tokens - 1 : -1]
@@ -168,9 +169,9 @@ def lora(folder):
     """Two steps of distill.py's training: the student as saved against the one that was trained."""
     import distill
     from ads import chat
-    from ads.models import try_batches
     from ads.stage.settings import TrainConfig
     from ads.stage.world import World
+    from ads.trials import try_batches
 
     cfg = TrainConfig(
         exp_dir=folder,

@@ -624,7 +624,8 @@ def test_a_thread_raises_instead_of_grading_wrong():
 
 def test_numbers_need_no_sympy_and_sympy_makes_no_noise():
     code = (
-        "import sys; from ads.data.grading import grade; assert grade(r'\\boxed{1,800.0}', '#### 1800').correct; "
+        "import sys; from ads.data.grading import grade; "
+        "assert grade(r'\\boxed{1,800.0}', '#### 1800').correct; "
         "assert not grade(r'\\boxed{19}', '#### 18').correct; assert 'sympy' not in sys.modules; "
         "assert grade(r'\\boxed{9 + 9}', '#### 18').correct; assert 'sympy' in sys.modules"
     )

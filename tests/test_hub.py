@@ -14,8 +14,8 @@ from test_pipeline import run_pipeline
 import gentraces
 import save_grad
 import utils
-from ads import gradient
 from ads.data.problems import fingerprint_data, load_problems
+from ads.delta import gradient_file
 from ads.stage import files, hub
 from ads.stage.inputs import fingerprint_model, fingerprint_tokenizer
 from ads.stage.sidecar import is_finished, made_at_unknown_commits, write_sidecar
@@ -314,9 +314,9 @@ def test_another_commit_than_the_recorded_one_is_refused(hub_home, problem_folde
         traces(tmp_path, data, f"teacher={NAME}@{OLD}", "--check")
     path = tmp_path / "g.safetensors"
     made_for = {"proxy_student": NAME, "proxy_fingerprint": f"hub:{NAME}@{OLD}"}
-    gradient.save(path, {"w": torch.ones(2)}, made_for)
+    gradient_file.save(path, {"w": torch.ones(2)}, made_for)
     with pytest.raises(ValueError, match=f"belongs to another proxy .*@{OLD}', now .*@{NEW}'"):
-        gradient.open_checked(path, fingerprint_model(NAME))
+        gradient_file.open_checked(path, fingerprint_model(NAME))
 
 
 def test_records_without_a_commit_are_taken_for_any_and_said(tmp_path):
@@ -333,11 +333,13 @@ def test_records_without_a_commit_are_taken_for_any_and_said(tmp_path):
 
 def test_a_gradient_without_a_commit_too(tmp_path, capsys):
     path = tmp_path / "g.safetensors"
-    gradient.save(path, {"w": torch.ones(2)}, {"proxy_student": NAME, "proxy_fingerprint": f"hub:{NAME}"})
-    gradient.open_checked(path, f"hub:{NAME}@{NEW}")
+    gradient_file.save(
+        path, {"w": torch.ones(2)}, {"proxy_student": NAME, "proxy_fingerprint": f"hub:{NAME}"}
+    )
+    gradient_file.open_checked(path, f"hub:{NAME}@{NEW}")
     assert f"at which commit of hub:{NAME} was not recorded" in capsys.readouterr().out
     with pytest.raises(ValueError, match="belongs to another proxy"):
-        gradient.open_checked(path, f"hub:owner/other@{NEW}")
+        gradient_file.open_checked(path, f"hub:owner/other@{NEW}")
 
 
 def add_dataset(hub_home, commit, num_rows):

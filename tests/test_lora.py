@@ -9,7 +9,9 @@ from peft.tuners.lora.layer import Linear
 from test_matmul import no_tiles
 
 import distill
-from ads import lora, loss, models
+from ads import loading
+from ads.cpu import merged_lora
+from ads.delta.loss import collate, token_losses
 from ads.stage.world import World
 
 pytestmark = pytest.mark.compiled
@@ -32,17 +34,17 @@ def layers(model):
 def passes(model):
     """Loss and gradients of the adapters on a batch of two sequences."""
     model.zero_grad()
-    batch = loss.collate(test_loss.examples(2))
+    batch = collate(test_loss.examples(2))
     labels = batch.pop("labels")
-    total = loss.token_losses(model(**batch, use_cache=False).logits, labels).sum()
+    total = token_losses(model(**batch, use_cache=False).logits, labels).sum()
     total.backward()
     return float(total), [p.grad for p in model.parameters() if p.requires_grad]
 
 
 def check_merged_passes(model):
     wanted, wanted_gradients = passes(model)
-    with lora.merged(model):
-        assert all(type(layer.forward) is lora.MergedLayer for layer in layers(model))
+    with merged_lora.merged(model):
+        assert all(type(layer.forward) is merged_lora.MergedLayer for layer in layers(model))
         found, gradients = passes(model)
     assert found == pytest.approx(wanted, rel=1e-6)
     for d, e in zip(gradients, wanted_gradients, strict=True):
@@ -53,7 +55,7 @@ def check_merged_passes(model):
 @pytest.mark.parametrize("has_checkpoints", [False, True])
 def test_loss_and_gradients_are_peft_s(kind, has_checkpoints):
     model = adapted(kind, use_rslora=kind == "llama")
-    with models.recomputed(model, has_checkpoints):
+    with loading.recomputed(model, has_checkpoints):
         check_merged_passes(model)
 
 
@@ -75,7 +77,7 @@ def test_training_is_peft_s(tmp_path, has_checkpoints):
         model = adapted(spread=0.01)
         rows, world = test_loss.examples(9), World(0, 1, "cpu")
         trainer = distill.make_trainer(cfg, model, test_loss.byte_tokenizer(), rows, rows[:3], 2, world)
-        with models.recomputed(model, has_checkpoints):
+        with loading.recomputed(model, has_checkpoints):
             train(trainer)
         curves.append(
             [
@@ -97,7 +99,7 @@ def test_training_is_peft_s(tmp_path, has_checkpoints):
 )
 def test_what_has_more_to_it_is_left_to_peft(settings):
     model = adapted(**settings)
-    with lora.merged(model):
+    with merged_lora.merged(model):
         assert not any("forward" in vars(layer) for layer in layers(model))
 
 
@@ -108,16 +110,16 @@ def test_so_are_adapters_that_are_off_merged_or_not_float32_and_trained_weights(
     two.merge()
     three.to(torch.bfloat16)
     four.base_layer.weight.requires_grad_(True)
-    with lora.merged(model):
+    with merged_lora.merged(model):
         assert not any("forward" in vars(layer) for layer in (one, two, three, four))
         assert others and all("forward" in vars(layer) for layer in others)
 
 
 def test_a_model_is_left_as_it_was():
     model = adapted()
-    with pytest.raises(KeyError), lora.merged(model):
+    with pytest.raises(KeyError), merged_lora.merged(model):
         passes(model)
         raise KeyError
     assert not any("forward" in vars(layer) for layer in layers(model))
-    with lora.merged(tiny_model()):
+    with merged_lora.merged(tiny_model()):
         pass

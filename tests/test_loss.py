@@ -12,7 +12,9 @@ from transformers.integrations import sdpa_attention
 
 import distill
 import save_grad
-from ads import chat, gradient, models
+from ads import chat, loading
+from ads.delta import gradient, loss
+from ads.delta.loss import Sequence, make_batches, sequence_losses
 from ads.stage.settings import GradConfig, TrainConfig
 from ads.stage.world import World
 
@@ -40,14 +42,14 @@ def test_gradient_in_batches_is_that_of_a_loop_over_the_library_s_loss(kind):
     ours, plain = (tiny_model(kind, seed=3, spread=0.1) for _ in range(2))
     add_plainly_(plain, rows)
     gradient.add_gradient_(ours, rows, len(rows), batch_size=4, batch_tokens=100)
-    assert max(map(len, gradient.make_batches(rows, 4, 100))) > 1
+    assert max(map(len, make_batches(rows, 4, 100))) > 1
     difference = flat_gradient(ours) - flat_gradient(plain)
     assert difference.norm() < 1e-6 * flat_gradient(plain).norm()
 
 
 def test_unequal_rows_of_a_batch_are_right_too(monkeypatch):
     """Padding up to 90 %, which only tests have."""
-    monkeypatch.setattr(gradient, "MAX_PADDING", 0.9)
+    monkeypatch.setattr(loss, "MAX_PADDING", 0.9)
     test_gradient_in_batches_is_that_of_a_loop_over_the_library_s_loss("gemma2")
 
 
@@ -64,8 +66,8 @@ def test_bfloat16_passes_leave_a_float32_gradient_of_nearly_the_same_direction()
 @pytest.mark.parametrize("batch_size,batch_tokens", ((1, math.inf), (8, math.inf), (64, 500)))
 def test_batches_hold_every_sequence_once_and_little_padding(batch_size, batch_tokens):
     lengths = torch.randint(20, 600, (300,), generator=torch.Generator().manual_seed(1)).tolist()
-    rows = [gradient.Sequence([i] * length, 3) for i, length in enumerate(lengths)]
-    batches = gradient.make_batches(rows, batch_size, batch_tokens)
+    rows = [Sequence([i] * length, 3) for i, length in enumerate(lengths)]
+    batches = make_batches(rows, batch_size, batch_tokens)
     assert sorted(s.ids[0] for batch in batches for s in batch) == list(range(300))
     for batch in batches:
         longest, tokens = max(len(s.ids) for s in batch), sum(len(s.ids) for s in batch)
@@ -78,7 +80,7 @@ def test_logits_are_made_for_no_token_of_the_prompt():
     """They were once made for all positions: for prompts of 500 tokens, most of the memory."""
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda module, given, output: seen.append(tuple(output.shape)))
-    gradient.sequence_losses(model, [gradient.Sequence(list(range(50)), 40), gradient.Sequence([1] * 47, 42)])
+    sequence_losses(model, [Sequence(list(range(50)), 40), Sequence([1] * 47, 42)])
     assert seen == [(2, 10, 97)]
 
 
@@ -86,7 +88,7 @@ def test_a_batch_has_at_most_batch_tokens_and_a_longer_sequence_is_alone(tmp_pat
     """max_length once bounded both: with 4,096 for the few long sequences, batches of 4,096 tokens."""
     cfg = GradConfig(holdout_traces="t", batch_size=8, batch_tokens=64, num_diagnosed=0)
     model, rows, shapes = tiny_model("llama", seed=3, spread=0.1), sequences(20), []
-    rows += [gradient.Sequence(s.ids * 3, 5) for s in rows[:2]]
+    rows += [Sequence(s.ids * 3, 5) for s in rows[:2]]
     model.get_input_embeddings().register_forward_hook(lambda _, ids, out: shapes.append(ids[0].shape))
     save_grad.accumulate(cfg, model, rows, World(0, 1, "cpu"))
     assert sum(len(shape) and shape[0] for shape in shapes) == 22 and max(shape[0] for shape in shapes) > 2
@@ -100,14 +102,14 @@ def test_keys_repeated_for_a_gpu_s_kernel_leave_the_gradient_as_it_is(kind, monk
 
     2,048 tokens of a 3B proxy ran out of 80 GB. On a CPU the library's own way is kept.
     """
-    assert AttentionInterface()["sdpa"] is models.sdpa
+    assert AttentionInterface()["sdpa"] is loading.sdpa
     rows, repeated, inner = sequences(9), [], sdpa_attention.sdpa_attention_forward
     ours, plain = (tiny_model(kind, seed=3, spread=0.1) for _ in range(2))
     assert gradient.add_gradient_(plain, rows, len(rows), batch_size=4)
     monkeypatch.setattr(
-        models, "sdpa_attention_forward", lambda *x, **more: repeated.append(x) or inner(*x, **more)
+        loading, "sdpa_attention_forward", lambda *x, **more: repeated.append(x) or inner(*x, **more)
     )
-    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", models.sdpa_repeated)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", loading.sdpa_repeated)
     gradient.add_gradient_(ours, rows, len(rows), batch_size=4)
     assert bool(repeated) == (ours.config._attn_implementation == "sdpa")
     for module, query, key, value, *_ in repeated:

@@ -8,7 +8,9 @@ import torch
 from conftest import tiny_model
 from test_proxy import sequences
 
-from ads import dual, gradient, matmul, models
+from ads import loading, matmul
+from ads.delta import gradient
+from ads.dual.rules import Dual
 
 pytestmark = pytest.mark.compiled
 
@@ -123,7 +125,7 @@ def test_other_layers_are_torch_s(tile_products):
         narrow(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
-        layer(x.as_subclass(dual.Dual))
+        layer(x.as_subclass(Dual))
         layer.double()(x.double())
     layer.float()(x)
     assert not tile_products
@@ -146,7 +148,7 @@ def test_the_proxy_gradient_is_that_of_torch_s_products(
     kind, has_checkpoints, all_sizes, tile_products, monkeypatch
 ):
     ours, plain = (tiny_model(kind, seed=3, spread=0.1) for _ in range(2))
-    with models.recomputed(ours, has_checkpoints):
+    with loading.recomputed(ours, has_checkpoints):
         gradient.add_gradient_(ours, sequences(9), 9, batch_size=4)
     assert tile_products
     monkeypatch.setattr(matmul, "library", lambda: None)

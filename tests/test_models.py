@@ -5,10 +5,11 @@ import pytest
 import torch
 from families import WINDOW
 
-from ads import dual
-from ads.engine import Models, Request, generate
-from ads.models import CachedModel, CheckedLookups, try_batches
+from ads.decode.cached_model import CachedModel
+from ads.decode.engine import Models, Request, generate
+from ads.dual.model import make_checked, reverse
 from ads.sampling import GREEDY
+from ads.trials import CheckedLookups, try_batches
 
 ALL = torch.ones(families.VOCABULARY, dtype=torch.bool)
 
@@ -98,18 +99,18 @@ class Detached(torch.nn.Linear):
 def test_derivatives_that_are_not_those_of_backpropagation_are_refused():
     model = families.build("llama")
     g = {name: torch.ones_like(p) for name, p in model.named_parameters()}
-    assert dual.make_checked(model, g.__getitem__)
+    assert make_checked(model, g.__getitem__)
     model = families.build("llama")
     model.model.layers[0].mlp.down_proj.__class__ = Detached
     with pytest.raises(ValueError, match="not the derivative that backpropagation gives: set eps above 0"):
-        dual.make_checked(model, g.__getitem__)
+        make_checked(model, g.__getitem__)
 
 
 def test_trying_derivatives_keeps_gradients_and_what_is_trained():
     model = families.build("llama")
     first, *others = model.parameters()
     first.grad, others[0].requires_grad = torch.ones_like(first), False
-    value = dual.reverse(model, lambda name: torch.ones(()), torch.tensor([[3, 4, 5]]))[2]
+    value = reverse(model, lambda name: torch.ones(()), torch.tensor([[3, 4, 5]]))[2]
     assert value.isfinite() and value != 0
     assert first.grad.eq(1).all() and not others[0].requires_grad and others[1].grad is None
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from ads import gradient, proxy
-from ads.gradient import Sequence
+from ads.delta import gradient, gradient_file
+from ads.delta.central import CentralDifference, perturb_, warning
+from ads.delta.loss import Sequence, sequence_losses
 from ads.stage.settings import LEAST_COSINE
 
 pytestmark = pytest.mark.compiled
@@ -58,13 +59,13 @@ def test_only_response_tokens_are_in_the_loss():
     model, ids = tiny_model(seed=3, spread=0.1), sequences(1)[0].ids
     for num_prompt_tokens in (1, len(ids) // 2, len(ids) - 1):
         row = Sequence(ids, num_prompt_tokens)
-        found = gradient.sequence_losses(model, [row]).item()
+        found = sequence_losses(model, [row]).item()
         assert found == pytest.approx(mean_loss(model, [row]).item(), rel=1e-5)
 
 
 def perturbed(model, eps, dtype=torch.float32):
     plus, minus = (tiny_model("qwen2", seed=3, spread=0.1).to(dtype) for _ in range(2))
-    return plus, minus, proxy.perturb_(plus, minus, gradient_of(model).__getitem__, eps)
+    return plus, minus, perturb_(plus, minus, gradient_of(model).__getitem__, eps)
 
 
 def test_perturbation_is_plus_and_minus_eps_g():
@@ -91,14 +92,14 @@ def test_sixteen_bit_weights_lose_a_small_perturbation_and_it_is_said():
     model, _ = model_with_gradient()
     _, _, realised = perturbed(model, 1e-5, torch.bfloat16)
     assert realised.cosine < LEAST_COSINE
-    assert "proxy_dtype=float32 or a larger eps" in proxy.warning(realised, 1e-5, "bfloat16")
+    assert "proxy_dtype=float32 or a larger eps" in warning(realised, 1e-5, "bfloat16")
     _, _, realised = perturbed(model, 1e-3)
-    assert proxy.warning(realised, 1e-3, "float32") is None
+    assert warning(realised, 1e-3, "float32") is None
 
 
 def central_delta(model, eps, prompts, shared_V):
     plus, minus, _ = perturbed(model, eps)
-    pair = proxy.CentralDifference(plus, minus, eps, shared_V)
+    pair = CentralDifference(plus, minus, eps, shared_V)
     pair.allocate(len(prompts), 64)
     return pair, pair.prefill(prompts, 0)
 
@@ -181,19 +182,21 @@ def test_gradient_file_round_trip_and_refusals(tmp_path):
     model, _ = model_with_gradient()
     path = tmp_path / "g.safetensors"
     with pytest.raises(FileNotFoundError, match="make it with save_grad.py"):
-        gradient.open_checked(path, "abc")
-    gradient.save(path, gradient.compress(model, 0, 0), {"proxy_student": "tiny", "proxy_fingerprint": "abc"})
-    file = gradient.open_checked(path, "abc")
-    gradient.check_matches(file, path, model)
+        gradient_file.open_checked(path, "abc")
+    gradient_file.save(
+        path, gradient.compress(model, 0, 0), {"proxy_student": "tiny", "proxy_fingerprint": "abc"}
+    )
+    file = gradient_file.open_checked(path, "abc")
+    gradient_file.check_matches(file, path, model)
     for name, g in gradient_of(model).items():
         assert torch.equal(file.get_tensor(name), g)
     with pytest.raises(ValueError, match="another proxy"):
-        gradient.open_checked(path, "def")
+        gradient_file.open_checked(path, "def")
     with pytest.raises(ValueError, match="does not fit the proxy"):
-        gradient.check_matches(file, path, tiny_model("llama", seed=3))
+        gradient_file.check_matches(file, path, tiny_model("llama", seed=3))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
-        gradient.open_checked(path, "abc")
+        gradient_file.open_checked(path, "abc")
 
 
 def test_tied_embeddings_are_one_parameter_throughout(tmp_path):
@@ -203,11 +206,13 @@ def test_tied_embeddings_are_one_parameter_throughout(tmp_path):
     model, plus, minus = (tied_model(config) for _ in range(3))
     gradient.add_gradient_(model, sequences(), 7, 7)
     path = tmp_path / "g.safetensors"
-    gradient.save(path, gradient.compress(model, 0, 0), {"proxy_student": "tied", "proxy_fingerprint": "abc"})
-    file = gradient.open_checked(path, "abc")
+    gradient_file.save(
+        path, gradient.compress(model, 0, 0), {"proxy_student": "tied", "proxy_fingerprint": "abc"}
+    )
+    file = gradient_file.open_checked(path, "abc")
     assert "lm_head.weight" not in file.keys()  # noqa: SIM118 (no mapping)
-    gradient.check_matches(file, path, plus)
-    realised = proxy.perturb_(plus, minus, functools.partial(gradient.read, file), 1e-3)
+    gradient_file.check_matches(file, path, plus)
+    realised = perturb_(plus, minus, functools.partial(gradient_file.read, file), 1e-3)
     assert realised.cosine > 0.999 and realised.relative_norm == pytest.approx(1, abs=1e-2)
     wanted = model.get_input_embeddings().weight + 1e-3 * model.get_input_embeddings().weight.grad
     assert torch.equal(plus.get_output_embeddings().weight, wanted)
@@ -224,6 +229,6 @@ def test_a_gradient_that_is_made_again_is_the_same_file(tmp_path):
     """Its metadata once came in another order each time: what had been made with it was then refused."""
     model, contents = model_with_gradient()[0], set()
     for i in range(4):
-        gradient.save(tmp_path / str(i), gradient.compress(model, 4, 0), {str(k): k for k in range(8)})
+        gradient_file.save(tmp_path / str(i), gradient.compress(model, 4, 0), {str(k): k for k in range(8)})
         contents.add((tmp_path / str(i)).read_bytes())
     assert len(contents) == 1

@@ -286,7 +286,7 @@ def test_distilled_student_learned_and_is_an_ordinary_model(student, model_folde
 def test_merged_student_has_the_holdout_loss_of_training(student, exp, model_folders):
     """What is evaluated in stage 5 is what was trained in stage 4: same prompt, same weights."""
     import distill
-    from ads.models import load_model
+    from ads.loading import load_model
     from ads.stage.settings import TrainConfig
 
     cfg = TrainConfig(student=str(student / "final"))

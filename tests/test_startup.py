@@ -12,8 +12,10 @@ from conftest import ROOT, run_script
 from test_pipeline import run_pipeline
 
 import utils
-from ads import dual, models
+from ads import loading
+from ads.cpu import memory
 from ads.stage.world import gpus_of_driver, num_gpus, wants_cpu
+from ads.trials import is_out_of_memory
 
 NVIDIA_SMI = """#!/bin/sh
 [ "$1" = -L ] || { echo "| NVIDIA-SMI 550.54   Driver Version: 550.54   CUDA Version: 12.4 |"; exit; }
@@ -122,7 +124,7 @@ def test_the_pipeline_counts_gpus_by_torch(gpus, model_folders, problem_folder, 
 
 def test_who_builds_models_gets_the_settings_for_cuda():
     """cuDNN's attention would make a plan for each of the many shapes, 0.4 to 1 s each."""
-    assert models.load_model and not torch.backends.cuda.cudnn_sdp_enabled()
+    assert loading.load_model and not torch.backends.cuda.cudnn_sdp_enabled()
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
 
 
@@ -148,18 +150,18 @@ def test_freed_memory_is_kept_on_cpus_alone(monkeypatch):
     """On the host of a GPU it would keep the room that a model took on its way there."""
     called = []
     monkeypatch.setattr(ctypes, "CDLL", lambda _: called.append(1) or object())
-    models.keep_freed_memory("cuda:0")
+    memory.keep_freed_memory("cuda:0")
     assert not called
-    models.keep_freed_memory("cpu")
+    memory.keep_freed_memory("cpu")
     assert called or sys.platform != "linux"
 
 
 def test_an_allocator_that_fails_otherwise_is_understood():
     """On a part of a GPU (MIG) the allocator cannot ask what to put into its error, and says that instead."""
     error = RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1165')
-    assert dual.is_out_of_memory(error) and utils.explain_fault(error).startswith("out of memory (")
+    assert is_out_of_memory(error) and utils.explain_fault(error).startswith("out of memory (")
     error = RuntimeError("CUDA driver error: operation not supported")
-    assert "expandable_segments:False" in utils.explain_fault(error) and not dual.is_out_of_memory(error)
+    assert "expandable_segments:False" in utils.explain_fault(error) and not is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from test_engine import (
     tail_of,
 )
 
-from ads import engine, graph
-from ads.engine import Forcing, Models, Request, generate, static_counts
-from ads.models import CachedModel
-from ads.proxy import ExactDerivative
+from ads.decode import engine, graph
+from ads.decode.cached_model import CachedModel
+from ads.decode.engine import Forcing, Models, Request, generate, static_counts
+from ads.delta.exact import ExactDerivative
 from ads.sampling import GREEDY, Sampling
 
 pytestmark = pytest.mark.compiled

@@ -7,8 +7,15 @@ from test_decoder import PROMPTS, random_gradient
 from torch.func import jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ads import decoder, dual, gradient, native, sampling
-from ads.models import CachedModel
+from ads import sampling
+from ads.cpu import native
+from ads.decode.cached_model import CachedModel
+from ads.decode.llama_step import Place, attend_dual, dual_gate, rotations
+from ads.decode.products import Norm, Stream, make_product
+from ads.delta import gradient
+from ads.dual.factors import Factors, dense
+from ads.dual.model import DualCache, DualModel
+from ads.dual.rules import make_weight, softmax
 from ads.sampling import Sampling
 
 pytestmark = pytest.mark.compiled
@@ -38,10 +45,10 @@ def test_norm_of_a_stream(size):
     (x, dx), (w, dw), eps = size * pairs(5, 24), pairs(24), 1e-6
     w[3] = 0
     module = torch.nn.Module()
-    module.weight, module.variance_epsilon = dual.make_weight(w, dw), eps
-    norm = decoder.Norm(module)
+    module.weight, module.variance_epsilon = make_weight(w, dw), eps
+    norm = Norm(module)
     norm.unit_scale = torch.stack([w, dw]) * 24**0.5  # in float64
-    stream = decoder.Stream(torch.cat([x, dx]), eps)
+    stream = Stream(torch.cat([x, dx]), eps)
     found = norm(stream, torch.full((10, 30), torch.nan, dtype=torch.float64))[:, :24]
     wanted = jvp(lambda x, w: torch.nn.functional.rms_norm(x, (24,), w, eps), (x, w), (dx, dw))
     check(found.chunk(2), wanted)
@@ -51,9 +58,9 @@ def test_norm_of_a_stream_in_bfloat16_rounds_no_more_than_thrice():
     """To 8 bits: the row of length 1, its product with w, and the sum."""
     (x, dx), (w, dw) = pairs(64, 256, dtype=torch.bfloat16), pairs(256, dtype=torch.bfloat16)
     module = torch.nn.Module()
-    module.weight, module.variance_epsilon = dual.make_weight(w, dw), 1e-6
-    stream, room = decoder.Stream(torch.cat([x, dx]), 1e-6), torch.empty(128, 256, dtype=torch.bfloat16)
-    found = decoder.Norm(module)(stream, room)
+    module.weight, module.variance_epsilon = make_weight(w, dw), 1e-6
+    stream, room = Stream(torch.cat([x, dx]), 1e-6), torch.empty(128, 256, dtype=torch.bfloat16)
+    found = Norm(module)(stream, room)
     given = [tuple(t.double() for t in pair) for pair in ((x, w), (dx, dw))]
     wanted = jvp(lambda x, w: torch.nn.functional.rms_norm(x, (256,), w, 1e-6), *given)
     assert found.dtype == torch.bfloat16
@@ -65,7 +72,7 @@ def test_softmax_and_its_derivative():
     (s, ds), mask = pairs(4, 3, 11), torch.zeros(11, dtype=torch.float64)
     mask[8:] = torch.finfo(torch.float64).min
     s[2], ds[2] = torch.nan, torch.nan
-    found = dual.softmax(torch.cat([s + mask, ds], dim=1)).split(3, dim=1)
+    found = softmax(torch.cat([s + mask, ds], dim=1)).split(3, dim=1)
     wanted = jvp(lambda s: torch.softmax(s + mask, -1), (s,), (ds,))
     rows = [0, 1, 3]
     check([part[rows] for part in found], [part[rows] for part in wanted])
@@ -74,7 +81,7 @@ def test_softmax_and_its_derivative():
 
 def test_gate():
     gate, up, room = pairs(5, 12), pairs(5, 12), torch.full((10, 16), torch.nan, dtype=torch.float64)
-    found = decoder.dual_gate(gate.flatten(0, 1), up.flatten(0, 1), room)[:, :12]
+    found = dual_gate(gate.flatten(0, 1), up.flatten(0, 1), room)[:, :12]
     wanted = jvp(lambda g, u: torch.nn.functional.silu(g) * u, *zip(gate, up, strict=True))
     check(found.chunk(2), wanted)
 
@@ -83,7 +90,7 @@ def test_rotations():
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     x, angles = pairs(4, 3, 8)[0], torch.rand(4, 4, dtype=torch.float64).repeat(1, 2)
-    found = torch.bmm(x, decoder.rotations(angles.cos(), angles.sin()))
+    found = torch.bmm(x, rotations(angles.cos(), angles.sin()))
     wanted, _ = apply_rotary_pos_emb(x, x, angles.cos(), angles.sin())
     assert torch.allclose(found, wanted, rtol=1e-12)
 
@@ -99,14 +106,14 @@ def test_products_add_up_bias_and_factors(rank, has_bias):
         left, right = pairs(outs, rank or 1)[0], pairs(rank or 1, 20)[0]
         b, db = pairs(outs)
         del layer.weight, layer.bias
-        layer.weight = dual.make_weight(w, gradient.Factors(left, right) if rank else dw)
-        layer.bias = dual.make_weight(b, db) if has_bias else None
+        layer.weight = make_weight(w, Factors(left, right) if rank else dw)
+        layer.bias = make_weight(b, db) if has_bias else None
         layers.append(layer)
         parts.append((w, left @ right if rank else dw, b * has_bias, db * has_bias))
     w, dw, b, db = (torch.cat(part) for part in zip(*parts, strict=True))
     (x, dx), there = pairs(4, 20), pairs(4, 16)
     wanted = jvp(lambda x, w, b: x @ w.T + b, (x, w, b), (dx, dw, db))
-    product = decoder.make_product(*layers)
+    product = make_product(*layers)
     room, stream = product.make_input(8), there.flatten(0, 1).clone()
     for _ in range(2):  # the room is used again
         room[:, :20] = torch.cat([x, dx])
@@ -114,7 +121,7 @@ def test_products_add_up_bias_and_factors(rank, has_bias):
     product.add_to_(stream, room)
     check(stream.chunk(2), [a + b for a, b in zip(wanted, there, strict=True)])
     assert torch.equal(torch.cat([layer.weight.as_subclass(torch.Tensor) for layer in layers]), w)
-    assert torch.allclose(torch.cat([gradient.dense(layer.weight.tangent) for layer in layers]), dw)
+    assert torch.allclose(torch.cat([dense(layer.weight.tangent) for layer in layers]), dw)
 
 
 @pytest.mark.parametrize("num_groups", (1, 3))
@@ -122,7 +129,7 @@ def test_attention(num_groups):
     """Of rows of several lengths, whose keys lie in a cache with others; scores of what is hidden are cut."""
     num_keys, width, longest = 2, 8, 9
     num_heads, lengths_N = num_keys * num_groups, torch.tensor([9, 4, 0])
-    cache = dual.DualCache(Slots64, 4, 16)
+    cache = DualCache(Slots64, 4, 16)
     keys, values = pairs(4, num_keys, 16, width), pairs(4, num_keys, 16, width).flip(1)
     queries = pairs(3, num_heads, width)
     for stored, given in ((cache.storage.keys, keys), (cache.storage.values, values)):
@@ -131,10 +138,10 @@ def test_attention(num_groups):
     mask = torch.zeros(3, num_keys, 2 * num_groups, longest + 1, dtype=torch.float64)
     mask[:, :, :num_groups].masked_fill_(hidden_NL[:, None, None], torch.finfo(torch.float64).min)
     rotations = torch.eye(width, dtype=torch.float64).repeat(6, 1, 1)
-    place = decoder.Place(cache, lengths_N, longest, {}, rotations, num_heads)
+    place = Place(cache, lengths_N, longest, {}, rotations, num_heads)
     place.turned_RHD.copy_(queries.flatten(0, 1))
     room = torch.empty(6, num_heads * width + 8, dtype=torch.float64)
-    found = decoder.attend_dual(place, 0, num_heads, mask, 0.3, room)[:, : num_heads * width]
+    found = attend_dual(place, 0, num_heads, mask, 0.3, room)[:, : num_heads * width]
 
     def attention(q, k, v):
         k, v = (x[:3, :, : longest + 1].repeat_interleave(num_groups, 1) for x in (k, v))
@@ -184,7 +191,7 @@ def operations(is_dual, num_layers, dtype=torch.bfloat16):
     if is_dual:
         for name, p in model.named_parameters():
             p.grad = random_gradient(model, name).to(dtype)
-        dual_model = dual.DualModel(model, gradient.compress(model, 3, seed=0).__getitem__)
+        dual_model = DualModel(model, gradient.compress(model, 3, seed=0).__getitem__)
         cached = CachedModel(dual_model, dual_model.make_cache)
     cached.allocate(3, 40)
     cached.prefill(PROMPTS, 0)

@@ -208,11 +208,11 @@ def test_rows_that_another_machine_wrote_are_waited_for(tmp_path, monkeypatch):
 def test_contrasts_that_another_machine_wrote_are_waited_for(tmp_path, monkeypatch):
     """As rows are: each process writes its share of the contrasts, and the main one reads them all."""
     import gentraces
-    from ads import diagnostics
+    from ads.delta import effects
     from ads.stage.settings import GenConfig
     from ads.stage.world import World
 
-    assert diagnostics.contrasts  # imported before the clock of what comes late runs
+    assert effects.contrasts  # imported before the clock of what comes late runs
     monkeypatch.setattr(World, "barrier", lambda self: None)  # the other process is this test
     cfg, folder = GenConfig(exp_dir=str(tmp_path), trace_name="t"), tmp_path / "parts" / "t" / "contrasts"
     rows = [{"id": name, "prompt_ids": [1]} for name in "ab"]

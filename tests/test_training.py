@@ -12,8 +12,11 @@ from test_loss import config, flat_gradient
 from test_proxy import sequences
 
 import distill
-from ads import gradient, lora, models
+from ads import adapters, loading
+from ads.delta import gradient
+from ads.delta.loss import make_batches
 from ads.stage.inputs import fingerprint_model
+from ads.trials import logits_of, try_batches
 
 LAYERS = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 0}
 SMALL = LAYERS | {"num_attention_heads": 4}
@@ -70,12 +73,12 @@ def test_checkpointing_leaves_the_gradient_as_it_is(name):
     rows, calls = sequences(5), []
     plain, ours = (family(name) for _ in range(2))
     wanted = gradient.add_gradient_(plain, rows, len(rows), 2)
-    layer = next(m for m in ours.modules() if isinstance(m, models.GradientCheckpointingLayer))
+    layer = next(m for m in ours.modules() if isinstance(m, loading.GradientCheckpointingLayer))
     count_calls(layer, calls)
-    with models.recomputed(ours):
+    with loading.recomputed(ours):
         assert gradient.add_gradient_(ours, rows, len(rows), 2) == wanted
     assert torch.equal(flat_gradient(ours), flat_gradient(plain))
-    assert len(calls) == 2 * len(gradient.make_batches(rows, 2)) and not ours.training
+    assert len(calls) == 2 * len(make_batches(rows, 2)) and not ours.training
     dropped = family(name).train()
     gradient.add_gradient_(dropped, rows, len(rows), 2)
     assert (flat_gradient(dropped) - flat_gradient(plain)).norm() > 0.02 * flat_gradient(plain).norm()
@@ -84,7 +87,7 @@ def test_checkpointing_leaves_the_gradient_as_it_is(name):
 def test_models_without_layers_to_recompute_are_refused():
     with (
         pytest.raises(ValueError, match="gradient_checkpointing=true: a 'openai-gpt' model has no layers"),
-        models.recomputed(family("openai-gpt")),
+        loading.recomputed(family("openai-gpt")),
     ):
         pass
 
@@ -95,7 +98,7 @@ def test_a_model_that_makes_all_logits_has_the_same_gradient():
     ours, plain = (family("trocr") for _ in range(2))
     for s in rows:
         ids, first = torch.tensor(s.ids), s.num_prompt_tokens
-        logits_TV = models.logits_of(plain, s.ids)[first - 1 : -1]
+        logits_TV = logits_of(plain, s.ids)[first - 1 : -1]
         (torch.nn.functional.cross_entropy(logits_TV, ids[first:]) / len(rows)).backward()
     gradient.add_gradient_(ours, rows, len(rows), 2)
     found, wanted = ([p.grad for p in m.parameters() if p.grad is not None] for m in (ours, plain))
@@ -105,7 +108,7 @@ def test_a_model_that_makes_all_logits_has_the_same_gradient():
 def test_a_model_that_sees_later_tokens_is_refused():
     """It sees the padding of a batch too, so that its gradient hung on the batch size."""
     with pytest.raises(ValueError, match="'xlnet' cannot be trained in padded batches .logits change"):
-        models.try_batches(family("xlnet"), 59)
+        try_batches(family("xlnet"), 59)
 
 
 def test_rope_that_depends_on_length_is_refused_where_sequences_get_so_long():
@@ -120,9 +123,9 @@ def test_rope_that_depends_on_length_is_refused_where_sequences_get_so_long():
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.3)
-    models.try_batches(model, 40)
+    try_batches(model, 40)
     with pytest.raises(ValueError, match="come to 60 tokens, but .* only up to 40 .*: set max_length=40"):
-        models.try_batches(model, 60)
+        try_batches(model, 60)
 
 
 def test_what_is_not_finite_is_named_before_and_after_the_passes():
@@ -132,14 +135,14 @@ def test_what_is_not_finite_is_named_before_and_after_the_passes():
         gradient.norms(model)
     model.lm_head.weight.data[5] = torch.nan
     with pytest.raises(ValueError, match="logits of the 'qwen2' model are not finite: check its weights"):
-        models.try_batches(model, 59)
+        try_batches(model, 59)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("kind", ("llama", "gemma2", "gpt2", "gpt_neox"))
 def test_a_causal_model_is_not(kind, dtype):
     model = tiny_model(kind)
-    models.try_batches(model, 59, dtype)
+    try_batches(model, 59, dtype)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -154,7 +157,7 @@ def test_a_causal_model_is_not(kind, dtype):
 def test_adapters_that_would_fail_later_are_refused_before_training(name, words, tmp_path):
     """PEFT's tracebacks; and Zamba, whose layers share weights, was trained and then saved as another."""
     with pytest.raises(ValueError, match=f"{words}.*; set lora=false"):
-        lora.add_adapters(family(name), config(tmp_path))
+        adapters.add_adapters(family(name), config(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ("llama", "gemma3_text", "gpt2"))
@@ -163,10 +166,10 @@ def test_trying_adapters_out_leaves_no_trace(kind, dtype, tmp_path):
     """To the bit, in 16 bits too."""
     before = tiny_model(kind, 264).to(dtype)
     weights = {name: p.clone() for name, p in before.named_parameters()}
-    model = lora.add_adapters(before, config(tmp_path))
+    model = adapters.add_adapters(before, config(tmp_path))
     found = {name.replace("base_layer.", ""): p for name, p in model.get_base_model().named_parameters()}
-    adapters = {name: p for name, p in found.items() if "lora_" in name}
-    assert weights and adapters and found.keys() - adapters.keys() == weights.keys()
+    added = {name: p for name, p in found.items() if "lora_" in name}
+    assert weights and added and found.keys() - added.keys() == weights.keys()
     assert all(p.dtype == dtype and torch.equal(p, found[name]) for name, p in weights.items())
     assert all(p.dtype == torch.float32 and p.requires_grad for p in adapters.values())
     assert all((p == 0).all() for name, p in adapters.items() if "lora_B" in name)
@@ -188,10 +191,10 @@ def test_a_student_that_merging_changes_is_not_kept(tmp_path):
     """By hand on Zamba logits of the saved student were .4 off, and nothing was said."""
     rows = [[3, 1, 4, 1, 5], [9, 2, 6]]
     with pytest.raises(ValueError, match="merging the adapters changed the 'zamba' model's logits"):
-        lora.merge(trained("zamba"), rows)
-    wanted = [lora.logits(trained("llama"), ids) for ids in rows]
-    model = lora.merge(trained("llama"), rows)
-    found = [lora.logits(model, ids) for ids in rows]
+        adapters.merge(trained("zamba"), rows)
+    wanted = [adapters.logits(trained("llama"), ids) for ids in rows]
+    model = adapters.merge(trained("llama"), rows)
+    found = [adapters.logits(model, ids) for ids in rows]
     assert all(torch.allclose(f, w, atol=1e-4) for f, w in zip(found, wanted, strict=True))
 
 
@@ -206,9 +209,9 @@ def test_a_student_that_is_saved_as_another_is_not_kept(tmp_path):
 
 def test_a_student_that_could_not_be_loaded_again_is_refused():
     """The text part of a model with pictures is saved as a kind of model that the library does not load."""
-    models.check_loadable(tiny_model("gemma2"))
+    loading.check_loadable(tiny_model("gemma2"))
     with pytest.raises(ValueError, match="a 'mllama_text_model' model could not be loaded again"):
-        models.check_loadable(family("mllama_text_model"))
+        loading.check_loadable(family("mllama_text_model"))
 
 
 @pytest.fixture
@@ -226,7 +229,7 @@ def test_weights_of_another_size_are_named(folder, tmp_path):
     change(tmp_path / "model" / "config.json", intermediate_size=128)
     words = r"do not belong together: .*down_proj.weight is \(32, 64\), by the configuration \(32, 128\)"
     with pytest.raises(ValueError, match=words):
-        models.load_model(folder, "float32", "cpu")
+        loading.load_model(folder, "float32", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +239,7 @@ def test_weights_of_another_size_are_named(folder, tmp_path):
 def test_a_configuration_that_cannot_be_is_one_line(folder, tmp_path, values):
     change(tmp_path / "model" / "config.json", **values)
     with pytest.raises(ValueError, match=f"model '{folder}' could not be loaded: .") as raised:
-        models.load_model(folder, "float32", "cpu")
+        loading.load_model(folder, "float32", "cpu")
     assert "\n" not in str(raised.value)
 
 
@@ -245,12 +248,12 @@ def test_missing_weights_are_refused_and_unused_ones_said(folder, tmp_path, caps
     weights = load_file(path)
     name = "model.layers.1.mlp.down_proj.weight"
     save_file(weights | {"extra.weight": torch.ones(2)}, path, metadata={"format": "pt"})
-    models.load_model(folder, "float32", "cpu")
+    loading.load_model(folder, "float32", "cpu")
     assert "has no use for 1 weights, such as extra.weight" in capsys.readouterr().out
     del weights[name]
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"is not complete: 1 weights missing, such as {name}"):
-        models.load_model(folder, "float32", "cpu")
+        loading.load_model(folder, "float32", "cpu")
 
 
 def test_an_adapter_beside_weights_or_alone_is_refused(folder, tmp_path):
@@ -260,7 +263,7 @@ def test_an_adapter_beside_weights_or_alone_is_refused(folder, tmp_path):
     model.save_pretrained(tmp_path / "alone")
     cases = ((folder, "or remove adapter_config.json"), (tmp_path / "alone", "it is no model by itself"))
     for path, words in cases:
-        for refuse in (fingerprint_model, lambda name: models.load_model(name, "float32", "cpu")):
+        for refuse in (fingerprint_model, lambda name: loading.load_model(name, "float32", "cpu")):
             with pytest.raises(ValueError, match=f"holds an adapter .*merge it into its base model.*{words}"):
                 refuse(str(path))
     shutil.copytree(folder, tmp_path / "teacher")

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ads import graph, memory, sampling
-from ads.cache import whole
-from ads.corruption import Corruption
-from ads.models import CachedModel, free_bytes, give_back_freed_memory, is_out_of_memory
-from ads.proxy import CentralDifference, ExactDerivative
+from ads import sampling
+from ads.cpu.memory import give_back_freed_memory
+from ads.decode import graph, memory_plan
+from ads.decode.cached_model import CachedModel
+from ads.decode.corruption import Corruption
+from ads.delta.central import CentralDifference
+from ads.delta.exact import ExactDerivative
+from ads.kv_cache import whole
+from ads.loading import free_bytes, is_out_of_memory
 
 REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
-REPLAYED_TOKENS = 256  # at once: their logits over the vocabulary are held some ten times
 STATIC_POSITIONS = 128  # positions that static steps read are multiples of this
 
 
@@ -110,8 +113,8 @@ def choose_batch_size(models, requests, forcing=None, num_processes=1):
     device = models.allowed_V.device
     free = free_bytes(device) / (num_processes if device.type == "cpu" else 1)
     position = sum(m.bytes_per_position for m in (models.teacher, models.proxy) if m)
-    row = memory.slot_bytes(num_positions(requests, forcing), position, len(models.allowed_V))
-    return memory.num_slots(free, row, device.type)
+    row = memory_plan.slot_bytes(num_positions(requests, forcing), position, len(models.allowed_V))
+    return memory_plan.num_slots(free, row, device.type)
 
 
 def generate(models, rule, seed, requests, batch_size, forcing=None, cuda_graph=False):
@@ -382,38 +385,6 @@ class Pending:
 def static_counts(num_slots):
     """The numbers of slots that static steps have."""
     return sorted({0, min(16, num_slots), -(-num_slots // 4), -(-num_slots // 2), num_slots})
-
-
-@torch.inference_mode()
-def replay(models, rule, seed, request, response):
-    """What the rule thought of a given response: a list of (clean, adjusted, Delta) per token.
-
-    clean and adjusted are the token's probabilities under softmax(log p_T / tau) and under eq. 11, both
-    before truncation; Delta is in nats per unit of g. The response is read like a prompt, in chunks.
-    """
-    num_prompt_tokens, given = len(request.prompt_ids), response[:-1]
-    models.allocate(1, num_prompt_tokens + len(given))
-    logits_1R, delta_1V = (m.prefill([request.prompt_ids], 0) for m in (models.teacher, models.proxy))
-    judged = [judge(models, rule, seed, request, response[:1], 0, logits_1R, delta_1V)]
-    for first in range(0, len(given), REPLAYED_TOKENS):
-        ids, length = given[first : first + REPLAYED_TOKENS], num_prompt_tokens + first
-        logits_TR, delta_TV = (m.extend(ids, length) for m in (models.teacher, models.proxy))
-        judged_ids = response[first + 1 : first + 1 + len(ids)]
-        judged.append(judge(models, rule, seed, request, judged_ids, first + 1, logits_TR, delta_TV))
-    return torch.cat(judged).tolist()
-
-
-def judge(models, rule, seed, request, ids, first, logits_TR, delta_TV):
-    """(clean probability, adjusted probability, Delta) of each of a row's tokens `first`, ..., (T, 3)."""
-    log_probs_TV = sampling.log_probs(logits_TR, models.allowed_V)
-    tokens_T = torch.tensor(ids, device=log_probs_TV.device)
-    if rule.is_permuted:
-        keys_T = torch.full_like(tokens_T, sampling.row_key(seed, request.id))
-        delta_TV = sampling.permute(delta_TV, keys_T, first + torch.arange(len(ids), device=keys_T.device))
-    clean_TV = sampling.scores(log_probs_TV, None, rule).softmax(-1)
-    adjusted_TV = sampling.scores(log_probs_TV, delta_TV, rule).softmax(-1)
-    index_T1 = tokens_T[:, None]
-    return torch.cat([values.gather(1, index_T1) for values in (clean_TV, adjusted_TV, delta_TV)], dim=1)
 
 
 def raise_not_finite(problem_id, step, is_teacher):

@@ -7,8 +7,11 @@ beside the ADS one, both drawn with the same random numbers, and what Delta did 
 
 import dataclasses
 
-from ads import chat, gradient
-from ads.engine import Models, Request, generate, replay
+from ads import chat
+from ads.decode.engine import Models, Request, generate
+from ads.decode.replay import replay
+from ads.delta import gradient
+from ads.delta.loss import mean_loss
 
 BATCH = {"batch_size": 64, "batch_tokens": 2048}  # at most, of the proxy's forward and backward pass
 
@@ -20,12 +23,12 @@ def one_step(model, taught, holdout, step_length, world):
     the mean loss on `taught`, step_length long whatever the gradient's norm.
     """
     ours = taught[world.rank :: world.size], holdout[world.rank :: world.size]
-    before = world.sum(gradient.mean_loss(model, ours[1], len(holdout), **BATCH))
+    before = world.sum(mean_loss(model, ours[1], len(holdout), **BATCH))
     gradient.add_gradient_(model, ours[0], len(taught), **BATCH)
     if world.size > 1:
         gradient.all_reduce_(model)
     gradient.descend_(model, step_length)
-    after = world.sum(gradient.mean_loss(model, ours[1], len(holdout), **BATCH))
+    after = world.sum(mean_loss(model, ours[1], len(holdout), **BATCH))
     losses = {"loss_before": before, "loss_after": after, "change": after - before}
     return {"n": len(taught), "step_length": step_length, **{k: round(v, 6) for k, v in losses.items()}}
 

@@ -133,9 +133,6 @@ def num_slots(free, size, device_type):
     return fitting
 
 
-# Each stage: {what: bytes} on one device
-
-
 def decoding(cfg, teacher, proxy, num_slots, num_gradient=0):
     """Sampling num_slots rows at once. cfg: the GenConfig; proxy: its Sizes, or None; num_gradient: numbers
     in its gradient."""
@@ -246,14 +243,11 @@ def peak(parts):
     return sum(parts.values())
 
 
-# What the stages ask
-
-
 def room(device):
     """Bytes that are free on a GPU; None on a CPU, which may swap and is shared with others."""
     import torch
 
-    from ads.models import free_bytes
+    from ads.loading import free_bytes
 
     if torch.device(device).type != "cuda":
         return None

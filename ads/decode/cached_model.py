@@ -1,269 +1,37 @@
-"""Causal language models: loading them, and decoding with a cache of slots (see cache.py).
+"""A causal language model with a KV cache of slots (see kv_cache.py): prefill, step, extend.
 
 Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
 """
 
 import contextlib
-import ctypes
 import functools
-import sys
-import tempfile
 
-import psutil
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ads import decoder, dual, memory
-from ads.cache import Pages, Placement, SlotCache, Slots
-from ads.dual import TRIED, is_out_of_memory
-from ads.stage import errors, hub
-from ads.stage.inputs import check_no_adapter
-
-# Settings of torch for CUDA, which all who build models need; on a CPU they change nothing. cuDNN's attention
-# makes a plan for each new shape, in which time other kernels do many steps. Sums of a product's parts stay
-# float32: in 16 bits logits would depend more on how kernels cut a product up, and so on the number of rows.
-torch.backends.cuda.enable_cudnn_sdp(False)
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+from ads.cpu.memory import give_back_freed_memory
+from ads.cpu.pages import Pages
+from ads.decode import memory_plan
+from ads.decode.llama_step import make_step
+from ads.dual.model import DualModel, rows, stack
+from ads.dual.rules import Dual
+from ads.kv_cache import Placement, SlotCache, Slots
+from ads.stage import errors
+from ads.trials import (
+    NUM_SHORT,
+    TRIED,
+    CheckedLookups,
+    agrees,
+    is_out_of_memory,
+    is_right,
+    longest_without,
+    tried_ids,
+)
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
 # memory.PREFILL_TOKENS of a CPU in float32, where more take hardly less time per token; of 16 bits twice as
 # many, in the same room.
 CPU_PREFILL_TOKENS = 512
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TRIED_WINDOW = 6
-NUM_SHORT = 9  # tokens of the shorter of two rows
-
-
-def load_model(name, dtype, device, attn_implementation="auto"):
-    """The causal language model `name` (folder or hub name), in eval mode; ValueError when that fails.
-
-    dtype "auto" is bfloat16 on CUDA, float32 elsewhere; attention "auto" is the library's choice.
-    """
-    attention = None if attn_implementation == "auto" else attn_implementation
-    check_no_adapter(name)
-    where, commit = hub.locate(name, "model")
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            where,
-            revision=commit,
-            dtype=resolve_dtype(dtype, device),
-            attn_implementation=attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them below
-            use_safetensors=True,  # no pickle
-        )
-    except Exception as error:  # whatever a folder that does not hold together makes the library raise
-        raise ValueError(f"model {name!r} could not be loaded: {errors.reason(error)}") from error
-    check_weights(name, report)
-    return model.to(device).eval()
-
-
-def check_weights(name, report):
-    """ValueError unless a model folder has all weights in their shapes; the library would make up others.
-
-    report: what the library tells of a load. Weights that the model has no place for are said.
-    """
-    if wrong := sorted(report["mismatched_keys"]):
-        key, stored, wanted = wrong[0]
-        raise ValueError(
-            f"model {name!r}: weights and config.json do not belong together: {key} is {tuple(stored)}, "
-            f"by the configuration {tuple(wanted)} ({len(wrong)} weights differ)"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"model {name!r} is not complete: {len(missing)} weights missing, such as {missing[0]}"
-        )
-    if unused := sorted(report["unexpected_keys"]):
-        print(
-            f"WARNING: model {name!r} has no use for {len(unused)} weights, such as {unused[0]}", flush=True
-        )
-
-
-def sdpa(module, query, key, value, attention_mask, is_causal=None, **others):
-    """The library's sdpa attention, with keys repeated where a GPU would else hold a row's whole scores.
-
-    The library leaves it to torch that heads share keys wherever there is no mask. Of torch's kernels on CUDA
-    flash attention alone can do that, which takes no float32: (H, T, T) scores of each layer would be kept.
-    """
-    if query.is_cuda and query.dtype == torch.float32:
-        return sdpa_repeated(module, query, key, value, attention_mask, is_causal, **others)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **others)
-
-
-def sdpa_repeated(module, query, key, value, attention_mask, is_causal=None, **others):
-    """sdpa with a copy of the keys and values for each head of queries, which any kernel takes."""
-    num_groups = getattr(module, "num_key_value_groups", 1)
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
-    has_no_groups = torch.nn.Identity()
-    return sdpa_attention_forward(
-        has_no_groups, query, key, value, attention_mask, is_causal=is_causal, **others
-    )
-
-
-AttentionInterface.register("sdpa", sdpa)
-
-
-@contextlib.contextmanager
-def recomputed(model, is_on=True):
-    """A context in which layers keep no activations for the backward pass, which makes them again.
-
-    The library's own gradient checkpointing works in training mode alone, and that lets in dropout, in
-    whatever form and under whatever name a model has it; here mode and gradient stay what they are. Cached
-    keys would be written twice: pass use_cache=False. ValueError for a model without layers to recompute.
-    """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if is_on else []
-    if is_on and not layers:
-        kind = model.config.model_type
-        raise ValueError(f"gradient_checkpointing=true: a {kind!r} model has no layers for it; set false")
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def check_loadable(model):
-    """ValueError unless the library can load a model that is saved: it cannot load parts of some."""
-    kind = model.config.model_type
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        try:
-            is_known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
-        except ValueError:  # of no type that it knows
-            is_known = False
-    if not is_known:
-        raise ValueError(f"a {kind!r} model could not be loaded again once saved: choose another student")
-
-
-def logits_of(model, ids):
-    """Logits (T, V) of one row."""
-    ids_1T = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
-    return model(input_ids=ids_1T, use_cache=False).logits[0]
-
-
-def longest_without(flaw_at, fitting, failing):
-    """The largest length below `failing` that has no flaw, by bisection; `fitting` has none."""
-    while failing - fitting > 1:
-        middle = (fitting + failing) // 2
-        fitting, failing = (fitting, middle) if flaw_at(middle) else (middle, failing)
-    return fitting
-
-
-def try_batches(model, longest, dtype=torch.float32):
-    """ValueError where a model cannot be trained, or differentiated, on sequences of up to `longest` tokens.
-
-    It may have fewer positions, look at later tokens and so at padding (attention that is not causal, angles
-    that follow the longest row, keys chosen among those of all tokens), have logits that are not finite, or
-    not run at all. The cost is 3.4 forward passes of `longest` tokens and a backward pass of a few.
-    Gradients are left empty. dtype: that of the passes' matrix products.
-    """
-    is_training, kind = model.training, model.config.model_type
-    model.eval()  # dropout would change logits
-    flaw_at = functools.partial(flaw_of_batch, model, dtype)
-    reason = flaw_at(longest)
-    fitting = longest_without(flaw_at, 0, longest) if reason else longest
-    model.train(is_training)
-    if not reason:
-        return
-    if fitting <= NUM_SHORT:
-        raise ValueError(
-            f"model type {kind!r} cannot be trained in padded batches ({reason}): take another model"
-        )
-    raise ValueError(
-        f"sequences come to {longest} tokens, but padded batches of model type {kind!r} are right only up to "
-        f"{fitting} ({reason}): set max_length={fitting}"
-    )
-
-
-def flaw_of_batch(model, dtype, longest):
-    """What is wrong with the logits of a row of so many tokens, beside those of its parts; else None."""
-    ids = dual.tried_ids(model, longest)
-    lengths = sorted(
-        {max(1, n) for n in (min(NUM_SHORT, longest), longest // 2, 9 * longest // 10, longest - 1)}
-    )
-    device = model.get_input_embeddings().weight.device
-    ids_1T, last_C = torch.tensor([ids], device=device), torch.tensor(lengths, device=device) - 1
-    try:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            with CheckedLookups(), torch.no_grad():
-                found = model(input_ids=ids_1T, use_cache=False, logits_to_keep=last_C).logits[0]
-                parts = [model(input_ids=ids_1T[:, :n], use_cache=False, logits_to_keep=1) for n in lengths]
-            logits_V = model(input_ids=ids_1T[:, :NUM_SHORT], use_cache=False).logits[0, -1]
-        logits_V.float().logsumexp(-1).backward()
-        model.zero_grad()
-    except Exception as error:  # whatever a family raises
-        if is_out_of_memory(error):
-            raise
-        return errors.reason(error)
-    wanted_CV = torch.stack([part.logits[0, -1] for part in parts])
-    if not wanted_CV.isfinite().all():
-        raise ValueError(f"logits of the {model.config.model_type!r} model are not finite: check its weights")
-    if len(found) > len(lengths):  # of all tokens: some families do not know logits_to_keep
-        found = found[last_C]
-    are_same = all(is_right(a[None], b[None]) for a, b in zip(found, wanted_CV, strict=True))
-    return None if are_same else "logits change with the tokens that follow"
-
-
-class CheckedLookups(TorchDispatchMode):
-    """A context in which an index beyond a table is an IndexError: a GPU would give up its process."""
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        for dim, ids in lookups(function.overloadpacket, arguments):
-            if ids is not None and ids.dtype in (torch.int32, torch.int64) and ids.numel():
-                last, size = int(ids.max()), arguments[0].shape[dim]
-                if last >= size:
-                    raise IndexError(f"position {last} of a table of {size}")
-        return function(*arguments, **(keywords or {}))
-
-
-def lookups(operation, arguments):
-    """[(dimension, ids)] by which an operation reads from its first argument."""
-    if operation is torch.ops.aten.embedding:
-        return [(0, arguments[1])]
-    if operation is torch.ops.aten.index:
-        return list(enumerate(arguments[1]))
-    return [arguments[1:3]] if operation in (torch.ops.aten.gather, torch.ops.aten.index_select) else []
-
-
-def free_bytes(device):
-    """Memory that can still be taken on a device; on the CPU that of the whole machine."""
-    if torch.device(device).type != "cuda":
-        return psutil.virtual_memory().available
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def give_back_freed_memory():
-    """To the system: glibc would keep the room of weights that were fused and of prompts that were read."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def keep_freed_memory(device):
-    """For the next tensors: glibc would unmap each large one, and page faults slow training passes down.
-
-    Nothing is kept where the tensors are on another device than the CPU.
-    """
-    is_cpu = torch.device(device).type == "cpu"
-    if is_cpu and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def resolve_dtype(dtype, device):
-    """The torch dtype of a config's dtype key."""
-    if dtype == "auto":
-        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return getattr(torch, dtype)
 
 
 class CachedModel:
@@ -277,10 +45,10 @@ class CachedModel:
         self.device = model.get_input_embeddings().weight.device
         self.dtype = model.get_input_embeddings().weight.dtype
         on_cpu = CPU_PREFILL_TOKENS * torch.float32.itemsize // self.dtype.itemsize
-        self.prefill_tokens = on_cpu if self.device.type == "cpu" else memory.PREFILL_TOKENS
+        self.prefill_tokens = on_cpu if self.device.type == "cpu" else memory_plan.PREFILL_TOKENS
         self.own_step = None
         if may_fuse:
-            self.own_step = decoder.make_step(getattr(model, "library", model), self.windows)
+            self.own_step = make_step(getattr(model, "library", model), self.windows)
         self.num_tried = TRIED  # positions that rows are known to be decoded right within
         with self.narrow_windows():
             self.try_out()
@@ -308,7 +76,7 @@ class CachedModel:
             raise ValueError(self.refusal("its logits with a cache are not those without"))
         if self.own_step is not None:
             try:
-                may_stay = decoder.agrees(self.own_step(*self.last_tokens(rows), self.cache), found)
+                may_stay = agrees(self.own_step(*self.last_tokens(rows), self.cache), found)
             except (TypeError, ValueError, LookupError, RuntimeError):
                 # modules of the same names that are called otherwise
                 may_stay = False
@@ -334,7 +102,7 @@ class CachedModel:
 
     def tried_rows(self):
         """Two rows of ids, of TRIED and of fewer tokens."""
-        ids = dual.tried_ids(self.model, TRIED + NUM_SHORT)
+        ids = tried_ids(self.model, TRIED + NUM_SHORT)
         return ids[:TRIED], ids[TRIED:]
 
     def decode_tried(self, rows):
@@ -357,7 +125,7 @@ class CachedModel:
         """Logits after each row (B, V), as the library computes them of one row without a cache."""
         ids = [torch.tensor([row], device=self.device) for row in rows]
         logits = [self.model(input_ids=i, use_cache=False).logits[:, -1] for i in ids]
-        return dual.stack(logits) if isinstance(logits[0], dual.Dual) else torch.cat(logits)
+        return stack(logits) if isinstance(logits[0], Dual) else torch.cat(logits)
 
     @torch.no_grad()
     def try_length(self, num_positions):
@@ -394,7 +162,7 @@ class CachedModel:
             return errors.reason(error)
         finally:
             self.cache = None
-        found = dual.rows(found, 0, 1) if isinstance(found, dual.Dual) else found[:1]
+        found = rows(found, 0, 1) if isinstance(found, Dual) else found[:1]
         if is_right(found, self.alone([row])):
             return None
         return "its short rows follow the longest of the batch, or change as they grow"
@@ -402,7 +170,7 @@ class CachedModel:
     def refusal(self, reason):
         """The line that says why a model is not taken, and what to do."""
         kind = self.model.config.model_type
-        if isinstance(self.model, dual.DualModel):
+        if isinstance(self.model, DualModel):
             return f"the exact Delta does not cover model type {kind!r} ({reason}): set eps above 0"
         return f"model type {kind!r} cannot be decoded in batches with a cache ({reason}): take another model"
 
@@ -512,11 +280,6 @@ class CachedModel:
 def each_slot(prompts, slots):
     """A slot for each prompt, of these or of the first of them."""
     return list(range(slots, slots + len(prompts))) if isinstance(slots, int) else slots
-
-
-def is_right(found, wanted):
-    """Whether logits are those wanted; where these are not finite, that is for the sampled row to say."""
-    return not wanted.as_subclass(torch.Tensor).isfinite().all() or decoder.agrees(found, wanted, slack=2)
 
 
 def additive_mask(positions_BT, key_positions_BL, window, dtype):

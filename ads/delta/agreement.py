@@ -12,9 +12,12 @@ import functools
 
 import torch
 
-from ads import dual, gradient
-from ads.memory import NUM_POSITIONS
-from ads.models import load_model, resolve_dtype
+from ads.decode.memory_plan import NUM_POSITIONS
+from ads.delta.exact import log_probs_change
+from ads.dual.factors import dense
+from ads.dual.model import make_checked
+from ads.dual.rules import halves
+from ads.loading import load_model, resolve_dtype
 
 LEAST_PROBABILITY = 1e-4
 EPS_LADDER = (1e-4, 1e-3, 1e-2, 3e-2)
@@ -30,7 +33,7 @@ def diagnose(cfg, model, compressed, half, sequences):
     """
     device = model.get_input_embeddings().weight.device
     dtype = resolve_dtype(cfg.proxy_dtype, device)
-    full = {name: gradient.dense(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    full = {name: dense(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     truth_PV, log_probs_PV = exact(twin(model), full.__getitem__, sequences)
     if not likely(log_probs_PV)[1].any():
         raise ValueError(f"nowhere in {len(truth_PV)} positions have three tokens p > {LEAST_PROBABILITY:g}")
@@ -68,11 +71,11 @@ def twin(model):
 
 def exact(model, read_gradient, sequences):
     """(Delta, log p), both float32 (P, V), by forward-mode differentiation; the model is taken over."""
-    dual_model = dual.make_checked(model, read_gradient)
-    pairs = [dual.halves(logits_at(dual_model, s).as_subclass(torch.Tensor)) for s in sequences]
+    dual_model = make_checked(model, read_gradient)
+    pairs = [halves(logits_at(dual_model, s).as_subclass(torch.Tensor)) for s in sequences]
     logits_PV, tangents_PV = (torch.cat(parts).float() for parts in zip(*pairs, strict=True))
     log_probs_PV = torch.log_softmax(logits_PV, -1)
-    return dual.log_probs_change(log_probs_PV.exp(), tangents_PV), log_probs_PV
+    return log_probs_change(log_probs_PV.exp(), tangents_PV), log_probs_PV
 
 
 @torch.no_grad()
@@ -81,7 +84,7 @@ def central(model, moved, compressed, eps, sequences):
     log_probs = []
     for step in (eps, -eps):
         for (name, p), target in zip(model.named_parameters(), moved.parameters(), strict=True):
-            g = gradient.dense(compressed[name])
+            g = dense(compressed[name])
             target.copy_(p.to(target.dtype).float() + step * g)
         logits = torch.cat([logits_at(moved, s) for s in sequences])
         log_probs.append(torch.log_softmax(logits.float(), -1))

@@ -19,9 +19,9 @@ import warnings
 
 import torch
 
-from ads import decoder
-from ads.dual import is_out_of_memory
+from ads.decode import llama_step
 from ads.stage import errors
+from ads.trials import agrees, is_out_of_memory
 
 LEAST_SHARE = 0.9  # of tokens that a captured and an uncaptured step choose alike: sums may round otherwise
 
@@ -54,23 +54,23 @@ class Graphs:
 
     def first_step(self, decoder, sizes):
         """Capture, then run uncaptured; where the two differ, no step of the decoder is captured any more."""
-        before, reason = decoder.state_6B.clone(), None
+        before, reason = llama_step.state_6B.clone(), None
         try:
             graph, found, moved_6B = self.capture(decoder, sizes, before)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             reason = errors.reason(error)
-        decoder.state_6B.copy_(before)
-        wanted = decoder.advance(*sizes)  # last, so that the caches are as if nothing had been captured
+        llama_step.state_6B.copy_(before)
+        wanted = llama_step.advance(*sizes)  # last, so that the caches are as if nothing had been captured
         if reason is None and not (
-            are_alike(found, wanted) and torch.equal(moved_6B[1:], decoder.state_6B[1:])
+            are_alike(found, wanted) and torch.equal(moved_6B[1:], llama_step.state_6B[1:])
         ):
             reason = "what was captured computes something else"
         if reason is None:
             self.captured[sizes] = graph, found[0]
         else:
-            decoder.graphs = None
+            llama_step.graphs = None
             print(f"cuda_graph: {reason}: steps run uncaptured", flush=True)
         return wanted[0]
 
@@ -83,7 +83,7 @@ class Graphs:
             torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(self.stream):
-                decoder.advance(*sizes)
+                llama_step.advance(*sizes)
         finally:
             torch.cuda.set_sync_debug_mode(usual)
             current.wait_stream(self.stream)
@@ -92,14 +92,14 @@ class Graphs:
         given = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         # a capture that cannot be ended would leave its stream the current one, for whatever comes after
         with torch.cuda.stream(current), torch.cuda.graph(graph, **given):
-            found = decoder.advance(*sizes)
-        decoder.state_6B.copy_(before)
+            found = llama_step.advance(*sizes)
+        llama_step.state_6B.copy_(before)
         graph.replay()
-        return graph, found, decoder.state_6B.clone()
+        return graph, found, llama_step.state_6B.clone()
 
 
 def are_alike(found, wanted):
     """Whether (record, logits, Delta) of two steps are the same but for rounding."""
     share = (found[0][0] == wanted[0][0]).double().mean()
     pairs = [(a, b) for a, b in zip(found[1:], wanted[1:], strict=True) if b is not None]
-    return bool(share >= LEAST_SHARE) and all(decoder.agrees(a, b) for a, b in pairs)
+    return bool(share >= LEAST_SHARE) and all(agrees(a, b) for a, b in pairs)

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from ads.cache import LANES, PAGE, Pages, whole
+from ads.cpu.pages import LANES, PAGE, Pages
+from ads.kv_cache import whole
 from ads.stage.config import native_setting
 
 SOURCE = Path(__file__).with_suffix(".c")
