@@ -19,7 +19,7 @@ from ads import chat
 from ads.data import grading
 from ads.data.problems import fingerprint_data, load_problems, take_subset
 from ads.data.tables import check_traces, read_parquet
-from ads.data.traces import assemble, compute_stats, is_correct, save_traces, trace_row
+from ads.data.traces import assemble, compute_stats, save_traces, trace_row
 from ads.stage import files, fingerprint
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
@@ -270,16 +270,13 @@ def sample_traces(cfg, models, tokenizer, problems, prompts, world):
     print0("first prompt:", tokenizer.decode(requests[0].prompt_ids), sep="\n")
     opening = opening_ids(cfg, tokenizer)
     forcing = make_forcing(tokenizer, models.eos, opening) if cfg.answer_force else None
-    by_id = {request.id: request for request in requests}
-    to_row = functools.partial(
-        trace_row, cfg, tokenizer, models.eos, opening, requests=by_id, solutions=solutions
-    )
+    to_row = functools.partial(trace_row, cfg, tokenizer, models.eos, opening, solutions=solutions)
     batch_size = choose_rows(cfg, models, forcing, requests, world)
     start = time.time()
     given = cfg, models, forcing, requests, to_row, world, batch_size
     num_tokens = world.sum(decode_to_parts(*given))  # waits for all
     seconds = time.time() - start
-    rows = world.ask_main(read_rows, cfg.parts_dir / "traces", by_id.keys(), world)
+    rows = world.ask_main(read_rows, cfg.parts_dir / "traces", prompts.keys(), world)
     print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
     speed = round(num_tokens / seconds, 1) if num_tokens else None
     return rows, {"tokens_per_second": speed, "rows_at_once": batch_size}
@@ -392,6 +389,10 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
         done = read_rows(folder, {row["id"] for row in rows}, world)
         problems = [done[row["id"]] for row in rows]
         files.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
+
+
+def is_correct(row, text):
+    return grading.grade(text, row["solution"]).correct
 
 
 def one_step_test(cfg, rows, world):

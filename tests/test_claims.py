@@ -9,7 +9,9 @@ import pytest
 from test_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
 
 import report
-from ads import claims, page, plots, tradeoff
+from ads.report import claims, page, plots
+from ads.report.curves import by_setting, make_curves
+from ads.report.points import collect_baselines, collect_points, load_experiment
 from ads.stage import files
 
 # (tau, lam, direction): (teacher, student, NLL of the teacher's traces, one-step change)
@@ -65,9 +67,9 @@ NEGATIVE, CORRUPT = (-1, "gradient"), (1, "corrupt")
 
 def load(*exp_dirs):
     """(claims by key, curves, baselines)."""
-    experiments = [report.load_experiment(path) for path in exp_dirs]
-    curves = tradeoff.make_curves(report.collect_points(experiments))
-    baselines = report.collect_baselines(experiments)
+    experiments = [load_experiment(path) for path in exp_dirs]
+    curves = make_curves(collect_points(experiments))
+    baselines = collect_baselines(experiments)
     found = {}
     for claim in claims.make_claims(curves, baselines, *report.load_draws(curves)):
         found.setdefault(claim.key, []).append(claim)
@@ -90,7 +92,7 @@ def three_seeds_claims(three_seeds):
 
 @functools.cache
 def rows_of(exp_dir):
-    return [point.row for point in report.collect_points([report.load_experiment(exp_dir)])]
+    return [point.row for point in collect_points([load_experiment(exp_dir)])]
 
 
 def read_by_hand(exp_dir, arm, price, level):
@@ -284,7 +286,7 @@ def test_directions_of_a_seed_are_read_off_one_by_one_and_averaged(tmp_path):
     assert claim.found == pytest.approx(np.mean(gaps)) and claim.num_seeds == 1
     assert claim.note == "mean of 3 directions a seed" and "86 %" in claim.claim and claim.flags == ()
     (curve,) = [curve for curve in curves if curve.arm == "random direction"]
-    ((row,),) = tradeoff.by_setting(curve.points).values()
+    ((row,),) = by_setting(curve.points).values()
     assert row["student_raw_accuracy"] == pytest.approx(0.9) and len(curve.points) == 3
 
 

@@ -276,7 +276,9 @@ def test_a_library_that_cannot_be_loaded_is_made_again(tmp_path):
 def run_native(cache, settings, prepare):
     folder = cache / "antidistillation-sampling"
     folder.mkdir(mode=0o700, exist_ok=True)
-    code = f"import os; folder = {str(folder)!r}; {prepare}; from ads.cpu import native; print(native.library())"
+    code = (
+        f"import os; folder = {str(folder)!r}; {prepare}; from ads.cpu import native; print(native.library())"
+    )
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment | settings, capture_output=True, text=True, check=True

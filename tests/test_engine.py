@@ -231,7 +231,9 @@ def test_batch_size_by_free_memory(monkeypatch):
     for free, wanted in ((10 * row_bytes / 0.8 + 1, 10), (0, 1), (1e12, 64)):
         monkeypatch.setattr("ads.decode.engine.free_bytes", functools.partial(given_bytes, free))
         assert choose_batch_size(models, rows) == wanted
-    monkeypatch.setattr("ads.decode.engine.free_bytes", functools.partial(given_bytes, 10 * row_bytes / 0.8 + 1))
+    monkeypatch.setattr(
+        "ads.decode.engine.free_bytes", functools.partial(given_bytes, 10 * row_bytes / 0.8 + 1)
+    )
     assert choose_batch_size(models, rows, num_processes=2) == 5
 
 

@@ -9,10 +9,10 @@ import pytest
 from test_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
 
 import report
-from ads import page
+from ads.report import page, reader
+from ads.report.curves import Point
 from ads.stage import files
 from ads.stage.inputs import fingerprint_model
-from ads.tradeoff import Point
 
 # A realistic experiment, after the figures of a prototype: (tau, lam, teacher, student, direction)
 DEMO = (
@@ -407,10 +407,10 @@ def test_contrasts_are_few_spread_and_small(tmp_path, monkeypatch):
     for i in range(9):
         write_contrast(tmp_path, f"a{i}", 0.1, np.random.default_rng(i), num_problems=40)
     points = points_with(*(tmp_path / "traces" / f"a{i}.yaml" for i in range(10)))  # the last has no file
-    lams = [c["label"].split(",")[0].split()[-1] for c in page.load_contrasts(points)["points"]]
+    lams = [c["label"].split(",")[0].split()[-1] for c in reader.load_contrasts(points)["points"]]
     assert lams == ["0", "0.3", "0.5", "0.8"]
-    monkeypatch.setattr(page, "MAX_CONTRAST_BYTES", 40_000)
-    loaded = page.load_contrasts(points)
+    monkeypatch.setattr(reader, "MAX_CONTRAST_BYTES", 40_000)
+    loaded = reader.load_contrasts(points)
     assert 20_000 < len(page.embed_json(loaded)) <= 40_000
     assert all(0 < len(point["problems"]) < 40 for point in loaded["points"])
 
@@ -420,12 +420,12 @@ def test_contrasts_with_odd_numbers_and_files_that_are_none(tmp_path):
     problems[0]["ads"]["tokens"][0][1:] = [0.0, 0.0, math.nan]
     path = tmp_path / "traces" / "a.contrast.json"
     path.write_text(json.dumps({"problems": problems}))
-    (point,) = page.load_contrasts(points_with(path.with_name("a.yaml")))["points"]
+    (point,) = reader.load_contrasts(points_with(path.with_name("a.yaml")))["points"]
     assert point["problems"][0]["ads"]["tokens"][0][1:] == [0.0, 0.0, 0.0]
     for text in ("{", "[]", '{"problems": [{"id": 1}]}', '{"problems": [3]}'):
         path.write_text(text)
         with pytest.raises(ValueError, match="a.contrast.json is not a file of contrasted traces"):
-            page.load_contrasts(points_with(path.with_name("a.yaml")))
+            reader.load_contrasts(points_with(path.with_name("a.yaml")))
 
 
 @pytest.mark.parametrize("text", ["</script>", "<!--<script>", "]]>", "\u2028", "&lt;", "\ud800"])

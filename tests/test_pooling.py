@@ -22,10 +22,13 @@ from test_report import (
 )
 
 import report
-from ads import page, tradeoff
+from ads.report import page
+from ads.report.curves import NO_SHARE, ONE_SEED, POOLED, by_setting, is_complete, point_name, pooled
+from ads.report.doubts import unpaired_lines, warning_lines
+from ads.report.points import collect_points, load_experiments, settings_of
+from ads.report.words import MARK, by_label, finding
 from ads.stage import files, sidecar
 from ads.stage.inputs import fingerprint_model
-from ads.tradeoff import MARK, NO_SHARE, ONE_SEED, POOLED
 
 LEVELS = (0.82,)
 
@@ -45,8 +48,8 @@ def forced(matches, arm="ADS"):
 
 
 def warnings_of(*exp_dirs):
-    experiments = report.load_experiments(exp_dirs)
-    return report.warning_lines(experiments, report.collect_points(experiments))
+    experiments = load_experiments(exp_dirs)
+    return warning_lines(experiments, collect_points(experiments))
 
 
 def edit(path, **stats):
@@ -139,7 +142,7 @@ def test_every_key_of_the_training_settings_is_part_of_the_recipe_or_left_out_fo
     """A key that is added later is part of it, unless somebody says otherwise."""
     write_model(tmp_path, "b", "a")
     sidecar = files.read_yaml(tmp_path / "models" / "b.yaml")
-    left_out = sidecar["config"].keys() - report.settings_of(sidecar, report.TrainConfig).keys()
+    left_out = sidecar["config"].keys() - settings_of(sidecar, report.TrainConfig).keys()
     places = {"exp_dir", "model_name", "train_traces", "holdout_traces", "student", "tokenizer"}
     places |= {"report_to", "keep_checkpoints", "save_epochs", "do_eval", "eval_epochs", "seed"}
     assert left_out == places | {"per_device_batch_size", "gradient_checkpointing", "attn_implementation"}
@@ -188,17 +191,15 @@ def test_undistilled_students_of_two_seeds_with_equal_numbers_are_two(tmp_path):
         write_traces(tmp_path, f"base{seed}", share, share, seed=seed, **base)
     _, baselines = rows_of(tmp_path)
     assert [row["seed"] for row in baselines] == [1, 2, 3]
-    ((label, rows),) = tradeoff.by_label(baselines, "af").items()
-    assert label == "undistilled student, 0-shot" and tradeoff.pooled(rows, "student_af")[0] == pytest.approx(
-        0.03
-    )
+    ((label, rows),) = by_label(baselines, "af").items()
+    assert label == "undistilled student, 0-shot" and pooled(rows, "student_af")[0] == pytest.approx(0.03)
 
 
 def test_undistilled_students_that_are_unlike_are_two_lines(tmp_path):
     base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test"}
     write_traces(tmp_path, "short", 0.1, 0.1, max_length=99, **base)
     write_traces(tmp_path, "long", 0.3, 0.3, **base)
-    groups = tradeoff.by_label(rows_of(tmp_path)[1], "af")
+    groups = by_label(rows_of(tmp_path)[1], "af")
     assert sorted(groups) == [f"undistilled student, 0-shot, student test max_length {n}" for n in (1024, 99)]
 
 
@@ -208,11 +209,11 @@ def test_arms_whose_students_are_unlike_are_not_compared_and_the_reason_is_said(
         path = exp_dir / "models" / f"{name}.yaml"
         files.write_text(path, path.read_text().replace("lr: 0.0005", "lr: 0.001"))
     assert matches_of(exp_dir) == []
-    (line,) = report.unpaired_lines(curves_of(exp_dir))
+    (line,) = unpaired_lines(curves_of(exp_dir))
     assert line.startswith("WARNING: not compared, no temperature curve shares the settings: ADS, ")
     assert line.endswith(", lr 0.0005")
-    finding = tradeoff.finding(curves_of(exp_dir), [])
-    assert finding == "The temperature and the ADS curve differ in lr: nothing is compared."
+    found = finding(curves_of(exp_dir), [])
+    assert found == "The temperature and the ADS curve differ in lr: nothing is compared."
 
 
 def test_a_teacher_s_test_of_another_teacher_or_gradient_is_another_point(tmp_path):
@@ -268,7 +269,7 @@ def test_an_experiment_begun_before_commits_were_recorded_is_one(tmp_path, made_
     two points that lacked a stage each, and arms from before and after were not compared."""
     write_points_of(tmp_path, *made_from)
     rows, _ = rows_of(tmp_path)
-    assert len(rows) == 4 and all(map(tradeoff.is_complete, rows))
+    assert len(rows) == 4 and all(map(is_complete, rows))
     assert [curve.arm for curve in curves_of(tmp_path)] == ["temperature", "ADS"]
     assert forced(matches_of(tmp_path)).difference > 0.2
     assert warnings_of(tmp_path) == [f"WARNING: {line}" for line in wanted]
@@ -306,7 +307,7 @@ def test_what_was_made_from_something_that_has_changed_since_is_left_out_and_sai
         files.write_text(path, sidecar.yaml.safe_dump(reader))
         files.write_text(other, sidecar.yaml.safe_dump(writer))
     rows, _ = rows_of(exp_dir)
-    assert [tradeoff.is_complete(row) for row in rows] == [True, False, True, False]
+    assert [is_complete(row) for row in rows] == [True, False, True, False]
     assert warnings_of(exp_dir) == [
         "WARNING: models left out, their training traces have changed since: b1",
         "WARNING: student tests left out, the models have changed since: b2",
@@ -351,7 +352,7 @@ def test_points_measured_twice_are_pooled_named_and_flagged(tmp_path, capsys):
     report.main([str(exp_dir), "--at", "0.82"])
     output = capsys.readouterr().out
     (point,) = [point for point in ads.points if point.copies]
-    assert f"WARNING: {POOLED}: {tradeoff.point_name(point.row)} (2 times)" in output
+    assert f"WARNING: {POOLED}: {point_name(point.row)} (2 times)" in output
     for name in ("report.md", "report.html", "comparisons.csv"):
         text = (exp_dir / "report" / name).read_text()
         assert flag in text, name
@@ -388,8 +389,8 @@ def test_copies_count_as_one_seed(tmp_path):
     write_model(tmp_path / "x", "again", "a2", seed=2)
     write_student_test(tmp_path / "x", "e", "again", 0.7, 0.7)
     (curve,) = curves_of(tmp_path / "x")
-    (rows,) = tradeoff.by_setting(curve.points).values()
-    assert len(rows) == 2 and tradeoff.pooled(rows, "student_af")[0] == pytest.approx((0.4 + 0.65) / 2)
+    (rows,) = by_setting(curve.points).values()
+    assert len(rows) == 2 and pooled(rows, "student_af")[0] == pytest.approx((0.4 + 0.65) / 2)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ import pyarrow.parquet
 import pytest
 
 import report
-from ads import plots, tradeoff
+from ads.report import plots
+from ads.report.curves import by_setting, is_complete, make_curves, wilson_interval
+from ads.report.doubts import warning_lines
+from ads.report.points import collect_baselines, collect_points, load_experiments
 from ads.stage import files, fingerprint
 from ads.stage.config import to_dict
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 from ads.stage.sidecar import write_sidecar
-from ads.tradeoff import make_curves, wilson_interval
 
 ROOT = Path(report.__file__).parent
 N = 1200
@@ -167,12 +169,12 @@ def csv_rows(exp_dir):
 
 
 def rows_of(*exp_dirs):
-    experiments = report.load_experiments(exp_dirs)
-    return [p.row for p in report.collect_points(experiments)], report.collect_baselines(experiments)
+    experiments = load_experiments(exp_dirs)
+    return [p.row for p in collect_points(experiments)], collect_baselines(experiments)
 
 
 def curves_of(*exp_dirs):
-    return make_curves(report.collect_points(report.load_experiments(exp_dirs)))
+    return make_curves(collect_points(load_experiments(exp_dirs)))
 
 
 def draw(*exp_dirs):
@@ -416,7 +418,7 @@ def test_two_students_of_one_grid_point_are_two_rows_and_one_setting(tmp_path):
     assert [(row["student_seed"], row["student_af_accuracy"]) for row in points] == [(7, 0.5), (42, 0.6)]
     assert [row["teacher_af_accuracy"] for row in points] == [0.9, 0.9]
     (curve,) = curves_of(tmp_path)
-    assert list(tradeoff.by_setting(curve.points)) == [(0.6, 0)] and len(curve.points) == 2
+    assert list(by_setting(curve.points)) == [(0.6, 0)] and len(curve.points) == 2
 
 
 def test_a_distilled_student_whose_model_is_gone_is_no_baseline(tmp_path, capsys):
@@ -553,7 +555,7 @@ def test_doubtful_numbers_are_said(tmp_path, capsys, stats, perturbation, wanted
 def test_one_warning_names_the_worst_few(tmp_path):
     for i in range(7):
         write_traces(tmp_path, f"t{i}", 0.5, 0.5, tau=i / 10, more_stats={"finished": 0.8 - i / 10})
-    (line,) = report.warning_lines(report.load_experiments([tmp_path]))
+    (line,) = warning_lines(load_experiments([tmp_path]))
     assert line.endswith("0.9: t6 .200, t5 .300, t4 .400, t3 .500 and 3 more")
 
 
@@ -563,7 +565,7 @@ def test_a_model_whose_traces_are_gone_is_left_out_and_said(tmp_path):
     points, baselines = rows_of(exp_dir)
     assert [row["tau"] for row in points if "model_n" in row] == [0.6, 0.6, 0.6]
     assert len(baselines) == 1
-    (line,) = report.warning_lines(report.load_experiments([exp_dir]))
+    (line,) = warning_lines(load_experiments([exp_dir]))
     assert line == "WARNING: models left out, the sidecars of their training traces are not here: b2"
 
 
@@ -589,7 +591,7 @@ def test_arm_of_a_point(tmp_path, lam, direction, arm):
         for path in tmp_path.glob("traces/*.yaml"):
             files.write_text(path, path.read_text().replace("  direction: gradient\n", ""))
     ((row,), _) = rows_of(tmp_path)
-    assert row["arm"] == arm and tradeoff.is_complete(row)
+    assert row["arm"] == arm and is_complete(row)
 
 
 def test_a_teacher_test_in_another_direction_is_another_point(tmp_path):

@@ -6,14 +6,33 @@ import time
 import numpy as np
 import pytest
 
-from ads import tradeoff
-from ads.tradeoff import Point
+from ads.report import curves
+from ads.report.compare import (
+    LEVELS,
+    NUM_DRAWS,
+    WIDE,
+    WIDE_NLL,
+    ZIGZAG,
+    Match,
+    choose_levels,
+    compare,
+    draw_accuracies,
+    interpolate,
+    num_crossings,
+    over_problems,
+    over_seeds,
+    pair_up,
+    resample,
+    without_gaps,
+)
+from ads.report.curves import NLL, Point, make_curves, pooled_interval, seed_interval
+from ads.report.words import controls, finding, finding_doubt, headline, in_points, second_finding, show_match
 
 
 def test_interpolation_is_numpy_s_between_the_points_and_nothing_beyond():
     rng = np.random.default_rng(0)
     x, y, levels = rng.random((7, 5)), rng.random((7, 5)), np.linspace(-0.2, 1.2, 29)
-    found = tradeoff.interpolate(x, y, levels)
+    found = interpolate(x, y, levels)
     for row in range(7):
         order = np.argsort(x[row])
         wanted = np.interp(levels, x[row][order], y[row][order], left=np.nan, right=np.nan)
@@ -22,38 +41,38 @@ def test_interpolation_is_numpy_s_between_the_points_and_nothing_beyond():
 
 
 def test_interpolation_at_the_points_at_a_step_and_with_one_point():
-    assert tradeoff.interpolate([0.9, 0.5], [0.6, 0.2], [0.5, 0.9]).tolist() == [0.2, 0.6]
-    assert tradeoff.interpolate([0.5, 0.5], [0.2, 0.4], [0.5]).tolist() == pytest.approx([0.3])
-    assert np.isnan(tradeoff.interpolate([0.5], [0.2], [0.5])).all()
+    assert interpolate([0.9, 0.5], [0.6, 0.2], [0.5, 0.9]).tolist() == [0.2, 0.6]
+    assert interpolate([0.5, 0.5], [0.2, 0.4], [0.5]).tolist() == pytest.approx([0.3])
+    assert np.isnan(interpolate([0.5], [0.2], [0.5])).all()
 
 
 def test_points_of_equal_teacher_accuracy_are_one_in_interpolation():
     """The last of them was read at their level, and the last or the first beside it."""
     x, y = [0.9, 0.7, 0.7, 0.5], [0.8, 0.4, 0.6, 0.2]
     for order in ([0, 1, 2, 3], [2, 3, 1, 0]):
-        found = tradeoff.interpolate(np.take(x, order), np.take(y, order), [0.6, 0.7, 0.8])
+        found = interpolate(np.take(x, order), np.take(y, order), [0.6, 0.7, 0.8])
         assert found.tolist() == pytest.approx([0.35, 0.5, 0.65])
 
 
 def test_pooled_interval_is_wilson_s_with_one_seed_and_widens_with_their_spread():
-    one = tradeoff.pooled_interval(np.array([0.7]), np.array([600]))
-    assert one == pytest.approx(tradeoff.wilson_interval(420, 600))
-    alike = tradeoff.pooled_interval(np.array([0.7] * 3), np.array([600] * 3))
-    assert alike == pytest.approx(tradeoff.wilson_interval(1260, 1800))
-    low, high = tradeoff.pooled_interval(np.array([0.6, 0.7, 0.8]), np.array([600] * 3))
+    one = pooled_interval(np.array([0.7]), np.array([600]))
+    assert one == pytest.approx(curves.wilson_interval(420, 600))
+    alike = pooled_interval(np.array([0.7] * 3), np.array([600] * 3))
+    assert alike == pytest.approx(curves.wilson_interval(1260, 1800))
+    low, high = pooled_interval(np.array([0.6, 0.7, 0.8]), np.array([600] * 3))
     assert (high - low) / 2 == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)  # t(0.975, 2)
-    assert tradeoff.pooled_interval(np.array([0.2, 0.7]), np.array([600] * 2)) == (0.0, 1.0)
-    assert tradeoff.pooled_interval(np.array([1.0, 1.0]), np.array([50, 50]))[1] == 1.0
+    assert pooled_interval(np.array([0.2, 0.7]), np.array([600] * 2)) == (0.0, 1.0)
+    assert pooled_interval(np.array([1.0, 1.0]), np.array([50, 50]))[1] == 1.0
 
 
 def test_resamples_are_shared_by_tests_and_have_the_binomial_spread():
     rng = np.random.default_rng(1)
     first = {i: bool(v) for i, v in enumerate(rng.random(400) < 0.7)}
     other = {i: bool(v) for i, v in enumerate(rng.random(300) < 0.7)}  # fewer problems: a share of its own
-    a, b, c = tradeoff.resample([first, dict(first), other], np.random.default_rng(2))
+    a, b, c = resample([first, dict(first), other], np.random.default_rng(2))
     share = np.mean(list(first.values()))
     assert (a == b).all() and not (a == c).all()
-    assert a.shape == (tradeoff.NUM_DRAWS,) and a.mean() == pytest.approx(share, abs=0.003)
+    assert a.shape == (NUM_DRAWS,) and a.mean() == pytest.approx(share, abs=0.003)
     assert a.std() == pytest.approx((share * (1 - share) / 400) ** 0.5, rel=0.06)
     assert c.mean() == pytest.approx(np.mean(list(other.values())), abs=0.004)
 
@@ -86,9 +105,9 @@ def match_of(rng, num_problems, seeds=(1,), **settings):
         found, more = make_points(rng, num_problems, seed, **settings)
         points += [*found["temperature"], *found["ADS"]]
         answers |= more
-    pairs = tradeoff.pair_up(tradeoff.make_curves(points))
-    draws = tradeoff.draw_accuracies(pairs, answers)
-    (match,) = tradeoff.compare(pairs, {"af": (0.75,), "raw": (0.75,)}, draws)
+    pairs = pair_up(make_curves(points))
+    draws = draw_accuracies(pairs, answers)
+    (match,) = compare(pairs, {"af": (0.75,), "raw": (0.75,)}, draws)
     return match
 
 
@@ -110,14 +129,14 @@ def test_intervals_narrow_with_problems_and_with_seeds():
 def test_interval_over_seeds_is_student_s_and_ends_where_values_do():
     values = np.array([0.1, 0.2, 0.35])
     half = 4.302653 * values.std(ddof=1) / 3**0.5  # t(0.975, 2) of a table
-    assert tradeoff.seed_interval(values) == pytest.approx((values.mean() - half, values.mean() + half))
-    assert tradeoff.seed_interval([0.9, 0.1]) == pytest.approx((-1.0, 1.0))
-    assert tradeoff.seed_interval([0.9, 0.1], least=0.0) == pytest.approx((0.0, 1.0))
+    assert seed_interval(values) == pytest.approx((values.mean() - half, values.mean() + half))
+    assert seed_interval([0.9, 0.1]) == pytest.approx((-1.0, 1.0))
+    assert seed_interval([0.9, 0.1], least=0.0) == pytest.approx((0.0, 1.0))
 
 
 def test_seeds_that_happen_to_agree_are_no_certainty():
-    assert np.isnan(tradeoff.seed_interval([0.3] * 3)).all()
-    assert tradeoff.over_seeds(np.array([0.1 + 0.2, 0.3, 0.3])) == (
+    assert np.isnan(seed_interval([0.3] * 3)).all()
+    assert over_seeds(np.array([0.1 + 0.2, 0.3, 0.3])) == (
         None,
         None,
         "no interval: the seeds do not differ",
@@ -141,10 +160,10 @@ def simulate(rng, num_experiments, num_seeds, ratio, num_problems=600, temperatu
 def test_interval_over_seeds_holds_the_truth_as_often_as_it_says(num_seeds, ratio):
     """A bootstrap over 3 seeds held it 79 to 86 times of 100 where seeds differ 2 to 4 times the noise."""
     plain, ads = simulate(np.random.default_rng(10 * num_seeds + ratio), 20_000, num_seeds, ratio)
-    low, high = tradeoff.seed_interval(plain - ads)
+    low, high = seed_interval(plain - ads)
     assert np.mean((low <= 0.25) & (high >= 0.25)) >= 0.93
     shares, sizes = ads[:1000], np.full(num_seeds, 600)
-    ends = np.array([tradeoff.pooled_interval(line, sizes) for line in shares])
+    ends = np.array([pooled_interval(line, sizes) for line in shares])
     assert np.mean((ends[:, 0] <= 0.6) & (ends[:, 1] >= 0.6)) >= 0.93
 
 
@@ -153,7 +172,7 @@ def test_interval_over_seeds_holds_the_truth_as_often_as_it_says(num_seeds, rati
 def test_comparison_of_whole_curves_holds_the_truth_as_often_as_it_says(num_seeds, ratio):
     """The same through all that a report does: curves with noise in both directions, read off at a level."""
     rng = np.random.default_rng(num_seeds + 10 * ratio)
-    matches = [compare(noisy_curves(rng, num_seeds, ratio))[0] for _ in range(400)]
+    matches = [compared(noisy_curves(rng, num_seeds, ratio))[0] for _ in range(400)]
     assert {match.num_seeds for match in matches} == {num_seeds}
     assert np.mean([match.low <= 0.3 <= match.high for match in matches]) >= 0.93
 
@@ -189,14 +208,14 @@ def plain_points(seed, shares, arm="ADS", num_problems=600):
     return points
 
 
-def compare(points, levels=(0.75,)):
-    pairs = tradeoff.pair_up(tradeoff.make_curves(points))
-    return tradeoff.compare(pairs, {"af": levels, "raw": levels}, {})
+def compared(points, levels=(0.75,)):
+    pairs = pair_up(make_curves(points))
+    return compare(pairs, {"af": levels, "raw": levels}, {})
 
 
 def test_a_level_that_few_resamples_reach_has_no_interval():
-    drawn = np.where(np.arange(tradeoff.NUM_DRAWS) % 5 == 0, np.nan, 0.2)
-    low, high, note = tradeoff.over_problems(np.stack([drawn, drawn, drawn]), "")
+    drawn = np.where(np.arange(NUM_DRAWS) % 5 == 0, np.nan, 0.2)
+    low, high, note = over_problems(np.stack([drawn, drawn, drawn]), "")
     assert (low, high) == (None, None) and "end of a curve" in note
 
 
@@ -207,7 +226,7 @@ STRAIGHT = [(0.9, 0.9), (0.82, 0.85), (0.74, 0.8), (0.66, 0.7)]
 
 def flags_of(ads, temperature=STRAIGHT, levels=(0.75,)):
     points = plain_points(1, temperature, "temperature") + plain_points(1, ads)
-    return [match.flags for match in compare(points, levels)]
+    return [match.flags for match in compared(points, levels)]
 
 
 def test_a_curve_that_falls_with_its_knob_in_small_steps_is_in_no_doubt():
@@ -217,9 +236,9 @@ def test_a_curve_that_falls_with_its_knob_in_small_steps_is_in_no_doubt():
 def test_a_zigzag_is_said_where_it_is_read_and_nowhere_else():
     """It was sorted by teacher accuracy, and read off as if it were a curve."""
     zigzag = [(0.9, 0.9), (0.81, 0.5), (0.86, 0.8), (0.77, 0.45), (0.7, 0.4)]
-    assert flags_of(zigzag, levels=(0.88, 0.84, 0.75)) == [(), (f"ADS {tradeoff.ZIGZAG}: 3 times",), ()]
+    assert flags_of(zigzag, levels=(0.88, 0.84, 0.75)) == [(), (f"ADS {ZIGZAG}: 3 times",), ()]
     (flags,) = flags_of(STRAIGHT, temperature=zigzag, levels=(0.84,))
-    assert flags == (f"temperature {tradeoff.ZIGZAG}: 3 times",)
+    assert flags == (f"temperature {ZIGZAG}: 3 times",)
 
 
 @pytest.mark.parametrize(
@@ -227,16 +246,16 @@ def test_a_zigzag_is_said_where_it_is_read_and_nowhere_else():
     [([1, -1], 1), ([1, 0], 1), ([1, 0, -1], 1), ([1, -1, 1], 2), ([1, 0, 1, -1], 2), ([0, 0], 2)],
 )
 def test_crossings_are_counted_at_the_points_and_between(heights, num):
-    assert tradeoff.num_crossings(heights) == num
+    assert num_crossings(heights) == num
 
 
 def test_a_wide_bracket_is_said_with_its_settings():
     lam = "\N{GREEK SMALL LETTER LAMDA}"
     wide = [(0.9, 0.9), (0.77, 0.6), (0.66, 0.5)]
     wanted = [
-        (f"ADS {tradeoff.WIDE}: {lam} 1 to {lam} 2",),
+        (f"ADS {WIDE}: {lam} 1 to {lam} 2",),
         (),
-        (f"ADS {tradeoff.WIDE}: {lam} 2 to {lam} 3",),
+        (f"ADS {WIDE}: {lam} 2 to {lam} 3",),
     ]
     assert flags_of(wide, levels=(0.8, 0.77, 0.7)) == wanted
 
@@ -245,18 +264,18 @@ def test_doubts_of_some_seeds_name_them():
     wide, lam = [(0.9, 0.9), (0.66, 0.5)], "\N{GREEK SMALL LETTER LAMDA}"
     points = [p for seed in (1, 2, 3) for p in plain_points(seed, STRAIGHT, "temperature")]
     points += [p for seed in (1, 2, 3) for p in plain_points(seed, STRAIGHT if seed == 2 else wide)]
-    (match,) = compare(points)
+    (match,) = compared(points)
     # the last settings differ: two curves meet in one name
-    assert match.flags == (f"ADS {tradeoff.WIDE}: {lam} 1 to {lam} 2 (seed 1 and 3)",)
+    assert match.flags == (f"ADS {WIDE}: {lam} 1 to {lam} 2 (seed 1 and 3)",)
 
 
 def test_levels_are_the_usual_ones_or_lie_in_the_common_range():
     points, _ = make_points(np.random.default_rng(0), 500, 1)
-    curves = tradeoff.make_curves([*points["temperature"], *points["ADS"]])
-    assert tradeoff.choose_levels(tradeoff.pair_up(curves), "raw") == tradeoff.LEVELS
+    curves = make_curves([*points["temperature"], *points["ADS"]])
+    assert choose_levels(pair_up(curves), "raw") == LEVELS
     for point in (p for arm in points.values() for p in arm):
         point.row["teacher_raw_accuracy"] -= 0.3
-    levels = tradeoff.choose_levels(tradeoff.pair_up(curves), "raw")
+    levels = choose_levels(pair_up(curves), "raw")
     assert len(levels) == 4 and all(0.25 < level < 0.63 for level in levels)
     assert np.ptp(np.diff(levels)) < 0.005
 
@@ -266,7 +285,7 @@ def test_levels_are_the_usual_ones_or_lie_in_the_common_range():
 
 def priced(points, *nlls):
     """The points with the NLL of their teacher's test traces."""
-    rows = [{**point.row, tradeoff.NLL: nll} for point, nll in zip(points, nlls, strict=True)]
+    rows = [{**point.row, NLL: nll} for point, nll in zip(points, nlls, strict=True)]
     return [Point(row, point.stages) for row, point in zip(rows, points, strict=True)]
 
 
@@ -277,8 +296,8 @@ def priced_curves(ads_nlls=(0.02, 0.2, 0.5), seed=1):
 
 
 def compare_nll(points, levels, draws=()):
-    pairs = tradeoff.pair_up(tradeoff.make_curves(points))
-    return tradeoff.compare(pairs, {"af": (), "raw": levels}, dict(draws), "", "nll")
+    pairs = pair_up(make_curves(points))
+    return compare(pairs, {"af": (), "raw": levels}, dict(draws), "", "nll")
 
 
 def test_students_at_equal_nll_are_read_off_lines_against_nll():
@@ -290,31 +309,29 @@ def test_students_at_equal_nll_are_read_off_lines_against_nll():
     )
     assert (match.temperature, match.student) == pytest.approx(wanted)
     assert (match.price, match.level, match.num_seeds) == ("nll", 0.26, 1)
-    assert tradeoff.show_match(match).startswith(
-        "raw, teacher NLL 0.26 nats/token: temperature .700, ADS .460, d"
-    )
-    assert tradeoff.headline([match]) is None and tradeoff.controls([match]) == ""
+    assert show_match(match).startswith("raw, teacher NLL 0.26 nats/token: temperature .700, ADS .460, d")
+    assert headline([match]) is None and controls([match]) == ""
 
 
 def test_levels_of_nll_are_round_and_inside_the_common_range():
     temperature, ads = priced_curves()
-    pairs = tradeoff.pair_up(tradeoff.make_curves([*temperature, *ads]))
-    assert tradeoff.choose_levels(pairs, "raw", "nll") == (0.11, 0.18, 0.26, 0.33)
+    pairs = pair_up(make_curves([*temperature, *ads]))
+    assert choose_levels(pairs, "raw", "nll") == (0.11, 0.18, 0.26, 0.33)
     for point in (*temperature, *ads):
-        point.row[tradeoff.NLL] /= 1000
-    assert tradeoff.choose_levels(pairs, "raw", "nll") == (0.00011, 0.00018, 0.00026, 0.00033)
+        point.row[NLL] /= 1000
+    assert choose_levels(pairs, "raw", "nll") == (0.00011, 0.00018, 0.00026, 0.00033)
     for point in ads:
-        point.row[tradeoff.NLL] += 10  # nothing in common
-    assert tradeoff.choose_levels(pairs, "raw", "nll") == ()
+        point.row[NLL] += 10  # nothing in common
+    assert choose_levels(pairs, "raw", "nll") == ()
 
 
 def test_a_reading_at_equal_nll_is_flagged_by_rules_of_its_own():
     """The common range is .03 to .41: a bracket wider than .095 is in doubt, however close the accuracies."""
     temperature, ads = priced_curves()
     first, second = compare_nll([*temperature, *ads], (0.06, 0.26))
-    assert first.flags == (f"ADS {tradeoff.WIDE_NLL}: \u03bb 1 to \u03bb 2",)
+    assert first.flags == (f"ADS {WIDE_NLL}: \u03bb 1 to \u03bb 2",)
     assert [flag.split(":")[0] for flag in second.flags] == [
-        f"{arm} {tradeoff.WIDE_NLL}" for arm in ("temperature", "ADS")
+        f"{arm} {WIDE_NLL}" for arm in ("temperature", "ADS")
     ]
     temperature, ads = priced_curves(ads_nlls=(0.1, 0.5, 0.02))
     (match,) = compare_nll([*temperature, *ads], (0.2,))
@@ -324,8 +341,8 @@ def test_a_reading_at_equal_nll_is_flagged_by_rules_of_its_own():
 def test_problems_are_resampled_for_students_alone_and_nll_is_held():
     points, answers = make_points(np.random.default_rng(3), 400, 1)
     points = [*priced(points["temperature"], 0.1, 0.4), *priced(points["ADS"], 0.1, 0.4)]
-    pairs = tradeoff.pair_up(tradeoff.make_curves(points))
-    draws = tradeoff.draw_accuracies(pairs, answers)
+    pairs = pair_up(make_curves(points))
+    draws = draw_accuracies(pairs, answers)
     (match,) = compare_nll(points, (0.4,), draws)
     students = [draws[(1, 1), f"1/{arm}1-student", "raw"] for arm in ("temperature", "ADS")]
     assert (match.low, match.high) == pytest.approx(tuple(np.percentile(np.subtract(*students), (2.5, 97.5))))
@@ -366,50 +383,50 @@ def test_a_full_sweep_is_compared_in_seconds():
     ],
 )
 def test_finding_says_what_the_interval_allows_and_stands_on(ends, wanted):
-    match = tradeoff.Match("af", "ADS", "ADS", 0.75, 0.86, 0.57, 0.29, *ends, 3, "why")
-    assert tradeoff.finding([], [match]).endswith(wanted)
+    match = Match("af", "ADS", "ADS", 0.75, 0.86, 0.57, 0.29, *ends, 3, "why")
+    assert finding([], [match]).endswith(wanted)
 
 
 def test_finding_when_students_learn_more_from_ads():
-    match = tradeoff.Match("af", "ADS", "ADS", 0.75, 0.57, 0.86, -0.29, -0.33, -0.25, 1, "")
-    assert tradeoff.finding([], [match]).endswith(": 29 points more [25, 33] (this seed's problems only).")
+    match = Match("af", "ADS", "ADS", 0.75, 0.57, 0.86, -0.29, -0.33, -0.25, 1, "")
+    assert finding([], [match]).endswith(": 29 points more [25, 33] (this seed's problems only).")
 
 
 def test_raw_answers_are_not_passed_over_in_silence():
-    forced = tradeoff.Match("af", "ADS", "ADS", 0.75, 0.86, 0.57, 0.29, 0.25, 0.33, 3, "")
-    raw = tradeoff.Match("raw", "ADS", "ADS", 0.65, 0.52, 0.51, 0.01, -0.02, 0.03, 3, "")
-    assert tradeoff.headline([raw, forced]) == forced
-    text = tradeoff.second_finding([raw, forced])
+    forced = Match("af", "ADS", "ADS", 0.75, 0.86, 0.57, 0.29, 0.25, 0.33, 3, "")
+    raw = Match("raw", "ADS", "ADS", 0.65, 0.52, 0.51, 0.01, -0.02, 0.03, 3, "")
+    assert headline([raw, forced]) == forced
+    text = second_finding([raw, forced])
     assert text.endswith(
         "52 % by temperature, 51 % by ADS, a difference of 1 points [-2, 3] (t interval over 3 seeds)."
     )
-    assert tradeoff.second_finding([raw]) == tradeoff.second_finding([]) == ""
+    assert second_finding([raw]) == second_finding([]) == ""
 
 
 def test_a_doubt_is_marked_in_every_sentence_and_explained_once():
-    forced = tradeoff.Match("af", "ADS", "ADS", 0.75, 0.86, 0.57, 0.29, 0.25, 0.33, 3, "", ("ADS x",))
+    forced = Match("af", "ADS", "ADS", 0.75, 0.86, 0.57, 0.29, 0.25, 0.33, 3, "", ("ADS x",))
     raw, other = (dataclasses.replace(forced, rule="raw", flags=flags) for flags in (("ADS x",), ("ADS y",)))
     control = dataclasses.replace(forced, arm="permuted", name="permuted")
-    assert tradeoff.finding([], [forced]).endswith(" (t interval over 3 seeds) (!).")
-    assert tradeoff.finding_doubt([forced]) == "(!) ADS x." and tradeoff.finding_doubt([]) == ""
-    assert tradeoff.second_finding([forced, raw]).endswith("(t interval over 3 seeds) (!).")
-    assert tradeoff.second_finding([forced, other]).endswith("(!). (!) ADS y.")
-    assert "3 seeds) (!). (!) marks a reading in doubt" in tradeoff.controls([forced, control])
-    assert tradeoff.show_match(forced).endswith("[0.250, 0.330] (t interval over 3 seeds) (!) ADS x.")
+    assert finding([], [forced]).endswith(" (t interval over 3 seeds) (!).")
+    assert finding_doubt([forced]) == "(!) ADS x." and finding_doubt([]) == ""
+    assert second_finding([forced, raw]).endswith("(t interval over 3 seeds) (!).")
+    assert second_finding([forced, other]).endswith("(!). (!) ADS y.")
+    assert "3 seeds) (!). (!) marks a reading in doubt" in controls([forced, control])
+    assert show_match(forced).endswith("[0.250, 0.330] (t interval over 3 seeds) (!) ADS x.")
 
 
 def test_a_bound_near_0_shows_its_sign():
-    near = tradeoff.Match("af", "ADS", "ADS", 0.75, 0.8, 0.7, 0.1, -0.0004, 0.2, 3, "")
-    assert "difference 0.1000 [-0.0004, 0.2000]" in tradeoff.show_match(near)
-    assert tradeoff.in_points(near) == ["10.0", "-0.0", "20.0"]
-    assert tradeoff.in_points(dataclasses.replace(near, low=0.01)) == ["10", "1", "20"]
+    near = Match("af", "ADS", "ADS", 0.75, 0.8, 0.7, 0.1, -0.0004, 0.2, 3, "")
+    assert "difference 0.1000 [-0.0004, 0.2000]" in show_match(near)
+    assert in_points(near) == ["10.0", "-0.0", "20.0"]
+    assert in_points(dataclasses.replace(near, low=0.01)) == ["10", "1", "20"]
 
 
 def test_a_control_is_shown_where_both_arms_reach_or_once_where_they_never_do():
     matches = [match(num_seeds=n) for n in (0, 2, 0)]
-    assert tradeoff.without_gaps(matches) == [matches[1]]
-    assert tradeoff.without_gaps([matches[0], matches[2]]) == [matches[0]]
+    assert without_gaps(matches) == [matches[1]]
+    assert without_gaps([matches[0], matches[2]]) == [matches[0]]
 
 
 def match(num_seeds):
-    return tradeoff.Match("af", "permuted", "permuted", 0.8, None, None, None, None, None, num_seeds, "")
+    return Match("af", "permuted", "permuted", 0.8, None, None, None, None, None, num_seeds, "")

@@ -171,8 +171,8 @@ def test_trying_adapters_out_leaves_no_trace(kind, dtype, tmp_path):
     added = {name: p for name, p in found.items() if "lora_" in name}
     assert weights and added and found.keys() - added.keys() == weights.keys()
     assert all(p.dtype == dtype and torch.equal(p, found[name]) for name, p in weights.items())
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in adapters.values())
-    assert all((p == 0).all() for name, p in adapters.items() if "lora_B" in name)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in added.values())
+    assert all((p == 0).all() for name, p in added.items() if "lora_B" in name)
 
 
 def trained(name):

@@ -5,10 +5,9 @@ import statistics
 from ads import chat
 from ads.data import grading
 from ads.stage import files
-from gentraces import force_ids
 
 
-def trace_row(cfg, tokenizer, eos, opening, completion, requests, solutions):
+def trace_row(cfg, tokenizer, eos, opening, completion, solutions):
     """What a finished response, and the answer it was made to state, add to their problem.
 
     The opening is part of its text, but was not sampled.
@@ -29,11 +28,10 @@ def trace_row(cfg, tokenizer, eos, opening, completion, requests, solutions):
     }
     if not cfg.answer_force:
         return row
-    given = force_ids(requests[completion.id], completion.ids, tokenizer, eos, opening)
     continuation = chat.response_text(tokenizer, completion.forced_ids, eos)
     grade = grading.grade_forced(continuation, solution)
     return row | {
-        "trace_af": trace + chat.decode_next(tokenizer, given) + continuation,
+        "trace_af": trace + chat.decode_next(tokenizer, completion.given_ids) + continuation,
         "af_answer": grade.answer,
         "is_af_correct": grade.correct,
         "af_timed_out": grade.timed_out,
@@ -50,10 +48,6 @@ def assemble(cfg, problems, prompts, rows):
         row[f"{cfg.trace_colname}_af"] = row.pop("trace_af")
         table.append(row)
     return table
-
-
-def is_correct(row, text):
-    return grading.grade(text, row["solution"]).correct
 
 
 def save_traces(cfg, rows):

@@ -19,7 +19,8 @@ from ads.decode.corruption import Corruption
 from ads.delta.central import CentralDifference
 from ads.delta.exact import ExactDerivative
 from ads.kv_cache import whole
-from ads.loading import free_bytes, is_out_of_memory
+from ads.loading import free_bytes
+from ads.trials import is_out_of_memory
 
 REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
 STATIC_POSITIONS = 128  # positions that static steps read are multiples of this
@@ -50,12 +51,14 @@ class Forcing:
 @dataclass(frozen=True)
 class Completion:
     """What was sampled: ids (the ending eos included), whether an eos ended it, and the sum over ids of
-    log p_T (nats) under the unadjusted teacher at temperature 1; with Forcing, the greedy ids after it."""
+    log p_T (nats) under the unadjusted teacher at temperature 1; with Forcing, the ids given after it and the
+    greedy ones after those."""
 
     id: str
     ids: list[int]
     finished: bool
     log_prob: float
+    given_ids: list[int] | None = None
     forced_ids: list[int] | None = None
 
 
@@ -331,6 +334,7 @@ class Decoder:
         into the caches is overwritten.
         """
         given = self.forcing.ids_of(row.request, row.response.ids)
+        row.response = replace(row.response, given_ids=given)
         start = len(row.ids) - row.response.finished
         row.num_given, row.since = start + len(given), self.num_launched
         row.limit = row.num_given + self.forcing.max_new_tokens

@@ -18,10 +18,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model")
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 256
 # what only reads finished stages, or plans them
-NO_STAGE = {
-    *("grid.py", "report.py", "search.py"),
-    *("ads/claims.py", "ads/page.py", "ads/plots.py", "ads/tradeoff.py"),
-}
+NO_STAGE = ("grid.py", "report.py", "search.py", "ads/report/")
 
 
 def versions():
@@ -52,9 +49,9 @@ def git_commit():
 def fingerprint_code():
     """16 hex digits of the project's code that makes stages."""
     paths = [*ROOT.glob("*.py"), *(ROOT / "ads").rglob("*.py"), *(ROOT / "ads").rglob("*.c")]
-    by_name = {path.relative_to(ROOT).as_posix(): path for path in paths}
+    names = sorted(path.relative_to(ROOT).as_posix() for path in paths)
     return fingerprint_json(
-        {name: fingerprint_file(by_name[name]) for name in sorted(by_name.keys() - NO_STAGE)}
+        {name: fingerprint_file(ROOT / name) for name in names if not name.startswith(NO_STAGE)}
     )
 
 

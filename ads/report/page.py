@@ -13,14 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from ads import claims, plots, tradeoff
 from ads.delta import agreement_table
-from ads.tradeoff import PRICES, RULES, show_number, show_setting, show_signed
+from ads.report import claims, plots
+from ads.report.compare import PRICES
+from ads.report.curves import RULES, by_setting, interval_kind, show_number, show_setting, show_signed
+from ads.report.words import (
+    MARK,
+    controls,
+    elicited,
+    finding,
+    finding_doubt,
+    in_points,
+    second_finding,
+    show_seeds,
+)
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-MAX_CONTRAST_POINTS = 8
-MAX_CONTRASTS_PER_ARM = 4
-MAX_CONTRAST_BYTES = 3_000_000
 NUM_NORMS = 10
 NBSP = "\N{NO-BREAK SPACE}"
 GLYPHS = {
@@ -33,7 +41,6 @@ GLYPHS = {
     "_": "",
 }  # markers
 NUM_OPEN = 20  # a longer table of points is folded
-
 ANY_NOTE = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
     "A fall of the raw accuracy is part of the price, even where forced answers hide it.",
@@ -54,7 +61,7 @@ MATCHING = f"""\
 Each seed's points are joined by straight lines and read off at the same teacher accuracy, never beyond their
 ends; an arm of one setting is compared at its own. Difference: temperature minus arm, in points, with its
 95 % interval. Several seeds: the t interval over their differences, cut off at 100 points. One seed: a
-bootstrap over this seed's problems only, which knows nothing of how seeds differ. {tradeoff.MARK} marks what
+bootstrap over this seed's problems only, which knows nothing of how seeds differ. {MARK} marks what
 is in doubt, and why."""
 NLL_MATCHING = """\
 The same at the same mean NLL of the teacher's test traces under the unadjusted teacher, in nats/token: how
@@ -112,9 +119,9 @@ def render(
     warnings = [note for note in notes if note.startswith("WARNING")]
     parts = {
         "title": escape(title),
-        "finding": sentence(tradeoff.finding(curves, matches)),
+        "finding": sentence(finding(curves, matches)),
         "failures": sentence(claims.failures(claimed)),
-        "doubt": sentence(tradeoff.finding_doubt(matches)),
+        "doubt": sentence(finding_doubt(matches)),
         "navigation": "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in sections),
         "sections": warning_section(warnings)
         + "".join(f'<section id="{anchors[name]}">{body}</section>\n' for name, body in sections.items()),
@@ -143,9 +150,6 @@ def embed_json(value):
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-# Sections
-
-
 def warning_section(warnings):
     if not warnings:
         return ""
@@ -159,7 +163,7 @@ def first_section(curves, baselines, matches, panels, about):
     paper = html_table([["", "teacher", "student"], *PAPER], "paper")
     return (
         f"{figure_grid(panels)}{legend_list(curves, baselines)}"
-        f"<p>{sentence(tradeoff.second_finding(matches))} {sentence(tradeoff.controls(matches))}</p>"
+        f"<p>{sentence(second_finding(matches))} {sentence(controls(matches))}</p>"
         f'<p class="caption">{INTERVALS}</p><div class="panels">'
         f'<div class="note"><h3>What this is and is not</h3><ul>{notes}</ul></div>'
         f"<div><h3>The paper, with models of 3 to 7 billion parameters</h3>{paper}</div></div>"
@@ -170,7 +174,7 @@ def legend_list(curves, baselines):
     styles = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
     lines = zip(curves, plots.line_styles(curves), strict=True)
     entries = [(curve.arm, styles[style], curve.label) for curve, style in lines]
-    drawn = [label for rule in RULES for label in tradeoff.elicited(baselines, rule)]
+    drawn = [label for rule in RULES for label in elicited(baselines, rule)]
     entries += [("undistilled", "dashed", label) for label in drawn]
     items = [
         f'<li><span style="color:var(--{plots.variable(arm)})"><span class="swatch" '
@@ -235,7 +239,7 @@ def claim_doubts(claimed):
         return ""
     items = "".join(f"<li>{sentence(item)}</li>" for item in items)
     return (
-        f'<details><summary class="caption">Why readings are marked {tradeoff.MARK}</summary>'
+        f'<details><summary class="caption">Why readings are marked {MARK}</summary>'
         f'<ul class="caption">{items}</ul></details>'
     )
 
@@ -254,7 +258,7 @@ def table_section(heading, caption, cells, level="h2"):
 def doubt_line(flags, num_columns):
     if not flags:
         return ""
-    text = small(f"{tradeoff.MARK} {'; '.join(flags)}.")
+    text = small(f"{MARK} {'; '.join(flags)}.")
     return f'<tr><td colspan="{num_columns}" class="doubt">{text}</td></tr>'
 
 
@@ -287,12 +291,12 @@ def matched_line(match):
     students = [show_percent(share, 2) for share in (match.temperature, match.student)]
     difference, below = "-", [match.note]
     if match.difference is not None:
-        difference, *ends = [number.replace("-", "\N{MINUS SIGN}") for number in tradeoff.in_points(match)]
-        difference = f"<strong>{difference}</strong>{f' {tradeoff.MARK}' if match.flags else ''}"
+        difference, *ends = [number.replace("-", "\N{MINUS SIGN}") for number in in_points(match)]
+        difference = f"<strong>{difference}</strong>{f' {MARK}' if match.flags else ''}"
         if ends:
-            below = [f"[{f',{NBSP}'.join(ends)}]", tradeoff.interval_kind(match.num_seeds)]
+            below = [f"[{f',{NBSP}'.join(ends)}]", interval_kind(match.num_seeds)]
     cells = (
-        f"{show_level(match)}<br>{small(tradeoff.show_seeds(match))}",
+        f"{show_level(match)}<br>{small(show_seeds(match))}",
         escape(match.name),
         f"{track(match)}{small(f',{NBSP}'.join(students))}",
         "<br>".join([difference, *map(small, below)]),
@@ -351,7 +355,7 @@ def setting_cells(curves):
     columns = {name: column for name, column in columns.items() if any(column in row for row in rows)}
     lines = [["arm", "\N{GREEK SMALL LETTER TAU}", "\N{GREEK SMALL LETTER LAMDA}", "seeds", *columns]]
     for curve in curves:
-        for (tau, lam), group in tradeoff.by_setting(curve.points).items():
+        for (tau, lam), group in by_setting(curve.points).items():
             cells = [curve.arm, show_setting(tau), show_setting(lam), str(len(group))]
             lines.append([*cells, *(show_mean(group, column) for column in columns.values())])
     return lines
@@ -418,9 +422,6 @@ def points_section(cells, legend, summary, notes):
     )
 
 
-# The trace reader
-
-
 def reader_section(contrasts):
     if not contrasts["points"]:
         return ""
@@ -437,90 +438,3 @@ def reader_section(contrasts):
 <div class="problem" id="problem-text"></div>
 <details><summary class="caption">Solution</summary><div class="problem" id="solution-text"></div></details>
 <div class="traces" id="traces-box"></div>"""
-
-
-def load_contrasts(points):
-    """{points, scale, first} of a handful of points that stored clean and ADS traces side by side."""
-    chosen = choose_contrasts([(point, contrast_path(point)) for point in points])
-    budget = MAX_CONTRAST_BYTES // max(1, len(chosen))
-    loaded = [
-        {"label": contrast_label(point), "problems": read_contrast(path, budget)} for point, path in chosen
-    ]
-    loaded = [point for point in loaded if point["problems"]]
-    shifts = [abs(shift(token)) for point in loaded for token in tokens_of(point)]
-    scale = float(np.clip(np.percentile(shifts, 95), 0.3, 4)) if shifts else 1.0
-    ads = [i for i, point in enumerate(loaded) if point["label"].startswith("ADS")]
-    return {"points": loaded, "scale": round(scale, 3), "first": ads[len(ads) // 2] if ads else 0}
-
-
-def contrast_path(point):
-    path = point.stages["train"]["path"] if "train" in point.stages else None
-    return path and path.with_name(f"{path.stem}.contrast.json")
-
-
-def choose_contrasts(found):
-    """At most a handful of (point, path): one seed of a setting, spread over lam, from every arm."""
-    settings = {}
-    for point, path in found:
-        if path and path.is_file():
-            key = [point.row.get(name) for name in ("arm", "tau", "lam", "eps", "data", "teacher")]
-            settings.setdefault(tuple(key), (point, path))
-    arms = {}
-    for key, value in settings.items():
-        arms.setdefault(key[0], []).append(value)
-    spread = [
-        [
-            group[i]
-            for i in sorted({*np.linspace(0, len(group) - 1, MAX_CONTRASTS_PER_ARM).round().astype(int)})
-        ]
-        for group in arms.values()
-    ]
-    return [value for group in spread for value in group][:MAX_CONTRAST_POINTS]
-
-
-def contrast_label(point):
-    row = point.row
-    knobs = [f"{tradeoff.SYMBOLS[key]} {show_setting(row[key])}" for key in ("lam", "tau")]
-    return f"{row['arm']}: {', '.join(knobs)}, seed {row['seed']}"
-
-
-def read_contrast(path, budget):
-    """The problems of a file, as many as fit the budget of bytes; ValueError if it is something else."""
-    problems = []
-    try:
-        for problem in json.loads(path.read_text(encoding="utf-8"))["problems"]:
-            texts = {key: str(problem[key]) for key in ("id", "problem", "solution")}
-            problems.append(texts | {side: read_side(problem[side]) for side in ("clean", "ads")})
-            budget -= len(json.dumps(problems[-1]))
-            if budget < 0:
-                problems.pop()
-                break
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of contrasted traces: delete it") from error
-    return problems
-
-
-def read_side(side):
-    tokens = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
-    if any(len(token) != 4 for token in tokens):
-        raise ValueError("a token has other than 3 numbers")
-    return {"finished": bool(side["finished"]), "is_correct": bool(side["is_correct"]), "tokens": tokens}
-
-
-def short_float(value):
-    """A number in 4 digits; 0 for what is none."""
-    return float(f"{value:.4g}") if math.isfinite(value) else 0.0
-
-
-def tokens_of(point):
-    return [
-        token
-        for problem in point["problems"]
-        for side in ("clean", "ads")
-        for token in problem[side]["tokens"]
-    ]
-
-
-def shift(token):
-    """log(ADS probability / clean probability), either of which may be 0."""
-    return math.log(max(token[2], 1e-9) / max(token[1], 1e-9))

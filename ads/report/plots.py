@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ads import tradeoff
+from ads.arms import ARMS
+from ads.report.compare import mean_nll, mean_price
+from ads.report.curves import RULES, SYMBOLS, by_setting, graded, pooled, price_column, rules_of, show_setting
+from ads.report.words import MARK, elicited, headline, in_points, show_seeds
 from ads.stage import files
-from ads.tradeoff import ARMS, RULES, SYMBOLS
 
 # Okabe and Ito's colours, safe for colour-blind readers, and one marker an arm
 COLOURS = dict(
@@ -59,11 +61,11 @@ class Panel:
 
 def make_panels(curves, baselines, matches):
     """{name of the plot: its panels}; plots without data have none, but the trade-off is always there."""
-    headline = tradeoff.headline(matches)
+    shown = headline(matches)
     panels = {"tradeoff": [], "knobs": [], "traces": [], "losses": []}
     rows = [*baselines, *(point.row for curve in curves for point in curve.points)]
-    for rule, name in tradeoff.rules_of(rows).items():
-        gap = headline if headline and headline.rule == rule else None
+    for rule, name in rules_of(rows).items():
+        gap = shown if shown and shown.rule == rule else None
         for price, title in PRICE_TITLES.items():
             if price == "accuracy" or has_price(curves, rule, price):
                 draw = functools.partial(draw_tradeoff, rule, price, curves, baselines, gap)
@@ -86,11 +88,8 @@ def percent_axis(axis):
     axis.yaxis.set_major_formatter(show_share)
 
 
-# The trade-off
-
-
 def has_price(curves, rule, price):
-    return any(tradeoff.graded([point.row], rule, price) for curve in curves for point in curve.points)
+    return any(graded([point.row], rule, price) for curve in curves for point in curve.points)
 
 
 def draw_tradeoff(rule, price, curves, baselines, gap, axis):
@@ -98,8 +97,8 @@ def draw_tradeoff(rule, price, curves, baselines, gap, axis):
     when asked in the best way."""
     for curve, style in zip(curves, line_styles(curves), strict=True):
         draw_curve(axis, rule, price, curve, style)
-    for label, rows in tradeoff.elicited(baselines, rule).items():
-        share, low, high = tradeoff.pooled(rows, f"student_{rule}")
+    for label, rows in elicited(baselines, rule).items():
+        share, low, high = pooled(rows, f"student_{rule}")
         axis.axhline(share, color=COLOURS["undistilled"], linestyle="--", linewidth=1.2, label=label)
         axis.axhspan(low, high, color=COLOURS["undistilled"], alpha=0.13, linewidth=0)
     percent_axis(axis)
@@ -120,17 +119,17 @@ def line_styles(curves):
 
 def draw_curve(axis, rule, price, curve, style):
     """A line through the means over seeds, from the curve's start on; error bars both ways, seeds as dots."""
-    groups = [tradeoff.graded(rows, rule, price) for rows in tradeoff.by_setting(curve.points).values()]
+    groups = [graded(rows, rule, price) for rows in by_setting(curve.points).values()]
     groups = [rows for rows in groups if rows]
     if not groups:
         return
-    start = [tradeoff.graded(rows, rule, price) for rows in tradeoff.by_setting(curve.start).values()]
+    start = [graded(rows, rule, price) for rows in by_setting(curve.start).values()]
     line = sorted(means(rows, rule, price) for rows in [*start, *groups] if rows)
     colour, marker = COLOURS[curve.arm], MARKERS[curve.arm]
     axis.plot(*zip(*line, strict=True), color=colour, linestyle=style, linewidth=1.6, zorder=2)
     if max(map(len, groups)) > 1:
         dots = [row for rows in groups for row in rows]
-        columns = (tradeoff.price_column(rule, price), f"student_{rule}_accuracy")
+        columns = (price_column(rule, price), f"student_{rule}_accuracy")
         x, y = ([row[column] for row in dots] for column in columns)
         axis.scatter(x, y, s=9, color=colour, marker=marker, alpha=0.4, linewidth=0, zorder=1)
     x, x_bars = price_bars(groups, rule, price)
@@ -158,7 +157,7 @@ def label_ends(axis, curve, groups, x, y, price):
     key = "lam" if groups[0][0]["lam"] else "tau"
     style = {"fontsize": 8.5, "color": COLOURS[curve.arm], "textcoords": "offset points", "zorder": 4}
     lowest, highest = int(np.argmin(x)), int(np.argmax(x))
-    texts = [f"{SYMBOLS[key]} {tradeoff.show_setting(rows[0][key])}" for rows in groups]
+    texts = [f"{SYMBOLS[key]} {show_setting(rows[0][key])}" for rows in groups]
     below = (-4, 8) if curve.arm == "temperature" else (-4, -14)
     if price == "nll":  # all curves begin close together
         axis.annotate(f"{curve.arm}, {texts[highest]}", (x[highest], y[highest]), below, ha="right", **style)
@@ -173,33 +172,30 @@ def draw_gap(axis, gap):
     axis.plot(
         [gap.level] * 2, [gap.student, gap.temperature], color=INK, linewidth=2, marker="_", markersize=9
     )
-    difference = tradeoff.in_points(gap)[0].removeprefix("-")
-    mark = f" {tradeoff.MARK}" if gap.flags else ""
-    text = f"{difference} points{mark}\n{tradeoff.show_seeds(gap)}{' only' if gap.num_seeds == 1 else ''}"
+    difference = in_points(gap)[0].removeprefix("-")
+    mark = f" {MARK}" if gap.flags else ""
+    text = f"{difference} points{mark}\n{show_seeds(gap)}{' only' if gap.num_seeds == 1 else ''}"
     middle = (gap.level, (gap.student + gap.temperature) / 2)
     axis.annotate(text, middle, (-6, 0), textcoords="offset points", ha="right", va="center", weight="bold")
 
 
 def means(rows, rule, price="accuracy"):
     """(price, student's accuracy), means over seeds."""
-    return tradeoff.mean_price(rows, rule, price), tradeoff.pooled(rows, f"student_{rule}")[0]
+    return mean_price(rows, rule, price), pooled(rows, f"student_{rule}")[0]
 
 
 def price_bars(groups, rule, price):
     """error_bars of the prices; with one seed, an NLL has none."""
     if price == "accuracy":
         return error_bars(groups, f"teacher_{rule}")
-    values = np.array([tradeoff.mean_nll(rows) for rows in groups]).T
+    values = np.array([mean_nll(rows) for rows in groups]).T
     return values[0], abs(values[1:] - values[0])
 
 
 def error_bars(groups, name):
     """Means (P,) of P settings over seeds and their distances (2, P) to the bounds of the intervals."""
-    values = np.array([tradeoff.pooled(rows, name) for rows in groups]).T
+    values = np.array([pooled(rows, name) for rows in groups]).T
     return values[0], abs(values[1:] - values[0])
-
-
-# The knobs
 
 
 def knob_panels(rule, curves):
@@ -212,7 +208,7 @@ def knob_panels(rule, curves):
         ("lam", ("permuted",)),
         ("lam", ("corrupted results",)),
     ):
-        chosen = [c for c in curves if c.arm in arms and tradeoff.graded([p.row for p in c.points], rule)]
+        chosen = [c for c in curves if c.arm in arms and graded([p.row for p in c.points], rule)]
         if len({point.row[key] for curve in chosen for point in curve.points}) > 1:
             title = f"{SYMBOLS[key]}, {' and '.join(arms)}: {RULES[rule]}"
             panels.append(Panel(title, functools.partial(draw_knob, rule, key, chosen)))
@@ -222,8 +218,8 @@ def knob_panels(rule, curves):
 def draw_knob(rule, key, curves, axis):
     """The teacher's and the student's accuracy against a knob."""
     for curve, style in zip(curves, line_styles(curves), strict=True):
-        groups = tradeoff.by_setting([*curve.start, *curve.points]).values()
-        groups = [rows for rows in (tradeoff.graded(rows, rule) for rows in groups) if rows]
+        groups = by_setting([*curve.start, *curve.points]).values()
+        groups = [rows for rows in (graded(rows, rule) for rows in groups) if rows]
         x = [rows[0][key] for rows in groups]
         for who, marker, colour in (
             ("teacher", "x", MUTED),
@@ -241,16 +237,13 @@ def draw_knob(rule, key, curves, axis):
     percent_axis(axis)
 
 
-# Traces and training
-
-
 def draw_trait(column, label, curves, axis):
     """A number of the training traces against the teacher's accuracy."""
     rule = main_rule(curves)
     for curve, style in zip(curves, line_styles(curves), strict=True):
         line = []
-        for rows in tradeoff.by_setting([*curve.start, *curve.points]).values():
-            rows = [row for row in tradeoff.graded(rows, rule) if column in row]
+        for rows in by_setting([*curve.start, *curve.points]).values():
+            rows = [row for row in graded(rows, rule) if column in row]
             if rows:
                 value = np.mean([row[column] for row in rows])
                 line.append(
@@ -272,13 +265,13 @@ def draw_trait(column, label, curves, axis):
 def main_rule(curves):
     """Forced answers where there are any."""
     rows = [point.row for curve in curves for point in curve.points]
-    return next((rule for rule in RULES if tradeoff.graded(rows, rule)), "raw")
+    return next((rule for rule in RULES if graded(rows, rule)), "raw")
 
 
 def loss_lines(curve, part):
     """[(strength 0..1, steps, mean loss over seeds)] of a curve's students; seeds with other steps apart."""
     lines = {}
-    settings = sorted(tradeoff.by_setting(curve.points), key=lambda knobs: (knobs[0], abs(knobs[1])))
+    settings = sorted(by_setting(curve.points), key=lambda knobs: (knobs[0], abs(knobs[1])))
     for point in curve.points:
         line = point.stages["model"].get("losses", {}).get(part) or []
         steps = tuple(step for step, _ in line)
@@ -300,9 +293,6 @@ def draw_losses(part, curves, axis):
             look = {"color": COLOURS[curve.arm], "alpha": 0.3 + 0.7 * strength, "label": label}
             axis.plot(steps, losses, marker="." if len(steps) < 9 else "", **look)
     axis.set(xlabel="training step", ylabel="nats/token")
-
-
-# Figures
 
 
 def compose(panels, title):

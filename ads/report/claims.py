@@ -8,8 +8,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ads import tradeoff
-from ads.tradeoff import MARK, PRICES
+from ads.report.compare import (
+    PRICES,
+    choose_levels,
+    common_range,
+    compare,
+    directions,
+    graded_points,
+    pair_up,
+    readings,
+    replicate_of,
+    replicates,
+)
+from ads.report.curves import (
+    RULES,
+    SYMBOLS,
+    by_setting,
+    graded,
+    has_share,
+    identity,
+    is_number,
+    pooled,
+    rules_of,
+    show_number,
+    show_setting,
+    show_signed,
+)
+from ads.report.words import MARK, by_label, elicited
 
 RULE = "raw"
 MOST_BASE = 0.25  # of the undistilled student, asked in the best way
@@ -70,7 +95,7 @@ def make_claims(curves, baselines, draws, missing=""):
 
 def choose_arms(curves):
     """{arm: curve} that share all settings but those of Delta; of several, those with the most settings."""
-    pairs = tradeoff.pair_up(curves)
+    pairs = pair_up(curves)
     ads = [pair for pair in pairs if pair[1].arm == "ADS"]
     temperature = [(curve, curve) for curve in curves if curve.arm == "temperature"]
     if not (ads or temperature):
@@ -84,10 +109,7 @@ def choose_arms(curves):
 
 
 def num_settings(curve):
-    return len(tradeoff.by_setting(curve.points)) if curve else 0
-
-
-# One claim each
+    return len(by_setting(curve.points)) if curve else 0
 
 
 def base_claim(arms, baselines):
@@ -95,11 +117,11 @@ def base_claim(arms, baselines):
     text = f"undistilled student, asked in the best way: at most {show(MOST_BASE, 2)}"
     first = arms["temperature"].points[0].row
     ours = [row for row in baselines if all(row.get(key) == first[key] for key in ("student", "data"))]
-    best = tradeoff.elicited(ours, RULE)
+    best = elicited(ours, RULE)
     if not best:
         return unmeasured("a", text, "no test of the undistilled student")
     ((label, rows),) = best.items()
-    claim = judge("a", text, *tradeoff.pooled(rows, f"student_{RULE}"), len(rows), most=MOST_BASE)
+    claim = judge("a", text, *pooled(rows, f"student_{RULE}"), len(rows), most=MOST_BASE)
     asked = {way_of(row) for row in ours}
     absent = [way for way in WAYS if way not in asked]
     if absent and claim.verdict.startswith(HOLDS):
@@ -116,13 +138,13 @@ def way_of(row):
 def clean_claim(arms):
     """a: there is something to learn."""
     text = f"student of clean traces (temperature at its lowest): at least {show(LEAST_CLEAN, 2)}"
-    (tau, _), rows = next(iter(tradeoff.by_setting(arms["temperature"].points).items()))
-    rows = tradeoff.graded(rows, RULE)
+    (tau, _), rows = next(iter(by_setting(arms["temperature"].points).items()))
+    rows = graded(rows, RULE)
     if not rows:
         return unmeasured("a", text, f"no {RULE} answers")
-    pooled = tradeoff.pooled(rows, f"student_{RULE}")
-    claim = judge("a", text, *pooled, len(rows), least=LEAST_CLEAN)
-    return add_note(claim, f"{tradeoff.SYMBOLS['tau']} {tradeoff.show_setting(tau)}")
+    found = pooled(rows, f"student_{RULE}")
+    claim = judge("a", text, *found, len(rows), least=LEAST_CLEAN)
+    return add_note(claim, f"{SYMBOLS['tau']} {show_setting(tau)}")
 
 
 def gap_claims(compared):
@@ -160,7 +182,7 @@ def show_directions(curve):
     """How many random directions a seed's reading is the mean of, where they are several."""
     if curve is None:
         return ""
-    num = [len(tradeoff.directions(points)) for points in tradeoff.replicates(curve.points).values()]
+    num = [len(directions(points)) for points in replicates(curve.points).values()]
     ends = " to ".join(map(str, sorted({min(num), max(num)})))
     return f"mean of {ends} directions a seed" if max(num) > 1 else ""
 
@@ -171,8 +193,8 @@ def matches_of(first, second, compared, price="accuracy"):
     if not (first in arms and second in arms):
         return None
     pairs = [(arms[first], arms[second])]
-    levels = tradeoff.choose_levels(pairs, RULE, price) if price == "nll" else accuracies_for(*pairs[0])
-    found = tradeoff.compare(pairs, dict.fromkeys(tradeoff.RULES, levels), draws, missing, price)
+    levels = choose_levels(pairs, RULE, price) if price == "nll" else accuracies_for(*pairs[0])
+    found = compare(pairs, dict.fromkeys(RULES, levels), draws, missing, price)
     return [match for match in found if match.rule == RULE]
 
 
@@ -181,7 +203,7 @@ def accuracies_for(first, second):
 
     Else an arm that harms for next to nothing would be left out of the comparison.
     """
-    low, high = tradeoff.common_range((first, second), RULE)
+    low, high = common_range((first, second), RULE)
     if first.arm == "temperature" or low <= max(LEAST_GAPS) or low >= high:
         return tuple(LEAST_GAPS)
     ends = [lowest(points) for curve in (first, second) for points in by_seed(curve) if points]
@@ -190,12 +212,12 @@ def accuracies_for(first, second):
 
 def by_seed(curve):
     """The points of a curve with its start, graded, a list a seed."""
-    seeds = tradeoff.replicates([*curve.start, *curve.points]).values()
-    return [tradeoff.graded_points(points, RULE) for points in seeds]
+    seeds = replicates([*curve.start, *curve.points]).values()
+    return [graded_points(points, RULE) for points in seeds]
 
 
 def lowest(points):
-    return tradeoff.readings(points, RULE)[0].min()
+    return readings(points, RULE)[0].min()
 
 
 def missing_arm(arms, *names):
@@ -239,9 +261,6 @@ def who_harms_more(claim, first, second):
     if claim.low is not None and claim.low <= 0 <= claim.high:
         return f"neither shown to harm more, {winner} in the mean"
     return f"{winner} harm{'' if winner.endswith('s') and winner != 'ADS' else 's'} more"
-
-
-# In words
 
 
 def show(value, digits=3):
@@ -340,23 +359,16 @@ def show_failure(claim):
     return f"({claim.key}) {claim.claim}, found {show(claim.found)}{ends}{mark}{note}"
 
 
-# What the undistilled student does, and what one step of the proxy says
-
-
 def asked_cells(baselines):
     """The undistilled student by the way it was asked: means over seeds with intervals, the best marked."""
-    rules = tradeoff.rules_of(baselines)
+    rules = rules_of(baselines)
     found = [["undistilled student", "seeds", *rules.values(), "best by"]]
-    best = {rule: tradeoff.elicited(baselines, rule).values() for rule in rules}
-    for label, rows in tradeoff.by_label(baselines).items():
+    best = {rule: elicited(baselines, rule).values() for rule in rules}
+    for label, rows in by_label(baselines).items():
         line = [label.removeprefix("undistilled student, "), str(len(rows))]
         for rule in rules:
-            graded = [row for row in rows if tradeoff.has_share(row, f"student_{rule}")]
-            numbers = (
-                [tradeoff.show_number(v) for v in tradeoff.pooled(graded, f"student_{rule}")]
-                if graded
-                else []
-            )
+            graded = [row for row in rows if has_share(row, f"student_{rule}")]
+            numbers = [show_number(v) for v in pooled(graded, f"student_{rule}")] if graded else []
             line.append(f"{numbers[0]} [{', '.join(numbers[1:])}]" if graded else "-")
         names = [name for rule, name in rules.items() if rows in best[rule]]
         found.append([*line, " and ".join(names) or "-"])
@@ -385,7 +397,7 @@ def one_step_cells(curves):
 
 
 def has_step(row):
-    return tradeoff.is_number(row.get("train_one_step_change")) and tradeoff.has_share(row, f"student_{RULE}")
+    return is_number(row.get("train_one_step_change")) and has_share(row, f"student_{RULE}")
 
 
 def clean_students(curves):
@@ -393,13 +405,13 @@ def clean_students(curves):
     found = {}
     for curve in [curve for curve in curves if curve.arm == "temperature"]:
         for point in sorted(curve.points, key=lambda point: point.row["tau"]):
-            if tradeoff.has_share(point.row, f"student_{RULE}"):
+            if has_share(point.row, f"student_{RULE}"):
                 found.setdefault(clean_key(point), point.row[f"student_{RULE}_accuracy"])
     return found
 
 
 def clean_key(point):
-    return tradeoff.replicate_of(point), tradeoff.identity(point.row, with_delta=False)
+    return replicate_of(point), identity(point.row, with_delta=False)
 
 
 def one_step_line(arm, points, clean):
@@ -407,9 +419,9 @@ def one_step_line(arm, points, clean):
     students = [point.row[f"student_{RULE}_accuracy"] for point in points]
     keys = [clean_key(point) for point in points]
     harm = [clean[key] - student for key, student in zip(keys, students, strict=True) if key in clean]
-    ends = " to ".join(tradeoff.show_signed(value) for value in (min(change), max(change)))
+    ends = " to ".join(show_signed(value) for value in (min(change), max(change)))
     lost = f"{np.mean(harm):+.3f}" if harm else "-"
-    mean = tradeoff.show_signed(float(np.mean(change)))
+    mean = show_signed(float(np.mean(change)))
     return [arm, str(len(points)), mean, ends, lost, rank_correlation(change, students)]
 
 
