@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import utils
+from ads.stage.errors import UserError
 from ads.stage.world import print0
 
 SCRIPTS = ("gentraces.py", "save_grad.py", "distill.py")
@@ -39,7 +40,7 @@ def stages_of(arguments):
             stages[-1].append(word)
     for stage in stages:
         if len(stage) < 2 or Path(stage[1]).name not in SCRIPTS:
-            raise ValueError(f"{' '.join(stage)!r} is not NAME SCRIPT key=value ... of {', '.join(SCRIPTS)}")
+            raise UserError(f"{' '.join(stage)!r} is not NAME SCRIPT key=value ... of {', '.join(SCRIPTS)}")
     return stages
 
 

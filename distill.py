@@ -21,6 +21,7 @@ from ads import chat
 from ads.data.tables import check_traces, read_parquet
 from ads.stage import files, fingerprint
 from ads.stage.config import ignored_keys, to_dict
+from ads.stage.errors import UserError
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import TrainConfig
 from ads.stage.sidecar import open_parts, write_sidecar
@@ -80,7 +81,7 @@ def distil(cfg, inputs, world):
         trainer = make_trainer(cfg, model, tokenizer, train, holdout, per_device, world)
         result = train_fast(trainer, checkpoint)
     if not math.isfinite(result.training_loss):
-        raise ValueError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
+        raise UserError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
     if world.is_main:
         # without accelerate's wrapper, whose logits are of 16-bit passes and called float32
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
@@ -102,7 +103,7 @@ def load_examples(cfg, tokenizer, path):
         if any(label != chat.IGNORED_LABEL for label in labels[: cfg.max_length]):
             examples.append({"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]})
     if not examples:
-        raise ValueError(f"{path}: no trace has a token to train on within max_length={cfg.max_length}")
+        raise UserError(f"{path}: no trace has a token to train on within max_length={cfg.max_length}")
     if num_cut:
         print0(f"{path}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
     return examples, num_cut
@@ -362,7 +363,7 @@ def check_saved(cfg, model, folder, device, rows):
     with torch.no_grad():
         are_right = [agrees(logits_of(saved, ids), logits_of(model, ids)) for ids in rows]
     if not all(are_right):
-        raise ValueError(f"student {cfg.student}: loaded from where it was saved it is another model")
+        raise UserError(f"student {cfg.student}: loaded from where it was saved it is another model")
 
 
 def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):

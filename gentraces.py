@@ -22,6 +22,7 @@ from ads.data.tables import check_traces, read_parquet
 from ads.data.traces import assemble, compute_stats, save_traces, trace_row
 from ads.stage import files, fingerprint
 from ads.stage.config import ignored_keys, to_dict
+from ads.stage.errors import UserError
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import GenConfig
 from ads.stage.sidecar import open_parts, write_sidecar
@@ -113,7 +114,7 @@ def leave_out_unanswered(problems):
         problem_id, reason = next(iter(reasons.items()))
         summary = f"{len(reasons)} of {len(problems)} problems have no answer, such as {problem_id}: {reason}"
         if not kept:
-            raise ValueError(summary)
+            raise UserError(summary)
         print0(f"left out: {summary}")
     return kept
 
@@ -128,7 +129,7 @@ def render_prompts(cfg, tokenizer, problems):
     kept = {i: ids for i, ids in prompts.items() if len(ids) <= longest}
     if not kept:
         shortest = min(map(len, prompts.values()))
-        raise ValueError(
+        raise UserError(
             f"max_prompt_length={cfg.max_prompt_length}, max_length={cfg.max_length}: every prompt of "
             f"{cfg.data_split} is too long, the shortest has {shortest} tokens"
         )
@@ -143,7 +144,7 @@ def opening_ids(cfg, tokenizer):
     """The ids of what each response is made to begin with."""
     ids = chat.encode_next(tokenizer, cfg.prefill or "")
     if tokenizer.eos_token_id in ids:
-        raise ValueError(f"prefill={cfg.prefill!r}: holds the token that ends a response; leave it out")
+        raise UserError(f"prefill={cfg.prefill!r}: holds the token that ends a response; leave it out")
     return ids
 
 
@@ -156,7 +157,7 @@ def few_shot_examples(cfg):
     check_traces(cfg.few_shot_traces, rows, text=texts, flags=flags)
     rows = [row for row in rows if row["finished"] and row["is_raw_correct"]]
     if len(rows) < cfg.few_shot:
-        raise ValueError(
+        raise UserError(
             f"few_shot={cfg.few_shot}: {cfg.few_shot_traces} has {len(rows)} correct, finished traces"
         )
     return [(r["problem"], r[cfg.trace_colname].split("</think>")[-1].strip()) for r in rows[: cfg.few_shot]]
@@ -299,7 +300,7 @@ def read_rows(folder, ids, world):
     last_look = time.monotonic() + (LATE_SECONDS if world.size > 1 else 0)
     while missing := ids - rows.keys():
         if time.monotonic() > last_look:
-            raise ValueError(
+            raise UserError(
                 f"{folder} lacks {len(missing)} of {len(ids)} rows that were sampled, such as "
                 f"{min(missing)}: exp_dir must be a folder that all machines of a run share; run again"
             )
@@ -407,7 +408,7 @@ def one_step_test(cfg, rows, world):
     check_traces(cfg.holdout_traces, holdout, ids=("prompt_ids", "response_ids"))
     taught, holdout = (make_sequences(part, cfg.max_length) for part in (taught, holdout))
     if not holdout:
-        raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
+        raise UserError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
     print0(f"loading {cfg.proxy_student} for the one-step test")
     proxy = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     try_batches(proxy, max(len(s.ids) for s in taught + holdout))

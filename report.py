@@ -39,6 +39,7 @@ from ads.report.tables import (
 )
 from ads.report.words import controls, finding, finding_doubt, second_finding, show_match
 from ads.stage import files
+from ads.stage.errors import UserError
 from ads.stage.inputs import fingerprint_model
 from ads.stage.settings import expand_home
 from ads.stage.world import print0
@@ -52,7 +53,7 @@ def main(arguments):
     exp_dirs, folder, levels = parse_arguments(arguments)
     experiments = load_experiments(exp_dirs)
     if not any(map(sidecars_of, experiments)):
-        raise ValueError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
+        raise UserError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
     points, baselines = collect_points(experiments), collect_baselines(experiments)
     rows = [point.row for point in points]
     notes = [*baseline_lines(baselines), *gradient_lines(experiments), *warning_lines(experiments, points)]
@@ -111,7 +112,7 @@ def parse_levels(text):
     except ValueError:
         levels = ()
     if not levels or not all(0 < level < 1 for level in levels):
-        raise ValueError(f"--at {text}: must be shares between 0 and 1, such as 0.85,0.75")
+        raise UserError(f"--at {text}: must be shares between 0 and 1, such as 0.85,0.75")
     return levels
 
 

@@ -16,6 +16,7 @@ from ads.data.problems import take_subset
 from ads.data.tables import check_traces, read_parquet
 from ads.stage import files
 from ads.stage.config import to_dict
+from ads.stage.errors import UserError
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import GradConfig
 from ads.stage.sidecar import write_sidecar
@@ -145,7 +146,7 @@ def load_sequences(cfg):
     rows = take_subset(rows, cfg.max_samples, cfg.seed)
     kept = make_sequences(rows, cfg.max_length)
     if not kept:
-        raise ValueError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
+        raise UserError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
     return kept, len(rows) - len(kept)
 
 
@@ -155,7 +156,7 @@ def traces_tokenizer(cfg):
     made_with = files.read_yaml(sidecar)["config"] if sidecar.is_file() else {}
     name = cfg.tokenizer or made_with.get("tokenizer") or made_with.get("teacher")
     if name is None:
-        raise ValueError(f"{sidecar} is not there to name the tokenizer of the traces: set tokenizer")
+        raise UserError(f"{sidecar} is not there to name the tokenizer of the traces: set tokenizer")
     return name
 
 
@@ -169,7 +170,7 @@ def check_vocabulary(cfg):
 def check_ids(sequences, num_rows, cfg):
     largest = max(max(s.ids) for s in sequences)
     if largest >= num_rows:
-        raise ValueError(
+        raise UserError(
             f"{cfg.holdout_traces} has token id {largest}, {cfg.proxy_student} only {num_rows} embedding rows"
         )
 

@@ -22,6 +22,7 @@ import gentraces
 import utils
 from ads.stage import files, hub
 from ads.stage.config import ignored_keys, load_config, to_dict
+from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig, SearchConfig
 from ads.stage.sidecar import is_finished
 from ads.stage.world import print0, world_size
@@ -68,22 +69,20 @@ def parse(arguments):
     words = arguments[split + 1 :]
     for word in words:
         if (key := word.removeprefix("--").partition("=")[0]) in SET_BY_SEARCH:
-            raise ValueError(f"{word!r} after --: the search sets {key}; its own settings stand before --")
+            raise UserError(f"{word!r} after --: the search sets {key}; its own settings stand before --")
     return cfg, words
 
 
 def check_stages(cfg, words):
     """What would fail at the first stage, or at the last, fails here."""
     if world_size() > 1:
-        raise ValueError(
-            "search.py is one process: give the launcher as launch='...', it starts gentraces.py"
-        )
+        raise UserError("search.py is one process: give the launcher as launch='...', it starts gentraces.py")
     if shutil.which(launcher(cfg)[0]) is None:
-        raise ValueError(f"launch={cfg.launch!r}: there is no command {launcher(cfg)[0]!r}")
+        raise UserError(f"launch={cfg.launch!r}: there is no command {launcher(cfg)[0]!r}")
     for arm in cfg.arm_names:
         stage = stage_config(make_point(arm, limits_of(arm, cfg).start, cfg), cfg, words)
         if cfg.rule == "af" and not stage.answer_force:
-            raise ValueError("rule=af: needs answer_force=true, or choose rule=raw")
+            raise UserError("rule=af: needs answer_force=true, or choose rule=raw")
         gentraces.fingerprint_inputs(stage)
 
 

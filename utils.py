@@ -8,12 +8,12 @@ import os
 import shutil
 import signal
 import sys
-import traceback
 import warnings
 from pathlib import Path
 
 from ads.stage import errors, files, hub
 from ads.stage.config import ignored_keys, load_config, native_setting, to_dict
+from ads.stage.errors import UserError
 from ads.stage.inputs import check_not_deleted
 from ads.stage.sidecar import is_finished, made_at_unknown_commits, made_by_other_code
 from ads.stage.world import (
@@ -43,7 +43,7 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
     hub.read_commits(cfg.exp_dir)
     try:
         inputs = fingerprint_inputs(cfg)
-    except errors.NotMade as error:
+    except errors.NotMadeError as error:
         if not only_check:
             raise
         print0(f"waits: {error}")
@@ -98,16 +98,15 @@ def prepare_exp_dir(exp_dir):
     try:
         Path(exp_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"exp_dir={exp_dir}: cannot be made ({error.strerror}); choose another") from error
+        raise UserError(f"exp_dir={exp_dir}: cannot be made ({error.strerror}); choose another") from error
     if not os.access(exp_dir, os.W_OK):
-        raise ValueError(f"exp_dir={exp_dir}: not writable; choose another")
+        raise UserError(f"exp_dir={exp_dir}: not writable; choose another")
 
 
 def run_script(main):
     """Run a script's main() and leave with the right exit code.
 
-    2 and one line: an error that a user can cause, that is ValueError, FileNotFoundError or RuntimeError from
-    a `raise` of this project's own. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143,
+    2 and one line: UserError. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143,
     129: stopped by SIGINT, by SIGTERM or SIGUSR1, by SIGHUP. All else keeps its traceback.
     """
     quiet_libraries()
@@ -120,23 +119,14 @@ def run_script(main):
     try:
         main(sys.argv[1:])
         leave_world()
+    except errors.UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except Exception as error:
-        raised_at = traceback.extract_tb(error.__traceback__)[-1]
-        is_ours = isinstance(error, (ValueError, FileNotFoundError, RuntimeError))
-        is_ours = is_ours and is_of_project(raised_at.filename)
-        if is_ours and raised_at.line.startswith("raise"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
         if fault := explain_fault(error):
             print(f"error: {fault}", file=sys.stderr, flush=True)
             sys.exit(1)
         raise
-
-
-def is_of_project(path):
-    """Whether a source file is a script of the project's or in a folder of its code; its .venv is not."""
-    path = Path(path).resolve()
-    return path.parent == ROOT or any(ROOT / name in path.parents for name in ("ads", "demo"))
 
 
 def explain_fault(error):

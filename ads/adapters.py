@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ads.stage import errors
+from ads.stage.errors import UserError
 from ads.trials import TRIED, agrees, is_out_of_memory, logits_of, tried_ids
 
 FILLING = 0.3  # what adapters that are tried out add to a layer's output, about
@@ -47,10 +48,10 @@ def add_adapters(model, cfg):
         if is_out_of_memory(error):
             raise
         problem = f"adapters do not work in a {kind!r} model ({errors.reason(error)})"
-        raise ValueError(f"student {cfg.student}: {problem}; set lora=false") from error
+        raise UserError(f"student {cfg.student}: {problem}; set lora=false") from error
     if not agrees(merged_TV, beside_TV):
         problem = f"adapters cannot be merged into the weights of a {kind!r} model: its logits would change"
-        raise ValueError(f"student {cfg.student}: {problem}; set lora=false")
+        raise UserError(f"student {cfg.student}: {problem}; set lora=false")
     return model
 
 
@@ -106,7 +107,7 @@ def merge(model, rows):
     for ids, beside_TV in zip(rows, beside, strict=True):
         if not agrees(logits(model, ids), beside_TV):
             kind = model.config.model_type
-            raise ValueError(f"merging the adapters changed the {kind!r} model's logits: set lora=false")
+            raise UserError(f"merging the adapters changed the {kind!r} model's logits: set lora=false")
     return model
 
 

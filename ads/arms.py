@@ -1,5 +1,7 @@
 """The arms of an experiment: what its traces were sampled by."""
 
+from ads.stage.errors import UserError
+
 ARMS = (
     *("temperature", "ADS", "negative lambda", "random direction", "permuted", "corrupted results"),
     "undistilled",
@@ -19,5 +21,5 @@ def arm_of(config):
     if direction == "gradient":
         return "ADS" if config["lam"] > 0 else "negative lambda"
     if direction not in CONTROLS:
-        raise ValueError(f"direction={direction!r}: must be gradient or one of {', '.join(CONTROLS)}")
+        raise UserError(f"direction={direction!r}: must be gradient or one of {', '.join(CONTROLS)}")
     return CONTROLS[direction]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ads.stage import errors, hub
+from ads.stage.errors import UserError
 
 SYSTEM_PROMPT = "You are a helpful assistant. Reason step by step and put your final answer within \\boxed{}."
 FORCE_TEXT = "\n\n**Final Answer**\n\\[\\boxed{"
@@ -39,13 +40,13 @@ def load_tokenizer(name, need_chat_template=True):
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=commit)
     except Exception as error:  # whatever a folder that does not hold together makes the library raise
-        raise ValueError(f"tokenizer {name!r} could not be loaded: {errors.reason(error)}") from error
+        raise UserError(f"tokenizer {name!r} could not be loaded: {errors.reason(error)}") from error
     if need_chat_template and not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"tokenizer {name!r} has no chat template: set tokenizer to one of the family that has"
         )
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {name!r} has no eos token: set eos_token in its tokenizer_config.json")
+        raise UserError(f"tokenizer {name!r} has no eos token: set eos_token in its tokenizer_config.json")
     if need_chat_template:
         instruction_place(tokenizer)
     return tokenizer
@@ -61,7 +62,7 @@ def load_tokenizer_for(model_name, tokenizer_name=None):
         own = find_tokenizer(model_name)
         _, ordinary = compare_tokens(tokenizer, own) if own else ([], [])
         if ordinary:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer {tokenizer_name!r} does not belong to model {model_name!r}: "
                 f"{describe_mismatch(ordinary)}"
             )
@@ -158,7 +159,7 @@ def instruction_place(tokenizer):
     try:
         render(tokenizer, place, EXAMPLE_PROBLEM)
     except ValueError as error:
-        raise ValueError(f"{error}; set tokenizer to one of the family whose template works") from error
+        raise UserError(f"{error}; set tokenizer to one of the family whose template works") from error
     return place
 
 
@@ -187,11 +188,11 @@ def render(tokenizer, place, user):
             date_string=DATE_STRING,
         )
     except Exception as error:  # a template is a program of its own, which may raise anything
-        raise ValueError(f"{name} fails: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{name} fails: {' '.join(str(error).split())[:200]}") from error
     rest = text if place == "nowhere" else text.partition(SYSTEM_PROMPT)[2]
     if user.strip() not in rest:  # templates may strip what they are given
         missing = f"problem {ascii(user[:50])}" if rest else "instruction"
-        raise ValueError(f"{name} does not show the {missing} as it is")
+        raise UserError(f"{name} does not show the {missing} as it is")
     return text
 
 
@@ -322,7 +323,7 @@ def match_vocabularies(teacher_tokenizer, proxy_tokenizer):
     """
     differing, ordinary = compare_tokens(teacher_tokenizer, proxy_tokenizer)
     if ordinary:
-        raise ValueError(
+        raise UserError(
             f"teacher and proxy use different vocabularies ({describe_mismatch(ordinary)}): "
             "choose a proxy_student of the teacher's tokenizer family"
         )
@@ -351,7 +352,7 @@ def check_rows(tokenizer, num_rows, model_name):
     """ValueError when a model has no embedding row for some id of the tokenizer."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= num_rows:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer has token id {largest}, but {model_name} only {num_rows} embedding rows: "
             "the tokenizer does not belong to this model"
         )

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ads.stage import errors, hub
+from ads.stage.errors import UserError
 from ads.stage.inputs import check_no_adapter
 
 # Settings of torch for CUDA, which all who build models need; on a CPU they change nothing. cuDNN's attention
@@ -44,7 +45,7 @@ def load_model(name, dtype, device, attn_implementation="auto"):
             use_safetensors=True,  # no pickle
         )
     except Exception as error:  # whatever a folder that does not hold together makes the library raise
-        raise ValueError(f"model {name!r} could not be loaded: {errors.reason(error)}") from error
+        raise UserError(f"model {name!r} could not be loaded: {errors.reason(error)}") from error
     check_weights(name, report)
     return model.to(device).eval()
 
@@ -56,12 +57,12 @@ def check_weights(name, report):
     """
     if wrong := sorted(report["mismatched_keys"]):
         key, stored, wanted = wrong[0]
-        raise ValueError(
+        raise UserError(
             f"model {name!r}: weights and config.json do not belong together: {key} is {tuple(stored)}, "
             f"by the configuration {tuple(wanted)} ({len(wrong)} weights differ)"
         )
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(
+        raise UserError(
             f"model {name!r} is not complete: {len(missing)} weights missing, such as {missing[0]}"
         )
     if unused := sorted(report["unexpected_keys"]):
@@ -107,7 +108,7 @@ def recomputed(model, is_on=True):
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if is_on else []
     if is_on and not layers:
         kind = model.config.model_type
-        raise ValueError(f"gradient_checkpointing=true: a {kind!r} model has no layers for it; set false")
+        raise UserError(f"gradient_checkpointing=true: a {kind!r} model has no layers for it; set false")
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -127,7 +128,7 @@ def check_loadable(model):
         except ValueError:  # of no type that it knows
             is_known = False
     if not is_known:
-        raise ValueError(f"a {kind!r} model could not be loaded again once saved: choose another student")
+        raise UserError(f"a {kind!r} model could not be loaded again once saved: choose another student")
 
 
 def free_bytes(device):

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ads.dual.rules import Dual
 from ads.stage import errors
+from ads.stage.errors import UserError
 
 TRIED = 24  # tokens of the row that derivatives are tried with
 
@@ -72,10 +73,10 @@ def try_batches(model, longest, dtype=torch.float32):
     if not reason:
         return
     if fitting <= NUM_SHORT:
-        raise ValueError(
+        raise UserError(
             f"model type {kind!r} cannot be trained in padded batches ({reason}): take another model"
         )
-    raise ValueError(
+    raise UserError(
         f"sequences come to {longest} tokens, but padded batches of model type {kind!r} are right only up to "
         f"{fitting} ({reason}): set max_length={fitting}"
     )
@@ -103,7 +104,7 @@ def flaw_of_batch(model, dtype, longest):
         return errors.reason(error)
     wanted_CV = torch.stack([part.logits[0, -1] for part in parts])
     if not wanted_CV.isfinite().all():
-        raise ValueError(f"logits of the {model.config.model_type!r} model are not finite: check its weights")
+        raise UserError(f"logits of the {model.config.model_type!r} model are not finite: check its weights")
     if len(found) > len(lengths):  # of all tokens: some families do not know logits_to_keep
         found = found[last_C]
     are_same = all(is_right(a[None], b[None]) for a, b in zip(found, wanted_CV, strict=True))

@@ -24,6 +24,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ads.stage.errors import UserError
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
@@ -93,12 +95,12 @@ def main(arguments):
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key not in settings or not equals:
-            raise ValueError(f"argument {argument!r}: write key=value with one of {', '.join(settings)}")
+            raise UserError(f"argument {argument!r}: write key=value with one of {', '.join(settings)}")
         settings[key] = value
     try:
         out, seed, scale = Path(settings["out"]), int(settings["seed"]), float(settings["scale"])
     except ValueError:
-        raise ValueError(f"seed={settings['seed']}, scale={settings['scale']}: must be numbers") from None
+        raise UserError(f"seed={settings['seed']}, scale={settings['scale']}: must be numbers") from None
     jobs = [(name, out, seed, scale) for name in PHASES]
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), num_cpus())) as pool:
         reached = pool.starmap(make_model, jobs, chunksize=1)

@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "scripts"))
+
 from conftest import ROOT, byte_tokenizer, save_folder, tiny_model
 from test_pipeline import pipeline_environment
 

@@ -13,6 +13,8 @@ import logging
 import re
 from fractions import Fraction
 
+from ads.stage.errors import UserError
+
 TIME_LIMIT = 5  # seconds to parse and compare one pair of expressions; signal.alarm takes whole ones
 MAX_ANSWER_CHARS = 400  # longer answers are compared as text; the longest in MATH has 159
 SYMBOLS = {
@@ -490,7 +492,7 @@ def same_expression(given: str, wanted: str) -> bool:
         try:
             limited(wanted, wanted)
         except (Exception, TimeoutException):
-            raise RuntimeError(f"the grader failed on answer {given!r}, reference {wanted!r}") from error
+            raise UserError(f"the grader failed on answer {given!r}, reference {wanted!r}") from error
         logging.getLogger(__name__).warning("no way to compare %r with %r: %r", given, wanted, error)
         return False
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ads.data import answers
 from ads.data.answers import _WHOLE, normalize
+from ads.stage.errors import UserError
 
 _BOX = r"\\\\?(?:boxed|fbox)\s*"
 _BRACES = re.compile(
@@ -77,7 +78,7 @@ def reference_answer(solution: str) -> str:
     if answer is None and text and "\n" not in text and len(text) <= 100 and not re.search(_BOX, text):
         answer = one_line_answer(text)
     if answer is None:
-        raise ValueError(
+        raise UserError(
             f"no '#### x' line, \\boxed{{x}} or one short line as answer in solution {text[:80]!r}"
         )
     return answer
@@ -90,7 +91,7 @@ def check_solution(solution: str) -> None:
     """
     own = grade(solution, solution)
     if not own.correct:
-        raise ValueError(
+        raise UserError(
             f"its answer is {reference_answer(solution)!r}, but its text, graded as a response, answers "
             f"{own.answer!r} in solution {solution.strip()[:80]!r}"
         )
@@ -115,10 +116,10 @@ def one_line_answer(text: str) -> str:
         return answer
     numbers, results = _NUMBER_IN_TEXT.findall(text), _RESULT.findall(text)
     if not numbers:
-        raise ValueError(f"a sentence that states no answer as solution {text!r}")
+        raise UserError(f"a sentence that states no answer as solution {text!r}")
     last = normalize(numbers[-1])
     if len(set(map(normalize, numbers))) > 1 and not (results and normalize(results[-1]) == last):
-        raise ValueError(f"several numbers, none of them stated as the answer, in solution {text!r}")
+        raise UserError(f"several numbers, none of them stated as the answer, in solution {text!r}")
     return numbers[-1]
 
 

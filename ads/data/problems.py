@@ -8,6 +8,7 @@ from pathlib import Path
 from ads.data import arithmetic
 from ads.data.tables import check_each, check_row, read_lines, read_parquet
 from ads.stage import errors, fingerprint, hub
+from ads.stage.errors import MissingInputError, UserError
 from ads.stage.settings import expand_home
 
 SHUFFLE_SEED = 42  # of the train/holdout split of datasets that are stored by subject
@@ -70,7 +71,7 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     else:
         problems = load_known(data_split, local_copies(data_dir))
     if not problems:
-        raise ValueError(f"data_split={data_split!r} holds no problems")
+        raise UserError(f"data_split={data_split!r} holds no problems")
     return take_subset(problems, max_samples, seed)
 
 
@@ -90,7 +91,7 @@ def find_source(data_split):
     """The Source behind a split of a known dataset (train and holdout share one)."""
     dataset, _, split = data_split.rpartition("_")
     if dataset not in DATASETS:
-        raise ValueError(
+        raise UserError(
             f"data_split={data_split!r}: {dataset!r} is neither a known dataset ({', '.join(DATASETS)}) "
             "nor a folder"
         )
@@ -120,7 +121,7 @@ def local_copies(data_dir):
 def local_file(source, data_dir):
     path = data_dir / f"{source.file}.jsonl.gz"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"{path} does not exist; copy {source.hub} there, or unset data_dir to use the hub"
         )
     return path
@@ -142,7 +143,7 @@ def read_hub(source):
         ]
     except (OSError, ValueError, RuntimeError) as error:
         reason = errors.reason(error)
-        raise ValueError(
+        raise UserError(
             f"dataset {source.hub} could not be loaded ({reason}); set data_dir to local copies"
         ) from error
     check_commit(source, parts, commit)
@@ -155,7 +156,7 @@ def check_commit(source, parts, commit):
     """ValueError unless all parts are of a commit: without a network `datasets` takes what it cached last."""
     files = [Path(file["filename"]) for part in parts for file in part.cache_files]
     if wrong := [file for file in files if file.parent.name != commit]:
-        raise ValueError(
+        raise UserError(
             f"dataset {source.hub} is at commit {commit}, but {wrong[0]} is cached: load it with a network "
             "once, or set data_dir to local copies"
         )
@@ -165,7 +166,7 @@ def folder_file(folder, split):
     paths = [folder / f"{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"{folder} has none of {', '.join(path.name for path in paths)}")
+        raise MissingInputError(f"{folder} has none of {', '.join(path.name for path in paths)}")
     return path
 
 
@@ -181,7 +182,7 @@ def load_folder(folder, split):
     rows = one_table(path, rows)
     problems = [{**row, "id": str(row.get("id", f"{folder.name}/{split}/{i}"))} for i, row in enumerate(rows)]
     if len({row["id"] for row in problems}) < len(problems):
-        raise ValueError(f"{path}: the ids in column 'id' are not all different")
+        raise UserError(f"{path}: the ids in column 'id' are not all different")
     return problems
 
 
@@ -195,7 +196,7 @@ def one_table(path, rows):
         pyarrow.Table.from_pylist(rows)
     except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
         reason = ascii(" ".join(str(error).split())[:200])
-        raise ValueError(f"{path}: a column mixes types or holds what is no text ({reason})") from error
+        raise UserError(f"{path}: a column mixes types or holds what is no text ({reason})") from error
     return rows
 
 
@@ -217,7 +218,7 @@ def check_problem(row, columns):
     check_row(row, columns)
     text = [name for name in columns if "choices" not in columns or name not in ("choices", "answer")]
     if wrong := [name for name in text if not isinstance(row[name], str)]:
-        raise ValueError(f"{wrong[0]} must be text, but is {ascii(row[wrong[0]])[:50]}")
+        raise UserError(f"{wrong[0]} must be text, but is {ascii(row[wrong[0]])[:50]}")
     if "choices" in columns:
         check_choices(row["choices"], row["answer"])
 
@@ -225,12 +226,12 @@ def check_problem(row, columns):
 def check_choices(choices, answer):
     """ValueError unless choices are texts, no more than LETTERS, and answer is the number of one, from 0."""
     if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
-        raise ValueError(f"choices must be a list of texts, but is {ascii(choices)[:50]}")
+        raise UserError(f"choices must be a list of texts, but is {ascii(choices)[:50]}")
     if not 2 <= len(choices) <= len(LETTERS):
-        raise ValueError(f"choices must be 2 to {len(LETTERS)} texts, but are {len(choices)}")
+        raise UserError(f"choices must be 2 to {len(LETTERS)} texts, but are {len(choices)}")
     if type(answer) is not int or answer not in range(len(choices)):
         allowed = f"the number of the right choice, 0 to {len(choices) - 1}"
-        raise ValueError(f"answer must be {allowed}, but is {ascii(answer)[:50]}")
+        raise UserError(f"answer must be {allowed}, but is {ascii(answer)[:50]}")
 
 
 def to_problem(dataset, row):

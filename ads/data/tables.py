@@ -7,6 +7,8 @@ import json
 import zlib
 from pathlib import Path
 
+from ads.stage.errors import MissingInputError, UserError
+
 
 def read_lines(path, check):
     """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first line that will not do.
@@ -22,7 +24,7 @@ def read_lines(path, check):
             rows.append(parse_object(line))
             check(rows[-1])
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            raise UserError(f"{path}, line {number}: {error}") from error
     return rows
 
 
@@ -33,7 +35,7 @@ def read_bytes(path):
         with opener(path, "rb") as file:
             return file.read()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable gzip file: {error}") from error
+        raise UserError(f"{path} is not a readable gzip file: {error}") from error
 
 
 def parse_object(line):
@@ -42,15 +44,15 @@ def parse_object(line):
         row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
-        raise ValueError(f"column {column}: {line[error.start]:#04x} is not UTF-8") from error
+        raise UserError(f"column {column}: {line[error.start]:#04x} is not UTF-8") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"column {error.colno}: {error.msg} (one JSON object a line)") from error
+        raise UserError(f"column {error.colno}: {error.msg} (one JSON object a line)") from error
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise UserError("nested too deeply") from error
     if not isinstance(row, dict):
-        raise ValueError("not a JSON object (one a line)")
+        raise UserError("not a JSON object (one a line)")
     if b"\\ud" in line.lower() and not is_text(json.dumps(row, ensure_ascii=False)):
-        raise ValueError("\\ud800 to \\udfff stand for a character in pairs only")
+        raise UserError("\\ud800 to \\udfff stand for a character in pairs only")
     return row
 
 
@@ -69,7 +71,7 @@ def unique_keys(pairs):
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {ascii(twice)} is given twice")
+        raise UserError(f"key {ascii(twice)} is given twice")
     return row
 
 
@@ -82,7 +84,7 @@ def read_columns(path, columns):
     """{name: values} of some columns of a parquet file; ValueError when it is damaged or lacks one."""
     table = read_table(path, list(columns))
     if missing := [name for name in columns if name not in table.column_names]:
-        raise ValueError(f"{path}: no column {', '.join(missing)}")
+        raise UserError(f"{path}: no column {', '.join(missing)}")
     return table.to_pydict()
 
 
@@ -91,11 +93,11 @@ def read_table(path, columns=None):
     import pyarrow.parquet
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise MissingInputError(f"{path} does not exist")
     try:
         return pyarrow.parquet.read_table(path, columns=columns)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
         ) from error
 
@@ -110,12 +112,12 @@ def check_each(path, rows, check):
         try:
             check(row)
         except ValueError as error:
-            raise ValueError(f"{path}, row {i}: {error}") from error
+            raise UserError(f"{path}, row {i}: {error}") from error
 
 
 def check_row(row, columns):
     if missing := [name for name in columns if name not in row]:
-        raise ValueError(f"no column {', '.join(missing)} (found: {', '.join(row)})")
+        raise UserError(f"no column {', '.join(missing)} (found: {', '.join(row)})")
 
 
 def check_traces(path, rows, ids=(), text=(), flags=()):
@@ -126,7 +128,7 @@ def check_traces(path, rows, ids=(), text=(), flags=()):
         wrong += [f"{name} holds no text" for name in text if not isinstance(row[name], str)]
         wrong += [f"{name} is neither true nor false" for name in flags if not isinstance(row[name], bool)]
         if wrong:
-            raise ValueError(f"{path}, row {i}: {wrong[0]} (but {ascii(row[wrong[0].split()[0]])[:50]})")
+            raise UserError(f"{path}, row {i}: {wrong[0]} (but {ascii(row[wrong[0].split()[0]])[:50]})")
 
 
 def are_ids(value):

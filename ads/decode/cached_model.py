@@ -16,6 +16,7 @@ from ads.dual.model import DualModel, rows, stack
 from ads.dual.rules import Dual
 from ads.kv_cache import Placement, SlotCache, Slots
 from ads.stage import errors
+from ads.stage.errors import UserError
 from ads.trials import (
     NUM_SHORT,
     TRIED,
@@ -69,11 +70,11 @@ class CachedModel:
         except Exception as error:  # whatever a family raises that is not made to be called like this
             if is_out_of_memory(error):
                 raise
-            raise ValueError(self.refusal(errors.reason(error))) from error
+            raise UserError(self.refusal(errors.reason(error))) from error
         if not self.bytes_per_position:
-            raise ValueError(self.refusal("it keeps no keys and values in the cache it is given"))
+            raise UserError(self.refusal("it keeps no keys and values in the cache it is given"))
         if not is_right(found, wanted):
-            raise ValueError(self.refusal("its logits with a cache are not those without"))
+            raise UserError(self.refusal("its logits with a cache are not those without"))
         if self.own_step is not None:
             try:
                 may_stay = agrees(self.own_step(*self.last_tokens(rows), self.cache), found)
@@ -139,7 +140,7 @@ class CachedModel:
             return
         if reason := self.flaw_at(num_positions):
             fitting = longest_without(self.flaw_at, self.num_tried, num_positions)
-            raise ValueError(
+            raise UserError(
                 f"rows may come to {num_positions} tokens, but model type {self.model.config.model_type!r} "
                 f"is decoded right only up to {fitting} ({reason}): "
                 f"lower max_length by {num_positions - fitting}"
@@ -305,7 +306,7 @@ def attention_windows(config):
         return {"sliding_attention" if window else "full_attention": window}
     unknown = sorted(set(kinds) - set(ATTENTION_KINDS))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"model type {config.model_type!r} has {', '.join(unknown)} layers; "
             f"decoding supports {' and '.join(ATTENTION_KINDS)}: take another model"
         )

@@ -20,6 +20,7 @@ from ads.delta.central import CentralDifference
 from ads.delta.exact import ExactDerivative
 from ads.kv_cache import whole
 from ads.loading import free_bytes
+from ads.stage.errors import UserError
 from ads.trials import is_out_of_memory
 
 REFILL_SHARE = 8  # prompts wait until an eighth of the slots is free: together they prefill in less time
@@ -146,7 +147,7 @@ def generate(models, rule, seed, requests, batch_size, forcing=None, cuda_graph=
             if not is_out_of_memory(error):
                 raise
             if batch_size == 1:
-                raise ValueError(
+                raise UserError(
                     "out of memory with batch_size=1: lower max_length or use 16-bit dtypes"
                 ) from error
         if waiting:  # out of memory; freed here, where no traceback holds the tensors
@@ -393,7 +394,7 @@ def static_counts(num_slots):
 
 def raise_not_finite(problem_id, step, is_teacher):
     model = "teacher's logits" if is_teacher else "proxy's Delta"
-    raise ValueError(
+    raise UserError(
         f"problem {problem_id}, response token {step}: the {model} are not finite (NaN or infinite): "
         "check the weights, or use dtype=bfloat16 or float32"
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ads import chat
+from ads.stage.errors import UserError
 
 FLOAT = 4  # bytes
 MOMENTS = 8  # of AdamW, per trained weight
@@ -68,7 +69,7 @@ def read_sizes(name):
     try:
         sizes = sizes_of(AutoConfig.from_pretrained(where, revision=commit))
     except Exception as error:  # whatever the library makes of a config.json that does not hold together
-        raise ValueError(f"model {name!r}: no sizes in its config.json ({errors.reason(error)})") from error
+        raise UserError(f"model {name!r}: no sizes in its config.json ({errors.reason(error)})") from error
     return replace(sizes, name=name)
 
 
@@ -273,7 +274,7 @@ def check(least, plan, free, remedy, advice):
     """
     counted = {name: size for name, size in least.items() if name != "activations"}
     if peak(counted) > free:
-        raise ValueError(
+        raise UserError(
             f"this GPU has {gigabytes(free)} free, but {describe(counted)} are {gigabytes(peak(counted))}: "
             f"{remedy}, or free what others hold of it (docs/memory.md)"
         )

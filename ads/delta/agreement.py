@@ -18,6 +18,7 @@ from ads.dual.factors import dense
 from ads.dual.model import make_checked
 from ads.dual.rules import halves
 from ads.loading import load_model, resolve_dtype
+from ads.stage.errors import UserError
 
 LEAST_PROBABILITY = 1e-4
 EPS_LADDER = (1e-4, 1e-3, 1e-2, 3e-2)
@@ -36,7 +37,7 @@ def diagnose(cfg, model, compressed, half, sequences):
     full = {name: dense(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     truth_PV, log_probs_PV = exact(twin(model), full.__getitem__, sequences)
     if not likely(log_probs_PV)[1].any():
-        raise ValueError(f"nowhere in {len(truth_PV)} positions have three tokens p > {LEAST_PROBABILITY:g}")
+        raise UserError(f"nowhere in {len(truth_PV)} positions have three tokens p > {LEAST_PROBABILITY:g}")
     compare = functools.partial(agreement, truth_PV=truth_PV, log_probs_PV=log_probs_PV)
     found = {
         "num_positions": len(truth_PV),

@@ -15,6 +15,7 @@ import torch
 from ads import sampling
 from ads.decode.cached_model import CachedModel
 from ads.dual.factors import dense
+from ads.stage.errors import UserError
 from ads.stage.settings import LEAST_COSINE
 
 
@@ -99,7 +100,7 @@ def perturb_(plus, minus, read_gradient, eps):
 
 def check_length(square_norm):
     if not 0 < square_norm < float("inf"):
-        raise ValueError(
+        raise UserError(
             f"the gradient is {'zero' if square_norm == 0 else 'not finite'}: make it with save_grad.py"
         )
 

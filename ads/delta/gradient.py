@@ -12,6 +12,7 @@ import torch
 from ads import matmul
 from ads.delta.loss import make_batches, sequence_losses
 from ads.dual.factors import factorise, saves_room
+from ads.stage.errors import UserError
 
 
 def compress(model, rank, seed, is_share=False):
@@ -72,7 +73,7 @@ def norms(model):
     """{parameter name: Euclidean norm of its gradient}; ValueError if any is not finite or all are zero."""
     found = finite_norms(model)
     if not any(found.values()):
-        raise ValueError("the gradient is zero: no response token of the holdout traces reached the loss")
+        raise UserError("the gradient is zero: no response token of the holdout traces reached the loss")
     return found
 
 
@@ -84,7 +85,7 @@ def finite_norms(model):
     }
     bad = [name for name, norm in found.items() if not math.isfinite(norm)]
     if bad:
-        raise ValueError(
+        raise UserError(
             f"the gradient of {bad[0]} (and {len(bad) - 1} more) is not finite: check the proxy's weights"
         )
     return found

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from ads.dual.factors import Factors
 from ads.stage import files
+from ads.stage.errors import MissingInputError, UserError
 from ads.stage.sidecar import at_a_commit, is_unrecorded
 
 METADATA = "gradient"  # key in the file
@@ -46,20 +47,20 @@ def open_checked(path, proxy_fingerprint):
     """
     remedy = "make it with save_grad.py"
     if not path.is_file():
-        raise FileNotFoundError(f"gradient {path} does not exist: {remedy}")
+        raise MissingInputError(f"gradient {path} does not exist: {remedy}")
     try:
         file = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"gradient {path} is damaged ({error}): delete it and {remedy}") from error
+        raise UserError(f"gradient {path} is damaged ({error}): delete it and {remedy}") from error
     metadata = metadata_of(file)
     if "proxy_fingerprint" not in metadata:
-        raise ValueError(f"{path} holds no proxy gradient: {remedy}")
+        raise UserError(f"{path} holds no proxy gradient: {remedy}")
     made_for = metadata["proxy_fingerprint"]
     if is_unrecorded(made_for, proxy_fingerprint):
         print(f"WARNING: gradient {path}: at which commit of {made_for} was not recorded", flush=True)
     elif made_for != proxy_fingerprint:
         differences = f"contents {made_for!r}, now {proxy_fingerprint!r}"
-        raise ValueError(
+        raise UserError(
             f"gradient {path} belongs to another proxy ({metadata['proxy_student']}, {differences}): "
             f"set proxy_student to it, or {remedy}" + at_a_commit([differences])
         )
@@ -73,7 +74,7 @@ def check_matches(file, path, model):
     wrong = sorted(name for name in shapes.keys() | stored.keys() if shapes.get(name) != stored.get(name))
     if wrong:
         name = wrong[0]
-        raise ValueError(
+        raise UserError(
             f"gradient {path} does not fit the proxy: {name} is {stored.get(name)} in the file, "
             f"{shapes.get(name)} in the model ({len(wrong)} parameters differ)"
         )

@@ -34,6 +34,7 @@ from ads.dual.norms import apply_norm, find_norms, scale
 from ads.dual.rules import Dual, halves, make_weight
 from ads.kv_cache import Placement, SlotCache
 from ads.stage import errors
+from ads.stage.errors import UserError
 from ads.trials import TRIED, is_out_of_memory, tried_ids
 
 
@@ -99,14 +100,14 @@ def make_checked(model, read_gradient):
     except Exception as error:  # whatever a family's operations raise that are not covered
         if is_out_of_memory(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"the exact Delta does not cover model type {kind!r} ({errors.reason(error)}): set eps above 0"
         ) from error
     slack = 1e-3 if table.dtype == torch.float32 else 0.5
     is_right = (values_V - logits_V).norm() <= slack * (logits_V - logits_V.mean()).norm()
     is_right &= (weights_V @ changes_V - wanted).abs() <= slack * changes_V.norm()
     if logits_V.isfinite().all() and wanted.isfinite() and not is_right:
-        raise ValueError(
+        raise UserError(
             f"the exact Delta of model type {kind!r} is not the derivative that backpropagation gives: "
             "set eps above 0"
         )

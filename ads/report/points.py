@@ -8,6 +8,7 @@ from ads.arms import ARMS, arm_of
 from ads.report.curves import FILES, STAGES, Point
 from ads.stage import files, fingerprint, hub
 from ads.stage.config import ignored_keys, to_dict
+from ads.stage.errors import MissingInputError, UserError
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
 SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")  # and direction, which old sidecars lack
@@ -64,7 +65,7 @@ def without_commit(sidecar):
 
 def load_experiment(path):
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder: give the EXP_DIR of an experiment")
+        raise MissingInputError(f"{path} is not a folder: give the EXP_DIR of an experiment")
     return Experiment(
         {file.stem: load_sidecar(file, TRACE_KEYS) for file in sorted(path.glob("traces/*.yaml"))},
         {file.stem: load_sidecar(file, MODEL_KEYS) for file in sorted(path.glob("models/*.yaml"))},
@@ -78,9 +79,9 @@ def load_sidecar(path, config_keys):
     parts = [sidecar.get(part) for part in ("config", "stats")]
     parts += [sidecar.get(part) or {} for part in ("inputs", "outputs")]  # old ones have none
     if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{path} is not a sidecar (no config, no stats): move it elsewhere")
+        raise UserError(f"{path} is not a sidecar (no config, no stats): move it elsewhere")
     if missing := [key for key in config_keys if key not in sidecar["config"]]:
-        raise ValueError(f"{path}: config has no {', '.join(missing)}: delete it to redo the stage")
+        raise UserError(f"{path}: config has no {', '.join(missing)}: delete it to redo the stage")
     return {**sidecar, "path": path}
 
 

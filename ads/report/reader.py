@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from ads.report.curves import SYMBOLS, show_setting
+from ads.stage.errors import UserError
 
 MAX_CONTRAST_POINTS = 8
 MAX_CONTRASTS_PER_ARM = 4
@@ -69,14 +70,14 @@ def read_contrast(path, budget):
                 problems.pop()
                 break
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of contrasted traces: delete it") from error
+        raise UserError(f"{path} is not a file of contrasted traces: delete it") from error
     return problems
 
 
 def read_side(side):
     tokens = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
     if any(len(token) != 4 for token in tokens):
-        raise ValueError("a token has other than 3 numbers")
+        raise UserError("a token has other than 3 numbers")
     return {"finished": bool(side["finished"]), "is_correct": bool(side["is_correct"]), "tokens": tokens}
 
 

@@ -6,6 +6,7 @@ import typing
 from pathlib import Path
 
 from ads.stage import files
+from ads.stage.errors import UserError
 from ads.stage.settings import AutoBool, AutoInt, PathText, expand_home
 
 
@@ -13,7 +14,7 @@ def native_setting():
     """ADS_NATIVE, what of the compiled code for CPUs to use: 0, avx512 (no matrix registers) or 1 (all)."""
     value = os.environ.get("ADS_NATIVE") or "1"
     if value not in ("0", "avx512", "1"):
-        raise ValueError(
+        raise UserError(
             f"ADS_NATIVE={value}: use 0 (no compiled code), avx512 (no matrix registers) or 1 (all)"
         )
     return value
@@ -33,7 +34,7 @@ def load_config(cls, default_yaml, arguments):
     for argument in arguments:
         key, equals, text = argument.removeprefix("--").partition("=")
         if not equals:
-            raise ValueError(f"argument {argument!r}: write key=value")
+            raise UserError(f"argument {argument!r}: write key=value")
         values[key] = cast(cls, key, text, "the command line", from_text=True)
     config = cls(**values)
     config.check()
@@ -44,7 +45,7 @@ def cast(cls, key, value, source, from_text=False):
     """`value` as the type of field `key`; YAML values may be text too (PyYAML reads 5e-4 so)."""
     hints = typing.get_type_hints(cls)
     if key not in hints:
-        raise ValueError(f"unknown key {key!r} in {source}; known keys: {', '.join(sorted(hints))}")
+        raise UserError(f"unknown key {key!r} in {source}; known keys: {', '.join(sorted(hints))}")
     wanted, optional = unwrap_optional(hints[key])
     if optional and (value is None or (from_text and value in ("", "null", "None"))):
         return None
@@ -53,7 +54,7 @@ def cast(cls, key, value, source, from_text=False):
     try:
         return PARSERS[wanted](value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{key}={value!r} in {source}: must be {DESCRIPTIONS[wanted]}") from None
+        raise UserError(f"{key}={value!r} in {source}: must be {DESCRIPTIONS[wanted]}") from None
 
 
 def unwrap_optional(hint):

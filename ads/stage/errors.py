@@ -1,7 +1,15 @@
 """Errors that a user can mend, and one line on those of others."""
 
 
-class NotMade(FileNotFoundError):
+class UserError(ValueError):
+    """What a user can mend: one line with the value and the remedy. Scripts print it and exit with 2."""
+
+
+class MissingInputError(UserError, FileNotFoundError):
+    """A file, folder or model that is not there."""
+
+
+class NotMadeError(MissingInputError):
     """What a stage reads and another stage is still to make."""
 
 

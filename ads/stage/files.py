@@ -13,6 +13,8 @@ from pathlib import Path
 
 import yaml
 
+from ads.stage.errors import MissingInputError, UserError
+
 UMASK = os.umask(0o077)  # it can only be read by being set
 os.umask(UMASK)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without flock
@@ -76,13 +78,13 @@ def read_yaml(path):
     """The mapping in a YAML file; ValueError when the file holds something else."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise MissingInputError(f"{path} does not exist")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
-        raise ValueError(f"{path} should hold `key: value` lines, but holds a {type(content).__name__}")
+        raise UserError(f"{path} should hold `key: value` lines, but holds a {type(content).__name__}")
     return content or {}
 
 

@@ -9,6 +9,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+from ads.stage.errors import MissingInputError
 from ads.stage.hub import HUB, HUB_FILES, find_folder, locate
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -90,7 +91,7 @@ def fingerprint_folder(name, kind, patterns):
     where, commit = locate(name, kind)
     folder = find_folder(name, kind)
     if not (folder / HUB_FILES[kind][0]).is_file():
-        raise FileNotFoundError(f"{name} is not complete: it has no {HUB_FILES[kind][0]}")
+        raise MissingInputError(f"{name} is not complete: it has no {HUB_FILES[kind][0]}")
     if commit is not None:
         return f"{HUB}{where}@{commit}"
     files = sorted({path for pattern in patterns for path in folder.glob(pattern)})

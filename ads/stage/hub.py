@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from ads.stage.errors import reason
+from ads.stage.errors import MissingInputError, UserError, reason
 from ads.stage.files import differing_keys, read_yaml, stage_lock, write_text
 
 ADAPTER_FILE = "adapter_config.json"
@@ -55,7 +55,7 @@ def record_commits(exp_dir):
     with stage_lock(path.parent, "hub"):
         commits = COMMITS | recorded_commits(path)
         if differences := differing_keys({name: commits[name] for name in COMMITS}, COMMITS):
-            raise ValueError(f"{path} has just been written by another stage ({differences[0]}): run again")
+            raise UserError(f"{path} has just been written by another stage ({differences[0]}): run again")
         write_text(path, yaml.safe_dump(commits))
 
 
@@ -98,7 +98,7 @@ def find_commit(name, kind):
     """
     repository, _, revision = name.partition("@")
     if Path(name).is_absolute() or name.startswith(".") or repository.count("/") > 1:
-        raise FileNotFoundError(f"{name} is neither a folder nor the name of a model on the hub (OWNER/NAME)")
+        raise MissingInputError(f"{name} is neither a folder nor the name of a model on the hub (OWNER/NAME)")
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     key = f"{OF_DATASETS}{name}" if kind == "dataset" else name
@@ -123,7 +123,7 @@ def ask_hub(key):
     try:
         return ask(repository, revision=revision or None, timeout=HUB_SECONDS).sha
     except (OSError, ValueError, HTTPError) as error:
-        raise FileNotFoundError(reason(error)) from error
+        raise MissingInputError(reason(error)) from error
 
 
 def cached_commit(name, kind, why):
@@ -144,7 +144,7 @@ def cached_commit(name, kind, why):
     found = next((commit for commit in commits if is_complete(folder / "snapshots" / commit, kind)), None)
     if found is None:
         remedy = "; set data_dir to local copies" if kind == "dataset" else ""
-        raise FileNotFoundError(f"{name} is no folder, nor to be had from the hub: {why}{remedy}") from why
+        raise MissingInputError(f"{name} is no folder, nor to be had from the hub: {why}{remedy}") from why
     if [found] != at_reference:
         print(f"{name}: at {found}, the newest complete commit in the cache", file=sys.stderr, flush=True)
     return found
@@ -176,12 +176,12 @@ def find_snapshot(repository, commit, kind):
             check_access(repository)
         return folder
     except GatedRepoError as error:
-        raise ValueError(
+        raise UserError(
             f"{repository} is gated: ask for access on its page of the hub, then `hf auth login` here (or "
             f"set HF_TOKEN) with the account that has it ({reason(error)})"
         ) from error
     except (OSError, ValueError, HTTPError) as error:
-        raise FileNotFoundError(
+        raise MissingInputError(
             f"{repository}@{commit} is no folder, nor to be had from the hub: {reason(error)}"
         ) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ads.stage.errors import NotMade
+from ads.stage.errors import NotMadeError, UserError
 from ads.stage.files import write_text
 from ads.stage.fingerprint import MODEL_FILES, fingerprint_file, fingerprint_folder
 from ads.stage.hub import ADAPTER_FILE, TOKENIZER_FILES, find_folder
@@ -17,12 +17,12 @@ from ads.stage.sidecar import check_output, read_sidecar
 
 
 def fingerprint_existing(path, remedy):
-    """fingerprint_file of an input; NotMade, a FileNotFoundError, that says how to make it.
+    """fingerprint_file of an input; NotMadeError, a FileNotFoundError, that says how to make it.
 
     ValueError if a stage made it and it has changed since.
     """
     if not Path(path).is_file():
-        raise NotMade(f"{path} does not exist: {remedy}")
+        raise NotMadeError(f"{path} does not exist: {remedy}")
     check_output(Path(path).with_suffix(".yaml"), path)
     return fingerprint_file(path)
 
@@ -30,15 +30,15 @@ def fingerprint_existing(path, remedy):
 def fingerprint_model(name):
     """What identifies a model: the contents of a folder, tokenizer included, or the hub's name and commit.
 
-    ValueError if it is a student that has changed since it was made, or holds an adapter; NotMade if it is
-    one that is still to be made. Of a deleted student it is what it was.
+    UserError if it is a student that has changed since it was made, or holds an adapter; NotMadeError if it
+    is one that is still to be made. Of a deleted student it is what it was.
     """
     if deleted := deleted_student(name):
         return deleted["model"]
     folder = Path(name).absolute()
     check_output(student_sidecar(folder), folder)
     if is_student(folder) and not folder.is_dir():
-        raise NotMade(f"{name} does not exist: make it with distill.py")
+        raise NotMadeError(f"{name} does not exist: make it with distill.py")
     check_no_adapter(name)
     return fingerprint_folder(name, "model", MODEL_FILES)
 
@@ -56,7 +56,7 @@ def check_no_adapter(name):
     if (folder / ADAPTER_FILE).is_file():
         is_model = (folder / "config.json").is_file()
         remedy = f"or remove {ADAPTER_FILE}" if is_model else "it is no model by itself"
-        raise ValueError(
+        raise UserError(
             f"{name} holds an adapter ({ADAPTER_FILE}): merge it into its base model first "
             f"(merge_and_unload of peft, then save_pretrained); {remedy}"
         )
@@ -78,7 +78,7 @@ def delete_student(name):
     """Delete a finished student's folder; first its sidecar tells what it was. Again, what a kill left."""
     folder = Path(name).absolute()
     if not is_student(folder):
-        raise ValueError(f"{name} is no student (EXP_DIR/models/NAME/final): not deleted")
+        raise UserError(f"{name} is no student (EXP_DIR/models/NAME/final): not deleted")
     if not deleted_student(name):
         fingerprints = {"model": fingerprint_model(name), "tokenizer": fingerprint_tokenizer(name)}
         sidecar = student_sidecar(folder)
@@ -103,7 +103,7 @@ def deleted_student(name):
 def check_not_deleted(inputs):
     """ValueError if a stage that is to be done reads a student that was deleted."""
     for sidecar in [DELETED[made_from] for made_from in inputs.values() if made_from in DELETED]:
-        raise ValueError(
+        raise UserError(
             f"{sidecar.with_suffix('')}/final was deleted once it had been evaluated (KEEP_STUDENTS=0): "
             f"delete {sidecar} and run again to make the student anew from its traces"
         )

@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ads.stage.errors import MissingInputError, UserError
 from ads.stage.world import world_size
 
 LEAST_COSINE = 0.9  # below this the rounded perturbation theta +- eps g no longer points along g
@@ -115,7 +116,7 @@ class GenConfig:
         check_name("trace_name", self.trace_name)
         check_name("trace_colname", self.trace_colname)
         if self.trace_colname in ("id", "problem", "solution", "prompt_ids", "response_ids"):
-            raise ValueError(f"trace_colname={self.trace_colname!r}: is the name of another column")
+            raise UserError(f"trace_colname={self.trace_colname!r}: is the name of another column")
         check_seed(self.seed)
         check_split("data_split", self.data_split)
         check_at_least("tau", self.tau, 0)
@@ -133,9 +134,9 @@ class GenConfig:
         check_one_of("direction", self.direction, DIRECTIONS)
         check_one_of("attn_implementation", self.attn_implementation, ATTENTION[:3])
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1 (1 switches it off)")
+            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1 (1 switches it off)")
         if self.few_shot and not self.few_shot_traces:
-            raise ValueError(f"few_shot={self.few_shot}: set few_shot_traces to the traces to show")
+            raise UserError(f"few_shot={self.few_shot}: set few_shot_traces to the traces to show")
         if self.direction_seed is not None:
             check_seed(self.direction_seed, "direction_seed")
         if self.lam:
@@ -150,15 +151,15 @@ class GenConfig:
 
     def check_antidistillation(self):
         if not self.is_teacher:
-            raise ValueError(f"lam={self.lam}: only a teacher is sampled with antidistillation; set lam=0")
+            raise UserError(f"lam={self.lam}: only a teacher is sampled with antidistillation; set lam=0")
         if self.direction == "corrupt":
             if not 0 <= self.lam <= 1:
-                raise ValueError(f"lam={self.lam}: with direction=corrupt it is the share of results, 0 to 1")
+                raise UserError(f"lam={self.lam}: with direction=corrupt it is the share of results, 0 to 1")
             return
         if not self.grad_path:
-            raise ValueError(f"lam={self.lam}: needs grad_path, the file that save_grad.py writes")
+            raise UserError(f"lam={self.lam}: needs grad_path, the file that save_grad.py writes")
         if not self.proxy_student:
-            raise ValueError(f"lam={self.lam}: needs proxy_student, the model whose gradient grad_path holds")
+            raise UserError(f"lam={self.lam}: needs proxy_student, the model whose gradient grad_path holds")
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ class TrainConfig:
         check_seed(self.seed)
         check_given("train_traces", self.train_traces, "the stage 3 traces, EXP_DIR/traces/NAME.parquet")
         if self.checkpoint and not (Path(self.checkpoint) / "trainer_state.json").is_file():
-            raise FileNotFoundError(f"checkpoint {self.checkpoint} is no complete trainer checkpoint")
+            raise MissingInputError(f"checkpoint {self.checkpoint} is no complete trainer checkpoint")
         if self.do_eval:
             check_given("holdout_traces", self.holdout_traces, "the stage 1 traces (or do_eval=false)")
         for key in ("num_epochs", "save_epochs", "lr", "max_grad_norm"):
@@ -280,17 +281,15 @@ class TrainConfig:
             check_at_least("per_device_batch_size", self.per_device_batch_size, 1)
         num_processes = world_size()
         if self.batch_size % num_processes:
-            raise ValueError(
+            raise UserError(
                 f"batch_size={self.batch_size}: must be a multiple of the {num_processes} processes"
             )
         check_at_least("weight_decay", self.weight_decay, 0)
         check_at_least("max_length", self.max_length, 2)
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout={self.lora_dropout}: must be at least 0 and below 1")
+            raise UserError(f"lora_dropout={self.lora_dropout}: must be at least 0 and below 1")
         if not 0 <= self.warmup < 1:
-            raise ValueError(
-                f"warmup={self.warmup}: the share of steps to warm up in, at least 0 and below 1"
-            )
+            raise UserError(f"warmup={self.warmup}: the share of steps to warm up in, at least 0 and below 1")
         check_trackers("report_to", self.report_to)
         check_one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULERS)
         check_one_of("dtype", self.dtype, DTYPES)
@@ -348,7 +347,7 @@ class SearchConfig:
             check_at_least("tau_max", self.tau_max, self.tau_start)
         check_split("data_split", self.data_split)
         if self.data_split.endswith("_test"):
-            raise ValueError(
+            raise UserError(
                 f"data_split={self.data_split!r}: settings chosen on test problems spoil the test; take train"
             )
 
@@ -360,7 +359,7 @@ def check_trackers(key, value):
         modules = TRACKER_MODULES.get(name, (name,))
         if not any(map(importlib.util.find_spec, modules)):
             remedy = f"pip install {modules[0]}, or report_to=none"
-            raise ValueError(f"{key}={value!r}: {modules[0]} is not installed: {remedy}")
+            raise UserError(f"{key}={value!r}: {modules[0]} is not installed: {remedy}")
 
 
 def check_shares(key, value):
@@ -369,34 +368,34 @@ def check_shares(key, value):
     except ValueError:
         are_shares = False
     if not are_shares:
-        raise ValueError(f"{key}={value!r}: must be shares between 0 and 1, such as 0.9,0.8,0.7")
+        raise UserError(f"{key}={value!r}: must be shares between 0 and 1, such as 0.9,0.8,0.7")
 
 
 def check_given(key, value, meaning):
     if not value:
-        raise ValueError(f"{key} is not set: give {meaning}")
+        raise UserError(f"{key} is not set: give {meaning}")
 
 
 def check_name(key, value):
     """A name becomes a file name, so it may not leave its folder."""
     if not value or value.startswith((".", "-")) or any(c in value for c in "/\\\0\n"):
-        raise ValueError(f"{key}={value!r}: must be a plain file name (no '/', no leading '.' or '-')")
+        raise UserError(f"{key}={value!r}: must be a plain file name (no '/', no leading '.' or '-')")
 
 
 def check_seed(seed, key="seed"):
     if not 0 <= seed < 2**32:
-        raise ValueError(f"{key}={seed}: must be at least 0 and below 2^32")
+        raise UserError(f"{key}={seed}: must be at least 0 and below 2^32")
 
 
 def check_split(key, value):
     dataset, _, split = value.rpartition("_")
     if not dataset or split not in SPLITS:
-        raise ValueError(f"{key}={value!r}: must be DATASET_SPLIT with SPLIT one of {', '.join(SPLITS)}")
+        raise UserError(f"{key}={value!r}: must be DATASET_SPLIT with SPLIT one of {', '.join(SPLITS)}")
 
 
 def check_at_least(key, value, least):
     if not value >= least:
-        raise ValueError(f"{key}={value}: must be at least {least}")
+        raise UserError(f"{key}={value}: must be at least {least}")
 
 
 def check_optional_at_least(key, value, least):
@@ -406,19 +405,19 @@ def check_optional_at_least(key, value, least):
 
 def check_above(key, value, bound):
     if not value > bound:
-        raise ValueError(f"{key}={value}: must be above {bound}")
+        raise UserError(f"{key}={value}: must be above {bound}")
 
 
 def check_one_of(key, value, allowed):
     if value not in allowed:
-        raise ValueError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
+        raise UserError(f"{key}={value!r}: must be one of {', '.join(allowed)}")
 
 
 def expand_home(key, text):
     """A path with its leading ~ or ~user replaced, as shells do where it stands unquoted."""
     if not text.strip():
-        raise ValueError(f"{key}={text!r}: is empty; give a path or a name")
+        raise UserError(f"{key}={text!r}: is empty; give a path or a name")
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise ValueError(f"{key}={text!r}: has no such home folder; write ./{text} for what is named so")
+        raise UserError(f"{key}={text!r}: has no such home folder; write ./{text} for what is named so")
     return expanded

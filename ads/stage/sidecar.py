@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from ads.stage.errors import UserError
 from ads.stage.files import differing_keys, read_yaml, write_text
 from ads.stage.fingerprint import fingerprint, fingerprint_code, git_commit, versions
 from ads.stage.hub import HUB
@@ -46,7 +47,7 @@ def is_finished(path, config, inputs, ignore=()):
         return False
     record = read_sidecar(path)
     if differences := find_differences(record, config, inputs, ignore):
-        raise ValueError(
+        raise UserError(
             f"{path} was made with other settings: {'; '.join(differences)}. "
             "Choose another name or exp_dir, restore the settings, or delete that file to redo the stage"
             + at_a_commit(differences)
@@ -66,7 +67,7 @@ def read_sidecar(path):
     """The record in a sidecar; ValueError when it was cut short."""
     record = read_yaml(path)
     if record.keys().isdisjoint({"seconds"}):  # the last key
-        raise ValueError(f"{path} is cut short: delete it to redo the stage")
+        raise UserError(f"{path} is cut short: delete it to redo the stage")
     return record
 
 
@@ -79,7 +80,7 @@ def check_output(sidecar, path):
     if written is None or "deleted" in record or (Path(path).exists() and fingerprint(path) == written):
         return
     state = "damaged or changed since" if Path(path).exists() else "missing"
-    raise ValueError(
+    raise UserError(
         f"{path} is {state}, by {sidecar}: put it back, or delete {sidecar} to redo the stage that makes it"
     )
 
@@ -125,7 +126,7 @@ def open_parts(folder, config, inputs, ignore=()):
     # what is left of a write that a kill cut short is no work
     work = [path for path in folder.glob("*") if path != settings and path.suffix != ".tmp"]
     if differences and work:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds unfinished work done with other settings: {'; '.join(differences)}. "
             "Restore them to finish it, or delete that folder to start anew"
         )

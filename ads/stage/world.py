@@ -14,13 +14,14 @@ from datetime import timedelta
 from pathlib import Path
 
 from ads.stage import errors, files
+from ads.stage.errors import UserError
 
 
 def world_size():
     """How many processes make the stage, as their launcher says (WORLD_SIZE); 1 without one."""
     text = os.environ.get("WORLD_SIZE") or "1"
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(
+        raise UserError(
             f"WORLD_SIZE={text!r} in the environment: must be a whole number from 1; unset it to run alone"
         )
     return int(text)
@@ -104,7 +105,7 @@ class World:
         found = self.gather(inputs)
         for rank, others in enumerate(found):
             if differences := files.differing_keys(found[0], others):
-                raise ValueError(f"process {rank} has other inputs than process 0: {'; '.join(differences)}")
+                raise UserError(f"process {rank} has other inputs than process 0: {'; '.join(differences)}")
 
 
 @functools.cache  # the stages of one process are made by the same processes
@@ -143,7 +144,7 @@ def num_gpus():
     if seen := gpus_of_driver():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         version = torch.__version__.split("+")[0]
-        raise ValueError(
+        raise UserError(
             f"this machine has {seen}, but torch {torch.__version__} ({built}) cannot use them: install one "
             "built for the driver's CUDA or an older one (for drivers of CUDA 12 the CUDA 12.6 wheels: pip "
             f"uninstall torch, then pip install torch=={version} with the --index-url that "
@@ -193,9 +194,9 @@ def check_launcher():
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name, "")
         if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
-            raise ValueError(f"WORLD_SIZE={num_processes}, but {name}={value!r}: {HOW_TO_LAUNCH}")
+            raise UserError(f"WORLD_SIZE={num_processes}, but {name}={value!r}: {HOW_TO_LAUNCH}")
     if int(os.environ["RANK"]) >= num_processes:
-        raise ValueError(f"WORLD_SIZE={num_processes}, but RANK={os.environ['RANK']}: {HOW_TO_LAUNCH}")
+        raise UserError(f"WORLD_SIZE={num_processes}, but RANK={os.environ['RANK']}: {HOW_TO_LAUNCH}")
 
 
 def join_processes(backend):
@@ -217,7 +218,7 @@ def join_processes(backend):
         )
     except RuntimeError as error:  # DistError among them
         reason = errors.reason(error)
-        raise ValueError(
+        raise UserError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason}): {HOW_TO_LAUNCH}"
         ) from error

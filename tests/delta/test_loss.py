@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from test_proxy import sequences
+from test_central import sequences
 from transformers import AttentionInterface, TrainerCallback
 from transformers.integrations import sdpa_attention
 

@@ -162,19 +162,3 @@ def test_an_allocator_that_fails_otherwise_is_understood():
     assert is_out_of_memory(error) and utils.explain_fault(error).startswith("out of memory (")
     error = RuntimeError("CUDA driver error: operation not supported")
     assert "expandable_segments:False" in utils.explain_fault(error) and not is_out_of_memory(error)
-
-
-@pytest.mark.parametrize(
-    "path,is_ours",
-    (
-        ("gentraces.py", True),
-        ("ads/engine.py", True),
-        ("ads/decode/engine.py", True),
-        ("demo/pretrain.py", True),
-        (".venv/lib/python3.11/site-packages/torch/nn/functional.py", False),
-        ("tests/test_startup.py", False),
-    ),
-)
-def test_what_code_of_the_project_is(path, is_ours):
-    """What it raises is a line for the user; folders of the package are the project's too."""
-    assert utils.is_of_project(ROOT / path) == is_ours

@@ -18,7 +18,7 @@ import pytest
 from ads.data import answers, grading
 from ads.data.grading import extract_answer, grade, grade_forced, reference_answer
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 GSM_18 = "Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18"
 FAR = "x" * 2000
 
@@ -629,7 +629,7 @@ def test_numbers_need_no_sympy_and_sympy_makes_no_noise():
         "assert not grade(r'\\boxed{19}', '#### 18').correct; assert 'sympy' not in sys.modules; "
         "assert grade(r'\\boxed{9 + 9}', '#### 18').correct; assert 'sympy' in sys.modules"
     )
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

@@ -1,7 +1,7 @@
 """Dress rehearsal of the paper's set-up: real tokenizers, real row counts, real problems, tiny random
 weights.
 
-bash run_tests.sh -m slow tests/test_rehearsal.py
+bash run_tests.sh -m slow tests/scripts/test_rehearsal.py
 """
 
 import pytest

@@ -8,8 +8,8 @@ import torch
 from conftest import byte_tokenizer, run_script, save_folder, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_central import sequences
 from test_loss import config, flat_gradient
-from test_proxy import sequences
 
 import distill
 from ads import adapters, loading

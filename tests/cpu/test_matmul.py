@@ -6,7 +6,7 @@ import pytest
 import test_loss
 import torch
 from conftest import tiny_model
-from test_proxy import sequences
+from test_central import sequences
 
 from ads import loading, matmul
 from ads.delta import gradient

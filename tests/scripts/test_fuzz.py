@@ -1,6 +1,6 @@
 """Arbitrary input: never a traceback, never a hang, never a control token made of a problem's text.
 
-A few cases of each kind; `bash run_tests.sh tests/test_fuzz.py --hypothesis-profile=many` runs 2,500.
+A few cases of each kind; `bash run_tests.sh tests/scripts/test_fuzz.py --hypothesis-profile=many` runs 2,500.
 """
 
 import contextlib

@@ -5,8 +5,8 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
+from test_central import V, exact_delta, gradient_of, model_with_gradient, perturbed, sequences, tied_model
 from test_engine import decode, plain_models, prompts, requests
-from test_proxy import V, exact_delta, gradient_of, model_with_gradient, perturbed, sequences, tied_model
 
 from ads import sampling
 from ads.decode.engine import Models
