@@ -12,7 +12,6 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from pathlib import Path
 
 import families
 import pytest
@@ -21,13 +20,14 @@ import transformers
 from conftest import ROOT, byte_tokenizer, save_folder
 from families import VOCABULARY, WINDOW
 
+from ads.stage.errors import UserError
+
 DOCUMENT = ROOT / "docs" / "families.md"
 ALL = torch.ones(VOCABULARY, dtype=torch.bool)
 # Prompts below and beyond WINDOW, one that comes to it, and several lengths in one batch.
 LENGTHS = WINDOW - 5, 9, WINDOW + 20
 NUM_NEW = 10
 TOLERANCE = 1e-3
-OURS = ROOT, ROOT / "ads"
 
 HEAD = """# Families of language models
 
@@ -213,10 +213,9 @@ def verdict(column, folder):
     except Different as error:
         return f"DIFFERENT: {error}"
     except Exception as error:
-        raised_at = traceback.extract_tb(error.__traceback__)[-1]
-        is_ours = Path(raised_at.filename).parent in OURS and raised_at.line.startswith("raise")
-        if is_ours and isinstance(error, ValueError | FileNotFoundError):
+        if isinstance(error, UserError):
             return f"refused: {str(error).replace(folder, 'FOLDER')}"
+        raised_at = traceback.extract_tb(error.__traceback__)[-1]
         return f"TRACEBACK: {type(error).__name__}: {' '.join(str(error).split())[:300]} ({raised_at.name})"
     return "equal"
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-import utils
 from ads.data import arithmetic, grading
 from ads.data.problems import fingerprint_data, load_problems
+from ads.stage.fingerprint import fingerprint_file
 
 
 def computation(row):
@@ -88,4 +88,4 @@ def test_unknown_results_are_random_and_worked_on_with():
 
 @pytest.mark.parametrize("split", ("train", "test"))
 def test_data_fingerprint_is_that_of_the_generator(split):
-    assert fingerprint_data(f"arithmetic_{split}") == utils.store.fingerprint_file(arithmetic.__file__)
+    assert fingerprint_data(f"arithmetic_{split}") == fingerprint_file(arithmetic.__file__)

@@ -123,7 +123,7 @@ def sampled(make_models, num_new=12):
 @pytest.mark.parametrize("is_permuted", (False, True))
 def test_replay_is_what_was_thought_token_by_token(num_at_once, make_models, is_permuted, monkeypatch):
     """It took a step per token, on one process while the others waited: now a pass per REPLAYED_TOKENS."""
-    monkeypatch.setattr(replay, "REPLAYED_TOKENS", num_at_once)
+    monkeypatch.setattr("ads.decode.replay.REPLAYED_TOKENS", num_at_once)
     rows, responses = sampled(make_models)
     rule = dataclasses.replace(RULE, is_permuted=is_permuted)
     assert len({len(ids) for ids in responses}) > 2

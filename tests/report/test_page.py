@@ -10,7 +10,7 @@ from test_report import rows_of, write_both_arms, write_point, write_stage_1_and
 
 import report
 from ads.report import page, reader
-from ads.report.curves import Point
+from ads.report.curves import Point, make_curves
 from ads.stage import files
 from ads.stage.inputs import fingerprint_model
 
@@ -437,7 +437,7 @@ def test_embedded_json_cannot_end_its_element(text):
 
 def test_losses_and_traits_are_those_of_the_sidecars(demo):
     rows, _ = rows_of(demo.parents[1])
-    cells = page.setting_cells(report.tradeoff.make_curves([Point(row, {}) for row in rows]))
+    cells = page.setting_cells(make_curves([Point(row, {}) for row in rows]))
     by_knobs = {tuple(line[:3]): dict(zip(cells[0], line, strict=True)) for line in cells[1:]}
     assert len(by_knobs) == len(DEMO)
     row = next(row for row in rows if row["lam"] == 0.35)

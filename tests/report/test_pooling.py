@@ -4,6 +4,7 @@ import csv
 import math
 
 import pytest
+import yaml
 from conftest import ROOT
 from test_report import (
     PROXY,
@@ -27,8 +28,9 @@ from ads.report.curves import NO_SHARE, ONE_SEED, POOLED, by_setting, is_complet
 from ads.report.doubts import unpaired_lines, warning_lines
 from ads.report.points import collect_points, load_experiments, settings_of
 from ads.report.words import MARK, by_label, finding
-from ads.stage import files, sidecar
+from ads.stage import files
 from ads.stage.inputs import fingerprint_model
+from ads.stage.settings import TrainConfig
 
 LEVELS = (0.82,)
 
@@ -63,7 +65,7 @@ def edit(path, **stats):
         place[key] = value
         if value is None:
             del place[key]
-    files.write_text(path, sidecar.yaml.safe_dump(sidecar))
+    files.write_text(path, yaml.safe_dump(sidecar))
 
 
 # Students of other recipes
@@ -142,7 +144,7 @@ def test_every_key_of_the_training_settings_is_part_of_the_recipe_or_left_out_fo
     """A key that is added later is part of it, unless somebody says otherwise."""
     write_model(tmp_path, "b", "a")
     sidecar = files.read_yaml(tmp_path / "models" / "b.yaml")
-    left_out = sidecar["config"].keys() - settings_of(sidecar, report.TrainConfig).keys()
+    left_out = sidecar["config"].keys() - settings_of(sidecar, TrainConfig).keys()
     places = {"exp_dir", "model_name", "train_traces", "holdout_traces", "student", "tokenizer"}
     places |= {"report_to", "keep_checkpoints", "save_epochs", "do_eval", "eval_epochs", "seed"}
     assert left_out == places | {"per_device_batch_size", "gradient_checkpointing", "attn_implementation"}
@@ -251,7 +253,7 @@ def write_points_of(exp_dir, *made_from):
             path = exp_dir / "traces" / f"{stage}{i}.yaml"
             sidecar = files.read_yaml(path)
             sidecar["inputs"]["teacher"] = teacher
-            files.write_text(path, sidecar.yaml.safe_dump(sidecar))
+            files.write_text(path, yaml.safe_dump(sidecar))
 
 
 @pytest.mark.parametrize(
@@ -304,8 +306,8 @@ def test_what_was_made_from_something_that_has_changed_since_is_left_out_and_sai
     ):
         reader, writer = files.read_yaml(path), files.read_yaml(other)
         reader["inputs"][key], writer["outputs"] = "0123", {output: "4567"}
-        files.write_text(path, sidecar.yaml.safe_dump(reader))
-        files.write_text(other, sidecar.yaml.safe_dump(writer))
+        files.write_text(path, yaml.safe_dump(reader))
+        files.write_text(other, yaml.safe_dump(writer))
     rows, _ = rows_of(exp_dir)
     assert [is_complete(row) for row in rows] == [True, False, True, False]
     assert warnings_of(exp_dir) == [

@@ -20,8 +20,14 @@ def test_every_file_it_names_exists_and_every_script_is_named():
     suffixes = r"(?:py|sh|yaml|txt)"
     names = set(re.findall(rf"(?<![\w/.])((?:(?:ads|demo)/(?:\w+/)*)?\w+\.{suffixes})\b", README))
     assert len(names) > 20 and [name for name in names - {"NAME.yaml"} if not (ROOT / name).exists()] == []
-    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.yaml"), *ROOT.glob("ads/**/[a-z]*.py")]
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("*.yaml"), *ROOT.glob("ads/[a-z]*.py")]
     assert [path.name for path in paths if str(path.relative_to(ROOT)) not in names] == []
+    assert [path.name for path in ROOT.glob("ads/[a-z]*/") if f"ads/{path.name}/ " not in README] == []
+
+
+def test_the_map_names_every_module_and_no_other():
+    named = set(re.findall(r"`(ads/[\w/]+\.py)`", (ROOT / "docs" / "architecture.md").read_text()))
+    assert named == {str(path.relative_to(ROOT)) for path in ROOT.glob("ads/**/[a-z]*.py")}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -37,7 +43,7 @@ def test_every_setting_of_the_pipeline_is_known_to_it():
     named = set(re.findall(r"\b([A-Z]+(?:_[A-Z]+)*)=", README)) | set(
         re.findall(r"`([A-Z]+(?:_[A-Z]+)*)`", README)
     )
-    assert '"ADS_NATIVE"' in (ROOT / "ads" / "config.py").read_text()
+    assert '"ADS_NATIVE"' in (ROOT / "ads" / "stage" / "config.py").read_text()
     named -= {"POINT", "NAME", "ADS", "ADS_NATIVE", "SKIP_SETUP", "HF_HUB_OFFLINE"}
     assert len(named) > 12
     assert [name for name in named if f"${{{name}:-" not in pipeline] == []

@@ -81,10 +81,10 @@ def test_the_commit_that_is_recorded_is_the_one_that_is_loaded(hub_home):
     """main may move between the two, as another process downloads."""
     add_model(hub_home, OLD, 1)
     assert fingerprint_model(NAME).endswith(OLD)
-    folder = hub_home.find_folder(NAME, "model")
+    folder = hub.find_folder(NAME, "model")
     repository = hub_home / "hub" / "models--owner--tiny"
     (repository / "refs" / "main").write_text(NEW)
-    assert hub_home.locate(NAME, "model") == (NAME, OLD) and hub_home.find_folder(NAME, "model") == folder
+    assert hub.locate(NAME, "model") == (NAME, OLD) and hub.find_folder(NAME, "model") == folder
 
 
 def test_without_a_network_a_commit_is_taken_that_is_there_with_its_weights(hub_home, capfd):
@@ -212,8 +212,8 @@ def test_a_gated_student_is_refused_before_the_first_stage(
     """It once showed after hours, as the stages that read the student were taken to wait for another. What
     tells of it may be in the cache, by someone who has access, without the weights."""
     if is_config_cached:
-        hub_home.find_snapshot(NAME, NEW, "model")
-        hub_home.find_snapshot(NAME, NEW, "tokenizer")
+        hub.find_snapshot(NAME, NEW, "model")
+        hub.find_snapshot(NAME, NEW, "tokenizer")
     online.is_gated = True
     models = dict(model_folders, student=NAME)
     settings = {"HF_HUB_OFFLINE": "0", "GRID_ARGS": "--points 0.6,0,0"}
@@ -245,28 +245,28 @@ def test_a_model_that_nothing_makes_is_not_waited_for(
 
 def test_what_has_moved_since_is_said(hub_home, online, tmp_path, capsys):
     files.write_text(tmp_path / "hub.yaml", f"{NAME}: {OLD}")
-    hub_home.print_moved(tmp_path)
+    hub.print_moved(tmp_path)
     assert (
         f"{NAME} has moved on the hub from {OLD} to {NEW}: this experiment stays" in capsys.readouterr().out
     )
     online.commit = OLD
-    hub_home.print_moved(tmp_path)
+    hub.print_moved(tmp_path)
     online.shutdown()
     online.server_close()
-    hub_home.print_moved(tmp_path)
+    hub.print_moved(tmp_path)
     assert capsys.readouterr().out == ""
 
 
 def test_two_stages_that_begin_as_main_moves_do_not_take_two_commits(hub_home, tmp_path):
-    hub_home.COMMITS[NAME] = OLD
-    hub_home.record_commits(tmp_path)
-    hub_home.COMMITS |= {NAME: NEW, "owner/other": NEW}
+    hub.COMMITS[NAME] = OLD
+    hub.record_commits(tmp_path)
+    hub.COMMITS |= {NAME: NEW, "owner/other": NEW}
     with pytest.raises(
         ValueError, match=f"hub.yaml has just been written by another .*{NAME} was '{OLD}'.*run again"
     ):
-        hub_home.record_commits(tmp_path)
-    hub_home.read_commits(tmp_path)
-    assert hub_home.COMMITS == {NAME: OLD}
+        hub.record_commits(tmp_path)
+    hub.read_commits(tmp_path)
+    assert hub.COMMITS == {NAME: OLD}
 
 
 def traces(exp_dir, *more):

@@ -102,7 +102,7 @@ def test_work_of_other_code_is_not_mixed_and_said(tmp_path, monkeypatch):
             assert ("made by other code: commit" in made_by_other_code(tmp_path / "t.yaml")) == is_stage
             with pytest.raises(ValueError, match="code was") if is_stage else contextlib.nullcontext():
                 open_parts(tmp_path / "parts", {}, {})
-    monkeypatch.setattr(fingerprint, "versions", lambda: {"torch": "1.0"})
+    monkeypatch.setattr("ads.stage.sidecar.versions", lambda: {"torch": "1.0"})
     with pytest.raises(ValueError, match="torch was .*, now '1.0'"):
         open_parts(tmp_path / "parts", {}, {})
 
