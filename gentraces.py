@@ -326,10 +326,11 @@ def force_ids(request, response_ids, tokenizer, eos, opening):
 
 def sampling_rule(cfg):
     """The distribution that traces are drawn from."""
-    from ads.sampling import Sampling
+    from ads import sampling
+    from ads.defences import scores
 
-    is_permuted = cfg.has_delta and cfg.direction == "permuted"
-    return Sampling(cfg.tau, cfg.lam if cfg.has_delta else 0.0, cfg.top_k, cfg.top_p, is_permuted)
+    score = scores.permuted if cfg.direction == "permuted" else sampling.delta
+    return sampling.Sampling(cfg.tau, cfg.lam if cfg.has_delta else 0.0, cfg.top_k, cfg.top_p, score)
 
 
 def decode_to_parts(cfg, models, forcing, requests, to_row, world, batch_size):

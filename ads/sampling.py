@@ -1,15 +1,21 @@
-"""The antidistillation sampling distribution and how a token is drawn from it.
+"""The sampling distribution of a defended teacher, and how a token is drawn from it.
 
-    p(x) is proportional to exp(log p_T(x) / tau + lam * Delta(x))          paper eq. 11, Algorithm 1
+    q(x) is proportional to exp(log p_T(x) / tau + lam_t s(x))          paper eq. 11, Algorithm 1
+
+The score s of antidistillation sampling is Delta (delta/exact.py); those of other defences are in defences/.
+lam_t is lam, or the largest up to lam that a cap allows (defences/caps.py).
 
 Shapes: B rows, V vocabulary (token ids of the tokenizer). Scores and probabilities are float32, the CDF
 float64.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
+
+from ads.defences import caps
 
 GOLDEN = 0x9E3779B97F4A7C15  # constants of the SplitMix64 generator (Steele et al., OOPSLA 2014)
 MIX_1 = 0xBF58476D1CE4E5B9
@@ -18,17 +24,39 @@ NUM_RANKED = 1024  # top_p without top_k is looked for among this many scores fi
 
 
 @dataclass(frozen=True)
+class Step:
+    """What the score of B rows is made of: log p_T (B, V) at temperature 1, what the defence's proxy gives
+    (B, V), the rows' keys and steps (see `sample`), and the settings."""
+
+    log_p_BV: torch.Tensor
+    proxy_BV: torch.Tensor
+    keys_B: torch.Tensor
+    steps_B: torch.Tensor
+    settings: "Sampling"
+
+
+def delta(step):
+    """The score of antidistillation sampling: Delta as it is."""
+    return step.proxy_BV
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn: tau = 0 is greedy, top_k = 0 and top_p = 1 are off, lam = 0 needs no proxy.
 
-    is_permuted: the paper's baseline (App. A), Delta permuted and sign-flipped at random at every step.
+    score: s (B, V), finite, of a Step. shared_V: ids that mean the same to the proxy, None where all do.
+    max_kl (nats), keep_top1: caps.
     """
 
     tau: float
     lam: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    is_permuted: bool = False
+    score: Callable = delta
+    max_kl: float | None = None
+    keep_top1: bool = False
+    plausibility: float = 0.1  # of the contrastive score
+    shared_V: torch.Tensor | None = field(default=None, compare=False)
 
 
 GREEDY = Sampling(tau=0.0)
@@ -40,33 +68,55 @@ def log_probs(logits_BR, allowed_V):
     return torch.log_softmax(logits_BV.masked_fill_(~allowed_V, -torch.inf), dim=-1)
 
 
-def sample(log_probs_BV, delta_BV, sampling, keys_B, steps_B):
+def sample(log_probs_BV, proxy_BV, sampling, keys_B, steps_B):
     """Draw one token id per row, (B,) int64.
 
-    delta_BV is None where lam = 0. keys_B and steps_B are int64: a row's key (see `row_key`) and how many
-    tokens it has sampled so far. At tau = 0: argmax of log p_T + lam * Delta.
+    proxy_BV: what the defence's proxy gives, Delta or log-probabilities; None where lam = 0. keys_B and
+    steps_B are int64: a row's key (see `row_key`) and how many tokens it has sampled so far. At tau = 0:
+    argmax of log p_T + lam_t s.
     """
-    if delta_BV is not None and sampling.is_permuted:
-        delta_BV = permute(delta_BV, keys_B, steps_B)
-    scores_BV = scores(log_probs_BV, delta_BV, sampling)
+    return pick(adjust(log_probs_BV, proxy_BV, sampling, keys_B, steps_B).log_q_BV, sampling, keys_B, steps_B)
+
+
+def pick(log_q_BV, sampling, keys_B, steps_B):
+    """A token id per row, (B,), of log q up to a constant per row."""
     if sampling.tau == 0:
-        return scores_BV.argmax(-1)
-    scores_BV = truncate(scores_BV, sampling.top_k, sampling.top_p)
-    return draw(scores_BV, uniforms(keys_B, steps_B))
+        return log_q_BV.argmax(-1)
+    log_q_BV = truncate(log_q_BV, sampling.top_k, sampling.top_p)
+    return draw(log_q_BV, uniforms(keys_B, steps_B))
 
 
-def scores(log_probs_BV, delta_BV, sampling):
-    """log p_T / tau + lam * Delta, the logarithm of eq. 11 up to a constant per row (tau = 0: tau = 1)."""
-    scores_BV = log_probs_BV if sampling.tau == 0 else log_probs_BV / sampling.tau
-    return scores_BV if delta_BV is None else scores_BV.add(delta_BV, alpha=sampling.lam)
+@dataclass(frozen=True)
+class Adjusted:
+    """Eq. 11 of B rows before truncation: log q (B, V) up to a constant per row, the score (B, V), lam_t (B,)
+    and KL(q || p) (B,) in nats; the last three are None without a defence."""
+
+    log_q_BV: torch.Tensor
+    score_BV: torch.Tensor | None = None
+    lam_B: torch.Tensor | None = None
+    kl_B: torch.Tensor | None = None
 
 
-def permute(delta_BV, keys_B, steps_B):
-    """Each row of Delta in a random order with random signs, by the row's key and step alone."""
-    ids_V = torch.arange(delta_BV.shape[-1], device=delta_BV.device)
-    bits_BV = random_bits(random_bits(keys_B, steps_B)[:, None], ids_V)
-    signs_BV = 1 - 2 * (bits_BV & 1)  # the order hangs on the high bits
-    return delta_BV.gather(-1, bits_BV.argsort(-1)) * signs_BV
+def adjust(log_probs_BV, proxy_BV, sampling, keys_B, steps_B):
+    """log p_T / tau + lam_t s (tau = 0: tau = 1), with its price. See `sample` for the arguments."""
+    log_p_BV = log_probs_BV if sampling.tau in (0, 1) else log_probs_BV / sampling.tau
+    if proxy_BV is None:
+        return Adjusted(log_p_BV)
+    score_BV = sampling.score(Step(log_probs_BV, proxy_BV, keys_B, steps_B, sampling))
+    if sampling.max_kl is None and not sampling.keep_top1:
+        lam_B = log_p_BV.new_full((len(log_p_BV),), sampling.lam)
+        log_q_BV = log_p_BV.add(score_BV, alpha=sampling.lam)
+        kl_B = caps.kl_of(log_q_BV, score_BV, lam_B)[0]
+        if sampling.tau not in (0, 1):  # log p is not normalised
+            kl_B = kl_B + caps.log_normaliser(log_p_BV)
+        return Adjusted(log_q_BV, score_BV, lam_B, kl_B.clamp_(min=0.0))
+    if sampling.tau not in (0, 1):
+        log_p_BV = torch.log_softmax(log_p_BV, -1)
+    limits = sampling.max_kl, sampling.keep_top1, may_ask(log_p_BV.device)
+    lam_B = caps.capped(log_p_BV, score_BV, sampling.lam, *limits)
+    log_q_BV = caps.tilted(log_p_BV, score_BV, lam_B)
+    kl_B = caps.kl_of(log_q_BV, score_BV, lam_B)[0].clamp_(min=0.0)
+    return Adjusted(log_q_BV, score_BV, lam_B, kl_B)
 
 
 def truncate(scores_BV, top_k, top_p):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ads import sampling
-from ads.sampling import Sampling
+from ads.defences.scores import permuted
+from ads.sampling import Sampling, Step
 
 V = 40
 
@@ -137,9 +138,13 @@ def test_rounding_noise_moves_no_draw_far():
     assert same.all()
 
 
+def permute(delta_BV, keys_B, steps_B):
+    return permuted(Step(None, delta_BV, keys_B, steps_B, None))
+
+
 def test_permuted_delta_is_a_permutation_with_random_signs():
     delta_BV, steps_B = scores(200), torch.arange(200)
-    found_BV = sampling.permute(delta_BV, keys(200), steps_B)
+    found_BV = permute(delta_BV, keys(200), steps_B)
     assert torch.equal(found_BV.abs().sort(-1).values, delta_BV.abs().sort(-1).values)
     assert abs((found_BV > 0).float().mean().item() - 0.5) < 0.02
     correlation = torch.corrcoef(torch.stack([found_BV.flatten(), delta_BV.flatten()]))[0, 1]
@@ -149,18 +154,18 @@ def test_permuted_delta_is_a_permutation_with_random_signs():
 
 def test_permutation_hangs_on_problem_and_step_alone():
     delta_1V = scores(1)
-    one = sampling.permute(delta_1V, keys(3)[1:2], torch.tensor([4]))
-    among = sampling.permute(delta_1V.expand(3, -1), keys(3), torch.tensor([9, 4, 4]))
+    one = permute(delta_1V, keys(3)[1:2], torch.tensor([4]))
+    among = permute(delta_1V.expand(3, -1), keys(3), torch.tensor([9, 4, 4]))
     assert torch.equal(one[0], among[1])
     assert not torch.equal(among[1], among[2])  # another problem
-    assert not torch.equal(one, sampling.permute(delta_1V, keys(3)[1:2], torch.tensor([5])))
+    assert not torch.equal(one, permute(delta_1V, keys(3)[1:2], torch.tensor([5])))
 
 
 def test_permuted_rule_draws_from_the_permuted_delta():
     log_probs_BV, delta_BV = scores(500).log_softmax(-1), scores(500, seed=1)
     key_B, steps_B = keys(500), torch.zeros(500, dtype=torch.int64)
-    found = sampling.sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5, is_permuted=True), key_B, steps_B)
-    permuted_BV = sampling.permute(delta_BV, key_B, steps_B)
+    found = sampling.sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5, score=permuted), key_B, steps_B)
+    permuted_BV = permute(delta_BV, key_B, steps_B)
     wanted = sampling.sample(log_probs_BV, permuted_BV, Sampling(0.8, 0.5), key_B, steps_B)
     plain = sampling.sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5), key_B, steps_B)
     assert torch.equal(found, wanted) and not torch.equal(found, plain)

@@ -52,13 +52,15 @@ class Forcing:
 @dataclass(frozen=True)
 class Completion:
     """What was sampled: ids (the ending eos included), whether an eos ended it, and the sum over ids of
-    log p_T (nats) under the unadjusted teacher at temperature 1; with Forcing, the ids given after it and the
-    greedy ones after those."""
+    log p_T (nats) under the unadjusted teacher at temperature 1; with a defence its price, the sums over ids
+    of KL(q || p) (nats), of lam_t and of where lam_t is below lam; with Forcing, the ids given after it and
+    the greedy ones after those."""
 
     id: str
     ids: list[int]
     finished: bool
     log_prob: float
+    price: tuple[float, float, int] | None = None
     given_ids: list[int] | None = None
     forced_ids: list[int] | None = None
 
@@ -80,8 +82,16 @@ class Row:
     since: float
     ids: list[int] = field(default_factory=list)
     log_prob: float = 0.0
+    kl: float = 0.0
+    lam: float = 0.0
+    num_capped: int = 0
     response: Completion | None = None
     num_given: int = 0
+
+    def add_price(self, lam, lam_t=0.0, kl=0.0):
+        """Of a step: lam_t and KL(q || p)."""
+        self.lam, self.kl = self.lam + lam_t, self.kl + kl
+        self.num_capped += abs(lam_t) < (1 - 1e-6) * abs(lam)
 
 
 @dataclass(frozen=True)
@@ -270,7 +280,8 @@ class Decoder:
         """
         last_N, keys_N, steps_N, _, num_given_N, pace_N = state_6N
         log_probs_NV = sampling.log_probs(logits_NR, self.models.allowed_V)
-        tokens_N = sampling.sample(log_probs_NV, delta_NV, self.rule, keys_N, steps_N)
+        adjusted = sampling.adjust(log_probs_NV, delta_NV, self.rule, keys_N, steps_N)
+        tokens_N = sampling.pick(adjusted.log_q_BV, self.rule, keys_N, steps_N)
         if self.models.corruption:
             tokens_N = self.corrupt(tokens_N, rows)
         if given_NM is not None:
@@ -280,8 +291,10 @@ class Decoder:
         last_N.copy_(tokens_N)
         state_6N[2:4].add_(pace_N)
         chosen_N = log_probs_NV.gather(1, tokens_N[:, None]).squeeze(1)
-        sums_N = torch.zeros_like(chosen_N) if delta_NV is None else delta_NV.sum(-1)
-        return torch.stack([tokens_N.float(), self.is_eos_V[tokens_N].float(), chosen_N, sums_N])
+        record = [tokens_N.float(), self.is_eos_V[tokens_N].float(), chosen_N]
+        if delta_NV is not None:
+            record += [adjusted.score_BV.sum(-1), adjusted.lam_B, adjusted.kl_B]
+        return torch.stack(record)
 
     def look_at(self, record_4N, rows):
         """Take in what was sampled for the rows, or what was before that; yield the rows that ended."""
@@ -292,12 +305,13 @@ class Decoder:
 
     def take_in(self, pending):
         ended, bad = [], None
-        for row, token, is_end, log_prob, delta in zip(pending.rows, *pending.read(), strict=True):
+        for row, (token, is_end, log_prob, *defence) in zip(pending.rows, pending.read(), strict=True):
             if row is None or pending.number < row.since:
                 continue
             row.ids.append(int(token))
             row.log_prob += log_prob
-            if math.isnan(log_prob) or not math.isfinite(delta):
+            row.add_price(self.rule.lam, *defence[1:])
+            if math.isnan(log_prob) or not all(map(math.isfinite, defence)):
                 bad = row, math.isnan(log_prob)
             elif (is_end and len(row.ids) > row.num_given) or len(row.ids) == row.limit:
                 ended.append((row, bool(is_end)))
@@ -319,7 +333,8 @@ class Decoder:
     def end(self, row, finished):
         """Yield the row's Completion, unless its response has only now ended and a forced part follows."""
         if row.response is None:
-            row.response = Completion(row.request.id, list(row.ids), finished, row.log_prob)
+            price = (row.kl, row.lam, row.num_capped) if self.models.proxy else None
+            row.response = Completion(row.request.id, list(row.ids), finished, row.log_prob, price)
             if self.forcing:
                 self.force(row)
                 return
@@ -384,7 +399,7 @@ class Pending:
     def read(self):
         if self.copied is not None:
             self.copied.synchronize()
-        return self.record_4N.tolist()
+        return self.record_4N.T.tolist()
 
 
 def static_counts(num_slots):

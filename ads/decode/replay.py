@@ -30,10 +30,10 @@ def judge(models, rule, seed, request, ids, first, logits_TR, delta_TV):
     """(clean probability, adjusted probability, Delta) of each of a row's tokens `first`, ..., (T, 3)."""
     log_probs_TV = sampling.log_probs(logits_TR, models.allowed_V)
     tokens_T = torch.tensor(ids, device=log_probs_TV.device)
-    if rule.is_permuted:
-        keys_T = torch.full_like(tokens_T, sampling.row_key(seed, request.id))
-        delta_TV = sampling.permute(delta_TV, keys_T, first + torch.arange(len(ids), device=keys_T.device))
-    clean_TV = sampling.scores(log_probs_TV, None, rule).softmax(-1)
-    adjusted_TV = sampling.scores(log_probs_TV, delta_TV, rule).softmax(-1)
+    keys_T = torch.full_like(tokens_T, sampling.row_key(seed, request.id))
+    steps_T = first + torch.arange(len(ids), device=keys_T.device)
+    clean = sampling.adjust(log_probs_TV, None, rule, keys_T, steps_T)
+    adjusted = sampling.adjust(log_probs_TV, delta_TV, rule, keys_T, steps_T)
     index_T1 = tokens_T[:, None]
-    return torch.cat([values.gather(1, index_T1) for values in (clean_TV, adjusted_TV, delta_TV)], dim=1)
+    found = clean.log_q_BV.softmax(-1), adjusted.log_q_BV.softmax(-1), adjusted.score_BV
+    return torch.cat([values.gather(1, index_T1) for values in found], dim=1)

@@ -44,7 +44,7 @@ def tilted(log_p_BV, score_BV, lam_B):
 
 def kl(log_p_BV, score_BV, lam_B):
     """KL(q || p) (B,) in nats."""
-    return kl_of(tilted(log_p_BV, score_BV, lam_B), score_BV, lam_B)[0]
+    return kl_of(tilted(log_p_BV, score_BV, lam_B), score_BV, lam_B)[0].clamp_(min=0.0)
 
 
 def kl_of(tilted_BV, score_BV, lam_B):
@@ -57,7 +57,14 @@ def kl_of(tilted_BV, score_BV, lam_B):
     likeliest_B1 = q_BV.argmax(-1, keepdim=True)
     log_z_B1 = tilted_BV.gather(-1, likeliest_B1) - q_BV.gather(-1, likeliest_B1).log()
     mean_B1 = torch.bmm(q_BV[:, None], score_BV[:, :, None]).squeeze(-1)
-    return (lam_B * mean_B1.squeeze(-1) - log_z_B1.squeeze(-1)).clamp(min=0.0), q_BV
+    return lam_B * mean_B1.squeeze(-1) - log_z_B1.squeeze(-1), q_BV
+
+
+def log_normaliser(log_p_BV):
+    """The log of the sum of exp(log p) (B,): what two log-probabilities of one token differ by."""
+    first_B1 = log_p_BV.argmax(-1, keepdim=True)
+    normed_BV = torch.log_softmax(log_p_BV, -1)
+    return (log_p_BV.gather(-1, first_B1) - normed_BV.gather(-1, first_B1)).squeeze(-1)
 
 
 def top1_bound(log_p_BV, score_BV, lam_B):

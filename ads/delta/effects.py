@@ -41,7 +41,7 @@ def contrasts(models, rule, seed, tokenizer, rows, grade, num_slots):
     clean probability, probability with Delta, Delta (nats per unit of g)].
     """
     plain = Models(models.teacher, None, models.allowed_V, models.eos)
-    clean_rule = dataclasses.replace(rule, lam=0.0, is_permuted=False)
+    clean_rule = dataclasses.replace(rule, lam=0.0)
     requests = [Request(row["id"], row["prompt_ids"], row["max_new_tokens"]) for row in rows]
     completions = {c.id: c for c in generate(plain, clean_rule, seed, requests, num_slots)}
     clean = [(completions[row["id"]].ids, completions[row["id"]].finished) for row in rows]

@@ -8,7 +8,7 @@ from ads.decode.cached_model import CachedModel
 
 
 class PlainProxy:
-    """One proxy in lockstep with the teacher's slots: log p_P, -inf at ids that the teacher does not share."""
+    """One proxy in lockstep with the teacher's slots: log p_P, -inf at ids that are not shared."""
 
     def __init__(self, model, shared_V):
         self.proxy = CachedModel(model)

@@ -20,6 +20,7 @@ from test_engine import (
 from ads.decode import engine, graph
 from ads.decode.cached_model import CachedModel
 from ads.decode.engine import Forcing, Models, Request, generate, static_counts
+from ads.defences.scores import permuted
 from ads.delta.exact import ExactDerivative
 from ads.sampling import GREEDY, Sampling
 
@@ -49,7 +50,7 @@ WAYS = {
     "central": (ads_models, Sampling(0.8, 0.3, 0, 0.9)),
     "exact": (exact_models, Sampling(0.8, 0.3, 30)),
     "exact greedy": (exact_models, Sampling(0.0, 0.5)),
-    "permuted": (exact_models, Sampling(0.8, 0.3, is_permuted=True)),
+    "permuted": (exact_models, Sampling(0.8, 0.3, score=permuted)),
     "by the library": (functools.partial(exact_models, "gemma3_text"), Sampling(0.8, 0.3)),
 }
 

@@ -12,6 +12,7 @@ from ads.cpu import native
 from ads.decode.cached_model import CachedModel
 from ads.decode.llama_step import Place, attend_dual, dual_gate, rotations
 from ads.decode.products import Norm, Stream, make_product
+from ads.defences.scores import contrastive, permuted, poe
 from ads.delta import gradient
 from ads.dual.factors import Factors, dense
 from ads.dual.model import DualCache, DualModel
@@ -237,7 +238,8 @@ def test_masks_are_not_copied(is_dual):
     "rule",
     (
         Sampling(0.0, 0.5), Sampling(0.6, 0.5, 5, 0.9), Sampling(0.6, 0.5, 0, 0.9),
-        Sampling(0.6, 0.5, 5), Sampling(1.0), Sampling(0.6, 0.5, 5, 0.9, True),
+        Sampling(0.6, 0.5, 5), Sampling(1.0), Sampling(0.6, 0.5, 5, 0.9, permuted),
+        Sampling(0.6, 0.5, 5, 0.9, poe, max_kl=0.05, keep_top1=True), Sampling(0.8, 2.0, score=contrastive),
     ),
 )  # fmt: skip
 def test_sampling_asks_a_gpu_nothing(rule, monkeypatch):

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from ads.defences import scores
-from ads.sampling import Sampling
+from ads.sampling import Sampling, Step
 
 V = 300
+
+
+def step(log_p, log_proxy, **settings):
+    return Step(log_p, log_proxy, None, None, Sampling(1.0, 0.5, **settings))
 
 
 def pair(num=40, seed=0):
@@ -25,7 +29,7 @@ def test_poe_is_a_mean_of_logits(gamma):
     for t in (0.6, 1.0):
         wanted = torch.softmax(((1 - gamma) * z_T + gamma * z_P) / t, -1)
         log_p, log_proxy = torch.log_softmax(z_T, -1), torch.log_softmax(z_P, -1)
-        score = scores.poe(log_p, log_proxy, None)
+        score = scores.poe(step(log_p, log_proxy))
         found = torch.softmax(log_p / (t / (1 - gamma)) + gamma / t * score, -1)
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
@@ -33,12 +37,12 @@ def test_poe_is_a_mean_of_logits(gamma):
 def test_gated_poe_is_poe_times_the_proxy_s_entropy():
     log_p, log_proxy = (torch.log_softmax(z, -1) for z in pair())
     entropy = torch.distributions.Categorical(logits=log_proxy).entropy()
-    torch.testing.assert_close(scores.gated_poe(log_p, log_proxy, None), entropy[:, None] * log_proxy)
+    torch.testing.assert_close(scores.gated_poe(step(log_p, log_proxy)), entropy[:, None] * log_proxy)
 
 
 def test_contrastive_never_leaves_its_plausible_set():
     log_p, log_proxy = (torch.log_softmax(z, -1) for z in pair(2000))
-    score = scores.contrastive(log_p, log_proxy, Sampling(1.0, 0.5, plausibility=0.1))
+    score = scores.contrastive(step(log_p, log_proxy, plausibility=0.1))
     is_plausible = log_p >= log_p.amax(-1, keepdim=True) + math.log(0.1)
     assert torch.equal(score[is_plausible], -log_proxy[is_plausible])
     for lam in (1e-3, 0.5, 8.0):
@@ -52,8 +56,8 @@ def test_an_id_that_the_proxy_does_not_know_keeps_about_its_probability(score):
     """The teacher's end of turn may be one: at -inf no trace would ever end, at 0 each would at once."""
     log_p, log_proxy = (torch.log_softmax(z, -1) for z in pair(500))
     log_proxy[:, 7] = -torch.inf
-    found = score(log_p, log_proxy, None)
     others = torch.arange(V) != 7
+    found = score(step(log_p, log_proxy, shared_V=others))
     mean = (log_p.exp() * found)[:, others].sum(-1) / log_p.exp()[:, others].sum(-1)
     torch.testing.assert_close(found[:, 7], mean)
     small = torch.softmax(log_p + 1e-3 * found, -1)[:, 7] / log_p[:, 7].exp()

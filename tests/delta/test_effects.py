@@ -13,10 +13,11 @@ from ads import chat, sampling
 from ads.decode.cached_model import CachedModel
 from ads.decode.engine import Models
 from ads.decode.replay import replay
+from ads.defences.scores import permuted
 from ads.delta import effects, gradient
 from ads.delta.exact import ExactDerivative
 from ads.dual.factors import random_tensor
-from ads.sampling import Sampling
+from ads.sampling import Sampling, Step
 from ads.stage.world import World
 
 pytestmark = pytest.mark.compiled
@@ -104,9 +105,9 @@ def judge_plainly(models, rule, row, ids):
             logits, delta = models.teacher.step(*last), models.proxy.step(*last)
         log_probs = torch.log_softmax(logits.float(), -1)
         given = delta
-        if rule.is_permuted:
+        if rule.score is permuted:
             key = torch.tensor([sampling.row_key(1, row.id)])
-            given = sampling.permute(delta, key, torch.tensor([step]))
+            given = permuted(Step(log_probs, delta, key, torch.tensor([step]), rule))
         scores = log_probs / rule.tau, log_probs / rule.tau + rule.lam * given
         judged.append([*(s.softmax(-1)[0, token].item() for s in scores), given[0, token].item()])
     return torch.tensor(judged)
@@ -120,12 +121,12 @@ def sampled(make_models, num_new=12):
 
 @pytest.mark.parametrize("num_at_once", (5, 256))
 @pytest.mark.parametrize("make_models", (exact_models, functools.partial(ads_models, 1e-2)))
-@pytest.mark.parametrize("is_permuted", (False, True))
-def test_replay_is_what_was_thought_token_by_token(num_at_once, make_models, is_permuted, monkeypatch):
+@pytest.mark.parametrize("score", (sampling.delta, permuted))
+def test_replay_is_what_was_thought_token_by_token(num_at_once, make_models, score, monkeypatch):
     """It took a step per token, on one process while the others waited: now a pass per REPLAYED_TOKENS."""
     monkeypatch.setattr("ads.decode.replay.REPLAYED_TOKENS", num_at_once)
     rows, responses = sampled(make_models)
-    rule = dataclasses.replace(RULE, is_permuted=is_permuted)
+    rule = dataclasses.replace(RULE, score=score)
     assert len({len(ids) for ids in responses}) > 2
     models, passes = make_models(), []
     models.teacher.model.register_forward_hook(lambda *_: passes.append(1))
