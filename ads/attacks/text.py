@@ -31,7 +31,8 @@ def repair(text):
         if CHAIN.search(text[: match.start()]):
             continue
         first, gap, sign, space, second, equals, stated = match.groups()
-        left, right = renamed.get(first, first), renamed.get(second, second)
+        # one of the two numbers is an earlier result, if any: the first, more often
+        left, right = renamed.get(first, first), second if first in renamed else renamed.get(second, second)
         value = compute(left, sign, right)
         if value is None:
             continue
