@@ -9,8 +9,9 @@ cut open counts as no box. When two answers are the same is said in ads/answers.
 import re
 from dataclasses import dataclass
 
-from ads.data import answers
-from ads.data.answers import _WHOLE, normalize
+from ads.data import answers, expressions
+from ads.data.notation import normalize
+from ads.data.quantities import WHOLE
 from ads.stage.errors import UserError
 
 _BOX = r"\\\\?(?:boxed|fbox)\s*"
@@ -19,7 +20,7 @@ _BRACES = re.compile(
     re.DOTALL,
 )
 _NUMBER_IN_TEXT = re.compile(
-    rf"(?:(?<![\w)}}\]])[-\u2212])?\$?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{_WHOLE}(?:\.\d+|/\d+)?|\.\d+)"
+    rf"(?:(?<![\w)}}\]])[-\u2212])?\$?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{WHOLE}(?:\.\d+|/\d+)?|\.\d+)"
 )
 _RESULT = re.compile(rf"=\s*({_NUMBER_IN_TEXT.pattern})")
 _STATED = re.compile(r"(?i)<answer>(.+?)</answer>|\banswer\s*(?:is\b|=|:)[\s:=]*(.+?)[.!]?\s*$")
@@ -197,7 +198,7 @@ def _grade_answer(answer: str | None, reference: str) -> Grade:
         return Grade(letter == choice_letter(reference), letter or answer, False)
     try:
         return Grade(answers.same_answer(answer, reference), answer, False)
-    except answers.OutOfTime:
+    except expressions.OutOfTime:
         return Grade(False, answer, True)
 
 
