@@ -1,7 +1,7 @@
 r"""Whether two final answers are the same, part by part.
 
-Both are normalized (notation.py); lists, sets, points, intervals and matrices are compared element by element;
-what is left as numbers (exactly), clock times, numerals in a base or words (quantities.py). Only single
+Both are normalized (notation.py); lists, sets and matrices are compared element by element; what is left as
+numbers (exactly), clock times, numerals in a base or words (quantities.py). Only single
 expressions that none of these decides go to math-verify (expressions.py).
 """
 
@@ -59,17 +59,12 @@ def same_parts(given: str, wanted: str) -> bool:
         return same_single(ours[0], theirs[0]) if len(ours) == 1 else same_list(ours, theirs)
     if _RELATION.search(given) or _RELATION.search(wanted):
         return same_expression(given, wanted)
-    if r"\{" not in (given[:2], wanted[:2]):  # a point without its parentheses
-        ours, theirs = point(given) or ours, point(wanted) or theirs
-    return len(ours) == len(theirs) and all(map(same_parts, ours, theirs))
+    return False
 
 
 def without_assignment(given: str, wanted: str) -> tuple[str, str]:
-    r"""Drop 'x =' or 'x \in' where only one answer has it, or both the same."""
+    r"""Drop 'x =' or 'x \in' where only one answer has it."""
     ours, theirs = _ASSIGNMENT.match(given), _ASSIGNMENT.match(wanted)
-    if ours and theirs:
-        is_same = key(ours[1]) == key(theirs[1])
-        return (given[ours.end() :], wanted[theirs.end() :]) if is_same else (given, wanted)
     if ours and not _RELATION.search(wanted):
         return given[ours.end() :], wanted
     if theirs and not _RELATION.search(given):
@@ -89,20 +84,13 @@ def same_list(ours: list[str], theirs: list[str]) -> bool:
 
 
 def same_single(given: str, wanted: str) -> bool:
-    """Compare two answers that are no lists: matrices and points by their parts, unions in any order."""
+    """Compare two answers that are no lists; matrices by their elements."""
     matrices = _MATRIX.fullmatch(given), _MATRIX.fullmatch(wanted)
-    if matrices[0] and matrices[1]:
-        rows = [
-            [row.split("&") for row in found[1].rstrip("\\ ").split(r"\\")] for found in matrices if found
-        ]
-        is_same = [len(row) for row in rows[0]] == [len(row) for row in rows[1]]
-        return is_same and all(map(same_parts, sum(rows[0], []), sum(rows[1], [])))
-    ours, theirs = point(given), point(wanted)
-    if ours and theirs:
-        is_same = (given[0], given[-1], len(ours)) == (wanted[0], wanted[-1], len(theirs))
-        return is_same and all(map(same_parts, ours, theirs))
-    ours, theirs = split(given, (r"\cup",)), split(wanted, (r"\cup",))
-    return (len(ours) == len(theirs) > 1 and same_list(ours, theirs)) or same_scalar(given, wanted)
+    if not matrices[0] or not matrices[1]:
+        return same_scalar(given, wanted)
+    rows = [[row.split("&") for row in found[1].rstrip("\\ ").split(r"\\")] for found in matrices if found]
+    is_same = [len(row) for row in rows[0]] == [len(row) for row in rows[1]]
+    return is_same and all(map(same_parts, sum(rows[0], []), sum(rows[1], [])))
 
 
 def same_scalar(given: str, wanted: str) -> bool:
@@ -166,24 +154,9 @@ def inside(text: str, opening: str, closing: str) -> str | None:
 def elements(text: str, tokens: re.Pattern[str]) -> list[str]:
     r"""Return the parts of a list or set, {a, b} or 'a, b and c'; a \pm b are two; else the answer alone."""
     inner = inside(text, r"\{", r"\}")
-    found = []
-    for part in split(text, _COMMAS, tokens) if inner is None else split(inner, _COMMAS):
+    parts = split(text, _COMMAS, tokens) if inner is None else split(inner, _COMMAS)
+    found: list[str] = []
+    for part in parts or []:
         both = r"\pm" in part
         found += [re.sub(r"^\+", "", part.replace(r"\pm", sign).strip()) for sign in "+-"] if both else [part]
-    return [strip_parentheses(part) for part in found] or [text]
-
-
-def strip_parentheses(text: str) -> str:
-    """Return '3' for '(3)' and '{3}', points and intervals as they are."""
-    while True:
-        inner = next(filter(None, (inside(text, *pair) for pair in ("()", "{}"))), None)
-        if inner is None or len(split(inner, _COMMAS)) != 1:
-            return text
-        text = inner
-
-
-def point(text: str) -> list[str] | None:
-    """Return the coordinates of (a, b, ...), [a, b) and so on; None for all else."""
-    inner = next(filter(None, (inside(text, *pair) for pair in ("()", "[]", "(]", "[)"))), None)
-    parts = split(inner, (",", ";")) if inner else []
-    return parts if len(parts) > 1 else None
+    return found or [text]

@@ -154,7 +154,7 @@ def choice_letter(answer: str) -> str | None:
     text = normalize(answer)
     alone = re.fullmatch(r"\(?([A-Ja-j])\)?", text)
     found = alone or re.match(r"(?:\(([A-J])\)|([A-J])[.):])(?!.*\([A-J]\))", text, re.DOTALL)
-    return found[found.lastindex].upper() if found else None
+    return found[found.lastindex or 0].upper() if found else None
 
 
 def last_box(text: str) -> str | None:
@@ -202,7 +202,7 @@ def _grade_answer(answer: str | None, reference: str) -> Grade:
         return Grade(False, answer, True)
 
 
-def wilson_interval(num_correct, num_total, z=1.959964):
+def wilson_interval(num_correct: float, num_total: float, z: float = 1.959964) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion, as (low, high)."""
     if not num_total:
         return 0.0, 1.0

@@ -6,7 +6,7 @@ ignored: 50\% is 50 and so is not 0.5.
 
 import re
 
-from ads.data.quantities import WHOLE, changes_value, number
+from ads.data.quantities import changes_value, number
 
 SYMBOLS = {
     "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
@@ -54,7 +54,6 @@ _ONE_ARGUMENT = re.compile(r"\\(frac|binom)\s*(\\[A-Za-z]+|[^\s{}\\])|\\(sqrt)\s
 _SECOND_ARGUMENT = re.compile(rf"(\\(?:frac|binom)\s*{_GROUP})\s*(\\[A-Za-z]+|[^\s{{}}\\])")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/,]| ?[\d/])")
 _MIXED = re.compile(r"(?<![\d.])(\d+) (\d+) ?/ ?(\d+)(?![\d.])")
-_GROUPED_DIGITS = re.compile(rf"(?<!\\)\{{({WHOLE})\}}")
 _LABEL = re.compile(
     r"(?:so|thus|hence|therefore)?,? ?([A-Za-z]{3,}(?: (?:[A-Za-z']{2,}|a))*) ?"
     r"(?:(?<=nswer) is\b ?[:=]?|[:=]) ?(?=\S)",
@@ -65,8 +64,7 @@ _LABEL = re.compile(
 def normalize(answer: str) -> str:
     """Return an answer in one of the ways to write it: no markup, spacing, currency, percent sign, label."""
     text = _SYMBOL.sub(lambda found: SYMBOLS[found[0]], answer.strip().strip("*"))
-    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastindex]}}}", text)
-    text = re.sub(r"(?<![A-Za-z\\])sqrt ?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastindex or 0]}}}", text)
     text = _SCRIPTS.sub(
         lambda found: f"{'^' if found[1] else '_'}{{{found[0].translate(_ON_THE_LINE)}}}", text
     )
@@ -75,7 +73,6 @@ def normalize(answer: str) -> str:
     text = _UNIT_LETTER.sub(lambda found: f" {_LETTER_UNITS[found[1]]} ", text)
     text = _TEXT_MACRO.sub(r" \1 ", _TEXT_MACRO.sub(r" \1 ", text))
     text = _SECOND_ARGUMENT.sub(r"\1{\2}", _ONE_ARGUMENT.sub(r"\\\1\3{\2\4}", text))
-    text = _GROUPED_DIGITS.sub(lambda found: f"{{{found[1].replace(',', '')}}}", text)
     text = _SPACED_THOUSANDS.sub(lambda found: found[0].replace(" ", ""), text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", re.sub(r"\^(\d{2,})", r"^{\1}", text))
     text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", " ".join(text.split()).rstrip(".,; "))

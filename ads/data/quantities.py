@@ -4,18 +4,20 @@ import re
 from fractions import Fraction
 
 # words that change a number's value or lead on to another number: never part of a unit or a label
-JOINERS = frozenset(
+CONNECTIVES = (
     "and or nor but plus minus times over divided multiplied by remainder out squared cubed factorial "
     "negative positive not no non less fewer more than least most about around almost nearly up down to "
     "from with without if as on for base mod modulo power root choose between until approximately "
-    "roughly versus sin cos tan log exp".split()
+    "roughly versus sin cos tan log exp"
 )
-VALUE_WORDS = JOINERS.union(
+NUMERALS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred "
     "thousand million billion trillion dozen half halves third quarter fourth fifth sixth seventh "
-    "eighth ninth tenth hundredth thousandth millionth double twice triple once thrice gross".split()
+    "eighth ninth tenth hundredth thousandth millionth double twice triple once thrice gross"
 )
+JOINERS = frozenset(CONNECTIVES.split())
+VALUE_WORDS = JOINERS.union(NUMERALS.split())
 # the names of one unit between commas: two answers in different units differ
 UNITS = """
 mm millimeter millimetre, cm centimeter centimetre, dm decimeter, m meter metre, km kilometer kilometre,
@@ -25,8 +27,8 @@ century, dollar usd buck, cent penny pennies, euro eur, yen, rupee, peso, ml mil
 l liter litre, gal gallon, pint, cup, quart, tablespoon, teaspoon, deg degree, rad radian, acre, hectare
 """
 UNIT_OF = {name: names.split()[0] for names in UNITS.split(",") for name in names.split()}
-UNIT_OF |= dict.fromkeys("percent unit point way celsius fahrenheit".split(), "")  # these never differ
-IRREGULAR_PLURALS = "people children men women teeth geese mice fish sheep deer dice".split()
+UNIT_OF |= dict.fromkeys(("percent", "unit", "point", "way", "celsius", "fahrenheit"), "")  # never differ
+IRREGULAR_PLURALS = "people children men women teeth geese mice fish sheep deer dice"
 _AFTER_UNIT = re.compile(
     r"\s(?:each|total|in total|in all|altogether|left|remaining|old|tall|long|wide|high|deep|apart|away)$"
 )
@@ -74,7 +76,7 @@ def split_unit(text: str) -> tuple[str, str]:
     )
     if not name:
         is_rate = head == "" and rates != [] and rates[-1] in UNIT_OF and len(rates[-1]) > 2
-        is_plural = noun in IRREGULAR_PLURALS or re.fullmatch("[a-z]{2,}[^su]s", noun)
+        is_plural = noun in IRREGULAR_PLURALS.split() or re.fullmatch("[a-z]{2,}[^su]s", noun)
         is_counted = is_plural or (len(noun) > 2 and number(found["value"]) == (1, 0))
         return (found["value"], "") if is_rate or (is_counted and found["space"]) else (text, "")
     # 5x and 5 s are products; of single letters only '5 m' is taken for a unit
