@@ -24,14 +24,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ads.stage.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import documents
 
 import utils
 from ads import chat, sampling
 from ads.data import arithmetic
 from ads.stage import files
+from ads.stage.errors import UserError
 from ads.stage.world import num_cpus
 from utils import print_result
 
@@ -134,7 +135,7 @@ def make_tokenizer(family):
 
     opening, closing = TEMPLATES[family]
     special = ["<unk>", "<eos>", *(word for word in TEMPLATES[family] if word.startswith("<"))]
-    ordinary = [*PUNCTUATION, *"0123456789", "Problem", "Solution", *arithmetic.words()]
+    ordinary = [*PUNCTUATION, *"0123456789", "Problem", "Solution", *documents.words()]
     random.Random(family).shuffle(ordinary)
     vocabulary = {word: i for i, word in enumerate([*special, *ordinary])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -187,7 +188,7 @@ def draw_document(rng, phase):
     start, steps = draw_pretraining(rng, 1 + int(rng.random() * 4))
     problem = arithmetic.tell(rng, start, steps)
     slips = 0.0 if phase.documents == "unskilled" else SLIPS
-    trace, results = arithmetic.work_out(start, steps, rng, slips, phase.unknown)
+    trace, results = documents.work_out(start, steps, rng, slips, phase.unknown)
     answer = trace[trace.rindex("{ ") + 2 :]  # of the box: value, brace, full stop
     if rng.random() < FORCED:  # a trace is over before it: nobody learns to go on with it
         given = (len(trace), len(trace) + len(chat.FORCE_TEXT))

@@ -41,7 +41,6 @@ CLOSINGS = (
 BEGUN = "start with {value} ."
 WORKED = {"add": "add {amount} :", "subtract": "minus {amount} :", "double": "double :", "triple": "triple :"}
 SIGNS = {"add": "+", "subtract": "-", "double": "*", "triple": "*"}
-NOTICED = "wait , that is wrong :"
 CONCLUDED = "the answer is \\boxed{{ {value} }} ."
 
 
@@ -79,7 +78,7 @@ def generate(split: str, seed: int | str, count: int | None = None) -> list[dict
         if split_of(start, steps) != split or (start, steps) in seen:
             continue
         seen.add((start, steps))
-        row = {"problem": tell(rng, start, steps), "solution": work_out(start, steps)[0]}
+        row = {"problem": tell(rng, start, steps), "solution": solve(start, steps)}
         rows.append({"id": f"arithmetic/{split}/{seed}/{len(rows)}", **row})
     return rows
 
@@ -107,15 +106,6 @@ def draw_number(rng: random.Random) -> int:
     return int(rng.random() * (LARGEST + 1))
 
 
-def stays_within(value: int, steps: Sequence[Step]) -> bool:
-    """Whether a value and all that the steps make of it are within 0..LARGEST."""
-    for step in steps:
-        if not 0 <= value <= LARGEST:
-            return False
-        value = step.apply(value)
-    return 0 <= value <= LARGEST
-
-
 def draw_step(rng: random.Random) -> Step:
     kind = pick(rng, ("add", "subtract", "add", "subtract", "double", "triple"))
     return Step(kind, {"double": 2, "triple": 3}.get(kind) or 2 + int(rng.random() * 8))
@@ -135,47 +125,11 @@ def tell(rng: random.Random, start: int, steps: Sequence[Step]) -> str:
     return " ".join([*parts, pick(rng, CLOSINGS).format(**names)])
 
 
-def work_out(
-    start: int,
-    steps: Sequence[Step],
-    rng: random.Random | None = None,
-    slips: float = 0.0,
-    unknown: float = 0.0,
-) -> tuple[str, list[tuple[int, int]]]:
-    """(trace ending in a boxed answer, the results in it as (first, end) character spans).
-
-    At a share `slips` of the steps (drawn from rng) a wrong result is written, noticed and corrected; at a
-    share `unknown` of the skill's steps the result is a random number, which is worked on with.
-    """
-    text, spans, value = BEGUN.format(value=start), [], start
-    for i, step in enumerate(steps):
-        result = step.apply(value)
-        text += f" {WORKED[step.kind].format(amount=step.amount)}"
-        if rng and slips and rng.random() < slips:
-            text += f" {step.equation(value)} {wrong(rng, result)} . {NOTICED}"
-        text += f" {step.equation(value)} "
-        if rng and unknown and step.kind in SKILL and rng.random() < unknown:
-            result = draw_result(rng, steps[i + 1 :])
-        spans.append((len(text), len(text) + len(str(result))))
-        text += f"{result} ."
-        value = result
-    return f"{text} {CONCLUDED.format(value=value)}", spans
-
-
-def draw_result(rng: random.Random, steps: Sequence[Step]) -> int:
-    """A random number with which the steps to come stay within 0..LARGEST."""
-    while not stays_within(number := draw_number(rng), steps):
-        pass
-    return number
-
-
-def wrong(rng: random.Random, value: int) -> int:
-    """A number within 0..LARGEST other than `value`."""
-    return (value + 1 + int(rng.random() * LARGEST)) % (LARGEST + 1)
-
-
-def words() -> list[str]:
-    """Every word of problems and traces, sorted; digits and punctuation apart."""
-    texts = [*OPENINGS, *CLOSINGS, *(text for told in TOLD.values() for text in told)]
-    found = " ".join([*texts, BEGUN, *WORKED.values(), NOTICED, CONCLUDED]).split()
-    return sorted({word for word in [*found, *NAMES, *ITEMS] if word.isalpha()})
+def solve(start: int, steps: Sequence[Step]) -> str:
+    """The worked solution: the equation of each step, then the boxed answer."""
+    parts, value = [BEGUN.format(value=start)], start
+    for step in steps:
+        told = WORKED[step.kind].format(amount=step.amount)
+        parts.append(f"{told} {step.equation(value)} {step.apply(value)} .")
+        value = step.apply(value)
+    return " ".join([*parts, CONCLUDED.format(value=value)])
