@@ -5,6 +5,7 @@ ignored: 50\% is 50 and so is not 0.5.
 """
 
 import re
+import unicodedata
 
 from ads.data.quantities import changes_value, number
 
@@ -18,11 +19,6 @@ SYMBOLS = {
 }  # fmt: skip
 _SYMBOL = re.compile("|".join(SYMBOLS))
 _SCRIPTS = re.compile("([\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+)|[\u2080-\u2089]+")
-_ON_THE_LINE = str.maketrans(
-    "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b"
-    "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089",
-    "0123456789-0123456789",
-)
 _ROOT = re.compile("\u221a\\s*(?:(\\d+(?:\\.\\d+)?|[A-Za-z])|\\(([^()]*)\\)|\\{([^{}]*)\\})")
 _CURRENCY = r"\\?\$|[\u20ac\u00a3\u00a5\u20b9]|\\(?:euro|pounds|texteuro|yen)(?![A-Za-z])"
 # in 11,\! 111 and 1\,234 and 1{,}234; an ordinary space stays, as "1 2" is not 12, but in 12 345
@@ -63,11 +59,9 @@ _LABEL = re.compile(
 
 def normalize(answer: str) -> str:
     """Return an answer in one of the ways to write it: no markup, spacing, currency, percent sign, label."""
-    text = _SYMBOL.sub(lambda found: SYMBOLS[found[0]], answer.strip().strip("*"))
-    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastindex or 0]}}}", text)
-    text = _SCRIPTS.sub(
-        lambda found: f"{'^' if found[1] else '_'}{{{found[0].translate(_ON_THE_LINE)}}}", text
-    )
+    text = _ROOT.sub(lambda found: rf"\sqrt{{{found[found.lastindex or 0]}}}", answer.strip().strip("*"))
+    text = _SCRIPTS.sub(on_the_line, text)
+    text = _SYMBOL.sub(lambda found: SYMBOLS[found[0]], text)
     text = _ALIAS.sub(lambda found: _ALIASES[found[1]], text)
     text = _SPACES.sub(" ", _DROPPED.sub("", _IN_NUMBER.sub(",", text).replace(r"\!", "")))
     text = _UNIT_LETTER.sub(lambda found: f" {_LETTER_UNITS[found[1]]} ", text)
@@ -77,6 +71,11 @@ def normalize(answer: str) -> str:
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", re.sub(r"\^(\d{2,})", r"^{\1}", text))
     text = re.sub(r"(?<=\d) ?: ?(?=\d)", ":", " ".join(text.split()).rstrip(".,; "))
     return drop_rounding(drop_label(text).strip())
+
+
+def on_the_line(scripts: re.Match[str]) -> str:
+    """Return ^{2} for a raised 2, _{2} for a lowered one."""
+    return f"{'^' if scripts[1] else '_'}{{{unicodedata.normalize('NFKC', scripts[0])}}}"
 
 
 def drop_label(text: str) -> str:
