@@ -1,8 +1,8 @@
 r"""Whether two final answers are the same, part by part.
 
-Both are normalized (notation.py); lists, sets and matrices are compared element by element; what is left as
-numbers (exactly), clock times, numerals in a base or words (quantities.py). Only single
-expressions that none of these decides go to math-verify (expressions.py).
+Both are normalized (notation.py). Lists, sets, points and matrices are compared element by element; what is
+left as numbers (exactly), clock times, numerals in a base or words (quantities.py). Only single expressions
+that none of these decides go to math-verify (expressions.py).
 """
 
 import re
@@ -84,8 +84,12 @@ def same_list(ours: list[str], theirs: list[str]) -> bool:
 
 
 def same_single(given: str, wanted: str) -> bool:
-    """Compare two answers that are no lists; matrices by their elements."""
+    """Compare two answers that are no lists; points and matrices by their elements."""
     matrices = _MATRIX.fullmatch(given), _MATRIX.fullmatch(wanted)
+    ours, theirs = point(given), point(wanted)
+    if ours and theirs:  # math-verify can too, but slowly
+        is_same = (given[0], given[-1], len(ours)) == (wanted[0], wanted[-1], len(theirs))
+        return is_same and all(map(same_parts, ours, theirs))
     if not matrices[0] or not matrices[1]:
         return same_scalar(given, wanted)
     rows = [[row.split("&") for row in found[1].rstrip("\\ ").split(r"\\")] for found in matrices if found]
@@ -160,3 +164,10 @@ def elements(text: str, tokens: re.Pattern[str]) -> list[str]:
         both = r"\pm" in part
         found += [re.sub(r"^\+", "", part.replace(r"\pm", sign).strip()) for sign in "+-"] if both else [part]
     return found or [text]
+
+
+def point(text: str) -> list[str]:
+    """Return the coordinates of (a, b, ...), [a, b) and so on; nothing for all else."""
+    inner = next(filter(None, (inside(text, *pair) for pair in ("()", "[]", "(]", "[)"))), "")
+    parts = split(inner, (",", ";")) or []
+    return parts if len(parts) > 1 else []

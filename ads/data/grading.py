@@ -1,4 +1,4 @@
-r"""Grade a response against a reference solution, by one rule for every dataset.
+r"""Grade a response against a reference solution, in the same way for every dataset.
 
 The answer is the last complete \boxed{...} of the response (never of the prompt); without one, what follows
 '####' in its last line, the response itself where it is one line of mathematics, else the last number, or the
