@@ -123,7 +123,7 @@ def test_few_modules_stand_directly_in_ads():
 
 
 def tables():
-    """Each folder's modules, as docs/architecture.md lists them: the name and the docstring's first sentence."""
+    """A table of each folder of ads/: the modules and the first sentences of their docstrings."""
     text, folder = [], None
     for module in sorted(PATHS, key=lambda module: (PATHS[module].parent, PATHS[module])):
         name, docstring = PATHS[module].relative_to(ROOT), ast.get_docstring(TREES[module])
