@@ -6,6 +6,7 @@ Read from the source: nothing of the project is imported here. An import inside 
 """
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -146,6 +147,14 @@ def written_tables():
 
 def test_the_table_of_modules_is_up_to_date():
     assert written_tables()[1] == tables(), "python tests/test_architecture.py writes it anew"
+
+
+def test_the_walks_name_files_that_exist_and_none_twice():
+    walks = MAP.read_text(encoding="utf-8").partition("## Three walks")[2].partition("\n## ")[0]
+    for walk in walks.split("\n### ")[1:]:
+        names = re.findall(r"^\d+\. `([\w./]+)`", walk, re.MULTILINE)
+        assert len(names) > 8 and len(set(names)) == len(names), walk
+        assert [name for name in names if not (ROOT / name).is_file()] == []
 
 
 if __name__ == "__main__":
