@@ -191,10 +191,15 @@ def fork(words, environment, cwd):
     server = warm_python()
     with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
         request = {"command": words, "environment": environment, "folder": str(cwd or Path.cwd())}
-        request |= {"stdout": stdout.name, "stderr": stderr.name}
+        request |= {"stdout": stdout.name, "stderr": stderr.name, "umask": umask()}
         print(json.dumps(request), file=server.stdin, flush=True)
         assert select.select([server.stdout], [], [], 600)[0], f"{words} has not ended after 600 seconds"
         return subprocess.CompletedProcess(words, int(server.stdout.readline()), stdout.read(), stderr.read())
+
+
+def umask():
+    os.umask(found := os.umask(0o077))
+    return found
 
 
 @functools.cache

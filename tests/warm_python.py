@@ -1,11 +1,11 @@
 """Python with the libraries loaded, which forks a process for each script that tests run.
 
 Importing the libraries takes most of a run on tiny models, and conftest.run_script runs some 200. A forked
-process has its own arguments, environment, folder, exit code and output, imports what the script imports,
-and leaves without taking the libraries apart.
+process has its own arguments, environment, folder, umask, exit code and output, imports what the script
+imports, and leaves without taking the libraries apart.
 
-One line of JSON on stdin: {"command": [script, argument, ...], "environment", "folder", "stdout", "stderr"},
-the last two of which are files; one line on stdout in return: the exit code, negative for a signal.
+One line of JSON on stdin: {"command": [script, argument, ...], "environment", "folder", "umask", "stdout",
+"stderr"}, the last two of which are files; one line on stdout in return: the exit code (a signal: below 0).
 """
 
 import atexit
@@ -42,6 +42,7 @@ def become(request):
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    os.umask(request["umask"])
     sys.argv = request["command"]
     code = 0
     try:
