@@ -14,6 +14,7 @@ fail() {
 
 [[ -n "${EXP_DIR-unset}" ]] || fail "EXP_DIR is empty: give a folder, or unset it for the default one"
 EXP_DIR="${EXP_DIR:-runs/gsm8k}"
+# shellcheck disable=SC2088 # a tilde that the shell has not expanded
 case "$EXP_DIR" in
   -*) EXP_DIR="./$EXP_DIR" ;; # no option of some command
   "~" | "~/"*) EXP_DIR="$HOME${EXP_DIR#"~"}" ;;
@@ -55,8 +56,8 @@ trap 'stop 129' HUP
 # stop CODE: end what runs in the background, which the terminal's Ctrl-C does not reach, and leave.
 stop() {
   trap '' INT TERM HUP
-  local attempt running
-  for attempt in 1 2 3 4 5; do # one that has just been started may miss the first
+  local running
+  for _ in 1 2 3 4 5; do # one that has just been started may miss the first
     running="$(jobs -pr)"
     [[ -n "$running" ]] || break
     # shellcheck disable=SC2086 # one word per process
