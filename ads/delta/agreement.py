@@ -13,9 +13,9 @@ import functools
 import torch
 
 from ads.decode.memory_plan import NUM_POSITIONS
+from ads.delta.check import make_checked
 from ads.delta.exact import log_probs_change
 from ads.dual.factors import dense
-from ads.dual.model import make_checked
 from ads.dual.rules import halves
 from ads.loading import load_model, resolve_dtype
 from ads.stage.errors import UserError

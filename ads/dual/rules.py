@@ -125,15 +125,8 @@ def ask(function, x, *arguments, **keywords):
     return function(x, *arguments, **keywords)
 
 
-def run_on_rows(function, x, *arguments, **keywords):
-    """What treats rows alike and is linear."""
-    if not isinstance(x, Dual):
-        return NotImplemented
-    return as_dual(function(x, *arguments, **keywords))
-
-
 def convert(function, x, *arguments, **keywords):
-    """Dtype, device and copies."""
+    """What treats all rows alike: dtype, device, copies, signs."""
     if isinstance(x, Dual):
         return as_dual(function(x, *arguments, **keywords))
     result = function(x, *arguments, **keywords)
@@ -189,8 +182,6 @@ def add(function, x, y, **keywords):
     """x + y, x - y, and the same in place."""
     if type(x) is Dual and type(y) is Dual and x.dim() == y.dim():
         return function(x, y, **keywords).as_subclass(Dual)
-    if isinstance(x, Weight) and isinstance(y, int | float) and not keywords:
-        return make_weight(function(x.as_subclass(torch.Tensor), y), x.tangent)
     if not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
         return NotImplemented
     result = x if function.__name__ in IN_PLACE else x.clone()
@@ -222,25 +213,6 @@ def rescale(function, x, y, **keywords):
     if keywords or not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
         return NotImplemented
     return as_dual(function(x, y))
-
-
-def power(function, x, exponent=2):
-    if not isinstance(x, Dual) or not isinstance(exponent, int | float) or exponent != 2:
-        return NotImplemented
-    both = x.unflatten(0, (2, -1))
-    square = (both[0] * both).flatten(0, 1)
-    halves(square)[1].mul_(2)
-    return as_dual(square)
-
-
-def inverse_root(function, x):
-    if not isinstance(x, Dual):
-        return NotImplemented
-    result = torch.empty_like(x)
-    (value, tangent), (root, derivative) = halves(x), halves(result)
-    torch.rsqrt(value, out=root)
-    torch.mul(root**3, tangent, out=derivative).mul_(-0.5)
-    return as_dual(result)
 
 
 def run_elementwise(function, x, **keywords):
@@ -313,8 +285,7 @@ ELEMENTWISE = {
 }
 RULES = {
     **named("size dim ndimension numel stride is_floating_point is_complex is_contiguous __len__", ask),
-    **named("neg __neg__ dropout", run_on_rows),
-    **named("to float half bfloat16 type_as contiguous clone detach", convert),
+    **named("to float half bfloat16 type_as contiguous clone detach neg __neg__ dropout", convert),
     **named("view reshape flatten unflatten expand", reshape),
     **named("transpose swapaxes permute", move_dimensions),
     **named("chunk split", along(2)),
@@ -323,8 +294,6 @@ RULES = {
     **named("add __add__ __radd__ __iadd__ add_ sub __sub__ __isub__ sub_", add),
     **named("mul __mul__ __rmul__", multiply),
     **named("div __truediv__ true_divide div_ __itruediv__ mul_ __imul__", rescale),
-    **named("pow __pow__ square", power),
-    **named("rsqrt", inverse_root),
     **dict.fromkeys(ELEMENTWISE, run_elementwise),
     **named("linear", linear),
     **named("addmm", add_linear),

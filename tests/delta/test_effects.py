@@ -75,7 +75,7 @@ def uncached_thoughts(models, rule, row, ids):
     log_p_TV = torch.log_softmax(models.teacher.model(whole).logits[0, response], -1)
     plus_TV, minus_TV = (
         sampling.log_probs(m.model(whole).logits[0, response], models.proxy.shared_V)
-        for m in (models.proxy.plus, models.proxy.minus)
+        for m in models.proxy.models
     )
     delta_TV = torch.where(models.proxy.shared_V, (plus_TV - minus_TV) / (2 * models.proxy.eps), 0.0)
     clean_TV = (log_p_TV / rule.tau).softmax(-1)
