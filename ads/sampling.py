@@ -71,7 +71,7 @@ def permute(delta_BV, keys_B, steps_B):
 
 
 def truncate(scores_BV, top_k, top_p):
-    """Keep the top_k highest scores, then the nucleus: the fewest that hold top_p of the rest; -inf elsewhere.
+    """Keep the top_k highest scores, then the nucleus, the fewest that hold top_p of them; -inf elsewhere.
 
     A token tied with the last one kept is kept too, so that the outcome is a function of the scores alone.
     """
@@ -86,7 +86,7 @@ def truncate(scores_BV, top_k, top_p):
 
 
 def nucleus_edge(scores_BV, ranked_BK, top_p):
-    """The least score (B, 1) of the nucleus; ranked_BK: the scores above -inf, falling, where they are known."""
+    """The least score (B, 1) of the nucleus; ranked_BK: all scores above -inf, falling, or None."""
     log_probs_BV = torch.log_softmax(scores_BV, -1)
     if ranked_BK is None:
         ranked_BK = highest(scores_BV, log_probs_BV, top_p)
