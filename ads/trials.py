@@ -9,11 +9,12 @@ from ads.dual.rules import Dual
 from ads.stage import errors
 from ads.stage.errors import UserError
 
-TRIED = 24  # tokens of the row that derivatives are tried with
+TRIED = 24  # tokens of a row that caches and derivatives are tried with
+NUM_SHORT = 9  # tokens of the shorter of two rows
 
 
 def tried_ids(model, number):
-    """A list of token ids to try a model with: none of the padding, which backpropagation leaves out."""
+    """Token ids to try a model with. None is the padding's, which backpropagation leaves out."""
     table = model.get_input_embeddings()
     ids = (torch.arange(2 * number + 1) * 7919 % len(table.weight)).tolist()
     return [i for i in ids if i != getattr(table, "padding_idx", None)][:number]
@@ -26,20 +27,17 @@ def is_out_of_memory(error):
 
 
 def agrees(found, wanted, slack=1):
-    """Whether logits (R, V) are what they should be; in 16 bits rounding leaves a difference.
+    """Whether logits (R, V), or a Dual of them, are what they should be.
 
-    There a model of 30 layers differs from itself by .05 through the order of its sums, and the nearest wrong
-    step (Llama's for SmolLM3, which leaves some angles out) by .146. slack: by how much more than in one step
-    of decoding they may differ there.
+    In 16 bits rounding leaves a difference: a model of 30 layers differs from itself by .05 through the order
+    of its sums, and the nearest wrong step (Llama's for SmolLM3, which leaves some angles out) by .146.
+    slack: how many times more than in one step of decoding they may differ in 16 bits.
     """
     is_dual = isinstance(wanted, Dual)
     tolerances = (1e-3, 1e-3) if wanted.dtype == torch.float32 else (0.09 * slack, 0.25 * slack)
     pairs = [x.as_subclass(torch.Tensor).float().chunk(1 + is_dual) for x in (found, wanted)]
     differences = [((a - b).norm(), (b - b.mean()).norm()) for a, b in zip(*pairs, strict=True)]
     return all(d <= tolerance * size for (d, size), tolerance in zip(differences, tolerances, strict=False))
-
-
-NUM_SHORT = 9  # tokens of the shorter of two rows
 
 
 def logits_of(model, ids):
@@ -73,9 +71,8 @@ def try_batches(model, longest, dtype=torch.float32):
     if not reason:
         return
     if fitting <= NUM_SHORT:
-        raise UserError(
-            f"model type {kind!r} cannot be trained in padded batches ({reason}): take another model"
-        )
+        problem = f"cannot be trained in padded batches ({reason})"
+        raise UserError(f"model type {kind!r} {problem}: take another model")
     raise UserError(
         f"sequences come to {longest} tokens, but padded batches of model type {kind!r} are right only up to "
         f"{fitting} ({reason}): set max_length={fitting}"
@@ -85,9 +82,8 @@ def try_batches(model, longest, dtype=torch.float32):
 def flaw_of_batch(model, dtype, longest):
     """What is wrong with the logits of a row of so many tokens, beside those of its parts; else None."""
     ids = tried_ids(model, longest)
-    lengths = sorted(
-        {max(1, n) for n in (min(NUM_SHORT, longest), longest // 2, 9 * longest // 10, longest - 1)}
-    )
+    tried = min(NUM_SHORT, longest), longest // 2, 9 * longest // 10, longest - 1
+    lengths = sorted({max(1, n) for n in tried})
     device = model.get_input_embeddings().weight.device
     ids_1T, last_C = torch.tensor([ids], device=device), torch.tensor(lengths, device=device) - 1
     try:

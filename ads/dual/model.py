@@ -80,10 +80,11 @@ class DualModel:
 
 
 def own_weight(parameter, tangent, is_table):
-    """The Weight of a parameter of the model; is_table: rows are read from it."""
+    """The Weight of a parameter, in memory of its own rather than in that of a file; is_table: rows are read
+    from it."""
     tangent = tangent.to(parameter)
     if not isinstance(tangent, Factors):
-        parameter.data = parameter.data.clone()  # no longer a view of the file, so that it can be closed
+        parameter.data = parameter.data.clone()
         return make_weight(parameter, tangent.clone() if tangent.dim() == 1 else tangent)
     rows = [parameter.detach(), tangent.right]
     extended = torch.cat(rows) if is_table else stack_rows(rows)
@@ -169,8 +170,8 @@ class DualCache(SlotCache):
                 return keys_BKTD, values_BKTD
             first, num_rows, length = self.placement.read
             starts = first, first + self.storage.num_slots
-            halves = [self.storage.read(layer_idx, start, num_rows, length) for start in starts]
-            return tuple(map(self.join, *halves))
+            parts = [self.storage.read(layer_idx, start, num_rows, length) for start in starts]
+            return tuple(map(self.join, *parts))
 
     def join(self, values_BKLD, derivatives_BKLD):
         if self.gives_pairs:

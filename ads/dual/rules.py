@@ -304,8 +304,9 @@ RULES = {
 def softmax(scores):
     """Probabilities P above their derivatives (P, 2S, L), of scores above theirs: dP = P (dS - sum(P dS)).
 
-    The derivative is its own transpose, so what backward mode has does it. It is told to take P from S rows
-    further up, and so runs on all rows as they lie: what it makes of the values means nothing and goes.
+    Backpropagation through a softmax is the same formula, so torch's kernel for it serves. One call does all
+    rows: it needs probabilities for each, and finds P for the derivatives in the rows of the values, S rows
+    up. What it makes of the scores themselves is then overwritten by P.
     """
     size, shape = scores.shape[1] // 2, scores.shape
     room = scores.new_empty(size + shape[0] * shape[1], shape[2])
