@@ -29,7 +29,7 @@ def diagnose(cfg, model, compressed, half, sequences):
     """The sidecar's entry: a dict of figures, rounded.
 
     model: float32, its parameters' .grad being g; compressed: what the gradient file holds; half: that of
-    half the sequences, or None. sequences: the gradient.Sequence list to look at; cfg: the GradConfig.
+    half the sequences, or None. sequences: the loss.Sequence list to look at; cfg: the GradConfig.
     Raises ValueError where there is nothing to compare.
     """
     device = model.get_input_embeddings().weight.device

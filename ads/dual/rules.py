@@ -5,6 +5,7 @@ import functools
 import torch
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ads.dual.factors import Factors, dense
 
@@ -69,30 +70,20 @@ def apply(function, arguments, keywords):
 
 def differentiate(function, arguments, keywords):
     """Any operation, by torch's forward-mode AD."""
-    duals = [x for x in leaves((arguments, keywords)) if isinstance(x, Dual)]
+    duals = [x for x in tree_leaves((arguments, keywords)) if isinstance(x, Dual)]
     split = functools.partial(to_forward, like=duals[0] if duals else None)
     with dual_level():
-        inputs, others = mapped(split, arguments), {key: mapped(split, x) for key, x in keywords.items()}
+        inputs, others = tree_map(split, (arguments, keywords))
         join = functools.partial(from_forward, inputs=inputs, is_weight=not duals)
         try:
             result = function(*inputs, **others)
         except NotImplementedError as error:  # some operations have no derivative
             raise not_covered(f"calls {function.__name__}") from error
-        return mapped(join, result)
+        return tree_map(join, result)
 
 
 def not_covered(what):
     return NotImplementedError(f"the proxy's forward {what}")
-
-
-def leaves(x):
-    if isinstance(x, dict):
-        return leaves(list(x.values()))
-    return [leaf for entry in x for leaf in leaves(entry)] if isinstance(x, tuple | list) else [x]
-
-
-def mapped(function, x):
-    return type(x)([mapped(function, entry) for entry in x]) if isinstance(x, tuple | list) else function(x)
 
 
 def to_forward(x, like):
@@ -149,13 +140,9 @@ def move_dimensions(function, x, *dims, **keywords):
     return as_dual(result)
 
 
-def along(position, default=0):
-    """The rule of a function that works along dimension `dim`, its argument number `position`: not rows."""
-    return functools.partial(run_along, position=position, default=default)
-
-
-def run_along(function, x, *arguments, position, default, **keywords):
-    dim = keywords.get("dim", arguments[position - 1] if len(arguments) >= position else default)
+def along(function, x, *arguments, position=1, **keywords):
+    """A function that works along dimension `dim`, its argument number `position`: any but that of rows."""
+    dim = keywords.get("dim", arguments[position - 1] if len(arguments) >= position else 0)
     tensors = x if isinstance(x, tuple | list) else [x]
     dims = dim if isinstance(dim, tuple | list) else [dim]
     if not all(isinstance(t, Dual) for t in tensors) or any(d % tensors[0].dim() == 0 for d in dims):
@@ -234,21 +221,15 @@ def linear(function, x, weight, bias=None):
     if weight.extended is not None:  # one product gives W x, W dx and right x
         products = functional.linear(rows, weight.extended)
         y, thin = products.split((num_outputs, g_OI.left.shape[1]), dim=1)
-        y.narrow(0, num_rows, num_rows).addmm_(thin.narrow(0, 0, num_rows), g_OI.left.T)
+        y[num_rows:].addmm_(thin[:num_rows], g_OI.left.T)
     else:
-        y = functional.linear(rows, weight)
-        add_product_(y[num_rows:], rows[:num_rows], g_OI)
+        y, x_NI = functional.linear(rows, weight), rows[:num_rows]
+        factors = (x_NI @ g_OI.right.T, g_OI.left.T) if isinstance(g_OI, Factors) else (x_NI, g_OI.T)
+        y[num_rows:].addmm_(*factors)
     if bias is not None:
         for half, part in zip(halves(y), pair_of(bias), strict=True):
             half += part
     return y.view(*x.shape[:-1], num_outputs).as_subclass(Dual)
-
-
-def add_product_(target_NO, x_NI, g_OI):
-    """target += x g^T, for g as it is or in factors."""
-    if isinstance(g_OI, Factors):
-        return target_NO.addmm_(x_NI @ g_OI.right.T, g_OI.left.T)
-    return target_NO.addmm_(x_NI, g_OI.T)
 
 
 def add_linear(function, bias, x, weight, **keywords):
@@ -288,8 +269,8 @@ RULES = {
     **named("to float half bfloat16 type_as contiguous clone detach neg __neg__ dropout", convert),
     **named("view reshape flatten unflatten expand", reshape),
     **named("transpose swapaxes permute", move_dimensions),
-    **named("chunk split", along(2)),
-    **named("cat concat sum mean unbind unsqueeze", along(1)),
+    **named("chunk split", functools.partial(along, position=2)),
+    **named("cat concat sum mean unbind unsqueeze", along),
     **named("__getitem__", get_item),
     **named("add __add__ __radd__ __iadd__ add_ sub __sub__ __isub__ sub_", add),
     **named("mul __mul__ __rmul__", multiply),
