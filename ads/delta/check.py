@@ -1,4 +1,4 @@
-"""Whether the derivatives of a model in dual numbers are those of backpropagation: tried on a few tokens."""
+"""Whether dual numbers give a model's derivatives as backpropagation does: tried on a few tokens."""
 
 import functools
 

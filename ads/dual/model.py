@@ -6,13 +6,14 @@ The library's own forward runs on tensors that hold values and derivatives one a
     Weight               a parameter W                       its `tangent` dW, a tensor or Factors
 
 Reshaping, adding, scaling by constants treat all rows alike and run as they are, once. Few operations need
-more (RULES):
+more (rules.py, attention.py, norms.py):
 
     linear layer   y = W x + b   [W x; W dx] is one product of twice the rows, so W is read once;
                                  dy = W dx + dW x + db, where dW x is two thin products if dW = left right
     embedding      y = E[i]      dy = dE[i], made for the rows asked for alone
-    product        z = x y       dz = x dy + y dx; and powers and roots of norms
+    product        z = x y       dz = x dy + y dx
     attention      y = P v       keys and values, each read once for value and derivative
+    RMS norm       y = w x / |x| one formula for both
 
 All others (softmax, layer norm, activations, soft caps, ...) are differentiated by torch's forward-mode AD,
 one operation at a time; delta/check.py finds out whether that is right. (The whole forward under forward-mode
