@@ -26,7 +26,7 @@ torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def load_model(name, dtype, device, attn_implementation="auto"):
+def load_model(name: str, dtype: str, device, attn_implementation: str = "auto"):
     """The causal language model `name` (folder or hub name), in eval mode; ValueError when that fails.
 
     dtype "auto" is bfloat16 on CUDA, float32 elsewhere; attention "auto" is the library's choice.
@@ -50,7 +50,7 @@ def load_model(name, dtype, device, attn_implementation="auto"):
     return model.to(device).eval()
 
 
-def check_weights(name, report):
+def check_weights(name: str, report: dict):
     """ValueError unless a model folder has all weights in their shapes; the library would make up others.
 
     report: what the library tells of a load. Weights that the model has no place for are said.
@@ -127,7 +127,7 @@ def check_loadable(model):
         raise UserError(f"a {kind!r} model could not be loaded again once saved: choose another student")
 
 
-def free_bytes(device):
+def free_bytes(device) -> int:
     """Memory that can still be taken on a device; on the CPU that of the whole machine."""
     if torch.device(device).type != "cuda":
         return psutil.virtual_memory().available
@@ -135,7 +135,7 @@ def free_bytes(device):
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def resolve_dtype(dtype, device):
+def resolve_dtype(dtype: str, device) -> torch.dtype:
     """The torch dtype of a config's dtype key."""
     if dtype == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

@@ -108,7 +108,7 @@ def highest(scores_BV, log_probs_BV, top_p):
     return scores_BV.sort(dim=-1, descending=True)
 
 
-def may_ask(device):
+def may_ask(device) -> bool:
     """Whether the host can look at values without waiting for the device."""
     return device.type == "cpu"
 
@@ -125,7 +125,7 @@ def draw(scores_BV, uniforms_B):
     return tokens_B.clamp(max=cdf_BV.shape[-1] - 1)  # it is V in a row of NaN, which the caller reports
 
 
-def row_key(seed, problem_id):
+def row_key(seed: int, problem_id: str) -> int:
     """The 64-bit key (as a signed int) of a problem's random numbers."""
     digest = hashlib.sha256(f"{seed}\n{problem_id}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little", signed=True)

@@ -13,20 +13,20 @@ TRIED = 24  # tokens of a row that caches and derivatives are tried with
 NUM_SHORT = 9  # tokens of the shorter of two rows
 
 
-def tried_ids(model, number):
+def tried_ids(model, number: int) -> list[int]:
     """Token ids to try a model with. None is the padding's, which backpropagation leaves out."""
     table = model.get_input_embeddings()
     ids = (torch.arange(2 * number + 1) * 7919 % len(table.weight)).tolist()
     return [i for i in ids if i != getattr(table, "padding_idx", None)][:number]
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """CPU allocators raise a plain RuntimeError; on a part of a GPU (MIG) CUDA's fails to tell why."""
     told = "can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT FAILED"
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
-def agrees(found, wanted, slack=1):
+def agrees(found, wanted, slack=1) -> bool:
     """Whether logits (R, V), or a Dual of them, are what they should be.
 
     In 16 bits rounding leaves a difference: a model of 30 layers differs from itself by .05 through the order
@@ -46,7 +46,7 @@ def logits_of(model, ids):
     return model(input_ids=ids_1T, use_cache=False).logits[0]
 
 
-def longest_without(flaw_at, fitting, failing):
+def longest_without(flaw_at, fitting: int, failing: int) -> int:
     """The largest length below `failing` that has no flaw, by bisection; `fitting` has none."""
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
@@ -54,7 +54,7 @@ def longest_without(flaw_at, fitting, failing):
     return fitting
 
 
-def try_batches(model, longest, dtype=torch.float32):
+def try_batches(model, longest: int, dtype=torch.float32):
     """ValueError where a model cannot be trained, or differentiated, on sequences of up to `longest` tokens.
 
     It may have fewer positions, look at later tokens and so at padding (attention that is not causal, angles
@@ -128,6 +128,6 @@ def lookups(operation, arguments):
     return [arguments[1:3]] if operation in (torch.ops.aten.gather, torch.ops.aten.index_select) else []
 
 
-def is_right(found, wanted):
+def is_right(found, wanted) -> bool:
     """Whether logits are those wanted; where these are not finite, that is for the sampled row to say."""
     return not wanted.as_subclass(torch.Tensor).isfinite().all() or agrees(found, wanted, slack=2)

@@ -23,7 +23,7 @@ from ads.stage.settings import LEAST_COSINE
 class CentralDifference(Proxy):
     """Two perturbed proxies, whose score is Delta."""
 
-    def __init__(self, plus, minus, eps, shared_V):
+    def __init__(self, plus, minus, eps: float, shared_V):
         """plus, minus: models that perturb_ made; shared_V: bool mask of the ids the teacher shares."""
         super().__init__(CachedModel(plus), CachedModel(minus))
         self.eps, self.shared_V = eps, shared_V
@@ -46,7 +46,7 @@ class Perturbation:
 
 
 @torch.no_grad()
-def perturb_(plus, minus, read_gradient, eps):
+def perturb_(plus, minus, read_gradient, eps: float) -> Perturbation:
     """Turn two copies of the proxy into theta + eps g and theta - eps g; returns the realised Perturbation.
 
     read_gradient(name) gives the float32 gradient of a parameter, a tensor or Factors. The sum is made in
@@ -82,7 +82,7 @@ def check_length(square_norm):
         )
 
 
-def warning(perturbation, eps, dtype):
+def warning(perturbation: Perturbation, eps: float, dtype: str) -> str | None:
     """One line if the perturbation was largely lost to rounding, else None."""
     if perturbation.cosine >= LEAST_COSINE:
         return None
@@ -92,6 +92,6 @@ def warning(perturbation, eps, dtype):
     )
 
 
-def describe(perturbation):
+def describe(perturbation: Perturbation) -> dict[str, float]:
     """The perturbation's figures for a sidecar."""
     return {key: round(value, 6) for key, value in asdict(perturbation).items()}
