@@ -27,6 +27,7 @@ width, I and O a linear layer's inputs and outputs, N = B T.
 import functools
 
 import torch
+from torch.utils._pytree import tree_map
 
 from ads.cpu import native
 from ads.dual.attention import ATTENTION
@@ -74,7 +75,7 @@ class DualModel:
         if "position_ids" not in inputs:  # the library's own would be one row, of no derivative
             inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
             inputs["position_ids"] = inputs["position_ids"].expand_as(input_ids)
-        inputs = {name: twice(value) for name, value in inputs.items()}
+        inputs = tree_map(twice, inputs)
         # forward-mode AD drops derivatives without a word in inference mode
         with torch.inference_mode(False), torch.no_grad():
             return self.library(past_key_values=past_key_values, **inputs)
@@ -123,11 +124,8 @@ def new_matrix(like, num_rows, num_columns):
 
 def twice(value):
     """An input of the model for the rows of values and again for those of derivatives."""
-    if isinstance(value, dict):
-        return {key: twice(entry) for key, entry in value.items()}
-    if isinstance(value, torch.Tensor) and value.dim() > 1:
-        return torch.cat([value, value])
-    return value
+    is_of_rows = isinstance(value, torch.Tensor) and value.dim() > 1
+    return torch.cat([value, value]) if is_of_rows else value
 
 
 def rows(x, first, last):

@@ -179,6 +179,7 @@ def add(function, x, y, **keywords):
 
 
 def multiply(function, x, y):
+    """x y for a Dual and whatever else, in either order."""
     if not isinstance(x, Dual):
         x, y = y, x
     if isinstance(x, Dual) and isinstance(y, Weight) and y.dim() == 1:
@@ -188,15 +189,13 @@ def multiply(function, x, y):
         (value, tangent), both = halves(x), y.unflatten(0, (2, -1))
         product = (value * both).flatten(0, 1)
         halves(product)[1].addcmul_(tangent, both[0])
-    elif not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
-        return NotImplemented
     else:
-        product = x * y
+        return rescale(torch.mul, x, y)
     return as_dual(product)
 
 
 def rescale(function, x, y, **keywords):
-    """x / c and, in place, x c."""
+    """x c and x / c for a constant c, also in place."""
     if keywords or not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
         return NotImplemented
     return as_dual(function(x, y))
@@ -214,6 +213,7 @@ def run_elementwise(function, x, **keywords):
 
 
 def linear(function, x, weight, bias=None):
+    """W x + b for a Dual and Weights: dy = W dx + dW x + db."""
     if type(x) is not Dual or type(weight) is not Weight:
         return NotImplemented
     rows, num_outputs, g_OI = x.reshape(-1, x.shape[-1]), weight.shape[0], weight.tangent
