@@ -25,7 +25,8 @@ class CentralDifference(Proxy):
 
     def __init__(self, plus, minus, eps: float, shared_V):
         """plus, minus: models that perturb_ made; shared_V: bool mask of the ids the teacher shares."""
-        super().__init__(CachedModel(plus), CachedModel(minus))
+        self.plus, self.minus = CachedModel(plus), CachedModel(minus)
+        super().__init__(self.plus, self.minus)
         self.eps, self.shared_V = eps, shared_V
 
     def score(self, plus_BR, minus_BR):

@@ -136,7 +136,7 @@ def test_what_is_not_finite_later_on_names_its_problem_and_step(is_static):
     with pytest.raises(ValueError, match=words):
         decode(models, GREEDY, rows, 9, is_static=is_static)
     models = ads_models()
-    models.proxy.models[0].model.get_output_embeddings().weight.data[3, 0] = torch.inf
+    models.proxy.plus.model.get_output_embeddings().weight.data[3, 0] = torch.inf
     with pytest.raises(ValueError, match="response token 0: the proxy's Delta"):
         decode(models, Sampling(1.0, 0.1), requests(), 3, is_static=is_static)
 
