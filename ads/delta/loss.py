@@ -26,7 +26,7 @@ class Sequence:
     num_prompt_tokens: int
 
 
-def make_sequences(rows, max_length: int) -> list[Sequence]:
+def make_sequences(rows, max_length):
     """The Sequence of each trace row, cut to max_length; none where that leaves no response token."""
     sequences = [
         Sequence((row["prompt_ids"] + row["response_ids"])[:max_length], len(row["prompt_ids"]))
@@ -35,7 +35,7 @@ def make_sequences(rows, max_length: int) -> list[Sequence]:
     return [s for s in sequences if len(s.ids) > s.num_prompt_tokens > 0]
 
 
-def make_batches(sequences: list[Sequence], batch_size: int, batch_tokens=math.inf):
+def make_batches(sequences, batch_size, batch_tokens=math.inf):
     """Lists of at most batch_size sequences of like lengths, longest first.
 
     A batch ends before more than MAX_PADDING of it would be padding, or where it would have more than
