@@ -1,4 +1,9 @@
-"""How each operation acts on dual numbers: rules for those that need one, forward-mode AD for all others."""
+"""How each operation acts on dual numbers: rules for those that need one, forward-mode AD for all others.
+
+A rule is called with the function and its arguments, and returns NotImplemented where it does not hold.
+
+Shapes: N rows of values, I inputs and O outputs of a linear layer.
+"""
 
 import functools
 
