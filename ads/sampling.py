@@ -2,8 +2,8 @@
 
     p(x) is proportional to exp(log p_T(x) / tau + lam * Delta(x))          paper eq. 11, Algorithm 1
 
-Shapes: B rows, V vocabulary (token ids of the tokenizer). Scores and probabilities are float32, the CDF
-float64.
+p_T: the teacher; Delta: delta/exact.py, or delta/central.py. Scores and probabilities are float32, the CDF
+float64. Shapes: B rows, V vocabulary (token ids of the tokenizer), K ranked tokens.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-GOLDEN = 0x9E3779B97F4A7C15  # constants of the SplitMix64 generator (Steele et al., OOPSLA 2014)
-MIX_1 = 0xBF58476D1CE4E5B9
-MIX_2 = 0x94D049BB133111EB
+# constants of the SplitMix64 generator (Steele et al., OOPSLA 2014), as int64 with the same bits
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX_2 = 0x94D049BB133111EB - 2**64
 NUM_RANKED = 1024  # top_p without top_k is looked for among this many scores first
 
 
@@ -70,8 +71,7 @@ def permute(delta_BV, keys_B, steps_B):
 
 
 def truncate(scores_BV, top_k, top_p):
-    """Set to -inf all but the top_k highest scores, then all but the smallest set holding top_p of what is
-    left.
+    """Keep the top_k highest scores, then the nucleus, the fewest that hold top_p of them; -inf elsewhere.
 
     A token tied with the last one kept is kept too, so that the outcome is a function of the scores alone.
     """
@@ -86,10 +86,7 @@ def truncate(scores_BV, top_k, top_p):
 
 
 def nucleus_edge(scores_BV, ranked_BK, top_p):
-    """The least score (B, 1) of the smallest set of tokens that holds top_p of the probability.
-
-    ranked_BK: all scores above -inf in falling order, (values, indices); None: they are looked for.
-    """
+    """The least score (B, 1) of the nucleus; ranked_BK: all scores above -inf, falling, or None."""
     log_probs_BV = torch.log_softmax(scores_BV, -1)
     if ranked_BK is None:
         ranked_BK = highest(scores_BV, log_probs_BV, top_p)
@@ -101,8 +98,8 @@ def nucleus_edge(scores_BV, ranked_BK, top_p):
 def highest(scores_BV, log_probs_BV, top_p):
     """At least the scores of the nucleus in falling order, (values, indices), where top_k does not bound it.
 
-    Only where a row is so flat that its nucleus goes beyond NUM_RANKED tokens is the vocabulary sorted. To
-    ask for that would make the host wait for a GPU, which sorts instead.
+    The vocabulary is sorted only for rows so flat that their nucleus goes beyond NUM_RANKED tokens. To ask
+    whether there are such rows would make the host wait for a GPU, which sorts instead.
     """
     if may_ask(scores_BV.device):
         ranked_BK = scores_BV.topk(min(NUM_RANKED, scores_BV.shape[-1]), dim=-1)
@@ -111,7 +108,7 @@ def highest(scores_BV, log_probs_BV, top_p):
     return scores_BV.sort(dim=-1, descending=True)
 
 
-def may_ask(device):
+def may_ask(device) -> bool:
     """Whether the host can look at values without waiting for the device."""
     return device.type == "cpu"
 
@@ -124,40 +121,30 @@ def draw(scores_BV, uniforms_B):
     """
     cdf_BV = torch.softmax(scores_BV, dim=-1).double().cumsum(-1)
     targets_B1 = uniforms_B[:, None] * cdf_BV[:, -1:]
-    tokens_B1 = torch.searchsorted(cdf_BV, targets_B1, right=True)
-    return tokens_B1.squeeze(-1).clamp(
-        max=cdf_BV.shape[-1] - 1
-    )  # V in a row of NaN, which the caller reports
+    tokens_B = torch.searchsorted(cdf_BV, targets_B1, right=True).squeeze(-1)
+    return tokens_B.clamp(max=cdf_BV.shape[-1] - 1)  # it is V in a row of NaN, which the caller reports
 
 
-def row_key(seed, problem_id):
+def row_key(seed: int, problem_id: str) -> int:
     """The 64-bit key (as a signed int) of a problem's random numbers."""
     digest = hashlib.sha256(f"{seed}\n{problem_id}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def uniforms(keys_B, steps_B):
-    """One float64 in [0, 1) per (key, step), with 32 random bits.
-
-    Below 1 by 2^-32, so `uniform * total` stays below the total in float64 and a token of probability 0 is
-    never drawn.
-    """
+    """One float64 in [0, 1 - 2^-32] per (key, step): `uniform * total` stays below the total, so that a token
+    of probability 0 is never drawn."""
     return shift_right(random_bits(keys_B, steps_B), 32) * torch.tensor(2.0**-32, dtype=torch.float64)
 
 
 def random_bits(keys, counters):
-    """64 random bits (int64) per (key, counter): the SplitMix64 stream seeded by the key, at `counter`."""
-    state = keys + (counters + 1) * as_signed(GOLDEN)
-    state = (state ^ shift_right(state, 30)) * as_signed(MIX_1)
-    state = (state ^ shift_right(state, 27)) * as_signed(MIX_2)
+    """64 random bits (int64, whose products wrap around) per (key, counter): SplitMix64 seeded by the key."""
+    state = keys + (counters + 1) * GOLDEN
+    state = (state ^ shift_right(state, 30)) * MIX_1
+    state = (state ^ shift_right(state, 27)) * MIX_2
     return state ^ shift_right(state, 31)
 
 
 def shift_right(values, bits):
     """Logical right shift of int64 (torch's own shift copies the sign)."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def as_signed(value):
-    """A 64-bit unsigned constant as the int64 with the same bits; int64 products wrap around."""
-    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,7 +1,7 @@
 """The loss of stages 2 and 4: -log p of the tokens that are trained on, and logits of hardly any others.
 
 Rows are padded on the right, where causal attention never looks: they need no attention mask, and attention
-takes its fast path (models.try_batches finds those that do look). Logits are made at columns where some row
+takes its fast path (trials.try_batches finds those that do look). Logits are made at columns where some row
 trains on the next token, so not for prompts.
 
 Shapes: B rows, T tokens, C columns with logits, V vocabulary.

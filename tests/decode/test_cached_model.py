@@ -7,7 +7,7 @@ from families import WINDOW
 
 from ads.decode.cached_model import CachedModel
 from ads.decode.engine import Models, Request, generate
-from ads.dual.model import make_checked, reverse
+from ads.delta.check import make_checked, reverse
 from ads.sampling import GREEDY
 from ads.trials import CheckedLookups, try_batches
 
