@@ -1,7 +1,7 @@
 """What this project adds to torch on CPUs. Other code imports this module alone, nothing else of the room.
 
-- Decoding steps of models built like Llama in compiled code: `decodes` says of a weight whether there is any for
-  it, `CompiledStep` is such a step and makes the cache that it reads (build.py, native.py, native.c, pages.py).
+- Decoding steps of models built like Llama in compiled code: `decodes` says of a weight whether there is any,
+  `CompiledStep` is such a step and makes the cache that it reads (build.py, native.py, native.c, pages.py).
 - Training of LoRA adapters by merged weights: `merged_adapters` (merged_lora.py).
 - What becomes of memory that torch frees: `keep_freed_memory`, `give_back_freed_memory` (memory.py).
 

@@ -1,22 +1,18 @@
 /* One decoding step of a model built like Llama, on a CPU: what ads/decode/llama_step.py computes in torch.
 
-Read `ads_step` first: it is the step, in the order of the model's layers, and the functions that it calls follow in
-that order; the arithmetic that they share (products of matrices) comes last. It is faster than torch for two
-reasons. A product of few rows waits for its weights: here the next rows of W are fetched into the cache while these
-are multiplied. And what lies between the products takes the time of its arithmetic, not that of a hundred calls.
+`ads_step` is the step; the functions it calls follow in its order, then the arithmetic they share. Two things
+make it faster than torch. A product of few rows waits for its weights: here the next rows of W are fetched
+into the cache while these are multiplied. And what lies between the products takes the time of its
+arithmetic, not of a hundred calls.
 
-Each of N slots gets one token. R = N rows are computed, or 2N in dual numbers: values in rows 0..N-1, below them in
-rows N..2N-1 their derivatives along g, a direction in the space of the weights. A derivative's name begins with d:
-for y = W x it is dy = W dx + dW x, where dW is g of that matrix.
+Each of N slots gets one token. R = N rows are computed, or 2N in dual numbers: values in rows 0..N-1, below
+them in N..2N-1 their derivatives along g, a direction in the space of the weights, named d...: for y = W x,
+dy = W dx + dW x, where dW is g of that matrix. A row's result depends on no other row and on no number of
+threads, to the bit. NaN stays NaN. Weights may be bfloat16; all else is float32.
 
-Promises: a row's result depends on no other row and not on the number of threads, to the bit. NaN stays NaN.
-Weights may be bfloat16; all else is float32, and sums are kept in float32.
-
-Matrices lie by rows, (rows, columns), one float after the other; `stride` is what lies between two rows, in floats.
-A (+)= in a comment adds where the argument `add` is 1. The caller, native.py, has the same structs and makes all
-memory. Every function runs in all threads at once; an `omp for` shares its loop out and, unless it says nowait, ends
-when all threads have done their part.
-*/
+Matrices lie by rows; a stride is the floats from one row to the next. (+)= adds where the argument `add` is
+1. All memory is the caller's (native.py, which has the same structs). Functions run in all threads at once;
+an `omp for` shares a loop out and, unless it says nowait, ends when all threads have done their part. */
 
 #include <math.h>
 #include <omp.h>
@@ -32,8 +28,9 @@ when all threads have done their part.
 #error "the 16 sums of a tile need 32 registers of 16 floats: elsewhere torch is as fast"
 #endif
 
-/* LANES: floats of a vector register, and of a line of the CPU's cache. TILE: rows and outputs that are multiplied at
-once. PANEL: rows of W that stay in the L1 or L2 cache meanwhile. PAGE: positions of a page, see pages.py. */
+/* LANES: floats of a vector register, and of a line of the CPU's cache. TILE: rows and outputs that are
+multiplied at once. PANEL: rows of W that stay in the L1 or L2 cache meanwhile. PAGE: positions of a page, see
+pages.py. */
 enum { LANES = 16, TILE = 4, PANEL = 8, PAGE = 64 };
 
 typedef int64_t size;
@@ -45,7 +42,7 @@ typedef struct {
     size outs, ins, rank;
     const void *weight;         /* (outs + rank, ins): W, below it the right factor of g */
     const void *g;              /* (outs, ins): g where it has no factors, else NULL */
-    const float *left;          /* (rank, outs): the left factor of g, g = left^T right; NULL without factors */
+    const float *left;          /* (rank, outs): left, of g = left^T right; NULL without factors */
     const float *bias, *d_bias; /* (outs), or NULL */
 } ProductStruct;
 
@@ -57,7 +54,7 @@ typedef struct {
 typedef struct {
     NormStruct before_attention, before_mlp, of_queries, of_keys;
     ProductStruct qkv, output, gate_up, down;
-    float *keys;   /* of the first page: (kv_heads, width, PAGE), so that scores add up whole vectors of positions */
+    float *keys;   /* of the first page: (kv_heads, width, PAGE), whole vectors of positions */
     float *values; /* likewise: (kv_heads, PAGE, v_stride), of which width are used */
     size window;   /* positions seen; 0: all */
     float scaling; /* of the scores */
@@ -86,7 +83,7 @@ typedef struct {
     float *thin;                     /* (N, greatest rank), */
     float *scores, *head_rows;       /* (threads, 2 heads / kv_heads, slot_pages PAGE or v_stride), */
     float *panels;                   /* for weights in bfloat16, else NULL: (threads, PANEL, widest input), */
-    uint16_t *packed;                /* with matrix registers, else NULL: (R to whole SIDEs, widest input, 2) */
+    uint16_t *packed;                /* for AMX, else NULL: (R to whole SIDEs, widest input, 2) */
 } StepStruct;
 
 static void normalise_rows(const NormStruct *, const ModelStruct *, const StepStruct *);
@@ -132,8 +129,8 @@ static inline size least(size a, size b) { return a < b ? a : b; }
 
 static inline vec load(const float *p) { return *(const vec *)p; }
 
-/* RMS norm of one row: y = x / sqrt(mean x^2 + eps) scale, and its derivative; y may be x, and dy dx. dx is NULL
-outside dual numbers. */
+/* RMS norm of one row: y = x / sqrt(mean x^2 + eps) scale, and its derivative; y may be x, and dy dx. dx is
+NULL outside dual numbers. */
 static void normalise(const NormStruct *n, size width, const float *x, const float *dx, float *y, float *dy)
 {
     float squares = 0, products = 0;
@@ -177,9 +174,9 @@ static void rotate(float *x, size width, const float *cos, const float *sin, flo
     }
 }
 
-/* What one slot does between the product with qkv and attention, in `wide`: queries and keys are normalised where the
-model has norms of heads, then rotated (queries also scaled, in place of the scores); key and value go into the
-cache, at the slot's next position. */
+/* What one slot does between the product with qkv and attention, in `wide`: queries and keys are normalised
+where the model has norms of heads, then rotated (queries also scaled, in place of the scores); key and value
+go into the cache, at the slot's next position. */
 static void enter(const ModelStruct *m, const LayerStruct *l, const StepStruct *step, size row)
 {
     size heads = m->heads, kv_heads = m->kv_heads, width = m->width, stride = l->qkv.outs;
@@ -207,9 +204,8 @@ static void enter(const ModelStruct *m, const LayerStruct *l, const StepStruct *
         }
 }
 
-static void mix(
-    const float *p, size p_stride, size rows, const float *v, size v_stride, size length, size columns,
-    const float *ahead, float *y, size y_stride, int add);
+static void mix(const float *p, size p_stride, size rows, const float *v, size v_stride, size length, size
+    columns, const float *ahead, float *y, size y_stride, int add);
 
 /* exp to 2e-7: 2^n times a Taylor series about 0. Outside of -87..88 the result of the nearest of these. */
 static inline float exponential(float x)
@@ -238,7 +234,8 @@ static void softmax(float *scores, size count)
         scores[i] /= sum;
 }
 
-/* The derivative of softmax, where p is its result and dp holds the scores' derivatives ds: dp = p (ds - sum of p ds). */
+/* The derivative of softmax, where p is its result and dp holds the scores' derivatives ds: dp = p (ds - sum
+of p ds). */
 static void change_of_softmax(const float *p, float *dp, size count)
 {
     float sum = 0;
@@ -250,10 +247,10 @@ static void change_of_softmax(const float *p, float *dp, size count)
         dp[i] = p[i] * (dp[i] - sum);
 }
 
-/* Attention of those heads of queries of one slot that share the head of keys `head`, from `wide` into `mixed`. With
-q the group's queries: p = softmax(q k^T), y = p v, and dp from dq k^T + q dk^T, dy = dp v + p dv. Keys and values
-are read page by page, and what is read next is fetched meanwhile (`then`). The group's rows lie together in
-head_rows, values of all heads and then derivatives, so that one product serves both. */
+/* Attention of those heads of queries of one slot that share the head of keys `head`, from `wide` into
+`mixed`. With q the group's queries: p = softmax(q k^T), y = p v, and dp from dq k^T + q dk^T, dy = dp v + p
+dv. Keys and values are read page by page, and what is read next is fetched meanwhile (`then`). The group's
+rows lie together in head_rows, values of all heads and then derivatives, so that one product serves both. */
 static void attend(const ModelStruct *m, const LayerStruct *l, const StepStruct *step, size row, size head)
 {
     size width = m->width, group = m->heads / m->kv_heads, p_stride = step->slot_pages * PAGE;
@@ -323,7 +320,8 @@ static void gate(const ModelStruct *m, const StepStruct *step, size row)
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (lanes){__VA_ARGS__})
 #endif
 
-/* Of 16 vectors one, whose lane i is the sum of the lanes of a[i]: in four rounds, each halving what is left. */
+/* Of 16 vectors one, whose lane i is the sum of the lanes of a[i]: in four rounds, each halving what is left.
+*/
 static inline vec sum_lanes(const vec *a)
 {
     vec b[8], c[4], d[2];
@@ -340,13 +338,12 @@ static inline vec sum_lanes(const vec *a)
          + PICK(d[0], d[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* The inner loop of a product: y[r][o] (+)= the dot product of row r of x and row o of w, both `ins` long, for
-num_rows rows and num_outs outputs, at most TILE of each (constants where it is called, so that all sums stay in
-registers). Each turn takes LANES inputs of every row, and fetches one line of what is needed next: the first at
-`ahead`, each further one `stride` floats on. */
-static inline __attribute__((always_inline)) void tile(
-    size num_rows, size num_outs, const float *w, const float *x, size ins, const float *ahead, size stride,
-    float *y, size y_stride, int add)
+/* The inner loop of a product: y[r][o] (+)= the dot product of row r of x and row o of w, both `ins` long,
+for num_rows rows and num_outs outputs, at most TILE of each (constants where it is called, so that all sums
+stay in registers). Each turn takes LANES inputs of every row, and fetches one line of what is needed next:
+the first at `ahead`, each further one `stride` floats on. */
+static inline __attribute__((always_inline)) void tile(size num_rows, size num_outs, const float *w, const
+    float *x, size ins, const float *ahead, size stride, float *y, size y_stride, int add)
 {
     vec sums[TILE * TILE] = {{0}};
     size i = 0;
@@ -382,12 +379,11 @@ static void widen(const uint16_t *halves, float *floats, size count)
     }
 }
 
-/* y (+)= x W^T for `outs` rows of W from row `first` on, at most PANEL: x (rows, ins), y (rows, outs) with y_stride.
-W is bfloat16 if there is a panel, which then gets these rows as float32. Meanwhile as many rows of W after these are
-fetched, each tile its `share` of them. */
-static void multiply(
-    const void *weight, size first, size outs, size ins, const float *x, size rows, float *y, size y_stride,
-    int add, float *panel)
+/* y (+)= x W^T for `outs` rows of W from row `first` on, at most PANEL: x (rows, ins), y (rows, outs) with
+y_stride. W is bfloat16 if there is a panel, which then gets these rows as float32. Meanwhile as many rows of
+W after these are fetched, each tile its `share` of them. */
+static void multiply(const void *weight, size first, size outs, size ins, const float *x, size rows, float *y,
+    size y_stride, int add, float *panel)
 {
     const float *w = (const float *)weight + first * ins, *ahead = w + outs * ins;
     size num_floats = outs * ins;
@@ -404,26 +400,24 @@ static void multiply(
             float *ys = y + r * y_stride + o;
             if (outs - o < TILE)
                 for (size k = 0; k < outs - o; k++)
-                    for (size i = 0; i < least(TILE, rows - r); i++) {
-                        float *target = ys + i * y_stride + k;
-                        tile(1, 1, ws + k * ins, xs + i * ins, ins, ahead, stride, target, y_stride, add);
-                    }
-            else if (rows - r >= TILE)
-                tile(TILE, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
-            else if (rows - r == 3)
-                tile(3, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
-            else if (rows - r == 2)
-                tile(2, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
+                    for (size i = 0; i < least(TILE, rows - r); i++)
+                        tile(1, 1, ws + k * ins, xs + i * ins, ins, ahead, stride, ys + i * y_stride + k,
+                             y_stride, add);
             else
-                tile(1, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
+                switch (least(TILE, rows - r)) {
+                    case 1: tile(1, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add); break;
+                    case 2: tile(2, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add); break;
+                    case 3: tile(3, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add); break;
+                    default: tile(TILE, TILE, ws, xs, ins, ahead, stride, ys, y_stride, add);
+                }
         }
 }
 
-/* The inner loop of `mix`: num_vecs vectors of columns of y (+)= p v, in num_rows rows; both at most TILE and constants
-where it is called. For each row of v `lines` lines of `ahead` are fetched. */
-static inline __attribute__((always_inline)) void mix_columns(
-    size num_vecs, size num_rows, const float *p, size p_stride, const float *v, size v_stride, size length,
-    const float *ahead, size lines, float *y, size y_stride, int add)
+/* The inner loop of `mix`: num_vecs vectors of columns of y (+)= p v, in num_rows rows; both at most TILE and
+constants where it is called. For each row of v `lines` lines of `ahead` are fetched. */
+static inline __attribute__((always_inline)) void mix_columns(size num_vecs, size num_rows, const float *p,
+    size p_stride, const float *v, size v_stride, size length, const float *ahead, size lines, float *y, size
+    y_stride, int add)
 {
     vec sums[TILE][TILE] = {{{0}}};
     for (size l = 0; l < length; l++) {
@@ -447,9 +441,9 @@ static inline __attribute__((always_inline)) void mix_columns(
 }
 
 /* All columns of y (+)= p v in num_rows rows: by TILE vectors, then single vectors, then single floats. */
-static inline __attribute__((always_inline)) void mix_rows(
-    size num_rows, const float *p, size p_stride, const float *v, size v_stride, size length, size columns,
-    const float *ahead, size lines, float *y, size y_stride, int add)
+static inline __attribute__((always_inline)) void mix_rows(size num_rows, const float *p, size p_stride, const
+    float *v, size v_stride, size length, size columns, const float *ahead, size lines, float *y, size
+    y_stride, int add)
 {
     size c = 0;
     for (; c + TILE * LANES <= columns; c += TILE * LANES, ahead += length * lines * LANES)
@@ -465,28 +459,26 @@ static inline __attribute__((always_inline)) void mix_rows(
         }
 }
 
-/* y (+)= p v by one thread: p (rows, length), v (length, columns), y (rows, columns), each with its stride. Meanwhile as
-much of `ahead` is fetched as v has, by those columns that come in TILE vectors. */
-static void mix(
-    const float *p, size p_stride, size rows, const float *v, size v_stride, size length, size columns,
-    const float *ahead, float *y, size y_stride, int add)
+/* y (+)= p v by one thread: p (rows, length), v (length, columns), y (rows, columns), each with its stride.
+Meanwhile as much of `ahead` is fetched as v has, by those columns that come in TILE vectors. */
+static void mix(const float *p, size p_stride, size rows, const float *v, size v_stride, size length, size
+    columns, const float *ahead, float *y, size y_stride, int add)
 {
     size passes = (rows + TILE - 1) / TILE, lines = (TILE + passes - 1) / passes;
     size share = lines * LANES * length * (columns / (TILE * LANES));
     for (; rows >= TILE; rows -= TILE, p += TILE * p_stride, y += TILE * y_stride, ahead += share)
         mix_rows(TILE, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
-    if (rows == 3)
-        mix_rows(3, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
-    else if (rows == 2)
-        mix_rows(2, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
-    else if (rows == 1)
-        mix_rows(1, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
+    switch (rows) {
+        case 1: mix_rows(1, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add); break;
+        case 2: mix_rows(2, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add); break;
+        case 3: mix_rows(3, p, p_stride, v, v_stride, length, columns, ahead, lines, y, y_stride, add);
+    }
 }
 
-/* Matrix registers (AMX): 8 of 16 rows of 64 bytes, numbered 0 to 7; one instruction adds the product of two of them,
-in bfloat16, to a third, of 16 by 16 float32. W is loaded as it lies. x is split into the sum of two bfloat16, its
-upper half and what that leaves, and multiplied twice, so that hardly more is rounded than the weights.
-SIDE: rows of a register; DEPTH: bfloat16 of its row; PIECE: of the whole. */
+/* Matrix registers (AMX): 8 of 16 rows of 64 bytes, numbered 0 to 7; one instruction adds the product of two
+of them, in bfloat16, to a third, of 16 by 16 float32. W is loaded as it lies. x is split into the sum of two
+bfloat16, its upper half and what that leaves, and multiplied twice, so that hardly more is rounded than the
+weights. SIDE: rows of a register; DEPTH: bfloat16 of its row; PIECE: of the whole. */
 enum { SIDE = 16, DEPTH = 32, PIECE = SIDE * DEPTH };
 
 #ifdef __AMX_BF16__
@@ -523,8 +515,9 @@ static inline void split(float x, uint16_t *upper, uint16_t *rest)
     *upper = head.bits >> 16, *rest = whole.bits >> 16;
 }
 
-/* x (rows, ins) as contents of registers, by all threads: for every SIDE rows (zeros below the last) and DEPTH inputs
-first the upper halves and then the rests, each (DEPTH / 2, SIDE, 2), pairs of inputs beside each other. */
+/* x (rows, ins) as contents of registers, by all threads: for every SIDE rows (zeros below the last) and
+DEPTH inputs first the upper halves and then the rests, each (DEPTH / 2, SIDE, 2), pairs of inputs beside each
+other. */
 static void pack(const float *x, size rows, size ins, uint16_t *packed)
 {
     size pieces = ins / DEPTH;
@@ -554,11 +547,10 @@ static void put(const float *sums, size rows, float *y, size y_stride, int add)
     }
 }
 
-/* y (+)= x W^T for SIDE or 2 SIDE outputs, x packed. Registers 0 to 3 hold sums, of two SIDEs of outputs by two of
-rows; 4 and 5 weights, 6 and 7 rows of x. Meanwhile as many rows of w after these are fetched. */
-static void multiply_tiles(
-    const uint16_t *w, size outs, size ins, const uint16_t *packed, size rows, float *y, size y_stride,
-    int add)
+/* y (+)= x W^T for SIDE or 2 SIDE outputs, x packed. Registers 0 to 3 hold sums, of two SIDEs of outputs by
+two of rows; 4 and 5 weights, 6 and 7 rows of x. Meanwhile as many rows of w after these are fetched. */
+static void multiply_tiles(const uint16_t *w, size outs, size ins, const uint16_t *packed, size rows, float
+    *y, size y_stride, int add)
 {
     float sums[4][SIDE * SIDE];
     size pieces = ins / DEPTH, stride = ins * sizeof *w;
@@ -605,18 +597,14 @@ int ads_has_tiles(void) { return 0; }
 static void begin_tiles(const StepStruct *step) {}
 static void end_tiles(const StepStruct *step) {}
 static void pack(const float *x, size rows, size ins, uint16_t *packed) {}
-static void multiply_tiles(
-    const uint16_t *w, size outs, size ins, const uint16_t *packed, size rows, float *y, size y_stride,
-    int add)
-{
-}
+static void multiply_tiles(const uint16_t *w, size outs, size ins, const uint16_t *packed, size rows,
+    float *y, size y_stride, int add) {}
 #endif
 
-/* y (+)= x W^T for outputs first, ..., first + count - 1, by one thread; y begins at the first of these. packed: x as
-the matrix registers take it, which then do all outputs but the last count % SIDE; or NULL. */
-static void some_outputs(
-    const void *w, size first, size count, size ins, const float *x, const uint16_t *packed, size rows,
-    float *y, size y_stride, int add, float *panel)
+/* y (+)= x W^T for outputs first, ..., first + count - 1, by one thread; y begins at the first of these.
+packed: x as the matrix registers take it, which then do all outputs but the last count % SIDE; or NULL. */
+static void some_outputs(const void *w, size first, size count, size ins, const float *x, const uint16_t
+    *packed, size rows, float *y, size y_stride, int add, float *panel)
 {
     size tiled = packed ? count / SIDE * SIDE : 0;
     if (tiled)
@@ -627,15 +615,17 @@ static void some_outputs(
     }
 }
 
-static void add_bias(const float *bias, size outs, float *y, size y_stride, size rows)
+/* Of outputs first, ..., first + count - 1 of y (rows, outs); bias may be NULL. */
+static void add_bias(const float *bias, size first, size count, float *y, size outs, size rows)
 {
-    for (size r = 0; r < rows; r++)
-        for (size o = 0; o < outs; o++)
-            y[r * y_stride + o] += bias[o];
+    for (size r = 0; bias && r < rows; r++)
+        for (size o = first; o < first + count; o++)
+            y[r * outs + o] += bias[o];
 }
 
-/* y (+)= W x + b by all threads, (R, outs) of (R, ins); of derivatives W dx + dW x + db. With factors of g
-dW x = left^T (right x): right lies below W, and left^T follows once all threads have done their part of right x. */
+/* y (+)= W x + b by all threads, (R, outs) of (R, ins); of derivatives W dx + dW x + db. With factors of g dW
+x = left^T (right x): right lies below W, and left^T follows once all threads have done their part of right x.
+*/
 static void apply(const ProductStruct *p, const StepStruct *step, const float *x, float *y, int add)
 {
     size outs = p->outs, ins = p->ins, rank = p->rank, rows = step->rows;
@@ -652,15 +642,14 @@ static void apply(const ProductStruct *p, const StepStruct *step, const float *x
         some_outputs(p->weight, first, count, ins, x, packed, all_rows, y + first, outs, add, panel);
         if (p->g)
             some_outputs(p->g, first, count, ins, x, packed, rows, dy + first, outs, 1, panel);
-        if (p->bias)
-            add_bias(p->bias + first, count, y + first, outs, rows);
-        if (p->d_bias)
-            add_bias(p->d_bias + first, count, dy + first, outs, rows);
+        add_bias(p->bias, first, count, y, outs, rows);
+        add_bias(p->d_bias, first, count, dy, outs, rows);
     }
 #pragma omp for schedule(static)
     for (size first = 0; first < rank; first += block) {
         size count = least(block, rank - first);
-        some_outputs(p->weight, outs + first, count, ins, x, packed, rows, step->thin + first, rank, 0, panel);
+        float *thin = step->thin + first;
+        some_outputs(p->weight, outs + first, count, ins, x, packed, rows, thin, rank, 0, panel);
     }
     if (rank) {
 #pragma omp for schedule(static)
@@ -672,8 +661,8 @@ static void apply(const ProductStruct *p, const StepStruct *step, const float *x
     }
 }
 
-/* y = p v by one thread, for derivatives of embeddings: p (rows, depth), v (depth, columns). A row is added up in one
-order, whatever the number of rows, as a BLAS does not promise. */
+/* y = p v by one thread, for derivatives of embeddings: p (rows, depth), v (depth, columns). A row is added
+up in one order, whatever the number of rows, as a BLAS does not promise. */
 void ads_mix(const float *p, const float *v, float *y, size rows, size depth, size columns)
 {
     mix(p, depth, rows, v, columns, depth, columns, v, y, columns, 0);

@@ -1,10 +1,10 @@
 """The compiled decoding step: what native.c is called with.
 
-A CompiledStep is made from a step in torch (ads/decode/llama_step.py), whose fused matrices it reads where they
-lie. The structures below are those of native.c, which says what each field means.
+A CompiledStep is made from a step in torch (ads/decode/llama_step.py), whose fused matrices it reads where
+they lie. The structures below are those of native.c, which says what each field means.
 
-Shapes: N slots; R rows: N, or 2N in dual numbers (values above their derivatives along g); I inputs, O outputs,
-K rank of the factors of g, D head width, V vocabulary.
+Shapes: N slots; R rows: N, or 2N in dual numbers (values above their derivatives along g); I inputs, O
+outputs, K rank of the factors of g, D head width, V vocabulary.
 """
 
 import ctypes
@@ -134,7 +134,7 @@ class CompiledStep:
         )
 
     def addresses(self, vector, is_dual):
-        """Of a vector's values and of its derivatives, which in dual numbers follow them; None where none are."""
+        """Of a vector's values and, in dual numbers, of the derivatives below them; None: not there."""
         if vector is None:
             return None, None
         parts = vector.reshape(1 + is_dual, -1)

@@ -82,7 +82,7 @@ class Pages:
         self.table_BP[last] = -1
 
     def strides(self):
-        """Floats between neighbours of each kind, and pages of the longest slot: fields of native.c's StepStruct."""
+        """Fields of native.c's StepStruct: pages of the longest slot, floats from one thing to the next."""
         return {
             "slot_pages": self.table_BP.shape[1],
             "page_stride": self.memory.stride(0),

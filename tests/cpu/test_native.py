@@ -1,4 +1,4 @@
-"""native.c: sizes, threads, rounding, and who gets it. That it is the library's step: tests/decode/test_llama_step.py."""
+"""native.c: sizes, threads, rounding, who gets it. Against the library: test_llama_step.py."""
 
 import subprocess
 import sys
