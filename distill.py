@@ -214,11 +214,10 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
 
 def train_fast(trainer, checkpoint=None):
     """trainer.train() with what makes it faster on a CPU."""
-    from ads import matmul
-    from ads.cpu import memory, merged_lora
+    from ads import cpu
 
-    memory.keep_freed_memory(trainer.args.device)
-    with matmul.in_tiles(), merged_lora.merged(trainer.model):
+    cpu.keep_freed_memory(trainer.args.device)
+    with cpu.merged_adapters(trainer.model):
         return trainer.train(resume_from_checkpoint=checkpoint)
 
 

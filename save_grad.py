@@ -43,14 +43,14 @@ def fingerprint_inputs(cfg):
 def compute_gradient(cfg, inputs, world):
     import torch
 
-    from ads.cpu.memory import keep_freed_memory
+    from ads import cpu
     from ads.decode import memory_plan
     from ads.delta import gradient
     from ads.loading import load_model, recomputed
     from ads.trials import try_batches
 
     start = time.time()
-    keep_freed_memory(world.device)
+    cpu.keep_freed_memory(world.device)
     sequences, num_left_out = load_sequences(cfg)
     vocabulary = check_vocabulary(cfg)
     memory_plan.check_gradient(cfg, sequences, memory_plan.room(world.device))

@@ -122,21 +122,9 @@ def save_folder(folder, model, tokenizer):
 
 
 @pytest.fixture
-def all_sizes(monkeypatch):
-    """matmul.py multiplies for small layers too: the tiny models have no others."""
-    from ads import matmul
-
-    monkeypatch.setattr(matmul, "LEAST_SIZE", 1)
-
-
-@pytest.fixture
-def tile_products(monkeypatch):
-    """Grows by one with each product in matrix registers."""
-    from ads import matmul
-
-    found, multiply = [], matmul.multiply
-    monkeypatch.setattr(matmul, "multiply", lambda a, b: found.append(1) or multiply(a, b))
-    return found
+def without_compiled_code(monkeypatch):
+    """As on a machine without a C compiler or AVX-512, and as with ADS_NATIVE=0."""
+    monkeypatch.setattr("ads.cpu.build.library", lambda: None)
 
 
 @pytest.fixture(scope="session")

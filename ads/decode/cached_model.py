@@ -8,8 +8,7 @@ import functools
 
 import torch
 
-from ads.cpu.memory import give_back_freed_memory
-from ads.cpu.pages import Pages
+from ads import cpu
 from ads.decode import memory_plan
 from ads.decode.llama_step import make_step
 from ads.dual.model import DualModel, rows, stack
@@ -53,7 +52,7 @@ class CachedModel:
         self.num_tried = TRIED  # positions that rows are known to be decoded right within
         with self.narrow_windows():
             self.try_out()
-        give_back_freed_memory()
+        cpu.give_back_freed_memory()
 
     @torch.no_grad()
     def try_out(self):
@@ -181,7 +180,7 @@ class CachedModel:
         self.cache = None  # its room may be needed
         make_storage = functools.partial(Slots, layers=self.layers)
         if self.own_step is not None and self.own_step.compiled:
-            make_storage = functools.partial(Pages, num_layers=len(self.own_step.layers))
+            make_storage = self.own_step.compiled.make_storage
         self.cache = self.make_cache(make_storage, num_slots, num_positions)
 
     def release(self, slot, last, length):

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ads import sampling
-from ads.cpu.memory import give_back_freed_memory
+from ads import cpu, sampling
 from ads.decode import graph, memory_plan
 from ads.decode.cached_model import CachedModel
 from ads.decode.corruption import Corruption
@@ -220,7 +219,7 @@ class Decoder:
         prompts = [request.prompt_ids for request in group]
         logits_GR = self.models.teacher.prefill(prompts, slots)
         delta_GV = self.models.proxy.prefill(prompts, slots) if self.models.proxy else None
-        give_back_freed_memory()
+        cpu.give_back_freed_memory()
         rows = [self.new_row(request, slot) for request, slot in zip(group, slots, strict=True)]
         # one position before where they are: `sample` moves them on
         state_6G = self.to_device([[0, row.key, 0, row.num_cached - 1, 0, 1] for row in rows]).T.contiguous()

@@ -17,8 +17,7 @@ import inspect
 import torch
 from torch.nn import functional
 
-from ads.cpu import native
-from ads.cpu.pages import LANES
+from ads import cpu
 from ads.decode.products import Norm, Stream, make_product
 from ads.dual.rules import Dual, look_up, softmax
 from ads.kv_cache import whole
@@ -229,7 +228,7 @@ class Step:
         self.norm, self.is_dual = Norm(inner.norm), self.layers[0].is_dual
         is_tied = model.lm_head.weight is inner.embed_tokens.weight
         self.head = make_product(model.lm_head, is_table=is_tied)
-        self.compiled = native.CompiledStep(self) if native.suits(self.table.weight) else None
+        self.compiled = cpu.CompiledStep(self) if cpu.decodes(self.table.weight) else None
 
     def __call__(self, tokens_N, lengths_N, longest, cache):
         """Logits (N, V) that follow, or a Dual of them; see models.CachedModel.step."""
@@ -265,7 +264,7 @@ class Step:
         layer, length = self.layers[0], longest + 1
         num_groups = layer.num_heads // layer.num_keys
         # rows start at multiples of 16 bytes, or a GPU's fused kernel would copy the mask in every layer
-        shape = (layer.num_keys, 2 * num_groups, length) if self.is_dual else (1, 1, whole(length, LANES))
+        shape = (layer.num_keys, 2 * num_groups, length) if self.is_dual else (1, 1, whole(length, 16))
         mask_NKGL = like.new_zeros(len(lengths_N), *shape)[..., :length]
         distance_NL = lengths_N[:, None] - torch.arange(length, device=like.device)
         hidden_NL = distance_NL < 0 if window is None else (distance_NL < 0) | (distance_NL >= window)

@@ -7,7 +7,7 @@ inputs and outputs; J columns of room for an input, of which x has the first.
 import torch
 from torch.nn import functional
 
-from ads.cpu import native
+from ads import cpu
 from ads.dual.factors import Factors, dense
 from ads.dual.model import stack_columns, stack_rows
 from ads.dual.norms import normalise, scale, unit_rows
@@ -148,7 +148,7 @@ class DualProduct:
 
 def make_product(*layers, is_table=False):
     weight = layers[0].weight
-    if isinstance(weight, Weight) and not is_table and not native.suits(weight):
+    if isinstance(weight, Weight) and not is_table and not cpu.decodes(weight):
         return DualProduct(*layers)
     return Product(*layers, is_table=is_table)
 

@@ -29,7 +29,7 @@ import functools
 import torch
 from torch.utils._pytree import tree_map
 
-from ads.cpu import native
+from ads import cpu
 from ads.dual.attention import ATTENTION
 from ads.dual.factors import Factors
 from ads.dual.norms import apply_norm, find_norms, scale
@@ -118,7 +118,7 @@ def stack_columns(matrices):
 
 
 def new_matrix(like, num_rows, num_columns):
-    is_by_columns = like.device.type == "cpu" and like.dtype == torch.float32 and not native.suits(like)
+    is_by_columns = like.device.type == "cpu" and like.dtype == torch.float32 and not cpu.decodes(like)
     return like.new_empty(num_columns, num_rows).T if is_by_columns else like.new_empty(num_rows, num_columns)
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from ads import sampling
-from ads.cpu import native
+from ads import cpu, sampling
 from ads.decode.cached_model import CachedModel
 from ads.decode.engine import Forcing, Models, Request, choose_batch_size, generate
 from ads.delta import gradient
@@ -227,7 +226,7 @@ def test_batch_size_by_free_memory(monkeypatch):
     positions = max(len(row.prompt_ids) for row in rows) + 20
     # keys of 2 layers, 2 heads of 8 floats and values, which compiled code pads to 16, in three models; 64
     # bytes a logit
-    row_bytes = 3 * positions * 2 * 2 * (8 + (16 if native.library() else 8)) * 4 + 64 * V
+    row_bytes = 3 * positions * 2 * 2 * (8 + (16 if cpu.decodes(torch.zeros(1)) else 8)) * 4 + 64 * V
     for free, wanted in ((10 * row_bytes / 0.8 + 1, 10), (0, 1), (1e12, 64)):
         monkeypatch.setattr("ads.decode.engine.free_bytes", functools.partial(given_bytes, free))
         assert choose_batch_size(models, rows) == wanted

@@ -8,7 +8,6 @@ from torch.func import jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ads import sampling
-from ads.cpu import native
 from ads.decode.cached_model import CachedModel
 from ads.decode.llama_step import Place, attend_dual, dual_gate, rotations
 from ads.decode.products import Norm, Stream, make_product
@@ -18,13 +17,8 @@ from ads.dual.model import DualCache, DualModel
 from ads.dual.rules import make_weight, softmax
 from ads.sampling import Sampling
 
-pytestmark = pytest.mark.compiled
-
-
-@pytest.fixture(autouse=True)
-def in_torch(monkeypatch):
-    """As on a GPU."""
-    monkeypatch.setattr(native, "library", lambda: None)
+# in torch, as on a GPU
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("without_compiled_code")]
 
 
 def pairs(*sizes, dtype=torch.float64):
