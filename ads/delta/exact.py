@@ -31,9 +31,8 @@ class ExactDerivative:
         names = [name for name, _ in model.named_parameters()]
         check_length(sum(square_norm(read_gradient(name)) for name in names))
         model = make_checked(model, read_gradient)
-        self.dual = CachedModel(model, model.make_cache)
+        self.dual = CachedModel(model)
         self.models = (self.dual,)
-        self.dual.prefill_tokens //= 2  # activations take twice the room
         self.bytes_per_position = self.dual.bytes_per_position
         self.shared_V, self.are_all_shared = shared_V, bool(shared_V.all())
 
