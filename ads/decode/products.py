@@ -26,7 +26,7 @@ from ads.cpu import native
 from ads.dual.factors import Factors, dense
 from ads.dual.model import stack_columns, stack_rows
 from ads.dual.norms import normalise, scale, unit_rows
-from ads.dual.rules import Weight, halves, make_weight, pair_of
+from ads.dual.rules import Dual, Weight, halves, linear, make_weight, pair_of
 
 MARGIN = 8  # columns of a Stream beside x, of which one is used: rows stay multiples of 16 bytes
 
@@ -40,11 +40,15 @@ def make_product(*layers, is_table=False):
 
 
 class Product:
-    """x to [W_1 x; W_2 x; ...], (R, I) to (R, O): plain, or in dual numbers with factors of g in rows."""
+    """x to [W_1 x; W_2 x; ...], (R, I) to (R, O): plain, or in dual numbers with right factors below W.
+
+    bias: (O,), or (2, 1, O) in dual numbers; left_RO and g_OI: g in left factors or whole, else None.
+    """
 
     def __init__(self, *layers, is_table=False):
         weights, biases = [m.weight for m in layers], [m.bias for m in layers]
-        self.is_dual, self.num_outputs = isinstance(weights[0], Weight), sum(map(len, weights))
+        self.layers, self.num_outputs = layers, sum(map(len, weights))
+        self.is_dual = isinstance(weights[0], Weight)
         tangents = [weight.tangent for weight in weights] if self.is_dual else []
         is_factored = self.is_dual and all(isinstance(tangent, Factors) for tangent in tangents)
         self.left_RO = left_of(tangents).T.contiguous() if is_factored else None
@@ -58,27 +62,17 @@ class Product:
         matrices = self.base_PI[: self.num_outputs], self.g_OI, left_OR, self.base_PI[self.num_outputs :]
         repoint(layers, *matrices, is_table)
         self.shape = self.base_PI.shape[1]  # of its input
-        self.bias = None if biases[0] is None else self.join(biases)
-
-    def join(self, biases):
-        """(O,), or (2, 1, O) in dual numbers."""
-        if not self.is_dual:
-            return torch.cat([b.detach() for b in biases])
-        values_and_tangents = zip(*map(pair_of, biases), strict=True)
-        return torch.stack([torch.cat(part) for part in values_and_tangents])[:, None]
+        self.bias = None
+        if biases[0] is not None and self.is_dual:
+            self.bias = torch.stack(join_pairs(biases))[:, None]
+        elif biases[0] is not None:
+            self.bias = torch.cat([b.detach() for b in biases])
 
     def __call__(self, x_RI):
-        if not self.is_dual:
-            return functional.linear(x_RI, self.base_PI, self.bias)
-        num_rows, y = x_RI.shape[0] // 2, functional.linear(x_RI, self.base_PI)
-        if self.left_RO is not None:
-            y, thin = y.split((self.num_outputs, self.left_RO.shape[0]), dim=1)
-            y.narrow(0, num_rows, num_rows).addmm_(thin.narrow(0, 0, num_rows), self.left_RO)
-        else:
-            y[num_rows:].addmm_(x_RI[:num_rows], self.g_OI.T)
-        if self.bias is not None:
-            y.unflatten(0, (2, -1)).add_(self.bias)
-        return y
+        if self.is_dual:  # the tied last layer: native.c multiplies by all others of this layout
+            dual_x = x_RI.as_subclass(Dual)
+            return linear(None, dual_x, self.layers[0].weight, self.layers[0].bias).as_subclass(torch.Tensor)
+        return functional.linear(x_RI, self.base_PI, self.bias)
 
     def add_to_(self, x_RO, y_RI):
         """Add the product with y to x, in place; of plain numbers alone."""
@@ -110,7 +104,7 @@ class DualProduct:
         if is_factored:
             columns.append(left_of(tangents))
         if has_bias:
-            columns += [torch.cat(part)[:, None] for part in zip(*map(pair_of, biases), strict=True)]
+            columns += [part[:, None] for part in join_pairs(biases)]
         self.ones = self.left.stop if has_bias else None  # the first column of ones
         missing = -sum(part.shape[1] for part in columns) % MARGIN
         columns.append(columns[0].new_zeros(len(columns[0]), missing))
@@ -149,6 +143,11 @@ class DualProduct:
         if not self.rank:
             y_RO[len(x_NI) :].addmm_(x_NI, self.g_OI.T)
         return y_RO
+
+
+def join_pairs(biases):
+    """[values, derivatives] of several biases as one, (O,) each."""
+    return [torch.cat(part) for part in zip(*map(pair_of, biases), strict=True)]
 
 
 def left_of(tangents):

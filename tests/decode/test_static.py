@@ -172,6 +172,35 @@ def test_a_capture_is_told_from_another_step():
     assert not graph.are_alike((record, logits * torch.nan, None), (record, logits, None))
 
 
+class Recomputed(graph.Graphs):
+    """Graphs without a GPU: what would be captured is run instead, is_wrong: with another state after it."""
+
+    def __init__(self, is_wrong):
+        self.captured, self.is_wrong = {}, is_wrong
+
+    def capture(self, decoder, sizes, before):
+        found = decoder.advance(*sizes)
+        decoder.state_6B[2] += self.is_wrong
+        return None, found, decoder.state_6B.clone()
+
+
+@pytest.mark.parametrize("is_wrong", (False, True))
+def test_a_first_step_leaves_the_decoder_as_an_uncaptured_one_does(is_wrong, capsys):
+    """A move of modules once made it ask a module for that state, which no test without a GPU saw."""
+    row, pair = requests()[:1], []
+    for graphs in (None, Recomputed(is_wrong)):
+        decoder = engine.Decoder(plain_models(), Sampling(0.9), 1, 1, 60, None, True, False)
+        with torch.inference_mode():
+            list(decoder.admit(row))
+            sizes = 1, decoder.num_positions
+            decoder.graphs = graphs
+            record_41 = graphs.first_step(decoder, sizes) if graphs else decoder.advance(*sizes)[0]
+        pair.append((record_41, decoder.state_6B))
+    assert all(map(torch.equal, *pair))
+    assert (sizes in graphs.captured) == (decoder.graphs is not None) == (not is_wrong)
+    assert ("captured computes something else: steps run uncaptured" in capsys.readouterr().out) == is_wrong
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what is captured runs on one alone")
 @pytest.mark.parametrize("forcing", (None, FORCING), ids=("alone", "forced"))
 def test_captured_steps_sample_what_uncaptured_ones_do(forcing, capsys):
