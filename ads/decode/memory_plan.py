@@ -171,21 +171,6 @@ def gradient(cfg, proxy, num_tokens, num_logits):
     }
 
 
-def diagnostics(cfg, proxy, num_tokens):
-    """What stage 2 takes to judge Delta on traces of up to num_tokens, cfg being the GradConfig.
-
-    The proxy is there again in the dtype that samples. The most beside is its largest matrix moved along g,
-    or the scores of a trace in dual numbers, which are all made.
-    """
-    largest = max(rows * columns for rows, columns in proxy.matrices)
-    return {
-        "weights": (FLOAT + itemsize(cfg.proxy_dtype)) * proxy.parameters,
-        "gradient": FLOAT * proxy.parameters,
-        "activations": FLOAT * max(4 * largest, 9 * proxy.H * num_tokens**2),
-        "logits": 4 * FLOAT * cfg.num_diagnosed * NUM_POSITIONS * proxy.V,
-    }
-
-
 def distillation(cfg, student, num_tokens, num_logits, num_processes=1):
     """A training step, num_tokens on a device at once. cfg: the TrainConfig."""
     size, rank = itemsize(cfg.dtype), cfg.lora_r if cfg.lora else 0
