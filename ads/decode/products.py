@@ -200,8 +200,8 @@ class Norm:
 class Stream:
     """What the layers of a dual step add to: zeros (N, I + MARGIN), values x and derivatives dx.
 
-    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part
-    of the length of a row: the root of sum x^2 + I eps.
+    In this order unit_rows (dual/norms.py) needs no copies. The first column of the margin makes eps of the
+    norms part of the length of a row: the root of sum x^2 + I eps.
     """
 
     def __init__(self, x_RI, eps):

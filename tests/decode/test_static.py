@@ -38,8 +38,8 @@ def exact_models(kind="qwen2"):
     return Models(CachedModel(tiny_model(kind)), exact_proxy(), torch.ones(V) > 0, EOS)
 
 
-def decode(models, rule, rows, batch_size, forcing=None, is_static=False):
-    found = generate(models, rule, 1, rows, batch_size, forcing, cuda_graph=is_static)
+def decode(models, distribution, rows, batch_size, forcing=None, is_static=False):
+    found = generate(models, distribution, 1, rows, batch_size, forcing, cuda_graph=is_static)
     return {completion.id: completion for completion in found}
 
 
@@ -58,14 +58,14 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_static_steps_sample_what_ordinary_ones_do(way, forcing, capsys):
     """With more rows than slots, rows that may have but one token, and rows that an eos ends early."""
-    make, rule = WAYS[way]
+    make, distribution = WAYS[way]
     models = make()
     rows = [Request(r.id, r.prompt_ids, 1 + 7 * k % 23) for k, r in enumerate(requests(num_rows=24))]
-    wanted = decode(models, rule, rows, 24, forcing)
+    wanted = decode(models, distribution, rows, 24, forcing)
     assert {c.finished for c in wanted.values()} == {True, False}
     assert min(len(c.ids) for c in wanted.values() if not c.finished) == 1
     for batch_size in (5, 20):
-        found = decode(models, rule, rows, batch_size, forcing, is_static=True)
+        found = decode(models, distribution, rows, batch_size, forcing, is_static=True)
         same(found, wanted)
         for i, completion in wanted.items():
             assert found[i].forced_ids == completion.forced_ids
@@ -210,8 +210,10 @@ def test_captured_steps_sample_what_uncaptured_ones_do(forcing, capsys):
         torch.ones(V).cuda() > 0,
         EOS,
     )
-    for rule in (GREEDY, Sampling(0.8, 0.3, 30, 0.9), Sampling(0.8, 0.3, 0, 0.9)):
-        pair = [decode(models, rule, requests(num_rows=45), 40, forcing, is_on) for is_on in (False, True)]
+    for distribution in (GREEDY, Sampling(0.8, 0.3, 30, 0.9), Sampling(0.8, 0.3, 0, 0.9)):
+        pair = [
+            decode(models, distribution, requests(num_rows=45), 40, forcing, is_on) for is_on in (False, True)
+        ]
         same(*pair)
     assert "uncaptured" not in capsys.readouterr().out
 

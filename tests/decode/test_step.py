@@ -234,23 +234,23 @@ def test_masks_are_not_copied(is_dual):
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "distribution",
     (
         Sampling(0.0, 0.5), Sampling(0.6, 0.5, 5, 0.9), Sampling(0.6, 0.5, 0, 0.9),
         Sampling(0.6, 0.5, 5), Sampling(1.0), Sampling(0.6, 0.5, 5, 0.9, True),
     ),
 )  # fmt: skip
-def test_sampling_asks_a_gpu_nothing(rule, monkeypatch):
+def test_sampling_asks_a_gpu_nothing(distribution, monkeypatch):
     """With top_p and no top_k the host once waited for whether rows were flat; it draws the same without."""
     generator = torch.Generator().manual_seed(0)
     logits, delta = (3 * torch.randn(8, 60, generator=generator) for _ in range(2))
     keys, steps = torch.arange(8) * 7919, torch.arange(8)
-    delta = delta[:, :50] if rule.lam else None
+    delta = delta[:, :50] if distribution.lam else None
     log_probs = sampling.log_probs(logits, torch.ones(50, dtype=torch.bool))
-    wanted = sampling.sample(log_probs, delta, rule, keys, steps)
+    wanted = sampling.sample(log_probs, delta, distribution, keys, steps)
     monkeypatch.setattr(sampling, "may_ask", lambda device: False)
     with Questions():
         log_probs = sampling.log_probs(logits, torch.ones(50, dtype=torch.bool))
-        assert torch.equal(sampling.sample(log_probs, delta, rule, keys, steps), wanted)
+        assert torch.equal(sampling.sample(log_probs, delta, distribution, keys, steps), wanted)
     with Questions(), pytest.raises(AssertionError, match="host would wait"):
-        (delta if rule.lam else logits).any().item()
+        (delta if distribution.lam else logits).any().item()
