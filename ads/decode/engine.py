@@ -160,7 +160,7 @@ class Row:
 
     num_cached: tokens in the KV caches once all launched steps are done; the newest one is not there yet.
     first_launch: results of earlier launches are not this row's, or no longer wanted (see Decoder.force).
-    response: the Completion so far, once the forced part has begun; its given ids end at ids[num_given].
+    response: the Completion so far, once the forced part has begun; its given ids end before ids[num_given].
     """
 
     request: Request
