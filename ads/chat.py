@@ -315,9 +315,8 @@ def match_vocabularies(teacher_tokenizer, proxy_tokenizer):
             f"teacher and proxy use different vocabularies ({describe_mismatch(ordinary)}): "
             "choose a proxy_student of the teacher's tokenizer family"
         )
-    ids = sorted(teacher_tokenizer.get_vocab().values())
-    without_delta = {i for i, _, _ in differing}
-    return Vocabulary([i for i in ids if i not in without_delta], differing)
+    shared_ids = set(teacher_tokenizer.get_vocab().values()) - {i for i, _, _ in differing}
+    return Vocabulary(sorted(shared_ids), differing)
 
 
 def compare_tokens(ours, theirs):
