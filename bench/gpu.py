@@ -2,9 +2,10 @@
 
 Traces with and without ADS through ads.engine, and the peer's way, transformers' generate() with a logits
 processor that runs two perturbed proxies (bench/decode.py); a decoding step beside its floor, plain and as a
-captured graph; the proxy gradient; distillation; and the peak memory of each beside what ads/memory.py
-reckons. Prompts are random ids and responses as long as GSM8K's (assumed: log-normal, median 300), the
-same for all. On a small model in float32 all four ways of sampling must write the same traces.
+captured graph; the proxy gradient; distillation; and the peak memory of each beside what
+ads/decode/memory_plan.py reckons. Prompts are random ids and responses as long as GSM8K's (assumed: log-
+normal, median 300), the same for all. On a small model in float32 all four ways of sampling must write the
+same traces.
 
 Each section is a process of its own with a limit of time; what fails is a row that says why. The last line is
 JSON.

@@ -36,8 +36,7 @@ class ExactDerivative(Proxy):
         """
         CachedModel(model, may_fuse=False)  # a model that cannot be decoded at all is refused as such
         dual_model = make_checked(model, load_gradient(model, read_gradient).__getitem__)
-        self.dual = CachedModel(dual_model, dual_model.make_cache)
-        self.dual.prefill_tokens //= 2  # activations take twice the room
+        self.dual = CachedModel(dual_model)
         super().__init__(self.dual)
         self.shared_V, self.are_all_shared = shared_V, bool(shared_V.all())
 

@@ -12,7 +12,7 @@ from test_llama_step import random_gradient, relative
 from ads.cpu import build, native
 from ads.decode.cached_model import CachedModel
 from ads.dual.model import DualModel
-from ads.kv_cache import Slots
+from ads.kv_cache import SlotCache, Slots
 
 pytestmark = pytest.mark.compiled
 
@@ -38,7 +38,7 @@ def odd_model(is_dual, rank=5, dtype=torch.float32, **changes):
     for name, p in model.named_parameters():
         p.grad = random_gradient(model, name).to(dtype)
     dual_model = DualModel(model, compress(model, rank, seed=0).__getitem__)
-    return CachedModel(dual_model, dual_model.make_cache)
+    return CachedModel(dual_model)
 
 
 @torch.inference_mode()
@@ -114,7 +114,7 @@ def test_nothing_is_written_beyond_the_cache():
     for tokens, lengths in (([7, 8], [3, 128]), ([7, 8], [-1, 3]), ([7, 8, 9], [3, 3, 3])):
         with pytest.raises(IndexError, match="beyond the cache"), torch.inference_mode():
             cached.step(torch.tensor(tokens), torch.tensor(lengths), 3)
-    cached.cache = cached.make_cache(Slots, 2, 80)
+    cached.cache = SlotCache(Slots, 2, 80)
     cached.prefill([[1, 2, 3], [4, 5, 6]], 0)
     with pytest.raises(TypeError, match="no such model or cache"), torch.inference_mode():
         cached.step(torch.tensor([7, 8]), torch.tensor([3, 3]), 3)

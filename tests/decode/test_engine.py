@@ -59,8 +59,8 @@ def ads_models(eps=1e-3):
     )
 
 
-def decode(models, rule, rows, batch_size, seed=1):
-    return {c.id: c for c in generate(models, rule, seed, rows, batch_size)}
+def decode(models, distribution, rows, batch_size, seed=1):
+    return {c.id: c for c in generate(models, distribution, seed, rows, batch_size)}
 
 
 def same(a, b):
@@ -95,14 +95,14 @@ def test_cached_log_probs_equal_an_uncached_pass(kind):
         assert row.log_prob == pytest.approx(wanted, abs=1e-4)
 
 
-def sample_uncached(model, row, rule, seed):
+def sample_uncached(model, row, distribution, seed):
     """Temperature sampling of one row, written out: full forward, softmax, inverse CDF."""
     ids = list(row.prompt_ids)
     key = torch.tensor([sampling.row_key(seed, row.id)])
     for step in range(row.max_new_tokens):
         with torch.no_grad():
             logits_V = model(torch.tensor([ids])).logits[0, -1]
-        cdf_V = torch.softmax(logits_V / rule.tau, -1).cumsum(-1)
+        cdf_V = torch.softmax(logits_V / distribution.tau, -1).cumsum(-1)
         ids.append(int((cdf_V <= sampling.uniforms(key, torch.tensor([step]))).sum()))
         if ids[-1] in EOS:
             break
@@ -110,36 +110,38 @@ def sample_uncached(model, row, rule, seed):
 
 
 def test_temperature_sampling_equals_a_plain_loop():
-    models, rule = plain_models(), Sampling(0.9)
-    found = decode(models, rule, requests(), batch_size=4, seed=5)
+    models, distribution = plain_models(), Sampling(0.9)
+    found = decode(models, distribution, requests(), batch_size=4, seed=5)
     for row in requests():
-        assert found[row.id].ids == sample_uncached(models.teacher.model, row, rule, seed=5)
+        assert found[row.id].ids == sample_uncached(models.teacher.model, row, distribution, seed=5)
 
 
 def test_traces_do_not_depend_on_batch_size_or_order():
-    for models, rule in (
+    for models, distribution in (
         (plain_models(), Sampling(0.8, 0.0, 30, 0.9)),
         (ads_models(), Sampling(0.8, 0.3, 30, 0.9)),
     ):
         rows = requests(num_rows=20)
-        wanted = decode(models, rule, rows, batch_size=1)
-        same(decode(models, rule, rows, batch_size=3), wanted)
-        same(decode(models, rule, rows[::-1], batch_size=16), wanted)
+        wanted = decode(models, distribution, rows, batch_size=1)
+        same(decode(models, distribution, rows, batch_size=3), wanted)
+        same(decode(models, distribution, rows[::-1], batch_size=16), wanted)
 
 
 def test_lam_zero_needs_no_proxy_and_changes_nothing():
     """With lam = 0 the traces of a run that carries a proxy along equal those of one that has none."""
-    rule = Sampling(0.8, 0.0)
-    same(decode(ads_models(), rule, requests(), 4), decode(plain_models(), rule, requests(), 4))
+    distribution = Sampling(0.8, 0.0)
+    same(
+        decode(ads_models(), distribution, requests(), 4), decode(plain_models(), distribution, requests(), 4)
+    )
 
 
 def test_seed_and_problem_decide_the_trace():
-    models, rule = plain_models(), Sampling(1.0)
-    first = decode(models, rule, requests(), 4, seed=1)
-    second = decode(models, rule, requests(), 4, seed=2)
+    models, distribution = plain_models(), Sampling(1.0)
+    first = decode(models, distribution, requests(), 4, seed=1)
+    second = decode(models, distribution, requests(), 4, seed=2)
     assert any(first[i].ids != second[i].ids for i in first)
     twins = [Request("a", prompts()[0], 20), Request("b", prompts()[0], 20)]
-    found = decode(models, rule, twins, 2)
+    found = decode(models, distribution, twins, 2)
     assert found["a"].ids != found["b"].ids
 
 
@@ -188,10 +190,10 @@ def tail_of(request, response_ids):
 @pytest.mark.parametrize("batch_size", (1, 3))
 def test_forced_answers_are_greedy_after_the_response_and_the_given_ids(batch_size):
     """They go through the cache that holds their trace, beside rows that are still sampled with Delta."""
-    models, rule = ads_models(), Sampling(0.8, 0.3)
-    wanted = decode(models, rule, requests(), batch_size)
+    models, distribution = ads_models(), Sampling(0.8, 0.3)
+    wanted = decode(models, distribution, requests(), batch_size)
     forcing = Forcing(tail_of, max_ids=5, max_new_tokens=6)
-    rows = {c.id: c for c in generate(models, rule, 1, requests(), batch_size, forcing)}
+    rows = {c.id: c for c in generate(models, distribution, 1, requests(), batch_size, forcing)}
     same(rows, wanted)
     assert {c.finished for c in wanted.values()} == {True, False}
     plain = models.teacher.model

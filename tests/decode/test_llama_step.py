@@ -39,7 +39,7 @@ def make(kind, is_dual, rank=0, dtype=torch.float32):
         p.grad = random_gradient(model, name).to(dtype)
     g = compress(model, rank, seed=0)
     dual_model = DualModel(model, g.__getitem__)
-    return CachedModel(dual_model, dual_model.make_cache)
+    return CachedModel(dual_model)
 
 
 def decode(cached, num_steps=4):
