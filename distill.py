@@ -18,10 +18,11 @@ from pathlib import Path
 
 import utils
 from ads import chat
-from ads.data.tables import check_traces, read_parquet
-from ads.stage import files, fingerprint
+from ads.data.examples import fill_up, load_examples, longest_first, num_tokens, order_examples
+from ads.stage import files
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.errors import UserError
+from ads.stage.fingerprint import fingerprint_json, importable
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import TrainConfig
 from ads.stage.sidecar import open_parts, write_sidecar
@@ -52,26 +53,33 @@ def fingerprint_inputs(cfg):
 
 
 def distil(cfg, inputs, world):
-    from ads import loading
-    from ads.decode import memory_plan
-    from ads.trials import try_batches
-
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
     if place := chat.describe_place(tokenizer):
         print0(place)
     train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
-    numerics = resolve_numerics(cfg, world.device)
-    made_with = numerics | {"sequences": fingerprint.fingerprint_json([train, holdout])}
+    made_with = resolve_numerics(cfg, world.device) | {"sequences": fingerprint_json([train, holdout])}
     world.ask_main(open_parts, cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
+
+    trainer = train_student(cfg, tokenizer, train, holdout, world)
+    if world.is_main:
+        rows = [example["input_ids"][:COMPARED_TOKENS] for example in train[:NUM_COMPARED]]
+        save_student(cfg, unwrap_model(trainer), tokenizer, world.device, rows)
+        finish(cfg, inputs, made_with, trainer, len(train), num_cut, time.time() - start)
+
+
+def train_student(cfg, tokenizer, train, holdout, world):
+    """The Trainer that has trained the student, from its newest checkpoint on."""
+    from ads import loading
+    from ads.decode import memory_plan
+    from ads.trials import try_batches
 
     memory_plan.check_distillation(cfg, train, memory_plan.room(world.device), world.size)
     model = load_student(cfg, tokenizer, world.device)
     longest = max(map(num_tokens, train + (holdout or [])))
     try_batches(model, longest, loading.resolve_dtype(cfg.dtype, world.device))
-    checkpoint = newest_checkpoint(cfg.model_path) or cfg.checkpoint
-    if checkpoint:
+    if checkpoint := world.ask_main(newest_checkpoint, cfg.model_path) or cfg.checkpoint:
         print0(f"resuming from {checkpoint}")
     with loading.recomputed(model, cfg.gradient_checkpointing):
         most = most_per_device(cfg, model, longest, world)
@@ -82,31 +90,18 @@ def distil(cfg, inputs, world):
         result = train_fast(trainer, checkpoint)
     if not math.isfinite(result.training_loss):
         raise UserError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
-    if world.is_main:
-        # without accelerate's wrapper, whose logits are of 16-bit passes and called float32
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        trainer.accelerator.free_memory()  # room to compare what is merged and saved
-        trainer.optimizer = trainer.lr_scheduler = None
-        rows = [example["input_ids"][:COMPARED_TOKENS] for example in train[:NUM_COMPARED]]
-        save_student(cfg, model, tokenizer, world.device, rows)
-        finish(cfg, inputs, made_with, trainer, len(train), num_cut, time.time() - start)
+    return trainer
 
 
-def load_examples(cfg, tokenizer, path):
-    """(training sequences of a trace dataset, how many were cut to max_length)."""
-    rows = read_parquet(Path(path))
-    check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished",))
-    examples, num_cut = [], 0
-    for row in rows:
-        ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
-        num_cut += len(ids) > cfg.max_length
-        if any(label != chat.IGNORED_LABEL for label in labels[: cfg.max_length]):
-            examples.append({"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]})
-    if not examples:
-        raise UserError(f"{path}: no trace has a token to train on within max_length={cfg.max_length}")
-    if num_cut:
-        print0(f"{path}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
-    return examples, num_cut
+def unwrap_model(trainer):
+    """The trained model, with room to compare what is merged and saved.
+
+    Accelerate's wrapper is left out: its logits are those of 16-bit passes, and called float32.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    trainer.optimizer = trainer.lr_scheduler = None
+    return model
 
 
 def most_per_device(cfg, model, longest, world):
@@ -161,11 +156,12 @@ def load_student(cfg, tokenizer, device):
     from transformers import set_seed
 
     from ads import adapters
-    from ads.loading import check_loadable, load_model, resolve_dtype
+    from ads.loading import check_loadable, load_model
 
     print0(f"loading {cfg.student}")
-    dtype = str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.") if cfg.lora else "float32"
-    model = load_model(cfg.student, dtype, device, resolve_numerics(cfg, device)["attention"])
+    numerics = resolve_numerics(cfg, device)
+    dtype = numerics["resolved_dtype"] if cfg.lora else "float32"
+    model = load_model(cfg.student, dtype, device, numerics["attention"])
     chat.check_rows(tokenizer, model.get_input_embeddings().weight.shape[0], cfg.student)
     check_loadable(model)
     set_seed(cfg.seed)
@@ -184,11 +180,9 @@ def resolve_numerics(cfg, device):
     """What "auto" stands for on this machine: flash_attention_2 where it can run, for one."""
     from ads.loading import resolve_dtype
 
-    dtype = resolve_dtype(cfg.dtype, device)
-    can_flash = device != "cpu" and fingerprint.importable("flash-attn") and dtype.itemsize == 2
-    attention = (
-        "flash_attention_2" if cfg.attn_implementation == "auto" and can_flash else cfg.attn_implementation
-    )
+    dtype, attention = resolve_dtype(cfg.dtype, device), cfg.attn_implementation
+    if attention == "auto" and device != "cpu" and importable("flash-attn") and dtype.itemsize == 2:
+        attention = "flash_attention_2"
     return {"resolved_dtype": str(dtype).removeprefix("torch."), "attention": attention}
 
 
@@ -200,7 +194,7 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
 
     evaluated, scale = None, 1.0
     if holdout is not None:
-        evaluated = fill_up(sorted(holdout, key=num_tokens, reverse=True), per_device * world.size)
+        evaluated = fill_up(longest_first(holdout), per_device * world.size)
         scale = len(evaluated) / len(holdout)  # of means over sequences, some of which are there to fill up
     return Trainer(
         model=model,
@@ -265,35 +259,6 @@ def training_arguments(cfg, num_examples, is_evaluated, per_device, world):
         run_name=cfg.model_name,
         seed=cfg.seed,
     )
-
-
-def order_examples(cfg, examples):
-    """All epochs' sequences, one step's batch_size after another, a step's from longest to shortest.
-
-    An epoch is a random order by (seed, epoch). Processes and micro-batches take neighbours, and so get like
-    lengths. What an epoch's last step lacks is filled with a sequence of one token and no label.
-    """
-    import torch
-
-    steps = []
-    for epoch in range(math.ceil(cfg.num_epochs)):
-        generator = torch.Generator().manual_seed(cfg.seed + epoch)
-        shuffled = [examples[i] for i in torch.randperm(len(examples), generator=generator).tolist()]
-        for start in range(0, len(shuffled), cfg.batch_size):
-            step = sorted(shuffled[start : start + cfg.batch_size], key=num_tokens, reverse=True)
-            steps.append(fill_up(step, cfg.batch_size))
-    num_steps = math.ceil(cfg.num_epochs * math.ceil(len(examples) / cfg.batch_size))
-    return [example for step in steps[:num_steps] for example in step]
-
-
-def fill_up(examples, size):
-    """The examples, and sequences of one token and no label that make their number a multiple of size."""
-    empty = {"input_ids": examples[0]["input_ids"][:1], "labels": [chat.IGNORED_LABEL]}
-    return examples + [empty] * (-len(examples) % size)
-
-
-def num_tokens(example):
-    return len(example["input_ids"])
 
 
 def mean_loss(outputs, labels, num_items_in_batch, num_processes, scale=1.0):
@@ -369,21 +334,23 @@ def check_saved(cfg, model, folder, device, rows):
 def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
     """Registry, sidecar (last), and only then away with the checkpoints."""
     history = trainer.state.log_history
-    losses = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
-    holdout_losses = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
+    curves = {
+        name: [[entry["step"], entry[key]] for entry in history if key in entry]
+        for name, key in (("train", "loss"), ("holdout", "eval_loss"))
+    }
+    train, holdout = ([loss for _, loss in curve] or [None] for curve in curves.values())
     stats = {
         "n": num_examples,
         "num_cut": num_cut,
         "num_steps": trainer.state.global_step,
-        "train_loss": losses[-1][1] if losses else None,
-        "holdout_loss_start": holdout_losses[0][1] if holdout_losses else None,
-        "holdout_loss": holdout_losses[-1][1] if holdout_losses else None,
+        "train_loss": train[-1],
+        "holdout_loss_start": holdout[0],
+        "holdout_loss": holdout[-1],
     }
     entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
     files.append_jsonl(Path(cfg.exp_dir) / "metadata" / "model_registry.jsonl", entry)
-    curves = {"train": losses, "holdout": holdout_losses}
-    outputs = [cfg.model_path / "final"]
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **made_with)
+    outputs, more = [cfg.model_path / "final"], {"losses": curves, **made_with}
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **more)
     for path in cfg.leftovers:
         shutil.rmtree(path)
     print_result(model_name=cfg.model_name, model=str(cfg.model_path / "final"), **stats)
