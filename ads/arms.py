@@ -36,7 +36,7 @@ ARMS = (
 BY_NAME = {arm.name: arm for arm in ARMS}
 LABELS = tuple(arm.label for arm in ARMS)
 DIRECTIONS = tuple(dict.fromkeys(arm.direction for arm in ARMS if arm.direction))
-SEARCHED = tuple(arm.name for arm in ARMS if arm.knob)
+SEARCHED = tuple(arm.name for knob in ("lam", "tau") for arm in ARMS if arm.knob == knob)
 
 
 def arm_of(settings: Mapping[str, Any]) -> Arm:
