@@ -169,6 +169,8 @@ def test_a_finished_stage_is_skipped_at_once(model_folders, problem_folder, exp)
     again = gentraces(model_folders, problem_folder, exp, "holdout", *arguments, **report)
     assert "nothing to do" in again.stdout
     assert imported(again.stderr, "yaml") and not imported(again.stderr, "torch")
+    checked = gentraces(model_folders, problem_folder, exp, "holdout", *arguments, "--check")
+    assert checked.stdout == ""  # the exit code says it
 
 
 def kill_when(path_pattern, folder, script, *arguments, delay=0.0):
