@@ -96,35 +96,26 @@ def match_proxy(cfg, tokenizer):
 
 def sample_rows(cfg, models, tokenizer, rows, world):
     """Sample and grade the response to each row's prompt; how fast. Rows that are in parts are kept."""
-    from ads.decode.engine import Request
+    from ads.decode.engine import Request, choose_batch_size
 
     requests = [Request(row.id, row.prompt_ids, cfg.max_length - len(row.prompt_ids)) for row in rows]
     print0("first prompt:", tokenizer.decode(rows[0].prompt_ids), sep="\n")
     by_id = {row.id: row for row in rows}
     forcing = make_forcing(tokenizer, models.eos, by_id) if cfg.answer_force else None
-    batch_size = choose_rows(cfg, models, forcing, requests, world)
+    batch_size = cfg.batch_size
+    if batch_size == "auto":
+        batch_size = choose_batch_size(models, requests, forcing, world.size)
+        print0(f"batch_size: {batch_size} rows at once, by free memory")
     to_columns = functools.partial(grade, cfg, tokenizer, models.eos, by_id)
     start = time.time()
-    mine = cfg, models, forcing, requests, to_columns, world, batch_size
-    num_tokens = world.sum(decode_to_parts(*mine))  # waits for all
-    seconds = time.time() - start
+    num_sampled = decode_to_parts(cfg, models, forcing, requests, to_columns, world, batch_size)
+    num_tokens, seconds = world.sum(num_sampled), time.time() - start  # of all, as the sum waits for them
     sampled = world.ask_main(read_rows, cfg.parts_dir / "traces", by_id.keys(), world)
     for row in rows:
         row.sampled = sampled[row.id]
     print0("first trace:", rows[0].sampled["trace"], sep="\n")
     speed = round(num_tokens / seconds, 1) if num_tokens else None
     return {"tokens_per_second": speed, "rows_at_once": batch_size}
-
-
-def choose_rows(cfg, models, forcing, requests, world):
-    """How many rows are decoded at once: batch_size, or by free memory."""
-    from ads.decode.engine import choose_batch_size
-
-    if cfg.batch_size != "auto":
-        return cfg.batch_size
-    batch_size = choose_batch_size(models, requests, forcing, world.size)
-    print0(f"batch_size: {batch_size} rows at once, by free memory")
-    return batch_size
 
 
 def read_rows(folder, ids, world):

@@ -1,7 +1,6 @@
 """From the problems of a split to rows with prompts that a model can be sampled on."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ads import chat
@@ -86,9 +85,9 @@ def opening_ids(cfg: GenConfig, tokenizer: Any) -> list[int]:
 
 def few_shot_examples(cfg: GenConfig) -> list[tuple[str, str]]:
     """(problem, worked solution) of the first correct, finished traces: what follows their think block."""
-    if not cfg.few_shot:
+    if not cfg.few_shot or cfg.few_shot_traces is None:
         return []
-    rows = read_parquet(Path(cfg.few_shot_traces))
+    rows = read_parquet(cfg.few_shot_traces)
     texts, flags = ("problem", cfg.trace_colname), ("finished", "is_raw_correct")
     check_traces(cfg.few_shot_traces, rows, text=texts, flags=flags)
     rows = [row for row in rows if row["finished"] and row["is_raw_correct"]]

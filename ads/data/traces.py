@@ -32,9 +32,8 @@ def fingerprint_inputs(cfg: GenConfig) -> dict[str, str]:
 def fingerprint_needed(cfg: GenConfig, name: str) -> str:
     if name == "proxy_student":
         return fingerprint_model(cfg.proxy_student)
-    if name == "gradient":
-        return fingerprint_existing(cfg.grad_path, "make it with save_grad.py")
-    return fingerprint_existing(getattr(cfg, name), "make it with gentraces.py")
+    key, maker = ("grad_path", "save_grad.py") if name == "gradient" else (name, "gentraces.py")
+    return fingerprint_existing(getattr(cfg, key), f"make it with {maker}")
 
 
 def grade(
