@@ -1,5 +1,5 @@
-"""Print the sweep, a line of `tau lam eps [direction [direction_seed]]` per grid point (edit ARMS below, or
-name points on the command line or in a file).
+"""Print the sweep, a line of `tau lam eps [direction [direction_seed]]` per grid point (edit POINTS below,
+or name points on the command line or in a file).
 
 python grid.py                                   # the default grid
 python grid.py --shard 0/4                       # every fourth point, for one of four machines
@@ -13,19 +13,19 @@ import random
 import sys
 from pathlib import Path
 
-from ads.stage.settings import DIRECTIONS
+from ads.arms import DIRECTIONS
 
 # The paper's models reach 70 % teacher accuracy on GSM8K at lam of about 0.03.
 EPS = "0"  # the exact derivative (docs/delta.md); above 0: central difference
-TEMPERATURE_ARM = [(f"{0.6 + 0.2 * i:.1f}", "0", "0") for i in range(13)]
-ADS_ARM = [("0.6", f"{0.003 * i:.3f}", EPS) for i in range(1, 21)]
-ARMS = TEMPERATURE_ARM + ADS_ARM
+TEMPERATURES = [(f"{0.6 + 0.2 * i:.1f}", "0", "0") for i in range(13)]
+STRENGTHS = [("0.6", f"{0.003 * i:.3f}", EPS) for i in range(1, 21)]
+POINTS = TEMPERATURES + STRENGTHS
 SHUFFLE_SEED = 42  # both arms fill up evenly, so that a sweep that is cut short can be plotted
 
 
 def main(arguments):
     args = parse(arguments)
-    points = args.points or args.file or shuffled(ARMS)
+    points = args.points or args.file or shuffled(POINTS)
     index, count = args.shard
     for point in points[index::count]:
         print(*point)
@@ -37,13 +37,8 @@ def parse(arguments):
     )
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="i/n", help="part i of n, i from 0")
     named = parser.add_mutually_exclusive_group()
-    named.add_argument(
-        "--points",
-        type=point,
-        nargs="+",
-        metavar="tau,lam,eps[,direction[,direction_seed]]",
-        help="instead of the default grid",
-    )
+    words = {"nargs": "+", "metavar": "tau,lam,eps[,direction[,direction_seed]]"}
+    named.add_argument("--points", type=point, **words, help="instead of the default grid")
     named.add_argument("--file", type=points_in, metavar="PATH", help="the same, one `tau lam eps` a line")
     return parser.parse_args(arguments)
 

@@ -17,8 +17,8 @@ EXP_DIR="${EXP_DIR:-runs/gsm8k}"
 # shellcheck disable=SC2088 # a tilde that the shell has not expanded
 case "$EXP_DIR" in
   -*) EXP_DIR="./$EXP_DIR" ;; # no option of some command
-  "~" | "~/"*) EXP_DIR="$HOME${EXP_DIR#"~"}" ;;
-  "~"*) fail "EXP_DIR='$EXP_DIR': write that home folder out, or ./$EXP_DIR for what is named so" ;;
+  \~ | \~/*) EXP_DIR="$HOME${EXP_DIR#\~}" ;;
+  \~*) fail "EXP_DIR='$EXP_DIR': write that home folder out, or ./$EXP_DIR for what is named so" ;;
 esac
 DATASET="${DATASET:-gsm8k}"
 SEED="${SEED:-42}"
@@ -54,6 +54,7 @@ trap 'stop 143' TERM
 trap 'stop 129' HUP
 
 # stop CODE: end what runs in the background, which the terminal's Ctrl-C does not reach, and leave.
+# shellcheck disable=SC2329 # the traps call it
 stop() {
   trap '' INT TERM HUP
   local running
@@ -206,9 +207,8 @@ run_grid() {
 run_points() {
   trap 'stop 143' TERM # a worker in the background starts without
   point_number=0
-  while read -r tau lam eps direction direction_seed; do
+  while read_point; do
     point_number=$((point_number + 1))
-    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
     ran=0
     [[ "$dry_run" == 1 ]] || mkdir "$taken/$point_number" 2>/dev/null || continue
     if ! run_point; then
@@ -218,16 +218,22 @@ run_points() {
   done <<<"$grid"
 }
 
-# A mistake in the settings of a late stage is better found before the hours of the early ones.
+# read_point: the next line of the grid, and the name that its stages are given.
+read_point() {
+  read -r tau lam eps direction direction_seed || return
+  point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
+}
+
+# A mistake in the settings of a late stage is better found before the hours of the early ones: each stage is asked
+# whether it is done, which refuses wrong settings. A point of the grid that is wrong in itself does not stop the
+# others: the settings of training traces are checked at a point that is right.
 check_settings() {
-  [[ "$dry_run" == 1 ]] || (
-    dry_run=1 checking=1
-    read -r tau lam eps direction direction_seed <<<"$grid"
-    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
-    run_shared_stages && distil_student || exit
-    tau=0 lam=0 eps=0 direction="" direction_seed="" point=settings # a point that is wrong in itself does not stop the others
-    sample_training_traces
-  ) >/dev/null || exit 2
+  [[ "$dry_run" == 0 ]] || return 0
+  local dry_run=1 checking=1 tau lam eps direction direction_seed point
+  {
+    read_point <<<"$grid" && run_shared_stages && distil_student &&
+      tau=0 lam=0 eps=0 direction="" direction_seed="" point=settings && sample_training_traces
+  } >/dev/null || exit 2
 }
 
 # Stage 1: clean holdout traces. Stage 2: the proxy's gradient on them. Then the student before distillation.
@@ -295,14 +301,15 @@ distil_student() {
 }
 
 # want_stage NAME SCRIPT key=value...: skip the stage if its sidecar says that it is done with these settings, refuse
-# if it was done with others, else put it among those that run_wanted runs.
+# if it was done with others, else put it among those that run_wanted runs. --check tells that by its exit code, and
+# says what else there is to know: that code has changed since, or what a stage waits for.
 want_stage() {
-  local name="$1" script="$2" status=0
+  local name="$1" script="$2" status=0 check
   shift 2
   local command=("${launch[@]}" "$here/$script" "$@")
   check="$(RANK=0 WORLD_SIZE="$NPROC" python "$here/$script" "$@" --check)" || status=$?
   if [[ "$status" == 0 ]]; then
-    echo "done    $name${check##*nothing to do}" # where the code has changed since, that is said
+    echo "done    $name${check:+ $check}"
     return 0
   elif [[ "$status" != 3 ]]; then # bad settings, or done with others, or changed since
     [[ "$dry_run" == 1 && -z "${checking:-}" ]] || return "$status"
@@ -399,4 +406,4 @@ finish_experiment() {
   exit "$status"
 }
 
-main "$@"; exit # on one line: bash has then read the whole file, which may be edited while this runs
+main "$@" # which exits: bash has read the whole file by now, and it may be edited while this runs

@@ -52,7 +52,7 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
         if os.environ.get("HUB_RECORD") and is_main_process():
             hub.record_commits(cfg.exp_dir)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
-    if (only_check or world_size() == 1) and is_stage_finished(cfg, inputs):
+    if (only_check or world_size() == 1) and is_stage_finished(cfg, inputs, only_check):
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
@@ -63,14 +63,18 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
     return cfg, inputs
 
 
-def is_stage_finished(cfg, inputs):
-    """Whether the stage is done with these settings and inputs; clears away what a kill left."""
+def is_stage_finished(cfg, inputs, only_check=False):
+    """Whether the stage is done with these settings and inputs, which is said; clears away what a kill left.
+
+    only_check: the exit code tells that, and nothing is said but what there is to know besides.
+    """
     if not is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
         check_not_deleted(inputs)
         return False
     notes = made_at_unknown_commits(cfg.sidecar_path, inputs)
     notes += made_by_other_code(cfg.sidecar_path)
-    print0(f"{cfg.sidecar_path} is there: nothing to do{notes}")
+    if notes or not only_check:
+        print0(notes.strip() if only_check else f"{cfg.sidecar_path} is there: nothing to do{notes}")
     if is_main_process():
         for path in cfg.leftovers:
             shutil.rmtree(path, ignore_errors=True)

@@ -245,8 +245,9 @@ def measure_gradient(scale, device):
 
 def measure_distillation(scale, device):
     """As distill.py trains, loading and saving left out."""
-    import distill
     from ads import adapters
+    from ads.attacks import training
+    from ads.data.examples import order_examples
 
     sequences, world = draw_sequences(scale), World(0, 1, device)
     longest = max(len(s.ids) for s in sequences)
@@ -262,14 +263,14 @@ def measure_distillation(scale, device):
         student = make(scale.student, "llama", dtype_on(device), device)
         sizes, model = memory_plan.sizes_of(student.config), adapters.add_adapters(student, cfg)
         forget(device)
-        most = distill.most_per_device(cfg, model, longest, world)
-        size = distill.per_device_batch(cfg.batch_size, most, 1)
+        most = training.most_per_device(cfg, model, longest, world)
+        size = training.per_device_batch(cfg.batch_size, most, 1)
         pad = SimpleNamespace(eos_token_id=0)
-        trainer = distill.make_trainer(cfg, model, pad, examples, None, size, world)
+        trainer = training.make_trainer(cfg, model, pad, examples, None, size, world)
         start = now(device)
-        distill.train_fast(trainer)
+        training.train_fast(trainer)
         seconds = now(device) - start
-        rows = [by_ids.get(tuple(e["input_ids"])) for e in distill.order_examples(cfg, examples)]
+        rows = [by_ids.get(tuple(e["input_ids"])) for e in order_examples(cfg, examples)]
         batches = [list(filter(None, rows[k : k + size])) for k in range(0, len(rows), size)]
         plan = largest(functools.partial(memory_plan.distillation, cfg, sizes), batches)
         yield "distillation", training_figures(sequences, seconds, device, plan)

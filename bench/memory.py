@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import distill
 import utils
+from ads.attacks import training
 from ads.decode import memory_plan
 from ads.stage.config import load_config
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
@@ -172,15 +172,15 @@ def plan_training(free, settings, student, num_processes):
         )
         most = cfg.per_device_batch_size
         if most == "auto":
-            left = distill.SHARE_OF_FREE_MEMORY * (free - memory_plan.peak(none))
+            left = training.SHARE_OF_FREE_MEMORY * (free - memory_plan.peak(none))
             most = max(
                 1,
                 min(
-                    distill.DEVICE_TOKENS // longest,
+                    training.DEVICE_TOKENS // longest,
                     int(left / (memory_plan.peak(one) - memory_plan.peak(none))),
                 ),
             )
-        num_rows = distill.per_device_batch(cfg.batch_size, most, num_processes)
+        num_rows = training.per_device_batch(cfg.batch_size, most, num_processes)
         num_tokens = num_rows * longest
         parts = memory_plan.distillation(cfg, student, num_tokens, num_tokens, num_processes)
         if memory_plan.peak(parts) <= free:

@@ -14,11 +14,8 @@ from ads.report.curves import RULES, SYMBOLS, by_setting, graded, pooled, price_
 from ads.report.words import MARK, elicited, headline, in_points, show_seeds
 from ads.stage import files
 
-# Okabe and Ito's colours, safe for colour-blind readers, and one marker an arm
-COLOURS = dict(
-    zip(ARMS, ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#56b4e9", "#595f69"), strict=True)
-)
-MARKERS = dict(zip(ARMS, "osvD^P_", strict=True))
+COLOURS = {arm.label: arm.colour for arm in ARMS}
+MARKERS = {arm.label: arm.marker for arm in ARMS}
 INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"
 CURVE_STYLES = ("-", "--", ":", "-.")  # of several curves of one arm
 PANEL_SIZE = (4.6, 3.6)  # inches
@@ -200,14 +197,11 @@ def error_bars(groups, name):
 
 def knob_panels(rule, curves):
     """tau of the temperature arm, lam of the gradient's curves, and of a control that was run at several."""
-    panels = []
-    for key, arms in (
-        ("tau", ("temperature",)),
-        ("lam", ("ADS", "negative lambda")),
-        ("lam", ("random direction",)),
-        ("lam", ("permuted",)),
-        ("lam", ("corrupted results",)),
-    ):
+    panels, directions = [], {}
+    for arm in ARMS[:-1]:  # the last is not sampled by a teacher
+        directions.setdefault(arm.direction, []).append(arm.label)
+    for direction, arms in directions.items():
+        key = "lam" if direction else "tau"
         chosen = [c for c in curves if c.arm in arms and graded([p.row for p in c.points], rule)]
         if len({point.row[key] for curve in chosen for point in curve.points}) > 1:
             title = f"{SYMBOLS[key]}, {' and '.join(arms)}: {RULES[rule]}"

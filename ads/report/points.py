@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ads.arms import ARMS, arm_of
+from ads.arms import DIRECTIONS, LABELS, arm_of
 from ads.report.curves import FILES, STAGES, Point
 from ads.stage import files, fingerprint, hub
 from ads.stage.config import ignored_keys, to_dict
@@ -82,6 +82,8 @@ def load_sidecar(path, config_keys):
         raise UserError(f"{path} is not a sidecar (no config, no stats): move it elsewhere")
     if missing := [key for key in config_keys if key not in sidecar["config"]]:
         raise UserError(f"{path}: config has no {', '.join(missing)}: delete it to redo the stage")
+    if (direction := sidecar["config"].get("direction", "gradient")) not in DIRECTIONS:
+        raise UserError(f"direction={direction!r}: must be gradient or one of {', '.join(DIRECTIONS[1:])}")
     return {**sidecar, "path": path}
 
 
@@ -109,14 +111,12 @@ def sampling(trace):
 def has_delta(trace):
     """Whether a proxy took part in the sampling: it did not where results were corrupted, though the one-step
     test of the training traces reads it."""
-    config = trace["config"]
-    return bool(config["lam"]) and config.get("direction") != "corrupt"
+    return bool(arm_of(trace["config"]).inputs)
 
 
 def sampled_from(trace):
     """The settings and the files that traces of one grid point are sampled with."""
-    names = ("teacher", "proxy_student", "gradient") if has_delta(trace) else ("teacher",)
-    return sampling(trace), files_of(trace, *names)
+    return sampling(trace), files_of(trace, "teacher", *arm_of(trace["config"]).inputs)
 
 
 def files_of(sidecar, *names):
@@ -206,7 +206,7 @@ def in_order(points):
     unique = {repr(point.row): point for point in reversed(list(points))}.values()
     order = ("tau", "lam", "seed")
     return sorted(
-        reversed(unique), key=lambda p: (ARMS.index(p.row["arm"]), *(p.row.get(key, 0) for key in order))
+        reversed(unique), key=lambda p: (LABELS.index(p.row["arm"]), *(p.row.get(key, 0) for key in order))
     )
 
 
@@ -242,7 +242,7 @@ def make_point(teacher=None, student=None, train=None, model=None, gradient=None
     """What the sidecars of a point say; the numbers of a missing stage are missing."""
     row = {"arm": "undistilled"}
     if sampled := train or teacher:
-        row = {"arm": arm_of(sampled["config"]), **sampling(sampled)}
+        row = {"arm": arm_of(sampled["config"]).label, **sampling(sampled)}
         row["teacher"] = model_name(sampled, "teacher")
     if test := student or teacher:
         row["data"] = data_name(test)

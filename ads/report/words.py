@@ -1,6 +1,6 @@
 """What the comparison found, in sentences."""
 
-from ads.arms import ARMS
+from ads.arms import LABELS
 from ads.report.compare import PRICES, pair_up
 from ads.report.curves import (
     RULES,
@@ -155,7 +155,7 @@ def controls(matches):
     others = [m for m in matches if best and m.rule == best.rule and m.price == "accuracy"]
     others = [m for m in others if m.arm != "ADS" and m.difference is not None]
     nearest = {m.name: m for m in sorted(others, key=lambda m: -abs(m.level - best.level))}
-    chosen = sorted(nearest.values(), key=lambda m: ARMS.index(m.arm))
+    chosen = sorted(nearest.values(), key=lambda m: LABELS.index(m.arm))
     text = [
         f"{m.name} {100 * m.student:.0f} % against {100 * m.temperature:.0f} % "
         f"(teacher {100 * m.level:.0f} %, {show_seeds(m)}){f' {MARK}' if m.flags else ''}"

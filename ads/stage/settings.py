@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ads.arms import DIRECTIONS, SEARCHED, Arm, arm_of
 from ads.stage.errors import MissingInputError, UserError
 from ads.stage.world import world_size
 
@@ -15,8 +16,6 @@ GRADIENT_DTYPES = ("float32", "bfloat16")  # of save_grad.py: gradients underflo
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 SCHEDULERS = ("cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt")
 SPLITS = ("train", "holdout", "test")
-DIRECTIONS = ("gradient", "random", "permuted", "corrupt")
-ARMS = ("ads", "random", "permuted", "temperature")  # of search.py
 # A finished stage and a new request for it may differ in these keys: they concern speed alone, or name a
 # place whose contents are compared by fingerprint.
 NOT_COMPARED = {"compare": False}
@@ -98,9 +97,14 @@ class GenConfig:
         return [self.parts_dir]
 
     @property
+    def arm(self) -> Arm:
+        """The arm that traces of these settings belong to: what they need is said there."""
+        return arm_of(vars(self))
+
+    @property
     def has_delta(self):
         """Whether a proxy adjusts what is sampled: corrupted results need none."""
-        return bool(self.lam) and self.direction != "corrupt"
+        return bool(self.arm.inputs)
 
     @property
     def idle_keys(self):
@@ -334,7 +338,7 @@ class SearchConfig:
         check_given("targets", self.targets, "the accuracies to hit, such as targets=0.9,0.8,0.7")
         check_shares("targets", self.targets)
         for arm in self.arms.split(","):
-            check_one_of("arms", arm, ARMS)
+            check_one_of("arms", arm, SEARCHED)
         check_one_of("rule", self.rule, ("af", "raw"))
         check_at_least("tolerance", self.tolerance, 0)
         check_at_least("max_evaluations", self.max_evaluations, 1)

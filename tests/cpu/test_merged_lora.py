@@ -7,8 +7,8 @@ from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 
-import distill
 from ads import loading
+from ads.attacks import training
 from ads.cpu import merged_lora
 from ads.delta.loss import collate, token_losses
 from ads.stage.world import World
@@ -60,12 +60,12 @@ def test_loss_and_gradients_are_peft_s(kind, has_checkpoints):
 def test_training_is_peft_s(tmp_path, has_checkpoints):
     """Losses of steps and of evaluations right after them: M is of the new adapters."""
     curves = []
-    for train in (lambda trainer: trainer.train(), distill.train_fast):
+    for train in (lambda trainer: trainer.train(), training.train_fast):
         settings = {"lr": 0.02, "eval_epochs": 1 / 3, "save_epochs": 9.0}
         cfg = test_loss.config(tmp_path, **settings)
         model = adapted(spread=0.01)
         rows, world = test_loss.examples(9), World(0, 1, "cpu")
-        trainer = distill.make_trainer(cfg, model, test_loss.byte_tokenizer(), rows, rows[:3], 2, world)
+        trainer = training.make_trainer(cfg, model, test_loss.byte_tokenizer(), rows, rows[:3], 2, world)
         with loading.recomputed(model, has_checkpoints):
             train(trainer)
         curves.append(

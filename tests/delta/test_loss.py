@@ -10,9 +10,9 @@ from test_central import sequences
 from transformers import AttentionInterface, TrainerCallback
 from transformers.integrations import sdpa_attention
 
-import distill
 import save_grad
 from ads import chat, loading
+from ads.attacks import training
 from ads.delta import gradient, loss
 from ads.delta.loss import Sequence, make_batches, sequence_losses
 from ads.stage.settings import GradConfig, TrainConfig
@@ -135,7 +135,7 @@ def make_trainer(cfg, model, train):
     from transformers import set_seed
 
     set_seed(cfg.seed)
-    return distill.make_trainer(cfg, model, byte_tokenizer(), train, None, 2, World(0, 1, "cpu"))
+    return training.make_trainer(cfg, model, byte_tokenizer(), train, None, 2, World(0, 1, "cpu"))
 
 
 def losses(trainer):
@@ -146,7 +146,7 @@ def train_plainly(cfg, model, train):
     """The Trainer by itself: its random order, one sequence at a time, the model's own loss."""
     from transformers import Trainer
 
-    arguments = distill.training_arguments(cfg, len(train), False, 1, World(0, 1, "cpu"))
+    arguments = training.training_arguments(cfg, len(train), False, 1, World(0, 1, "cpu"))
     arguments.train_sampling_strategy, arguments.num_train_epochs = "random", cfg.num_epochs
     trainer = Trainer(model=model, args=arguments, train_dataset=train, data_collator=tensors)
     trainer.train()
@@ -162,7 +162,7 @@ def test_sorted_steps_train_as_the_trainer_s_random_ones(tmp_path):
     cfg, train = config(tmp_path, lr=1e-3), examples(9)
     ours, plain = (tiny_model("gemma2", 264, seed=3, spread=0.1) for _ in range(2))
     trainer = make_trainer(cfg, ours, train)
-    distill.train_fast(trainer)
+    training.train_fast(trainer)
     assert losses(trainer) == pytest.approx(train_plainly(cfg, plain, train), rel=1e-5)
     assert len(losses(trainer)) == 6 and losses(trainer)[-1] < losses(trainer)[0]
     for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
@@ -179,7 +179,7 @@ def test_training_stopped_within_an_epoch_goes_on_as_if_it_had_not(tmp_path):
     trainer = make_trainer(cfg, first, train)
     trainer.add_callback(StopAtStep4())
     trainer.train()
-    checkpoint = distill.newest_checkpoint(cfg.model_path)
+    checkpoint = training.newest_checkpoint(cfg.model_path)
     assert checkpoint.endswith("checkpoint-4")
     trainer = make_trainer(cfg, second, train)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -206,13 +206,13 @@ class StopAtStep4(TrainerCallback):
     ),
 )
 def test_a_device_s_batches_make_up_batch_size(batch_size, most, num_processes, wanted):
-    assert distill.per_device_batch(batch_size, most, num_processes) == wanted
+    assert training.per_device_batch(batch_size, most, num_processes) == wanted
 
 
 def test_auto_is_two_sequences_at_once_on_a_cpu(tmp_path):
     world = World(0, 1, "cpu")
-    assert distill.most_per_device(config(tmp_path), None, 4096, world) == 2
-    assert distill.most_per_device(config(tmp_path, per_device_batch_size=8), None, 4096, world) == 8
+    assert training.most_per_device(config(tmp_path), None, 4096, world) == 2
+    assert training.most_per_device(config(tmp_path, per_device_batch_size=8), None, 4096, world) == 8
 
 
 def holdout_loss(model, rows):
@@ -231,13 +231,13 @@ def test_holdout_loss_in_batches_is_the_mean_over_sequences(tmp_path, per_device
     cfg, train, holdout = config(tmp_path, lr=1e-3, batch_size=12), examples(33), examples(10)
     model = tiny_model("gemma2", 264, seed=3, spread=0.1)
     shapes, wanted = [], [holdout_loss(model, holdout)]
-    trainer = distill.make_trainer(
+    trainer = training.make_trainer(
         cfg, model, byte_tokenizer(), train, holdout, per_device, World(0, 1, "cpu")
     )
     model.get_input_embeddings().register_forward_hook(
         lambda module, ids, out: None if module.training else shapes.append(ids[0].shape)
     )
-    distill.train_fast(trainer)
+    training.train_fast(trainer)
     wanted.append(holdout_loss(model, holdout))
     found = [(e["step"], e["eval_loss"]) for e in trainer.state.log_history if "eval_loss" in e]
     assert [step for step, _ in found] == [0, 3, 6]
@@ -255,6 +255,6 @@ def test_holdout_loss_in_batches_is_the_mean_over_sequences(tmp_path, per_device
 def test_holdout_loss_is_taken_at_the_start_between_and_at_the_end(tmp_path, num_epochs, eval_epochs, wanted):
     cfg = config(tmp_path, num_epochs=num_epochs, eval_epochs=eval_epochs)
     world, model = World(0, 1, "cpu"), tiny_model("llama", 264)
-    trainer = distill.make_trainer(cfg, model, byte_tokenizer(), examples(20), examples(2), 4, world)
+    trainer = training.make_trainer(cfg, model, byte_tokenizer(), examples(20), examples(2), 4, world)
     trainer.train()
     assert [e["step"] for e in trainer.state.log_history if "eval_loss" in e] == wanted

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from test_central import sequences
 from test_loss import config, flat_gradient
 
-import distill
 from ads import adapters, loading
+from ads.attacks.training import check_saved
 from ads.delta import gradient
 from ads.delta.loss import make_batches
 from ads.stage.inputs import fingerprint_model
@@ -202,9 +202,9 @@ def test_a_student_that_is_saved_as_another_is_not_kept(tmp_path):
     rows, cfg = [[3, 1, 4, 1, 5], [9, 2, 6]], config(tmp_path)
     model, other = tiny_model("llama", 264, seed=1), tiny_model("llama", 264, seed=2)
     folder = save_folder(tmp_path / "saved", model, byte_tokenizer())
-    distill.check_saved(cfg, model, folder, "cpu", rows)
+    check_saved(cfg, model, folder, "cpu", rows)
     with pytest.raises(ValueError, match="loaded from where it was saved it is another model"):
-        distill.check_saved(cfg, other, folder, "cpu", rows)
+        check_saved(cfg, other, folder, "cpu", rows)
 
 
 def test_a_student_that_could_not_be_loaded_again_is_refused():

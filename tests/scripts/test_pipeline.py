@@ -101,12 +101,23 @@ def imported(report, module):
     return any(line.split("|")[-1].strip() == module for line in report.splitlines())
 
 
+def made_by_other_code(sidecar):
+    record = sidecar.read_text()
+    code = files.read_yaml(sidecar)["code"]
+    assert record.count(f"code: {code}\n") == 1
+    sidecar.write_text(record.replace(f"code: {code}\n", "code: 0123456789abcdef\n"))
+
+
 def test_dry_run_says_what_is_done_and_writes_nothing(experiment, model_folders, problem_folder, tmp_path):
+    """Of a stage that other code made, that is said: once cut out of a sentence at a word of it."""
     exp_dir, _ = experiment
+    made_by_other_code(exp_dir / "traces" / "holdout.yaml")
     found = run_pipeline(
         model_folders, problem_folder, exp_dir, "--dry-run", GRID_ARGS=POINTS + " 1.2,0,0"
     ).stdout
     lines = found.splitlines()
+    assert lines[0].startswith("done    holdout (made by other code: commit ") and lines[0].endswith(")")
+    assert lines[1] == "done    student_grads"
     assert sum(line.startswith("done    ") for line in lines) == 11
     assert [line.split()[2] for line in lines if line.startswith("to do")] == [
         f"{stage}_tau1.2_lam0_eps0:" for stage in ("train", "eval_teacher", "student", "eval_student")

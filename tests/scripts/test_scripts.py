@@ -17,6 +17,7 @@ from test_pipeline import imported
 
 import distill
 from ads import chat
+from ads.attacks import training
 from ads.stage import files, fingerprint
 from ads.stage.sidecar import read_sidecar
 
@@ -168,6 +169,8 @@ def test_a_finished_stage_is_skipped_at_once(model_folders, problem_folder, exp)
     again = gentraces(model_folders, problem_folder, exp, "holdout", *arguments, **report)
     assert "nothing to do" in again.stdout
     assert imported(again.stderr, "yaml") and not imported(again.stderr, "torch")
+    checked = gentraces(model_folders, problem_folder, exp, "holdout", *arguments, "--check")
+    assert checked.stdout == ""  # the exit code says it
 
 
 def kill_when(path_pattern, folder, script, *arguments, delay=0.0):
@@ -213,7 +216,7 @@ def test_sampling_does_not_go_on_with_other_prompts(model_folders, problem_folde
     arguments = [f"exp_dir={tmp_path}", f"teacher={model_folders['teacher']}", "trace_name=t", *SMALL,
                  f"data_split={problem_folder}_train", "max_samples=3"]  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script, "assemble", be_interrupted)
+        patch.setattr(script, "columns_of", be_interrupted)
         script.main(arguments)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="unfinished work.*: prompts was '"):
         patch.setattr(chat, "SYSTEM_PROMPT", "Think.")
@@ -225,7 +228,7 @@ def test_sampling_does_not_go_on_with_other_prompts(model_folders, problem_folde
 def test_training_does_not_go_on_with_other_sequences(model_folders, exp, tmp_path, monkeypatch):
     arguments = distill_arguments(model_folders, tmp_path, exp)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "make_trainer", be_interrupted)
+        patch.setattr(training, "make_trainer", be_interrupted)
         distill.main(arguments)
     (tmp_path / "models" / "student" / "checkpoint-3").mkdir()
     monkeypatch.setattr(chat, "SYSTEM_PROMPT", "Think.")
@@ -285,14 +288,14 @@ def test_distilled_student_learned_and_is_an_ordinary_model(student, model_folde
 
 def test_merged_student_has_the_holdout_loss_of_training(student, exp, model_folders):
     """What is evaluated in stage 5 is what was trained in stage 4: same prompt, same weights."""
-    import distill
+    from ads.data.examples import load_examples
     from ads.loading import load_model
     from ads.stage.settings import TrainConfig
 
     cfg = TrainConfig(student=str(student / "final"))
     tokenizer = chat.load_tokenizer(str(student / "final"))
     model = load_model(str(student / "final"), "float32", "cpu")
-    examples, _ = distill.load_examples(cfg, tokenizer, exp / "traces" / "holdout.parquet")
+    examples, _ = load_examples(cfg, tokenizer, exp / "traces" / "holdout.parquet")
     losses = []
     for example in examples:
         with torch.no_grad():
@@ -305,7 +308,7 @@ def test_killed_distillation_resumes_from_its_checkpoint(student, model_folders,
     arguments = distill_arguments(model_folders, tmp_path, exp)
     state = "models/student/checkpoint-6/trainer_state.json"
     assert kill_when(state, tmp_path, "distill.py", *arguments, delay=0.15)
-    newest = distill.newest_checkpoint(tmp_path / "models" / "student")  # 6, or 9 where this ran slowly
+    newest = training.newest_checkpoint(tmp_path / "models" / "student")  # 6, or 9 where this ran slowly
     cut = tmp_path / "models" / "student" / f"checkpoint-{int(newest.rsplit('-', 1)[1]) + 3}"
     cut.mkdir(exist_ok=True)  # as if the kill had cut this one short
     resumed = run_script("distill.py", *arguments)
@@ -323,7 +326,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed_from(tmp_path):
     for step, text in ((3, '{"global_step": 3}'), (6, '{"global_step": 6'), (9, "")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    assert distill.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert training.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
