@@ -13,7 +13,6 @@ import torch
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 
 from ads import adapters, chat
-from ads.cpu import memory
 from ads.data.examples import fill_up, longest_first, num_tokens, order_examples
 from ads.decode import memory_plan
 from ads.delta.loss import collate, token_losses
@@ -131,7 +130,7 @@ def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
 
 def train_fast(trainer, checkpoint=None):
     """trainer.train() with what makes it faster on a CPU."""
-    memory.keep_freed_memory(trainer.args.device)
+    cpu.keep_freed_memory(trainer.args.device)
     with cpu.merged_adapters(trainer.model):
         return trainer.train(resume_from_checkpoint=checkpoint)
 
