@@ -79,10 +79,20 @@ def compute_stats(cfg, rows):
 def accuracy(rows, column):
     """Share of correct rows with its 95 % Wilson interval."""
     num_correct = sum(row[column] for row in rows)
-    low, high = grading.wilson_interval(num_correct, len(rows))
+    low, high = wilson_interval(num_correct, len(rows))
     return {
         "accuracy": round(num_correct / len(rows), 4),
         "low": round(low, 4),
         "high": round(high, 4),
         "num_correct": num_correct,
     }
+
+
+def wilson_interval(num_correct: int, num_total: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion, as (low, high)."""
+    from scipy import stats  # half a second
+
+    if not num_total:
+        return 0.0, 1.0
+    interval = stats.binomtest(num_correct, num_total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -19,7 +19,7 @@ from ads.data.problems import (
     to_problem,
 )
 from ads.data.tables import check_each, read_lines
-from ads.report.curves import wilson_interval
+from ads.data.traces import wilson_interval
 
 
 def write_lines(path, rows):
