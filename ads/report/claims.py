@@ -4,9 +4,8 @@ All by raw answers: forcing an answer hides much of what a defence costs and of 
 A claim on the difference of two arms is a line of DIFFERENCES.
 """
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -128,14 +127,14 @@ def base_claim(temperature: Curve, baselines: Rows) -> Claim:
     ours = [row for row in baselines if (row.student, row.data) == (first.student, first.data)]
     best = elicited(ours, RAW)
     if not best:
-        return dataclasses.replace(blank, note="no test of the undistilled student")
+        return replace(blank, note="no test of the undistilled student")
     ((label, rows),) = best.items()
     claim = judge(blank, *pooled(rows, "student", RAW), len(rows), most=MOST_BASE)
     absent = [way for way in WAYS if way not in set(map(way_of, ours))]
     if absent and claim.verdict.startswith(HOLDS):
         note = f"no {' and no '.join(absent)} test; {label}: {show_number(claim.found)}"
-        return dataclasses.replace(blank, note=note)
-    return dataclasses.replace(claim, note=label)
+        return replace(blank, note=note)
+    return replace(claim, note=label)
 
 
 def way_of(row: ResultRow) -> str:
@@ -150,9 +149,9 @@ def clean_claim(temperature: Curve) -> Claim:
     blank = Claim("a", f"student of clean traces (temperature at its lowest): at least {least}")
     rows = graded(next(iter(by_setting(temperature.points).values())), RAW)
     if not rows:
-        return dataclasses.replace(blank, note=f"no {RAW} answers")
+        return replace(blank, note=f"no {RAW} answers")
     claim = judge(blank, *pooled(rows, "student", RAW), len(rows), least=LEAST_CLEAN)
-    return dataclasses.replace(claim, note=show_knob(rows[0]))
+    return replace(claim, note=show_knob(rows[0]))
 
 
 def compare_two(
@@ -194,13 +193,13 @@ def difference_claims(
         blank = Claim(asked.key, f"{difference_name(asked, level)}: {asked.words}")
         match = next((match for match in matches or () if match.level == level), None)
         if matches is None:
-            claim = dataclasses.replace(blank, note=f"no {absent} arm")
+            claim = replace(blank, note=f"no {absent} arm")
         elif match is None:
-            claim = dataclasses.replace(blank, note="no such price that both arms reach")
+            claim = replace(blank, note="no such price that both arms reach")
         else:
             claim = judge_match(blank, match, asked)
         more = show_directions(arms.get(asked.second)) or who_harms_more(claim, asked)
-        yield dataclasses.replace(claim, note="; ".join(filter(None, (claim.note, more))))
+        yield replace(claim, note="; ".join(filter(None, (claim.note, more))))
 
 
 def difference_name(asked: Difference, level: float | None) -> str:
@@ -213,8 +212,8 @@ def difference_name(asked: Difference, level: float | None) -> str:
 
 def judge_match(blank: Claim, match: Match, asked: Difference) -> Claim:
     if match.difference is None:
-        return dataclasses.replace(blank, note=match.note)
-    blank = dataclasses.replace(blank, note=match.note, flags=match.flags, price=match.price)
+        return replace(blank, note=match.note)
+    blank = replace(blank, note=match.note, flags=match.flags, price=match.price)
     found = match.difference, match.low, match.high, match.num_seeds
     return judge(blank, *found, least=asked.least, most=asked.most)
 
@@ -230,12 +229,12 @@ def judge(
 ) -> Claim:
     """The claim with its verdict: the whole of the number's interval has to lie from `least` to `most`."""
     numbers: dict[str, Any] = {"found": found, "low": low, "high": high, "num_seeds": num_seeds}
-    claim = dataclasses.replace(blank, **numbers, least=least, most=most)
+    claim = replace(blank, **numbers, least=least, most=most)
     if num_seeds > 1 and low is None:
         return claim
     ends = [found] if low is None or high is None else [found, low, high]
     verdict = HOLDS if all(least <= end <= most for end in ends) else FAILS
-    return dataclasses.replace(claim, verdict=verdict + (THIS_SEED if num_seeds == 1 else ""))
+    return replace(claim, verdict=verdict + (THIS_SEED if num_seeds == 1 else ""))
 
 
 def show_directions(curve: Curve | None) -> str:

@@ -1,8 +1,7 @@
 """Students compared at equal price: the arms at one accuracy or NLL of the teacher, with intervals."""
 
-import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -153,8 +152,7 @@ def compare_pair(
         found, resampled = ({key: values[..., i] for key, values in r.items()} for r in (measured, drawn))
         blank = Match(axes.answers, other.arm, name, level, price=axes.price)
         match = fill(blank, found, resampled, draws.missing)
-        flags = flags_of(axes, match, (first.arm, name), sides, found)
-        matches.append(dataclasses.replace(match, flags=flags))
+        matches.append(replace(match, flags=flags_of(axes, match, (first.arm, name), sides, found)))
     return matches
 
 
@@ -163,18 +161,22 @@ def read_sides(axes: Axes, sides: Sides, levels: Levels | None, draws: Draws) ->
 
     Random directions of a replicate are read off one by one, and their mean is the replicate's.
     """
-    measured, drawn = {}, {}
+    measured: dict[Replicate, np.ndarray] = {}
+    drawn: dict[Replicate, np.ndarray] = {}
     for key in [key for key in sides[1] if key in sides[0]]:
         lines = [axes.graded(points) for points in (sides[0][key], *directions(sides[1][key]))]
         if not all(lines):
             continue
-        first, *others = (axes.xy(points) for points in lines)
-        measured[key] = np.mean([read_off(first, other, levels) for other in others], axis=0)
-        resampled = [drawn_xy(axes, points, draws) for points in lines]
-        if all(xy is not None for xy in resampled):
-            first, *others = resampled
-            drawn[key] = np.mean([read_off(first, other, levels) for other in others], axis=0)
+        measured[key] = mean_reading([axes.xy(points) for points in lines], levels)
+        resampled = [xy for points in lines if (xy := drawn_xy(axes, points, draws)) is not None]
+        if len(resampled) == len(lines):
+            drawn[key] = mean_reading(resampled, levels)
     return measured, drawn
+
+
+def mean_reading(lines: Sequence[np.ndarray], levels: Levels | None) -> np.ndarray:
+    """What is read off the first line and each other one, their mean."""
+    return np.mean([read_off(lines[0], other, levels) for other in lines[1:]], axis=0)
 
 
 def directions(points: Points) -> list[list[Point]]:
@@ -187,8 +189,8 @@ def directions(points: Points) -> list[list[Point]]:
 def read_off(first: np.ndarray, other: np.ndarray, levels: Levels | None) -> np.ndarray:
     """(3, ..., L): price, the first curve's student, the other's; curves are x, y (2, ..., P)."""
     if levels is None:
-        return np.stack([other[0], interpolate(*first, other[0]), other[1]])
-    students = [interpolate(*curve, levels) for curve in (first, other)]
+        return np.stack([other[0], interpolate(first[0], first[1], other[0]), other[1]])
+    students = [interpolate(curve[0], curve[1], levels) for curve in (first, other)]
     return np.stack([np.broadcast_to(levels, students[0].shape), *students])
 
 
@@ -209,19 +211,20 @@ def fill(match: Match, measured: Readings, drawn: Readings, missing: str) -> Mat
     """The Match with what was read off at its level; nan: not reached."""
     paired = reached_by(measured)
     found = np.array([measured[key] for key in paired or measured]).reshape(-1, 3).T
-    level, *students = [float(v[np.isfinite(v)].mean()) if np.isfinite(v).any() else None for v in found]
+    level, first, other = map(mean_of_reached, found)
     level = level if match.level is None else match.level
-    names = ("level", "temperature", "student", "num_seeds")
-    match = dataclasses.replace(match, **dict(zip(names, (level, *students, len(paired)), strict=True)))
+    match = replace(match, level=level, temperature=first, student=other, num_seeds=len(paired))
     if not paired:
-        note = "not reached by both" if measured else "no seed in common"
-        return dataclasses.replace(match, note=note)
-    if len(paired) > 1:
-        low, high, note = over_seeds(found[1] - found[2])
-    else:
-        low, high, note = over_problems(drawn.get(paired[0]), missing)
-    difference = students[0] - students[1]
-    return dataclasses.replace(match, difference=difference, low=low, high=high, note=note)
+        return replace(match, note="not reached by both" if measured else "no seed in common")
+    several = len(paired) > 1
+    interval = over_seeds(found[1] - found[2]) if several else over_problems(drawn.get(paired[0]), missing)
+    low, high, note = interval
+    return replace(match, difference=first - other, low=low, high=high, note=note)
+
+
+def mean_of_reached(values: np.ndarray) -> Measured:
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
 
 
 def reached_by(measured: Readings) -> list[Replicate]:

@@ -73,17 +73,16 @@ def group_by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
 
 def pool_copies(points: Iterable[Point]) -> list[Point]:
     """The complete points; those with the same settings and seeds as one, the mean of their numbers."""
-    groups = group_by((point for point in points if point.row.is_complete), what_was_run).values()
-    return [pool(group) if len(group) > 1 else group[0] for group in groups]
+    pooled = []
+    for same in group_by((point for point in points if point.row.is_complete), what_was_run).values():
+        mean = Point(rows.mean_row([point.row for point in same]), same[0].stages, tuple(same))
+        pooled.append(mean if len(same) > 1 else same[0])
+    return pooled
 
 
 def what_was_run(point: Point) -> tuple:
     row = point.row
     return row.arm, row.tau, row.lam, rows.identity(row), *map(row.number, rows.SEEDS)
-
-
-def pool(points: Points) -> Point:
-    return Point(rows.mean_row([point.row for point in points]), points[0].stages, tuple(points))
 
 
 def make_curves(points: Iterable[Point]) -> list[Curve]:

@@ -30,8 +30,8 @@ ONE_STEP = (
     "step foretells the order of the students, 0 if it says nothing"
 )
 MATCHED = (
-    f"95 % intervals over seeds (t) or, of one seed, over problems (bootstrap); {words.MARK} marks what is in "
-    "doubt"
+    f"95 % intervals over seeds (t) or, of one seed, over problems (bootstrap); {words.MARK} marks what is "
+    "in doubt"
 )
 
 

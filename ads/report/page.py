@@ -1,13 +1,12 @@
 """report.html: one file without any link to another.
 
-Whatever a model, a dataset or a name says becomes text: the template escapes it, and the page's script puts it
-into text nodes. Only the plots come as markup, which matplotlib wrote.
+Whatever a model, a dataset or a name says becomes text: the template escapes it, and the page's script puts
+it into text nodes. Only the plots come as markup, which matplotlib wrote.
 """
 
 import base64
 import hashlib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def render(found: Findings, panels: plots.Panels, about: Sequence[str]) -> str:
         "Gradient": gradients,
         "All points": True,
     }
-    template = read_template()
+    template = make_environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         script_hash=script_hash(),
         shown=shown,
@@ -90,7 +89,7 @@ def render(found: Findings, panels: plots.Panels, about: Sequence[str]) -> str:
     )
 
 
-def read_template() -> Any:
+def make_environment() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -102,12 +101,12 @@ def read_template() -> Any:
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters["keep"] = keep_percents
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return environment
 
 
 def script_hash() -> str:
     """What the page's policy allows: its one script, in base64."""
-    script = re.search(r"<script>(.*?)</script>", TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[1]
+    script = TEMPLATE.read_text(encoding="utf-8").partition("<script>")[2].partition("</script>")[0]
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
@@ -161,7 +160,7 @@ def matched_line(match: Match) -> dict[str, Any]:
 
 
 def gradient_parts(gradient: Mapping[str, Any]) -> dict[str, Any]:
-    """Whatever scalars the sidecar has, how each way to Delta agrees with the exact one, the largest norms."""
+    """Whatever scalars the sidecar has, how well each way to Delta agrees, and the largest norms."""
     scalars = {k: v for k, v in gradient["stats"].items() if isinstance(v, int | float | str)}
     norms = gradient.get("norms") or {}
     largest = sorted(norms.items(), key=lambda item: -item[1])[:NUM_NORMS]
@@ -171,9 +170,7 @@ def gradient_parts(gradient: Mapping[str, Any]) -> dict[str, Any]:
         "norms": [(str(name).removesuffix(".weight"), norm) for name, norm in largest],
         "num_norms": len(norms),
         "ways": way_cells(diagnostics) if diagnostics else [],
-        "about_ways": [part(diagnostics) for part in (agreement_table.caption, agreement_table.spread)]
-        if diagnostics
-        else [],
+        "about_ways": about_ways(diagnostics) if diagnostics else "",
     }
 
 
@@ -183,6 +180,10 @@ def way_cells(diagnostics: Mapping[str, Any]) -> tables.Cells:
     for way, found in agreement_table.rows(diagnostics).items():
         lines.append([way, *(show_scalar(found[key]) for key in figures)])
     return lines
+
+
+def about_ways(diagnostics: Mapping[str, Any]) -> str:
+    return f"{agreement_table.caption(diagnostics)}. {agreement_table.spread(diagnostics)}."
 
 
 def show_scalar(value: object) -> str:

@@ -41,7 +41,7 @@ KNOBS = (  # of which arms there is a panel; the gradient's two share one
     ("lam", ("ADS", "negative lambda")),
     *(("lam", (arm,)) for arm in ("random direction", "permuted", "corrupted results")),
 )
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ads",
     "text.parse_math": False,  # names may hold a dollar sign
@@ -293,7 +293,7 @@ def compose(panels: Sequence[Panel], title: str) -> Any:
     size = (PANEL_SIZE[0] * num_columns, PANEL_SIZE[1] * num_rows + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    legend = {}
+    legend: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=False):
         panel.draw(axis)
         axis.set_title(panel.title)
@@ -304,7 +304,9 @@ def compose(panels: Sequence[Panel], title: str) -> Any:
     figure.suptitle(title)
     if legend:
         columns = 1 if max(map(len, legend)) > 50 else 2
-        figure.legend(legend.values(), legend, loc="outside lower center", ncols=columns, frameon=False)
+        figure.legend(
+            list(legend.values()), list(legend), loc="outside lower center", ncols=columns, frameon=False
+        )
     return figure
 
 

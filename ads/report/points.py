@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ads.arms import ARMS, arm_of
-from ads.report.curves import Point
+from ads.report.curves import Point, group_by
 from ads.report.rows import FILES, STAGES, ResultRow, read_row
 from ads.stage import files, fingerprint, hub
 from ads.stage.config import ignored_keys, to_dict
@@ -54,10 +54,8 @@ class Experiment:
 
     def traces_of(self, is_teacher: bool, split: str) -> list[Sidecar]:
         """A teacher's traces, or students', on one split."""
-        configs = [(trace, trace["config"]) for trace in self.traces.values()]
-        return [
-            t for t, c in configs if c["is_teacher"] == is_teacher and c["data_split"].endswith(f"_{split}")
-        ]
+        found = [trace for trace in self.traces.values() if trace["config"]["is_teacher"] == is_teacher]
+        return [trace for trace in found if trace["config"]["data_split"].endswith(f"_{split}")]
 
 
 def load_experiments(paths: Iterable[Path]) -> list[Experiment]:
@@ -71,7 +69,7 @@ def load_experiments(paths: Iterable[Path]) -> list[Experiment]:
     sidecars = [sidecar for experiment in experiments for sidecar in experiment.sidecars]
     bare = {name for sidecar in sidecars for name in without_commit(sidecar)}
     for sidecar in sidecars:
-        for key, made_from in (sidecar.get("inputs") or {}).items():
+        for key, made_from in sidecar["inputs"].items():
             if (name := str(made_from).partition("@")[0]) in bare:
                 sidecar["inputs"][key] = name
     return experiments
@@ -79,8 +77,8 @@ def load_experiments(paths: Iterable[Path]) -> list[Experiment]:
 
 def without_commit(sidecar: Sidecar) -> list[str]:
     """Fingerprints of what a stage took from the hub that do not tell the commit."""
-    found = (sidecar.get("inputs") or {}).values()
-    return [text for text in map(str, found) if text.startswith(hub.HUB) and "@" not in text]
+    found = map(str, sidecar["inputs"].values())
+    return [text for text in found if text.startswith(hub.HUB) and "@" not in text]
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -96,9 +94,8 @@ def load_experiment(path: Path) -> Experiment:
 def load_sidecar(path: Path, config_keys: Iterable[str]) -> Sidecar:
     """A sidecar; ValueError if the file is none or its config lacks a key."""
     sidecar = files.read_yaml(path)
-    parts = [sidecar.get(part) for part in ("config", "stats")]
-    parts += [sidecar.get(part) or {} for part in ("inputs", "outputs")]  # old ones have none
-    if not all(isinstance(part, dict) for part in parts):
+    sidecar |= {part: sidecar.get(part) or {} for part in ("inputs", "outputs")}  # old ones have none
+    if not all(isinstance(sidecar.get(part), dict) for part in ("config", "stats", "inputs", "outputs")):
         raise UserError(f"{path} is not a sidecar (no config, no stats): move it elsewhere")
     if missing := [key for key in config_keys if key not in sidecar["config"]]:
         raise UserError(f"{path}: config has no {', '.join(missing)}: delete it to redo the stage")
@@ -109,11 +106,9 @@ def sampling(trace: Sidecar) -> Sidecar:
     """The settings that all traces of one grid point share; without lam eps and direction play no part."""
     values = {key: trace["config"][key] for key in SAMPLING_KEYS}
     direction = trace["config"].get("direction", "gradient") if values["lam"] else None
-    return values | {
-        "eps": values["eps"] if has_delta(trace) else None,
-        "direction": direction,
-        "direction_seed": trace["config"].get("direction_seed") if direction == "random" else None,
-    }
+    number = trace["config"].get("direction_seed") if direction == "random" else None
+    eps = values["eps"] if has_delta(trace) else None
+    return values | {"eps": eps, "direction": direction, "direction_seed": number}
 
 
 def has_delta(trace: Sidecar) -> bool:
@@ -131,7 +126,7 @@ def sampled_from(trace: Sidecar) -> tuple[dict, dict]:
 
 def files_of(sidecar: Sidecar, *names: str) -> dict[str, Any]:
     """{input: fingerprint} of what a stage was made from; old sidecars lack some."""
-    found = sidecar.get("inputs") or {}
+    found = sidecar["inputs"]
     return {f"{name}{FILES}": plain(found[name]) for name in names if found.get(name)}
 
 
@@ -161,7 +156,7 @@ def plain(value: object) -> Any:
 def model_name(sidecar: Sidecar, key: str) -> str:
     """The short name of a stage's model; of the hub without its commit, which counts by fingerprint."""
     name = sidecar["config"][key]
-    is_of_hub = str((sidecar.get("inputs") or {}).get(key)).startswith(hub.HUB)
+    is_of_hub = str(sidecar["inputs"].get(key)).startswith(hub.HUB)
     return short_name((name.partition("@")[0] or name) if is_of_hub else name)
 
 
@@ -186,7 +181,7 @@ def model_behind(experiment: Experiment, student_test: Sidecar) -> str | None:
 
 def has_changed(reader: Sidecar, name: str, writer: Sidecar, output: str) -> bool:
     """Whether what one stage read is no longer what another wrote; old sidecars do not say."""
-    read, written = (reader.get("inputs") or {}).get(name), (writer.get("outputs") or {}).get(output)
+    read, written = reader["inputs"].get(name), writer["outputs"].get(output)
     return None not in (read, written) and read != written
 
 
@@ -213,27 +208,21 @@ def collect_baselines(experiments: Iterable[Experiment]) -> list[ResultRow]:
 
 
 def in_order(points: Iterable[Point]) -> list[Point]:
-    unique = {repr(point.row.columns): point for point in reversed(list(points))}.values()
-    return sorted(reversed(unique), key=place)
-
-
-def place(point: Point) -> tuple:
-    row = point.row
-    return ARMS.index(row.arm), row.tau, row.lam, row.seed
+    unique = [same[0] for same in group_by(points, lambda point: repr(point.row.columns)).values()]
+    return sorted(unique, key=lambda p: (ARMS.index(p.row.arm), p.row.tau, p.row.lam, p.row.seed))
 
 
 def points_of(experiment: Experiment) -> Iterator[Point]:
     """Training traces joined with their model, its test and the teacher's test, as far as these exist."""
-    tests, shown = experiment.traces_of(True, "test"), []
-    gradient = next(iter(experiment.gradients.values()), None)
+    tests, shown = experiment.traces_of(True, "test"), list[Sidecar]()
+    gradient: Sidecar = next(iter(experiment.gradients.values()), {})
     for train, name in trained(experiment):
-        stages = {"train": train, "model": experiment.models.get(name)}
-        if has_delta(train):
-            stages["gradient"] = gradient
+        stages = {"train": train, "model": experiment.models.get(name, {})}
+        stages |= {"gradient": gradient} if has_delta(train) else {}
         same_point = [test for test in tests if sampled_from(test) == sampled_from(train)]
-        for student in students_of(experiment, name) or [None]:
-            same = [t for t in same_point if student is None or data_name(t) == data_name(student)]
-            for teacher in same or [None]:
+        for student in students_of(experiment, name) or [{}]:
+            same = [test for test in same_point if not student or data_name(test) == data_name(student)]
+            for teacher in same or [{}]:
                 yield make_point({"teacher": teacher, "student": student, **stages})
             shown += same
     yield from (make_point({"teacher": test}) for test in tests if test not in shown)
@@ -241,12 +230,11 @@ def points_of(experiment: Experiment) -> Iterator[Point]:
 
 def trained(experiment: Experiment) -> list[tuple[Sidecar, str]]:
     """(training traces, name of a model that was trained on them as they are now); no name without one."""
-    models = [(traces_behind(experiment, model), name) for name, model in experiment.models.items()]
-    pairs = [
-        (train, name)
-        for train, name in models
-        if train is not None and not traces_changed(experiment, experiment.models[name])
-    ]
+    pairs = []
+    for name, model in experiment.models.items():
+        train = traces_behind(experiment, model)
+        if train is not None and not traces_changed(experiment, model):
+            pairs.append((train, name))
     used = [train for train, _ in pairs]
     return pairs + [(train, "") for train in experiment.traces_of(True, "train") if train not in used]
 
@@ -257,7 +245,7 @@ def students_of(experiment: Experiment, name: str) -> list[Sidecar]:
     return [t for t in tests if model_behind(experiment, t) == name and not model_changed(experiment, t)]
 
 
-def make_point(stages: Mapping[str, Sidecar | None]) -> Point:
+def make_point(stages: Mapping[str, Sidecar]) -> Point:
     """What the sidecars of a point say, by stage; the numbers of a missing stage are missing."""
     found = {stage: stages[stage] for stage in (*POINT_STAGES, "gradient") if stages.get(stage)}
     teacher, student, train, model = map(found.get, POINT_STAGES)
@@ -285,7 +273,7 @@ def make_point(stages: Mapping[str, Sidecar | None]) -> Point:
 def setting_columns(stages: Mapping[str, Sidecar]) -> dict[str, Any]:
     """{STAGE.SETTING: value} of a point's stages, and `recipe`, the fingerprint of the student's."""
     classes = {"model": TrainConfig, "gradient": GradConfig}
-    columns = {}
+    columns: dict[str, Any] = {}
     for stage in (name for name in STAGES if name in stages):
         found = settings_of(stages[stage], classes.get(stage, GenConfig)) | stage_files(stage, stages)
         own = OWN_COLUMNS.get(stage, ())
@@ -313,7 +301,7 @@ def flatten(prefix: str, value: object) -> dict[str, Any]:
     """{prefix_key_key: number} of nested mappings, without what is null or depends on the machine."""
     if not isinstance(value, dict):
         return {} if value is None else {prefix: value}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, part in value.items():
         if key not in ("tokens_per_second", "rows_at_once"):
             flat |= flatten(f"{prefix}_{key}", part)

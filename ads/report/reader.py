@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ads.report.curves import Point, group_by
-from ads.report.rows import show_knob
+from ads.report.rows import ResultRow, show_knob
 from ads.stage.errors import UserError
 
 MAX_CONTRAST_POINTS = 8
@@ -21,11 +21,10 @@ def load_contrasts(points: Iterable[Point]) -> dict[str, Any]:
     """{points, scale, first} of a handful of points that stored clean and ADS traces side by side."""
     chosen = choose_contrasts(points)
     budget = MAX_CONTRAST_BYTES // max(1, len(chosen))
-    loaded = [
-        {"label": contrast_label(point), "problems": read_contrast(contrast_path(point), budget)}
-        for point in chosen
-    ]
-    loaded = [point for point in loaded if point["problems"]]
+    loaded: list[dict[str, Any]] = []
+    for point in chosen:
+        if problems := read_contrast(contrast_path(point), budget):
+            loaded.append({"label": contrast_label(point.row), "problems": problems})
     shifts = [abs(shift(token)) for point in loaded for token in tokens_of(point)]
     scale = float(np.clip(np.percentile(shifts, 95), 0.3, 4)) if shifts else 1.0
     ads = [i for i, point in enumerate(loaded) if point["label"].startswith("ADS")]
@@ -40,14 +39,14 @@ def contrast_path(point: Point) -> Path:
 def choose_contrasts(points: Iterable[Point]) -> list[Point]:
     """At most a handful: one seed of a setting, spread over lam, from every arm."""
     stored = [point for point in points if "train" in point.stages and contrast_path(point).is_file()]
-    firsts = [same[0] for same in group_by(stored, contrast_setting).values()]
+    firsts = [same[0] for same in group_by(stored, setting).values()]
     chosen = [
         point for arm in group_by(firsts, lambda point: point.row.arm).values() for point in spread(arm)
     ]
     return chosen[:MAX_CONTRAST_POINTS]
 
 
-def contrast_setting(point: Point) -> tuple:
+def setting(point: Point) -> tuple:
     row = point.row
     return row.arm, row.tau, row.lam, row.number("eps"), row.data, row.teacher
 
@@ -58,8 +57,7 @@ def spread(points: Sequence[Point]) -> list[Point]:
     return [points[i] for i in sorted({*places})]
 
 
-def contrast_label(point: Point) -> str:
-    row = point.row
+def contrast_label(row: ResultRow) -> str:
     return f"{row.arm}: {show_knob(row, 'lam')}, {show_knob(row, 'tau')}, seed {row.seed}"
 
 
@@ -92,12 +90,8 @@ def short_float(value: float) -> float:
 
 
 def tokens_of(point: dict[str, Any]) -> list[list]:
-    return [
-        token
-        for problem in point["problems"]
-        for side in ("clean", "ads")
-        for token in problem[side]["tokens"]
-    ]
+    sides = [problem[side] for problem in point["problems"] for side in ("clean", "ads")]
+    return [token for side in sides for token in side["tokens"]]
 
 
 def shift(token: list) -> float:

@@ -17,17 +17,14 @@ ANSWERS = {"af": "forced", "raw": "raw"}  # the answers of a test that are grade
 TESTS = ("teacher", "student")  # who is tested
 SEEDS = ("seed", "student_seed", "direction_seed")
 SETTINGS = ("data", "teacher", "student", "student_few_shot", *SEEDS, "eps", "top_k", "top_p")
-STAGES = {  # what a column STAGE.SETTING is called by
-    "model": "",
-    "train": "traces ",
-    "teacher": "teacher test ",
-    "student": "student test ",
-    "gradient": "gradient ",
-}
+STAGES = dict(  # what a column STAGE.SETTING is called by
+    model="", train="traces ", teacher="teacher test ", student="student test ", gradient="gradient "
+)
 FILES = " files"  # ends the name of a setting that is the fingerprint of files
 DELTA_SETTINGS = ("eps", "proxy_dtype", "proxy_student files", "grad_rank")  # without lam they play no part
 SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
 ONE_STEP = "train_one_step_change"
+STEP_UNIT = "change of holdout loss, nats/token"
 
 
 @dataclass(frozen=True)
@@ -48,15 +45,11 @@ class Price:
         return f"{self.show(level)} {self.unit}".rstrip()
 
 
+NLL_AXIS = "NLL of the teacher's test traces, nats/token"  # under the unadjusted teacher
+NLL_WIDE = "a quarter of the teacher NLL that both curves span"
 PRICES = {
     "accuracy": Price("teacher accuracy"),
-    "nll": Price(  # of the teacher's test traces under the unadjusted teacher
-        "teacher NLL",
-        "teacher_teacher_nll",
-        "nats/token",
-        "NLL of the teacher's test traces, nats/token",
-        "a quarter of the teacher NLL that both curves span",
-    ),
+    "nll": Price("teacher NLL", "teacher_teacher_nll", "nats/token", NLL_AXIS, NLL_WIDE),
 }
 
 
@@ -74,33 +67,13 @@ class Number:
 
 
 NUMBERS = (
-    Number("teacher_finished", heading="t.fin"),
-    Number("student_finished", heading="s.fin"),
-    Number(
-        "train_teacher_nll",
-        heading="nll",
-        setting_heading="nll",
-        title="How unlikely the traces are",
-        axis="nats/token under the teacher",
-    ),
-    Number(
-        "train_num_tokens_p50",
-        heading="tokens",
-        setting_heading="tokens",
-        title="Length of the traces",
-        axis="median tokens",
-        show=show_count,
-    ),
-    Number("train_finished", setting_heading="finished", title="Traces that finished", axis="share"),
-    Number("model_holdout_loss", heading="loss", setting_heading="student's loss"),
-    Number(
-        ONE_STEP,
-        heading="step",
-        setting_heading="one step",
-        title="One step of the proxy on the traces",
-        axis="change of holdout loss, nats/token",
-        show=show_signed,
-    ),
+    Number("teacher_finished", "t.fin"),
+    Number("student_finished", "s.fin"),
+    Number("train_teacher_nll", "nll", "nll", "How unlikely the traces are", "nats/token under the teacher"),
+    Number("train_num_tokens_p50", "tokens", "tokens", "Length of the traces", "median tokens", show_count),
+    Number("train_finished", "", "finished", "Traces that finished", "share"),
+    Number("model_holdout_loss", "loss", "student's loss"),
+    Number(ONE_STEP, "step", "one step", "One step of the proxy on the traces", STEP_UNIT, show_signed),
 )
 
 
@@ -148,16 +121,12 @@ class ResultRow:
 
     def accuracy(self, who: str, answers: str) -> Accuracy:
         """Of the teacher's or the student's test, by its forced or its raw answers."""
-        parts = (f"{who}_{answers}_{part}" for part in ("accuracy", "low", "high"))
-        share, low, high = map(self.number, parts)
+        parts = ("accuracy", "low", "high")
+        share, low, high = (self.number(f"{who}_{answers}_{part}") for part in parts)
         return Accuracy(share, low, high, self.number(f"{who}_n"))
 
     def share(self, who: str, answers: str) -> float:
         return self.accuracy(who, answers).share
-
-    def speaks_of(self, who: str, answers: str) -> bool:
-        """Whether any of its numbers is of these answers, be the accuracy there or not."""
-        return any(column.startswith(f"{who}_{answers}_") for column in self.columns)
 
     def price(self, name: str, answers: str) -> float:
         column = PRICES[name].column
@@ -209,12 +178,9 @@ def graded(rows: Rows, answers: str, price: str = "accuracy") -> list[ResultRow]
 
 def answers_of(rows: Rows) -> dict[str, str]:
     """The part of ANSWERS by which any of the rows' tests was graded; all where none was."""
-    found = {a: name for a, name in ANSWERS.items() if any(has_share(row, a) for row in rows)}
-    return found or ANSWERS
-
-
-def has_share(row: ResultRow, answers: str) -> bool:
-    return any(row.accuracy(who, answers).is_share for who in TESTS)
+    tested = [(row, who) for row in rows for who in TESTS]
+    is_graded = {a: any(row.accuracy(who, a).is_share for row, who in tested) for a in ANSWERS}
+    return {a: name for a, name in ANSWERS.items() if is_graded[a]} or ANSWERS
 
 
 def lost_shares(row: ResultRow) -> list[tuple[str, str]]:
@@ -223,7 +189,8 @@ def lost_shares(row: ResultRow) -> list[tuple[str, str]]:
     for who in TESTS:
         for answers, name in ANSWERS.items():
             # every test has raw answers, and forced ones where any number speaks of them
-            is_due = answers == "raw" and f"{who}_n" in row.columns or row.speaks_of(who, answers)
+            is_due = answers == "raw" and f"{who}_n" in row.columns
+            is_due = is_due or any(column.startswith(f"{who}_{answers}_") for column in row.columns)
             share = row.columns.get(f"{who}_{answers}_accuracy", "missing")
             if is_due and not row.accuracy(who, answers).is_share:
                 lost.append((answers, f"{who} {name} {share}"))
@@ -295,6 +262,5 @@ def row_name(row: ResultRow) -> str:
 
 def show_accuracy(accuracy: Accuracy) -> str:
     """A share with its interval, as in .838 [.812, .861]."""
-    if accuracy.share is None:
-        return "-"
-    return f"{show_number(accuracy.share)} [{show_number(accuracy.low)}, {show_number(accuracy.high)}]"
+    bounds = f" [{show_number(accuracy.low)}, {show_number(accuracy.high)}]"
+    return "-" if accuracy.share is None else f"{show_number(accuracy.share)}{bounds}"

@@ -105,7 +105,7 @@ def setting_cells(curves: Sequence[Curve]) -> Cells:
 
 
 def show_mean(found: Iterable[Any], show: Callable[[Any], str]) -> str:
-    values = [value for value in found if value is not None]
+    values = [value for value in found if isinstance(value, int | float)]
     return show(float(np.mean(values))) if values else "-"
 
 

@@ -125,8 +125,10 @@ def second_finding(matches: Iterable[Match]) -> str:
 def controls(matches: Iterable[Match]) -> str:
     """A sentence on the other arms, each at the matched level nearest the headline's; empty without any."""
     best = headline(matches)
-    others = [m for m in matches if best and m.answers == best.answers and m.price == "accuracy"]
-    others = [m for m in others if m.arm != "ADS" and m.difference is not None]
+    if best is None:
+        return ""
+    others = [m for m in matches if m.arm != "ADS" and m.difference is not None]
+    others = [m for m in others if (m.answers, m.price) == (best.answers, "accuracy")]
     nearest = {m.name: m for m in sorted(others, key=lambda m: -abs(m.level - best.level))}
     chosen = sorted(nearest.values(), key=lambda m: ARMS.index(m.arm))
     text = [
@@ -141,7 +143,7 @@ def controls(matches: Iterable[Match]) -> str:
     return f"Controls, against temperature at the same teacher accuracy: {', '.join(text)}.{doubts}"
 
 
-def whole_percent(share: float | None) -> str:
+def whole_percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 

@@ -15,10 +15,12 @@ import pyarrow.parquet
 import pytest
 
 import report
+from ads.data.traces import wilson_interval
 from ads.report import plots
-from ads.report.curves import by_setting, is_complete, make_curves, wilson_interval
+from ads.report.curves import by_setting, make_curves
 from ads.report.doubts import warning_lines
 from ads.report.points import collect_baselines, collect_points, load_experiments
+from ads.report.rows import read_row
 from ads.stage import files, fingerprint
 from ads.stage.config import to_dict
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
@@ -169,8 +171,14 @@ def csv_rows(exp_dir):
 
 
 def rows_of(*exp_dirs):
+    """(lines of results.csv of the points, of the undistilled students)."""
     experiments = load_experiments(exp_dirs)
-    return [p.row for p in collect_points(experiments)], collect_baselines(experiments)
+    points, baselines = collect_points(experiments), collect_baselines(experiments)
+    return [point.row.columns for point in points], [row.columns for row in baselines]
+
+
+def is_complete(columns):
+    return read_row(columns).is_complete
 
 
 def curves_of(*exp_dirs):
@@ -179,7 +187,8 @@ def curves_of(*exp_dirs):
 
 def draw(*exp_dirs):
     """The figure of the trade-off."""
-    panels = plots.make_panels(curves_of(*exp_dirs), rows_of(*exp_dirs)[1], [])
+    baselines = collect_baselines(load_experiments(exp_dirs))
+    panels = plots.make_panels(curves_of(*exp_dirs), baselines, [])
     return plots.compose(panels["tradeoff"], "")
 
 
@@ -459,7 +468,7 @@ def test_several_folders_keep_seeds_apart_and_drop_copies(tmp_path):
     assert not (second / "report").exists()
     assert [row["seed"] for row in rows] == ["42", "42", "44", "42", "42", "43", "42"]
     assert [row["teacher_af_accuracy"] for row in rows if row["lam"] == "0.03"] == ["0.7", "0.72"]
-    seeds = [[point.row["seed"] for point in curve.points] for curve in curves_of(first, second, copy)]
+    seeds = [[point.row.seed for point in curve.points] for curve in curves_of(first, second, copy)]
     assert seeds == [[42, 42], [42, 42, 43]]
 
 
