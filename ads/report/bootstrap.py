@@ -8,7 +8,7 @@ import numpy as np
 
 from ads.data.tables import read_columns
 from ads.report.curves import Curve, Point, pair_up
-from ads.report.rows import ANSWERS, TESTS
+from ads.report.results import ANSWERS, TESTS
 
 NUM_DRAWS = 2000
 BLOCK = 250  # draws resampled at once: bounds the memory for large test sets

@@ -14,7 +14,7 @@ from ads.report.bootstrap import Draws
 from ads.report.compare import Levels, Match, Measured, choose_levels, common_range, compare, directions
 from ads.report.curves import Axes, Curve, by_setting, group_by, pair_up, pooled
 from ads.report.numbers import show_interval, show_number
-from ads.report.rows import ANSWERS, PRICES, ResultRow, Rows, graded, show_knob
+from ads.report.results import ANSWERS, PRICES, ResultRow, Rows, graded, show_knob
 from ads.report.words import MARK, elicited, join_words, mark
 
 RAW = "raw"

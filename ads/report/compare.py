@@ -6,22 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ads.report import rows
+from ads.report import results
 from ads.report.bootstrap import NUM_DRAWS, Draws
-from ads.report.curves import (
-    NO_SHARE,
-    POOLED,
-    Axes,
-    Curve,
-    Point,
-    Points,
-    by_setting,
-    group_by,
-    knobs,
-    pair_up,
-)
+from ads.report.curves import Axes, Curve, Point, Points, by_setting, group_by, knobs, pair_up
 from ads.report.numbers import seed_interval
-from ads.report.rows import ANSWERS, PRICES, TESTS, show_knob
+from ads.report.results import ANSWERS, NO_SHARE, POOLED, PRICES, TESTS, show_knob
 
 LEVELS = (0.85, 0.8, 0.75, 0.65)  # teacher accuracies to compare at
 NUM_LEVELS = 4  # where LEVELS do not fit
@@ -308,7 +297,7 @@ def line_flags(axes: Axes, points: Points, level: float, widest: float) -> Itera
         if point.copies:
             yield POOLED, show_knob(point.row)
     for point in points:
-        if any(axes.answers == lost for part in point.parts for lost, _ in rows.lost_shares(part.row)):
+        if any(axes.answers == lost for part in point.parts for lost, _ in results.lost_shares(part.row)):
             yield NO_SHARE, show_knob(point.row)
 
 

@@ -10,13 +10,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ads.report import rows
+from ads.report import results
 from ads.report.numbers import pooled_interval, show_setting
-from ads.report.rows import SYMBOLS, ResultRow, Rows
+from ads.report.results import SYMBOLS, ResultRow, Rows
 
 T = TypeVar("T")
-POOLED = "same settings and seed more than once, pooled"
-NO_SHARE = "left out, an accuracy that is no number from 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -75,20 +73,20 @@ def pool_copies(points: Iterable[Point]) -> list[Point]:
     """The complete points; those with the same settings and seeds as one, the mean of their numbers."""
     pooled = []
     for same in group_by((point for point in points if point.row.is_complete), what_was_run).values():
-        mean = Point(rows.mean_row([point.row for point in same]), same[0].stages, tuple(same))
+        mean = Point(results.mean_row([point.row for point in same]), same[0].stages, tuple(same))
         pooled.append(mean if len(same) > 1 else same[0])
     return pooled
 
 
 def what_was_run(point: Point) -> tuple:
     row = point.row
-    return row.arm, row.tau, row.lam, rows.identity(row), *map(row.number, rows.SEEDS)
+    return row.arm, row.tau, row.lam, results.identity(row), *map(row.number, results.SEEDS)
 
 
 def make_curves(points: Iterable[Point]) -> list[Curve]:
     """The curves through the complete points, in the order of the arms."""
     points = pool_copies(points)
-    names = [key for key in rows.differing([point.row for point in points]) if key not in rows.SEEDS]
+    names = [key for key in results.differing([point.row for point in points]) if key not in results.SEEDS]
     return [
         Curve(group[0].row.arm, curve_label(group, names), group, find_start(points, group[0].row))
         for group in group_by(points, curve_of).values()
@@ -96,15 +94,15 @@ def make_curves(points: Iterable[Point]) -> list[Curve]:
 
 
 def curve_of(point: Point) -> tuple:
-    return point.row.arm, point.row.tau if point.row.lam else None, rows.identity(point.row)
+    return point.row.arm, point.row.tau if point.row.lam else None, results.identity(point.row)
 
 
 def find_start(points: Points, first: ResultRow) -> list[Point]:
     """The lam = 0 points that share tau and all else with a curve of another arm."""
     if not first.lam:
         return []
-    wanted = first.tau, rows.identity(first, with_delta=False)
-    return [p for p in points if not p.row.lam and (p.row.tau, rows.identity(p.row, False)) == wanted]
+    wanted = first.tau, results.identity(first, with_delta=False)
+    return [p for p in points if not p.row.lam and (p.row.tau, results.identity(p.row, False)) == wanted]
 
 
 def curve_label(points: Points, names: Iterable[str]) -> str:
@@ -112,11 +110,11 @@ def curve_label(points: Points, names: Iterable[str]) -> str:
     columns = [point.row.columns for point in points]
     first, parts = columns[0], [points[0].row.arm]
     for key in ("tau", "lam") if points[0].row.lam else ("tau",):
-        values = rows.values_of(columns, key)
+        values = results.values_of(columns, key)
         ends = dict.fromkeys((values[0], values[-1]))
         parts.append(f"{SYMBOLS[key]} = {' to '.join(map(show_setting, ends))}")
     named = [name for name in names if first.get(name) is not None]
-    parts += [f"{rows.show_name(name)} {show_setting(first[name])}" for name in named]
+    parts += [f"{results.show_name(name)} {show_setting(first[name])}" for name in named]
     return ", ".join(parts)
 
 
@@ -124,14 +122,14 @@ def by_setting(points: Iterable[Point]) -> dict[tuple[float, float], list[Result
     """{(tau, lam): rows of all seeds}, in order; the random directions of a seed as their mean."""
     ordered = sorted((point.row for point in points), key=knobs)
     return {
-        setting: [rows.mean_row(same) for same in group_by(group, lambda row: row.replicate).values()]
+        setting: [results.mean_row(same) for same in group_by(group, lambda row: row.replicate).values()]
         for setting, group in group_by(ordered, knobs).items()
     }
 
 
 def pair_up(curves: Iterable[Curve]) -> list[tuple[Curve, Curve]]:
     """(temperature curve, other curve) that share all settings but those of Delta."""
-    shared = [(rows.identity(curve.points[0].row, with_delta=False), curve) for curve in curves]
+    shared = [(results.identity(curve.points[0].row, with_delta=False), curve) for curve in curves]
     baselines = {key: curve for key, curve in shared if curve.arm == "temperature"}
     return [
         (baselines[key], curve) for key, curve in shared if curve.arm != "temperature" and key in baselines
@@ -166,7 +164,7 @@ class Axes:
         return [point for point in points if self.graded_rows([point.row])]
 
     def graded_rows(self, seeds: Rows) -> list[ResultRow]:
-        return rows.graded(seeds, self.answers, self.price)
+        return results.graded(seeds, self.answers, self.price)
 
     def settings(self, points: Iterable[Point]) -> list[list[ResultRow]]:
         """The rows of all seeds, a list a setting, without those that have no place."""

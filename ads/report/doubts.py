@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from ads.delta import agreement_table
-from ads.report.curves import NO_SHARE, POOLED, Curve, Point, group_by, pair_up, pool_copies
+from ads.report.curves import Curve, Point, group_by, pair_up, pool_copies
 from ads.report.numbers import show_number
 from ads.report.points import (
     Experiment,
@@ -15,7 +15,7 @@ from ads.report.points import (
     traces_changed,
     without_commit,
 )
-from ads.report.rows import lost_shares, row_name
+from ads.report.results import NO_SHARE, POOLED, lost_shares, row_name
 from ads.stage.settings import LEAST_COSINE
 
 LEAST_FINISHED = 0.9

@@ -20,7 +20,7 @@ from ads.report.points import (
     load_experiments,
     short_name,
 )
-from ads.report.rows import PRICES, ResultRow, answers_of, show_accuracy, values_of
+from ads.report.results import PRICES, ResultRow, answers_of, show_accuracy, values_of
 from ads.stage.errors import UserError
 
 ASKED = "means over seeds [95 % interval]; the best way is the line in the plots and in claim a"
@@ -48,6 +48,11 @@ class Findings:
     @property
     def rows(self) -> list[ResultRow]:
         return [point.row for point in self.points]
+
+    @property
+    def tested(self) -> list[ResultRow]:
+        """Of points that are complete, copies as one."""
+        return all_rows(self.curves)
 
     @property
     def sidecars(self) -> list[Sidecar]:
@@ -168,7 +173,7 @@ def provenance(sidecars: Sequence[Sidecar]) -> str:
 
 def title(findings: Findings) -> str:
     """The data, the number of problems, and what intervals stand on."""
-    tested = all_rows(findings.curves) or findings.baselines
+    tested = findings.tested or findings.baselines
     data = ", ".join(values_of([row.columns for row in tested], "data")) or "no test has finished"
     seeds = [len(rows) for curve in findings.curves for rows in by_setting(curve.points).values()]
     most = max(seeds, default=1)

@@ -1,4 +1,4 @@
-"""report.html: one file without any link to another.
+"""report.html: one file without any link to another. What it says and in what order is in page.html.
 
 Whatever a model, a dataset or a name says becomes text: the template escapes it, and the page's script puts
 it into text nodes. Only the plots come as markup, which matplotlib wrote.
@@ -6,8 +6,7 @@ it into text nodes. Only the plots come as markup, which matplotlib wrote.
 
 import base64
 import hashlib
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ from ads.delta import agreement_table
 from ads.report import claims, findings, numbers, plots, reader, tables, words
 from ads.report.compare import Match
 from ads.report.curves import Curve
-from ads.report.findings import Findings
 from ads.report.numbers import NBSP
-from ads.report.rows import ANSWERS, ONE_STEP, PRICES, Rows
+from ads.report.results import ANSWERS, PRICES, Rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-NUM_NORMS = 10
-NUM_OPEN = 20  # a longer table of points is folded
-GLYPHS = dict(zip("osvD^P_", "\u25cf\u25a0\u25bc\u25c6\u25b2\u271a", strict=False)) | {"_": ""}  # of markers
+MODULES = (agreement_table, claims, findings, numbers, tables, words)  # whose functions the template calls
+GLYPHS = dict(zip("osvD^P_", (*"\u25cf\u25a0\u25bc\u25c6\u25b2\u271a", ""), strict=True))  # of markers
 BORDERS = dict(zip(plots.CURVE_STYLES, ("solid", "dashed", "dotted", "double"), strict=True))
 ANY_NOTE = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
@@ -30,16 +27,14 @@ ANY_NOTE = (
 )
 
 
-def render(found: Findings, panels: plots.Panels, about: Sequence[str]) -> str:
+def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str]) -> str:
     """The whole page as text; `about`: sentences on what the experiment is and is not, where more is known
     than of any."""
-    curves, svgs = found.curves, plots.inline_svgs(panels)
-    contrasts = reader.load_contrasts(found.points)
-    asked = tables.asked_cells(found.baselines)
-    one_step = tables.one_step_cells(curves)
-    gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
+    asked, one_step = tables.asked_cells(found.baselines), tables.one_step_cells(found.curves)
     comparisons = {name: matched_tables(found.matches, name) for name in PRICES}
-    shown = {  # by section, whether there is anything in it
+    svgs, contrasts = plots.inline_svgs(panels), reader.load_contrasts(found.points)
+    gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
+    sections = {  # with whether there is anything in it
         "Trade-off": True,
         "Claims": found.claims or asked,
         **{f"Equal {price.words}": comparisons[name] for name, price in PRICES.items()},
@@ -51,41 +46,26 @@ def render(found: Findings, panels: plots.Panels, about: Sequence[str]) -> str:
         "Gradient": gradients,
         "All points": True,
     }
-    template = make_environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
-        script_hash=script_hash(),
-        shown=shown,
-        title=findings.title(found),
-        finding=words.finding(curves, found.matches),
-        failures=claims.failures(found.claims),
-        doubt=words.finding_doubt(found.matches),
-        second=f"{words.second_finding(found.matches)} {words.controls(found.matches)}",
-        warnings=[note for note in found.notes if note.startswith("WARNING")],
-        about=about or ANY_NOTE,
-        svgs=svgs,
-        legend=legend(curves, found.baselines),
-        arms=legend(curves, []),
-        claims=found.claims,
-        claim_cells=claims.cells(found.claims)[1:],
-        verdicts=claims.VERDICTS,
-        asked=asked,
-        asked_caption=findings.ASKED,
-        comparisons=comparisons,
-        prices=PRICES,
-        settings=tables.setting_cells(curves),
-        has_step=any(row.number(ONE_STEP) is not None for row in plots.all_rows(curves)),
-        one_step=one_step,
-        one_step_caption=findings.ONE_STEP,
-        gradients=[gradient_parts(gradient) for gradient in gradients],
-        points=tables.point_cells(found.rows),
-        num_open=NUM_OPEN,
-        legend_lines=tables.legend_of(found.rows),
-        summary=tables.shared_settings(found.rows),
-        notes=found.notes,
-        contrasts=contrasts,
-        factor=math.exp(contrasts["scale"]),
-        made_from=findings.provenance(found.sidecars),
-        mark=words.MARK,
+    return (
+        make_environment()
+        .from_string(TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            {module.__name__.rpartition(".")[2]: module for module in MODULES},
+            found=found,
+            sections=sections,
+            about=about or ANY_NOTE,
+            svgs=svgs,
+            legend=legend(found.curves, found.baselines),
+            arms=legend(found.curves, []),
+            asked=asked,
+            comparisons=comparisons,
+            prices=PRICES,
+            one_step=one_step,
+            gradients=gradients,
+            contrasts=contrasts,
+            script_hash=script_hash(),
+            nbsp=NBSP,
+        )
     )
 
 
@@ -93,14 +73,9 @@ def make_environment() -> Any:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters["keep"] = keep_percents
     return environment
 
 
@@ -108,11 +83,6 @@ def script_hash() -> str:
     """What the page's policy allows: its one script, in base64."""
     script = TEMPLATE.read_text(encoding="utf-8").partition("<script>")[2].partition("</script>")[0]
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def keep_percents(text: str) -> str:
-    """Text in which no line ends before a percent sign."""
-    return text.replace(" %", f"{NBSP}%")
 
 
 def legend(curves: Sequence[Curve], baselines: Rows) -> list[dict[str, str]]:
@@ -138,53 +108,11 @@ def matched_tables(matches: Iterable[Match], price: str) -> dict[str, list[dict[
 
 
 def matched_line(match: Match) -> dict[str, Any]:
-    """The cells of a comparison: both students on a track from 0 to 100 %, and the difference."""
-    difference, *ends = [""] if match.difference is None else words.in_points(match)
-    ends = [end.replace("-", "\N{MINUS SIGN}") for end in ends]
+    """A comparison: both students on a track from 0 to 100 %, and the difference with what it stands on."""
+    shown = [] if match.difference is None else words.in_points(match)
+    difference, *ends = [number.replace("-", "\N{MINUS SIGN}") for number in shown] or [""]
+    below = [f"[{f',{NBSP}'.join(ends)}]", numbers.interval_kind(match.num_seeds)] if ends else [match.note]
     dots = [(match.temperature, "temperature"), (match.student, match.arm)]
     dots = [(100 * share, plots.variable(arm)) for share, arm in dots if share is not None]
-    students = (numbers.show_percent(share, 2, NBSP) for share in (match.temperature, match.student))
-    return {
-        "level": PRICES[match.price].show(match.level, NBSP),
-        "seeds": numbers.show_seeds(match.num_seeds),
-        "name": match.name,
-        "dots": dots,
-        "bar": sorted(share for share, _ in dots) if len(dots) == 2 else [],
-        "students": f",{NBSP}".join(students),
-        "difference": difference.replace("-", "\N{MINUS SIGN}"),
-        "below": [f"[{f',{NBSP}'.join(ends)}]", numbers.interval_kind(match.num_seeds)]
-        if ends
-        else [match.note],
-        "flags": match.flags,
-    }
-
-
-def gradient_parts(gradient: Mapping[str, Any]) -> dict[str, Any]:
-    """Whatever scalars the sidecar has, how well each way to Delta agrees, and the largest norms."""
-    scalars = {k: v for k, v in gradient["stats"].items() if isinstance(v, int | float | str)}
-    norms = gradient.get("norms") or {}
-    largest = sorted(norms.items(), key=lambda item: -item[1])[:NUM_NORMS]
-    diagnostics = gradient.get("diagnostics")
-    return {
-        "scalars": {str(key).replace("_", " "): show_scalar(value) for key, value in scalars.items()},
-        "norms": [(str(name).removesuffix(".weight"), norm) for name, norm in largest],
-        "num_norms": len(norms),
-        "ways": way_cells(diagnostics) if diagnostics else [],
-        "about_ways": about_ways(diagnostics) if diagnostics else "",
-    }
-
-
-def way_cells(diagnostics: Mapping[str, Any]) -> tables.Cells:
-    figures = agreement_table.FIGURES
-    lines = [["way to Delta", *figures.values()]]
-    for way, found in agreement_table.rows(diagnostics).items():
-        lines.append([way, *(show_scalar(found[key]) for key in figures)])
-    return lines
-
-
-def about_ways(diagnostics: Mapping[str, Any]) -> str:
-    return f"{agreement_table.caption(diagnostics)}. {agreement_table.spread(diagnostics)}."
-
-
-def show_scalar(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    bar = sorted(share for share, _ in dots) if len(dots) == 2 else []
+    return {"match": match, "dots": dots, "bar": bar, "difference": difference, "below": below}

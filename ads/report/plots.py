@@ -11,20 +11,11 @@ from typing import Any
 import numpy as np
 
 from ads.arms import ARMS
+from ads.report import results
 from ads.report.compare import Match
 from ads.report.curves import Axes, Curve, all_rows, by_setting, knobs, pooled
 from ads.report.numbers import seed_interval, show_percent, show_seeds
-from ads.report.rows import (
-    ANSWERS,
-    NUMBERS,
-    ONE_STEP,
-    PRICES,
-    SYMBOLS,
-    Number,
-    Rows,
-    answers_of,
-    show_knob,
-)
+from ads.report.results import ANSWERS, PRICES, Number, Rows, show_knob
 from ads.report.words import elicited, headline, in_points, mark
 from ads.stage import files
 
@@ -78,7 +69,7 @@ def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Matc
     """{name of the plot: its panels}; plots without data have none, but the trade-off is always there."""
     gap, rows = headline(matches), all_rows(curves)
     panels: dict[str, list[Panel]] = {"tradeoff": [], "knobs": [], "traces": [], "losses": []}
-    for answers, name in answers_of([*baselines, *rows]).items():
+    for answers, name in results.answers_of([*baselines, *rows]).items():
         for axes in (Axes(answers, price) for price in PRICES):
             if axes.price == "accuracy" or axes.graded_rows(rows):
                 shown = gap if gap and (gap.answers, gap.price) == (answers, axes.price) else None
@@ -86,7 +77,7 @@ def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Matc
                 draw = functools.partial(draw_tradeoff, axes, curves, baselines, shown)
                 panels["tradeoff"].append(Panel(title, draw))
         panels["knobs"] += knob_panels(Axes(answers), curves)
-    for number in NUMBERS:
+    for number in results.NUMBERS:
         if number.title and any(number.column in row.columns for row in rows):
             draw = functools.partial(draw_trait, number, curves)
             panels["traces"].append(Panel(number.title, draw))
@@ -206,7 +197,7 @@ def knob_panels(axes: Axes, curves: Sequence[Curve]) -> Iterable[Panel]:
     for key, arms in KNOBS:
         chosen = [curve for curve in curves if curve.arm in arms and axes.graded(curve.points)]
         if len({row.number(key) for row in all_rows(chosen)}) > 1:
-            title = f"{SYMBOLS[key]}, {' and '.join(arms)}: {ANSWERS[axes.answers]}"
+            title = f"{results.SYMBOLS[key]}, {' and '.join(arms)}: {ANSWERS[axes.answers]}"
             yield Panel(title, functools.partial(draw_knob, axes, key, chosen))
 
 
@@ -224,7 +215,7 @@ def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> None:
             place = {"textcoords": "offset points", "fontsize": 8.5, "color": colour}
             axis.annotate(who, (x[end], y[end]), (7, -3), **place)
     axis.margins(x=0.14)
-    axis.set(xlabel=SYMBOLS[key])
+    axis.set(xlabel=results.SYMBOLS[key])
     axis.yaxis.set_major_formatter(show_share)
 
 
@@ -246,7 +237,7 @@ def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> None:
     if number.axis == "share":
         axis.yaxis.set_major_formatter(show_share)
         axis.set_ylim(top=1.003)
-    if number.column == ONE_STEP:
+    if number.column == results.ONE_STEP:
         axis.axhline(0, color=INK, linewidth=1)
     axis.xaxis.set_major_formatter(show_share)
     axis.set(xlabel=f"teacher accuracy ({ANSWERS[axes.answers]})", ylabel=number.axis)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ads.arms import ARMS, arm_of
 from ads.report.curves import Point, group_by
-from ads.report.rows import FILES, STAGES, ResultRow, read_row
+from ads.report.results import FILES, STAGES, ResultRow, read_row
 from ads.stage import files, fingerprint, hub
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.errors import MissingInputError, UserError

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ads.report.curves import Point, group_by
-from ads.report.rows import ResultRow, show_knob
+from ads.report.results import ResultRow, show_knob
 from ads.stage.errors import UserError
 
 MAX_CONTRAST_POINTS = 8

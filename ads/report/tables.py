@@ -9,51 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from ads.report import numbers, results
 from ads.report.claims import RAW, Claim
 from ads.report.compare import Match
-from ads.report.curves import (
-    NO_SHARE,
-    POOLED,
-    Curve,
-    Point,
-    all_rows,
-    by_setting,
-    group_by,
-    pool_copies,
-    pooled,
-)
-from ads.report.numbers import (
-    ONE_SEED,
-    interval_kind,
-    is_number,
-    show_interval,
-    show_number,
-    show_setting,
-    show_signed,
-)
-from ads.report.rows import (
-    ANSWERS,
-    NUMBERS,
-    ONE_STEP,
-    SETTINGS,
-    SYMBOLS,
-    TESTS,
-    ResultRow,
-    Rows,
-    answers_of,
-    differing,
-    identity,
-    lost_shares,
-    show_accuracy,
-    show_name,
-    values_of,
-)
+from ads.report.curves import Curve, Point, all_rows, by_setting, group_by, pool_copies, pooled
+from ads.report.results import ANSWERS, ResultRow, Rows
 from ads.report.words import by_label, elicited
 
 Cells = list[list[str]]
 LEGEND = [
     "forced, raw: accuracy on the n test problems with and without answer forcing",
-    f"[low, high]: 95 % Wilson interval of one run; {ONE_SEED}",
+    f"[low, high]: 95 % Wilson interval of one run; {numbers.ONE_SEED}",
     "t.fin, s.fin: share of the teacher's and the student's test traces that finished",
     "nll, tokens: of the training traces, mean nats/token under the unadjusted teacher and median length",
     "loss: the student's on the holdout traces after training, nats/token",
@@ -68,38 +34,39 @@ def legend_of(rows: Rows) -> list[str]:
 
 
 def has_one_step(rows: Rows) -> bool:
-    return any(ONE_STEP in row.columns for row in rows)
+    return any(results.ONE_STEP in row.columns for row in rows)
 
 
 def point_cells(rows: Rows) -> Cells:
     """A line per point; a setting has a column only where points differ in it."""
     if not rows:
         return []
-    settings = ["tau", "lam", *differing(rows)]
-    tests = [(who, answers) for who in TESTS for answers in answers_of(rows)]
-    numbers = [n for n in NUMBERS if n.heading and (n.column != ONE_STEP or has_one_step(rows))]
+    settings = ["tau", "lam", *results.differing(rows)]
+    tests = [(who, answers) for who in results.TESTS for answers in results.answers_of(rows)]
+    shown = [n for n in results.NUMBERS if n.heading and (n.column != results.ONE_STEP or has_one_step(rows))]
     tested = [f"{who} {ANSWERS[answers]}" for who, answers in tests]
-    lines = [["arm", *map(show_name, settings), "n", *tested, *(number.heading for number in numbers)]]
+    lines = [["arm", *map(results.show_name, settings), "n", *tested, *(number.heading for number in shown)]]
     for row in rows:
-        cells = [row.arm, *(show_setting(row.number(key)) for key in settings), show_sizes([row], "/")]
-        cells += [show_accuracy(row.accuracy(*test)) for test in tests]
-        lines.append([*cells, *(number.show(row.number(number.column)) for number in numbers)])
+        cells = [row.arm, *map(numbers.show_setting, map(row.number, settings)), show_sizes([row], "/")]
+        cells += [results.show_accuracy(row.accuracy(*test)) for test in tests]
+        lines.append([*cells, *(number.show(row.number(number.column)) for number in shown)])
     return lines
 
 
 def setting_cells(curves: Sequence[Curve]) -> Cells:
     """A line per setting: means over seeds."""
     rows = all_rows(curves)
-    tests = [(who, answers) for answers in ANSWERS for who in TESTS]
+    tests = [(who, answers) for answers in ANSWERS for who in results.TESTS]
     tests = [test for test in tests if any(row.accuracy(*test).share is not None for row in rows)]
-    numbers = [n for n in NUMBERS if n.setting_heading and any(n.column in row.columns for row in rows)]
-    names = [*(f"{who} {ANSWERS[answers]}" for who, answers in tests), *(n.setting_heading for n in numbers)]
-    lines = [["arm", *SYMBOLS.values(), "seeds", *names]]
+    shown = [n for n in results.NUMBERS if n.setting_heading and any(n.column in row.columns for row in rows)]
+    names = [*(f"{who} {ANSWERS[answers]}" for who, answers in tests), *(n.setting_heading for n in shown)]
+    lines = [["arm", *results.SYMBOLS.values(), "seeds", *names]]
     for curve in curves:
         for (tau, lam), seeds in by_setting(curve.points).items():
-            cells = [curve.arm, show_setting(tau), show_setting(lam), str(len(seeds))]
-            cells += [show_mean((row.accuracy(*test).share for row in seeds), show_number) for test in tests]
-            cells += [show_mean((row.number(n.column) for row in seeds), n.show) for n in numbers]
+            cells = [curve.arm, numbers.show_setting(tau), numbers.show_setting(lam), str(len(seeds))]
+            shares = [[row.share(*test) for row in seeds] for test in tests]
+            cells += [show_mean(found, numbers.show_number) for found in shares]
+            cells += [show_mean((row.number(n.column) for row in seeds), n.show) for n in shown]
             lines.append(cells)
     return lines
 
@@ -111,7 +78,7 @@ def show_mean(found: Iterable[Any], show: Callable[[Any], str]) -> str:
 
 def asked_cells(baselines: Rows) -> Cells:
     """The undistilled student by the way it was asked: means over seeds with intervals, the best marked."""
-    graded_by = answers_of(baselines)
+    graded_by = results.answers_of(baselines)
     best = {answers: elicited(baselines, answers).values() for answers in graded_by}
     lines = [["undistilled student", "seeds", *graded_by.values(), "best by"]]
     for label, rows in by_label(baselines).items():
@@ -119,7 +86,7 @@ def asked_cells(baselines: Rows) -> Cells:
         for answers in graded_by:
             tested = [row for row in rows if row.accuracy("student", answers).is_share]
             share, *ends = pooled(tested, "student", answers) if tested else (None, None, None)
-            line.append(f"{show_number(share)} {show_interval(*ends)}" if tested else "-")
+            line.append(f"{numbers.show_number(share)} {numbers.show_interval(*ends)}" if tested else "-")
         names = [name for answers, name in graded_by.items() if rows in best[answers]]
         lines.append([*line, " and ".join(names) or "-"])
     return lines if len(lines) > 1 else []
@@ -145,7 +112,7 @@ def one_step_cells(curves: Sequence[Curve]) -> Cells:
 
 
 def has_step(row: ResultRow) -> bool:
-    return is_number(row.number(ONE_STEP)) and row.accuracy("student", RAW).is_share
+    return numbers.is_number(row.number(results.ONE_STEP)) and row.accuracy("student", RAW).is_share
 
 
 def clean_students(curves: Sequence[Curve]) -> dict[tuple, float]:
@@ -158,15 +125,15 @@ def clean_students(curves: Sequence[Curve]) -> dict[tuple, float]:
 
 
 def clean_key(row: ResultRow) -> tuple:
-    return row.replicate, identity(row, with_delta=False)
+    return row.replicate, results.identity(row, with_delta=False)
 
 
 def one_step_line(arm: str, rows: Rows, clean: Mapping[tuple, float]) -> list[str]:
-    change = [row.number(ONE_STEP) for row in rows]
+    change = [row.number(results.ONE_STEP) for row in rows]
     students = [row.share("student", RAW) for row in rows]
     lost = [clean[clean_key(row)] - row.share("student", RAW) for row in rows if clean_key(row) in clean]
-    ends = " to ".join(show_signed(value) for value in (min(change), max(change)))
-    mean = show_signed(float(np.mean(change)))
+    ends = " to ".join(numbers.show_signed(value) for value in (min(change), max(change)))
+    mean = numbers.show_signed(float(np.mean(change)))
     harm = f"{np.mean(lost):+.3f}" if lost else "-"
     return [arm, str(len(rows)), mean, ends, harm, rank_correlation(change, students)]
 
@@ -184,15 +151,15 @@ def shared_settings(rows: Rows) -> str:
     if not rows:
         return "no grid point has finished a stage"
     columns = [row.columns for row in rows]
-    shared = {key: values_of(columns, key) for key in SETTINGS}
-    text = [f"{key} {show_setting(values[0])}" for key, values in shared.items() if len(values) == 1]
+    shared = {key: results.values_of(columns, key) for key in results.SETTINGS}
+    text = [f"{key} {numbers.show_setting(values[0])}" for key, values in shared.items() if len(values) == 1]
     num_complete = sum(row.is_complete for row in rows)
     return f"{num_complete} of {len(rows)} points complete; {', '.join(text)}"
 
 
 def show_sizes(rows: Rows, separator: str) -> str:
     """The number of test problems; the least and the largest where numbers differ."""
-    sizes = sorted({row.number(f"{who}_n") for row in rows for who in TESTS} - {None})
+    sizes = sorted({row.number(f"{who}_n") for row in rows for who in results.TESTS} - {None})
     return separator.join(map(str, dict.fromkeys(sizes[:1] + sizes[-1:]))) or "-"
 
 
@@ -216,29 +183,29 @@ def result_lines(points: Sequence[Point], baselines: Rows) -> Iterable[dict[str,
     """The lines of results.csv: the rows, what the intervals are, and what puts each in doubt."""
     copies = [part for point in pool_copies(points) for part in point.copies]
     for point in points:
-        flags = [POOLED] if point in copies else []
-        flags += [f"{NO_SHARE}: {test}" for _, test in lost_shares(point.row)]
+        flags = [results.POOLED] if point in copies else []
+        flags += [f"{results.NO_SHARE}: {test}" for _, test in results.lost_shares(point.row)]
         yield result_line(point.row, flags)
     yield from (result_line(row, []) for row in baselines)
 
 
 def result_line(row: ResultRow, flags: Iterable[str]) -> dict[str, Any]:
-    return {**row.columns, "interval": f"Wilson, {ONE_SEED}", "flags": "; ".join(flags)}
+    return {**row.columns, "interval": f"Wilson, {numbers.ONE_SEED}", "flags": "; ".join(flags)}
 
 
 def match_line(match: Match) -> dict[str, Any]:
     """A line of comparisons.csv."""
-    kind = "" if match.low is None else interval_kind(match.num_seeds)
+    kind = "" if match.low is None else numbers.interval_kind(match.num_seeds)
     found = {"rule": match.answers, **dataclasses.asdict(match), "flags": "; ".join(match.flags)}
     del found["answers"]
-    return found | {"interval": f"problem bootstrap, {kind}" if kind == ONE_SEED else kind}
+    return found | {"interval": f"problem bootstrap, {kind}" if kind == numbers.ONE_SEED else kind}
 
 
 def claim_line(claim: Claim) -> dict[str, Any]:
     """A line of claims.csv; `least` and `most` are in words in the claim."""
     found = dataclasses.asdict(claim) | {"flags": "; ".join(claim.flags), "answers": ANSWERS[RAW]}
     del found["least"], found["most"]
-    return found | {"interval": "" if claim.low is None else interval_kind(claim.num_seeds)}
+    return found | {"interval": "" if claim.low is None else numbers.interval_kind(claim.num_seeds)}
 
 
 def to_csv(lines: Iterable[Mapping[str, Any]]) -> str:

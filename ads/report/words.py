@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ads.arms import ARMS
-from ads.report import rows
+from ads.report import results
 from ads.report.compare import Match
 from ads.report.curves import Curve, group_by, pair_up, pooled
 from ads.report.numbers import interval_kind, show_number, show_percent, show_seeds, show_setting
-from ads.report.rows import ANSWERS, PRICES, SEEDS, ResultRow, Rows, mean_row
+from ads.report.results import ANSWERS, PRICES, SEEDS, ResultRow, Rows, mean_row
 
 HEADLINE_LEVEL = 0.75  # the finding is about the level nearest to this one
 MARK = "(!)"  # after a number that is in doubt
@@ -28,14 +28,14 @@ def by_label(baselines: Rows, answers: str | None = None) -> dict[str, list[Resu
 
     Ways of asking have other lengths, too: these are named only where nothing else tells two apart.
     """
-    names = [name for name in rows.differing(baselines) if name not in SEEDS]
+    names = [name for name in results.differing(baselines) if name not in SEEDS]
     more = [name for name in names if name not in ("student", "student_few_shot", "student_prefill")]
     labels = {}
     for label, group in group_by(baselines, lambda row: ask_label(row, "student" in names)).items():
         is_one = len({tuple(map(row.number, more)) for row in group}) == 1
         for row in group:
             told = [] if is_one else [name for name in more if row.number(name) is not None]
-            settings = (f"{rows.show_name(name)} {show_setting(row.number(name))}" for name in told)
+            settings = (f"{results.show_name(name)} {show_setting(row.number(name))}" for name in told)
             labels[id(row)] = ", ".join([label, *settings])
     kept = [row for row in baselines if answers is None or row.accuracy("student", answers).is_share]
     return {
@@ -95,8 +95,9 @@ def explain_no_finding(curves: Sequence[Curve]) -> str:
         return f"No point of {' or '.join(missing)} is complete yet: there is nothing to compare."
     if not any(curve.arm == "ADS" for _, curve in pair_up(curves)):
         first = [c.points[0].row for c in curves if c.arm in ("temperature", "ADS")]
-        names = [key for key in rows.differing(first) if key not in SEEDS and not rows.concerns_delta(key)]
-        what = ", ".join(map(rows.show_name, names)) or "what one of them does not name"
+        names = [key for key in results.differing(first) if key not in SEEDS]
+        names = [key for key in names if not results.concerns_delta(key)]
+        what = ", ".join(map(results.show_name, names)) or "what one of them does not name"
         return f"The temperature and the ADS curve differ in {what}: nothing is compared."
     return "The temperature and the ADS curve have no teacher accuracy in common: nothing is compared."
 

@@ -23,7 +23,7 @@ from ads.report.compare import (
 )
 from ads.report.curves import Axes, Point, make_curves, pair_up
 from ads.report.numbers import pooled_interval, seed_interval
-from ads.report.rows import PRICES, read_row
+from ads.report.results import PRICES, read_row
 from ads.report.words import controls, finding, finding_doubt, headline, in_points, second_finding, show_match
 
 

@@ -12,7 +12,7 @@ from test_report import rows_of, write_both_arms, write_point, write_stage_1_and
 import report
 from ads.report import page, reader, tables
 from ads.report.curves import Point, make_curves
-from ads.report.rows import read_row
+from ads.report.results import read_row
 from ads.stage import files
 from ads.stage.inputs import fingerprint_model
 

@@ -28,11 +28,11 @@ import report
 from ads.report import page
 from ads.report.bootstrap import load_draws
 from ads.report.compare import compare_arms
-from ads.report.curves import NO_SHARE, POOLED, by_setting, pooled
+from ads.report.curves import by_setting, pooled
 from ads.report.doubts import unpaired_lines, warning_lines
 from ads.report.numbers import ONE_SEED
 from ads.report.points import collect_baselines, collect_points, load_experiments, settings_of
-from ads.report.rows import row_name
+from ads.report.results import NO_SHARE, POOLED, row_name
 from ads.report.words import MARK, by_label, finding
 from ads.stage import files
 from ads.stage.inputs import fingerprint_model

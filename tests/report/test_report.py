@@ -20,7 +20,7 @@ from ads.report import plots
 from ads.report.curves import by_setting, make_curves
 from ads.report.doubts import warning_lines
 from ads.report.points import collect_baselines, collect_points, load_experiments
-from ads.report.rows import read_row
+from ads.report.results import read_row
 from ads.stage import files, fingerprint
 from ads.stage.config import to_dict
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig

@@ -23,6 +23,8 @@ STAGES = dict(  # what a column STAGE.SETTING is called by
 FILES = " files"  # ends the name of a setting that is the fingerprint of files
 DELTA_SETTINGS = ("eps", "proxy_dtype", "proxy_student files", "grad_rank")  # without lam they play no part
 SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
+POOLED = "same settings and seed more than once, pooled"
+NO_SHARE = "left out, an accuracy that is no number from 0 to 1"
 ONE_STEP = "train_one_step_change"
 STEP_UNIT = "change of holdout loss, nats/token"
 
