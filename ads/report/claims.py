@@ -6,7 +6,6 @@ A claim on the difference of two arms is a line of DIFFERENCES.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -122,18 +121,18 @@ def num_settings(curve: Curve | None) -> int:
 
 def base_claim(temperature: Curve, baselines: Rows) -> Claim:
     """a: no way of asking gets the skill out of the undistilled student."""
-    blank = Claim("a", f"undistilled student, asked in the best way: at most {show_number(MOST_BASE, 2)}")
+    text = f"undistilled student, asked in the best way: at most {show_number(MOST_BASE, 2)}"
+    blank = Claim("a", text, most=MOST_BASE)
     first = temperature.points[0].row
     ours = [row for row in baselines if (row.student, row.data) == (first.student, first.data)]
     best = elicited(ours, RAW)
     if not best:
         return replace(blank, note="no test of the undistilled student")
     ((label, rows),) = best.items()
-    claim = judge(blank, *pooled(rows, "student", RAW), len(rows), most=MOST_BASE)
+    claim = judge(blank, *pooled(rows, "student", RAW), len(rows))
     absent = [way for way in WAYS if way not in set(map(way_of, ours))]
     if absent and claim.verdict.startswith(HOLDS):
-        note = f"no {' and no '.join(absent)} test; {label}: {show_number(claim.found)}"
-        return replace(blank, note=note)
+        return replace(blank, note=f"no {' and no '.join(absent)} test; {label}: {show_number(claim.found)}")
     return replace(claim, note=label)
 
 
@@ -145,12 +144,12 @@ def way_of(row: ResultRow) -> str:
 
 def clean_claim(temperature: Curve) -> Claim:
     """a: there is something to learn."""
-    least = show_number(LEAST_CLEAN, 2)
-    blank = Claim("a", f"student of clean traces (temperature at its lowest): at least {least}")
+    text = f"student of clean traces (temperature at its lowest): at least {show_number(LEAST_CLEAN, 2)}"
+    blank = Claim("a", text, least=LEAST_CLEAN)
     rows = graded(next(iter(by_setting(temperature.points).values())), RAW)
     if not rows:
         return replace(blank, note=f"no {RAW} answers")
-    claim = judge(blank, *pooled(rows, "student", RAW), len(rows), least=LEAST_CLEAN)
+    claim = judge(blank, *pooled(rows, "student", RAW), len(rows))
     return replace(claim, note=show_knob(rows[0]))
 
 
@@ -190,16 +189,17 @@ def difference_claims(
         levels = LEVELS if (asked.second, asked.price) == ("ADS", "accuracy") else [None]
     absent = " and ".join(arm for arm in (asked.first, asked.second) if arm not in arms)
     for level in levels:
-        blank = Claim(asked.key, f"{difference_name(asked, level)}: {asked.words}")
+        text = f"{difference_name(asked, level)}: {asked.words}"
+        claim = Claim(asked.key, text, least=asked.least, most=asked.most)
         match = next((match for match in matches or () if match.level == level), None)
-        if matches is None:
-            claim = replace(blank, note=f"no {absent} arm")
-        elif match is None:
-            claim = replace(blank, note="no such price that both arms reach")
-        else:
-            claim = judge_match(blank, match, asked)
-        more = show_directions(arms.get(asked.second)) or who_harms_more(claim, asked)
-        yield replace(claim, note="; ".join(filter(None, (claim.note, more))))
+        note = f"no {absent} arm" if matches is None else "no such price that both arms reach"
+        if match is not None:
+            note = match.note
+            if match.difference is not None:
+                claim = replace(claim, flags=match.flags, price=match.price)
+                claim = judge(claim, match.difference, match.low, match.high, match.num_seeds)
+        notes = (note, show_directions(arms.get(asked.second)) or who_harms_more(claim, asked))
+        yield replace(claim, note="; ".join(filter(None, notes)))
 
 
 def difference_name(asked: Difference, level: float | None) -> str:
@@ -210,30 +210,13 @@ def difference_name(asked: Difference, level: float | None) -> str:
     return f"{name} at a {price.words} of {price.show_with_unit(level)}"
 
 
-def judge_match(blank: Claim, match: Match, asked: Difference) -> Claim:
-    if match.difference is None:
-        return replace(blank, note=match.note)
-    blank = replace(blank, note=match.note, flags=match.flags, price=match.price)
-    found = match.difference, match.low, match.high, match.num_seeds
-    return judge(blank, *found, least=asked.least, most=asked.most)
-
-
-def judge(
-    blank: Claim,
-    found: float,
-    low: Measured,
-    high: Measured,
-    num_seeds: int,
-    least: float = -np.inf,
-    most: float = np.inf,
-) -> Claim:
+def judge(claim: Claim, found: float, low: Measured, high: Measured, num_seeds: int) -> Claim:
     """The claim with its verdict: the whole of the number's interval has to lie from `least` to `most`."""
-    numbers: dict[str, Any] = {"found": found, "low": low, "high": high, "num_seeds": num_seeds}
-    claim = replace(blank, **numbers, least=least, most=most)
+    claim = replace(claim, found=found, low=low, high=high, num_seeds=num_seeds)
     if num_seeds > 1 and low is None:
         return claim
-    ends = [found] if low is None or high is None else [found, low, high]
-    verdict = HOLDS if all(least <= end <= most for end in ends) else FAILS
+    ends = [found] if low is None else [found, low, high]
+    verdict = HOLDS if all(claim.least <= end <= claim.most for end in ends) else FAILS
     return replace(claim, verdict=verdict + (THIS_SEED if num_seeds == 1 else ""))
 
 
@@ -242,12 +225,13 @@ def show_directions(curve: Curve | None) -> str:
     if curve is None or curve.arm != "random direction":
         return ""
     seeds = group_by(curve.points, lambda point: point.row.replicate).values()
-    ends = sorted({len(directions(points)) for points in seeds})
-    return (
-        f"mean of {' to '.join(map(str, dict.fromkeys((ends[0], ends[-1]))))} directions a seed"
-        if ends[-1] > 1
-        else ""
-    )
+    num = [len(directions(points)) for points in seeds]
+    return f"mean of {show_span(num)} directions a seed" if max(num) > 1 else ""
+
+
+def show_span(numbers: Iterable[int]) -> str:
+    ends = sorted(numbers)
+    return " to ".join(map(str, dict.fromkeys((ends[0], ends[-1]))))
 
 
 def who_harms_more(claim: Claim, asked: Difference) -> str:
@@ -255,7 +239,7 @@ def who_harms_more(claim: Claim, asked: Difference) -> str:
     if claim.found is None or asked.first == "temperature":
         return ""
     winner = asked.second if claim.found > 0 else asked.first
-    if claim.low is not None and claim.high is not None and claim.low <= 0 <= claim.high:
+    if claim.low is not None and claim.low <= 0 <= claim.high:
         return f"neither shown to harm more, {winner} in the mean"
     return f"{winner} harm{'' if winner.endswith('s') and winner != 'ADS' else 's'} more"
 
@@ -302,19 +286,17 @@ def seeds_in_words(claims: Iterable[Claim]) -> str:
     found = sorted({claim.num_seeds for claim in claims if claim.num_seeds})
     if found in ([], [1]):
         return "one seed only" if found else "no seed"
-    return f"{' to '.join(map(str, dict.fromkeys((found[0], found[-1]))))} seeds"
+    return f"{show_span(found)} seeds"
 
 
 def show_failures(failed: Iterable[Claim]) -> Iterable[str]:
     """The same claim that fails at several prices once, where it is the farthest from holding."""
-    for group in group_by(failed, what_fails).values():
+    for group in group_by(
+        failed, lambda c: (c.key, c.price, c.least, c.most) if c.price else c.claim
+    ).values():
         worst = max(group, key=lambda claim: max(claim.least - claim.found, claim.found - claim.most))
         interval = "" if worst.low is None else f" {show_interval(worst.low, worst.high)}"
         note = f" ({worst.note})" if worst.note else ""
         more = f", and at {len(group) - 1} more price{'s' if len(group) > 2 else ''}"
         found = f"found {show_number(worst.found)}{interval}{mark(worst)}{note}"
         yield f"({worst.key}) {worst.claim}, {found}{more if len(group) > 1 else ''}"
-
-
-def what_fails(claim: Claim) -> Any:
-    return (claim.key, claim.price, claim.least, claim.most) if claim.price else claim.claim

@@ -4,17 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ads.delta import agreement_table
 from ads.report.curves import Curve, Point, group_by, pair_up, pool_copies
-from ads.report.numbers import show_number
-from ads.report.points import (
-    Experiment,
-    has_changed,
-    model_behind,
-    model_changed,
-    short_name,
-    traces_behind,
-    traces_changed,
-    without_commit,
-)
+from ads.report.numbers import short_name, show_number
+from ads.report.points import Experiment, has_changed, without_commit
 from ads.report.results import NO_SHARE, POOLED, lost_shares, row_name
 from ads.stage.settings import LEAST_COSINE
 
@@ -67,13 +58,13 @@ def experiment_doubts(experiment: Experiment) -> Iterator[Doubt]:
     yield from trace_doubts(experiment)
     yield from gradient_doubts(experiment)
     for name, model in experiment.models.items():
-        if traces_behind(experiment, model) is None:
+        if experiment.traces_behind(model) is None:
             yield "models left out, the sidecars of their training traces are not here", 0, name
-        elif traces_changed(experiment, model):
+        elif experiment.traces_changed(model):
             yield "models left out, their training traces have changed since", 0, name
-    tests = [(test, model_behind(experiment, test)) for test in experiment.traces_of(False, "test")]
+    tests = [(test, experiment.model_behind(test)) for test in experiment.traces_of(False, "test")]
     for test, model_name in tests:
-        if model_changed(experiment, test):
+        if experiment.model_changed(test):
             yield "student tests left out, the models have changed since", 0, str(model_name)
     for model_name in {name for _, name in tests}:
         if model_name and model_name not in experiment.models:

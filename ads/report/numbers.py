@@ -1,5 +1,7 @@
 """How a report shows numbers, and the 95 % intervals it gives them."""
 
+from pathlib import Path
+
 import numpy as np
 
 from ads.data.traces import wilson_interval
@@ -33,6 +35,11 @@ def show_count(value: float | None) -> str:
 
 def show_signed(value: float | None) -> str:
     return "-" if value is None else f"{value:+.4f}"
+
+
+def short_name(path: str | Path, num_parts: int = 2) -> str:
+    """The end of a path, which is all of a hub's OWNER/NAME, without characters that act on a terminal."""
+    return "".join(c for c in "/".join(Path(path).parts[-num_parts:]) if c.isprintable())
 
 
 def show_percent(share: float | None, digits: int = 3, space: str = " ") -> str:

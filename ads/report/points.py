@@ -12,6 +12,7 @@ from typing import Any
 
 from ads.arms import ARMS, arm_of
 from ads.report.curves import Point, group_by
+from ads.report.numbers import short_name
 from ads.report.results import FILES, STAGES, ResultRow, read_row
 from ads.stage import files, fingerprint, hub
 from ads.stage.config import ignored_keys, to_dict
@@ -56,6 +57,30 @@ class Experiment:
         """A teacher's traces, or students', on one split."""
         found = [trace for trace in self.traces.values() if trace["config"]["is_teacher"] == is_teacher]
         return [trace for trace in found if trace["config"]["data_split"].endswith(f"_{split}")]
+
+    def traces_behind(self, model: Sidecar) -> Sidecar | None:
+        """The sidecar of the traces that a model was trained on; None where it is not in the self."""
+        path = Path(model["config"]["train_traces"])
+        is_ours = path.parent.name == "traces" and path.suffix == ".parquet"
+        return self.traces.get(path.stem) if is_ours else None
+
+    def model_behind(self, student_test: Sidecar) -> str | None:
+        """Name of the model that was tested, its sidecar being there or not; None for an undistilled student."""
+        path = Path(student_test["config"]["teacher"])
+        name, is_final = path.parent.name, path.parts[-3::2] == ("models", "final")
+        is_ours = name in self.models or path.is_relative_to(student_test["config"]["exp_dir"])
+        return name if is_final and is_ours else None
+
+    def traces_changed(self, model: Sidecar) -> bool:
+        train = self.traces_behind(model)
+        return train is not None and has_changed(
+            model, "train_traces", train, f"{train['path'].stem}.parquet"
+        )
+
+    def model_changed(self, student_test: Sidecar) -> bool:
+        name = self.model_behind(student_test)
+        model = self.models.get(str(name))
+        return model is not None and has_changed(student_test, "teacher", model, f"{name}/final")
 
 
 def load_experiments(paths: Iterable[Path]) -> list[Experiment]:
@@ -164,36 +189,10 @@ def data_name(trace: Sidecar) -> str:
     return short_name(trace["config"]["data_split"], num_parts=1)
 
 
-def traces_behind(experiment: Experiment, model: Sidecar) -> Sidecar | None:
-    """The sidecar of the traces that a model was trained on; None where it is not in the experiment."""
-    path = Path(model["config"]["train_traces"])
-    is_ours = path.parent.name == "traces" and path.suffix == ".parquet"
-    return experiment.traces.get(path.stem) if is_ours else None
-
-
-def model_behind(experiment: Experiment, student_test: Sidecar) -> str | None:
-    """Name of the model that was tested, its sidecar being there or not; None for an undistilled student."""
-    path = Path(student_test["config"]["teacher"])
-    name, is_final = path.parent.name, path.parts[-3::2] == ("models", "final")
-    is_ours = name in experiment.models or path.is_relative_to(student_test["config"]["exp_dir"])
-    return name if is_final and is_ours else None
-
-
 def has_changed(reader: Sidecar, name: str, writer: Sidecar, output: str) -> bool:
     """Whether what one stage read is no longer what another wrote; old sidecars do not say."""
     read, written = reader["inputs"].get(name), writer["outputs"].get(output)
     return None not in (read, written) and read != written
-
-
-def traces_changed(experiment: Experiment, model: Sidecar) -> bool:
-    train = traces_behind(experiment, model)
-    return train is not None and has_changed(model, "train_traces", train, f"{train['path'].stem}.parquet")
-
-
-def model_changed(experiment: Experiment, student_test: Sidecar) -> bool:
-    name = model_behind(experiment, student_test)
-    model = experiment.models.get(str(name))
-    return model is not None and has_changed(student_test, "teacher", model, f"{name}/final")
 
 
 def collect_points(experiments: Iterable[Experiment]) -> list[Point]:
@@ -203,7 +202,7 @@ def collect_points(experiments: Iterable[Experiment]) -> list[Point]:
 
 def collect_baselines(experiments: Iterable[Experiment]) -> list[ResultRow]:
     """The rows of the undistilled students."""
-    students = [s for e in experiments for s in e.traces_of(False, "test") if model_behind(e, s) is None]
+    students = [s for e in experiments for s in e.traces_of(False, "test") if e.model_behind(s) is None]
     return [point.row for point in in_order(make_point({"student": s}) for s in students)]
 
 
@@ -232,8 +231,8 @@ def trained(experiment: Experiment) -> list[tuple[Sidecar, str]]:
     """(training traces, name of a model that was trained on them as they are now); no name without one."""
     pairs = []
     for name, model in experiment.models.items():
-        train = traces_behind(experiment, model)
-        if train is not None and not traces_changed(experiment, model):
+        train = experiment.traces_behind(model)
+        if train is not None and not experiment.traces_changed(model):
             pairs.append((train, name))
     used = [train for train, _ in pairs]
     return pairs + [(train, "") for train in experiment.traces_of(True, "train") if train not in used]
@@ -242,7 +241,7 @@ def trained(experiment: Experiment) -> list[tuple[Sidecar, str]]:
 def students_of(experiment: Experiment, name: str) -> list[Sidecar]:
     """The tests of a model as it is now."""
     tests = experiment.traces_of(False, "test") if name else []
-    return [t for t in tests if model_behind(experiment, t) == name and not model_changed(experiment, t)]
+    return [t for t in tests if experiment.model_behind(t) == name and not experiment.model_changed(t)]
 
 
 def make_point(stages: Mapping[str, Sidecar]) -> Point:
@@ -306,8 +305,3 @@ def flatten(prefix: str, value: object) -> dict[str, Any]:
         if key not in ("tokens_per_second", "rows_at_once"):
             flat |= flatten(f"{prefix}_{key}", part)
     return flat
-
-
-def short_name(path: str | Path, num_parts: int = 2) -> str:
-    """The end of a path, which is all of a hub's OWNER/NAME, without characters that act on a terminal."""
-    return "".join(c for c in "/".join(Path(path).parts[-num_parts:]) if c.isprintable())

@@ -241,7 +241,7 @@ LEAST, INSIDE = {"least": 0.15}, {"least": -0.07, "most": 0.07}
     ],
 )
 def test_a_claim_holds_only_with_the_whole_of_its_interval(numbers, side, wanted):
-    assert claims.judge(claims.Claim("b", ""), *numbers, **side).verdict == wanted
+    assert claims.judge(claims.Claim("b", "", **side), *numbers).verdict == wanted
 
 
 # The undistilled student

@@ -63,6 +63,11 @@ def test_pooled_interval_is_wilson_s_with_one_seed_and_widens_with_their_spread(
     assert pooled_interval(np.array([1.0, 1.0]), np.array([50, 50]))[1] == 1.0
 
 
+def test_an_interval_of_a_rounded_share_is_that_of_the_answers_it_counts():
+    """Sidecars keep four digits: .0733 of 150 is 11 answers, and [.041, .127] wherever it is shown."""
+    assert pooled_interval(np.array([0.0733]), np.array([150])) == wilson_interval(11, 150)
+
+
 def test_resamples_are_shared_by_tests_and_have_the_binomial_spread():
     rng = np.random.default_rng(1)
     first = {i: bool(v) for i, v in enumerate(rng.random(400) < 0.7)}

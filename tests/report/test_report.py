@@ -1,6 +1,7 @@
 """report.py on folders of sidecars, as gentraces.py, save_grad.py and distill.py write them."""
 
 import csv
+import dataclasses
 import html
 import json
 import re
@@ -16,9 +17,10 @@ import pytest
 
 import report
 from ads.data.traces import wilson_interval
-from ads.report import plots
+from ads.report import plots, results
 from ads.report.curves import by_setting, make_curves
 from ads.report.doubts import warning_lines
+from ads.report.numbers import show_number, show_percent
 from ads.report.points import collect_baselines, collect_points, load_experiments
 from ads.report.results import read_row
 from ads.stage import files, fingerprint
@@ -344,6 +346,37 @@ def test_hostile_names_are_only_text(tmp_path, capsys):
     assert "@$x\\|&lt;b&gt;'[31m" in text and "<b>" not in text
     svg = (exp_dir / "report" / "tradeoff.svg").read_text(encoding="utf-8")
     assert "teacher @$x|&lt;b&gt;`[31m$\\frac" in svg
+
+
+def test_the_declared_columns_are_those_of_the_file(tmp_path):
+    """Tables, plots and comparisons read columns by these names; one that no stage writes would stay empty."""
+    one_step = {"n": 300, "change": 0.0089}
+    exp_dir = write_both_arms(tmp_path / "x", more_stats={"one_step": one_step})
+    report.main([str(exp_dir)])
+    columns = set(csv_rows(exp_dir)[0])
+    declared = {number.column for number in results.NUMBERS} | {p.column for p in results.PRICES.values()}
+    assert declared - {""} <= columns
+    named = {field.name for field in dataclasses.fields(results.ResultRow)} - {"columns"}
+    assert named <= columns
+    row = read_row(rows_of(exp_dir)[0][-1])
+    assert row.accuracy("teacher", "raw") == results.Accuracy(0.5, 0.4718, 0.5282, N)
+
+
+def test_a_number_that_is_text_is_left_out_of_the_means(tmp_path):
+    """The page of settings took the mean of it: the whole report ended in a traceback."""
+    exp_dir = write_both_arms(tmp_path / "x")
+    path = exp_dir / "traces" / "c2.yaml"
+    sidecar = files.read_yaml(path)
+    sidecar["stats"]["af"]["accuracy"] = "high"
+    files.write_text(path, json.dumps(sidecar))
+    report.main([str(exp_dir)])
+    assert "student forced high" in (exp_dir / "report" / "report.html").read_text()
+
+
+def test_numbers_are_shown_in_one_way():
+    assert [show_number(v) for v in (0.8382, -0.02, 1.0, 214, None)] == [".838", "-.020", "1.000", "214", "-"]
+    # of two digits it was 1e+02 %
+    assert [show_percent(v, 2) for v in (0.999, 1.0, 0.084, None)] == ["100 %", "100 %", "8.4 %", "-"]
 
 
 # What belongs together
