@@ -68,26 +68,17 @@ def gather(exp_dirs: Sequence[Path], levels: Levels | None) -> Findings:
     gradients = (gradient for experiment in experiments for gradient in experiment.gradients.values())
     notes += dict.fromkeys(map(gradient_line, gradients)) or ["gradient: -"]
     notes += [*warning_lines(experiments, points), *unpaired_lines(curves)]
-    return Findings(
-        experiments,
-        points,
-        baselines,
-        curves,
-        compare_arms(curves, levels, draws),
-        claims.make_claims(curves, baselines, draws),
-        notes,
-    )
+    matches, claimed = compare_arms(curves, levels, draws), claims.make_claims(curves, baselines, draws)
+    return Findings(experiments, points, baselines, curves, matches, claimed, notes)
 
 
 def baseline_line(row: ResultRow) -> str:
     graded = answers_of([row]).items()
-    shares = ", ".join(
-        f"{name} {show_accuracy(row.accuracy('student', answers))}" for answers, name in graded
-    )
+    shares = [f"{name} {show_accuracy(row.accuracy('student', answers))}" for answers, name in graded]
     prefill = f"prefill {row.student_prefill!r}, " if row.student_prefill else ""
     return (
-        f"undistilled {row.student} on {row.data}: {shares}, few_shot {row.student_few_shot}, {prefill}"
-        f"n {tables.show_sizes([row], '/')}, finished {show_number(row.number('student_finished'))}, "
+        f"undistilled {row.student} on {row.data}: {', '.join(shares)}, few_shot {row.student_few_shot}, "
+        f"{prefill}n {tables.show_sizes([row], '/')}, finished {show_number(row.number('student_finished'))}, "
         f"seed {row.seed}"
     )
 

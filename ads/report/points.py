@@ -65,17 +65,15 @@ class Experiment:
         return self.traces.get(path.stem) if is_ours else None
 
     def model_behind(self, student_test: Sidecar) -> str | None:
-        """Name of the model that was tested, its sidecar being there or not; None for an undistilled student."""
+        """Name of the model that was tested, its sidecar being there or not; None: an undistilled student."""
         path = Path(student_test["config"]["teacher"])
         name, is_final = path.parent.name, path.parts[-3::2] == ("models", "final")
         is_ours = name in self.models or path.is_relative_to(student_test["config"]["exp_dir"])
         return name if is_final and is_ours else None
 
     def traces_changed(self, model: Sidecar) -> bool:
-        train = self.traces_behind(model)
-        return train is not None and has_changed(
-            model, "train_traces", train, f"{train['path'].stem}.parquet"
-        )
+        train, file = self.traces_behind(model), Path(model["config"]["train_traces"]).name
+        return train is not None and has_changed(model, "train_traces", train, file)
 
     def model_changed(self, student_test: Sidecar) -> bool:
         name = self.model_behind(student_test)

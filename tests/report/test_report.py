@@ -349,7 +349,7 @@ def test_hostile_names_are_only_text(tmp_path, capsys):
 
 
 def test_the_declared_columns_are_those_of_the_file(tmp_path):
-    """Tables, plots and comparisons read columns by these names; one that no stage writes would stay empty."""
+    """Tables, plots and comparisons read columns by these names; one that no stage writes stays empty."""
     one_step = {"n": 300, "change": 0.0089}
     exp_dir = write_both_arms(tmp_path / "x", more_stats={"one_step": one_step})
     report.main([str(exp_dir)])
