@@ -24,7 +24,7 @@ COLOURS = dict(
     zip(ARMS, ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#56b4e9", "#595f69"), strict=True)
 )
 MARKERS = dict(zip(ARMS, "osvD^P_", strict=True))
-INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"
+INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"  # as in STYLE
 CURVE_STYLES = ("-", "--", ":", "-.")  # of several curves of one arm
 PANEL_SIZE = (4.6, 3.6)  # inches
 KNOBS = (  # of which arms there is a panel; the gradient's two share one
@@ -32,26 +32,7 @@ KNOBS = (  # of which arms there is a panel; the gradient's two share one
     ("lam", ("ADS", "negative lambda")),
     *(("lam", (arm,)) for arm in ("random direction", "permuted", "corrupted results")),
 )
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ads",
-    "text.parse_math": False,  # names may hold a dollar sign
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": "medium",
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "figure.titlesize": "medium",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.edgecolor": MUTED,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    **{f"{axis}tick.{part}": MUTED for axis in "xy" for part in ("color", "labelcolor")},
-}
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 @dataclass(frozen=True)
@@ -303,9 +284,9 @@ def compose(panels: Sequence[Panel], title: str) -> Any:
 
 def write_plots(folder: Path, panels: Panels, title: str) -> None:
     """NAME.png and NAME.svg of every plot that has panels, byte for byte the same for the same data."""
-    import matplotlib
+    from matplotlib import style
 
-    with matplotlib.rc_context(STYLE):
+    with style.context(STYLE):
         for name, drawn in panels.items():
             if drawn:
                 figure = compose(drawn, title)
@@ -317,9 +298,9 @@ def write_plots(folder: Path, panels: Panels, title: str) -> None:
 
 def inline_svgs(panels: Panels) -> dict[str, list[tuple[str, str]]]:
     """{name: [(title, <svg> text)]}, each panel by itself, for a page that defines the colours."""
-    import matplotlib
+    from matplotlib import style
 
-    with matplotlib.rc_context(STYLE):
+    with style.context(STYLE):
         return {
             name: [(panel.title, inline_svg(panel, f"{name}{i}-")) for i, panel in enumerate(drawn)]
             for name, drawn in panels.items()

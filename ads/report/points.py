@@ -84,9 +84,10 @@ class Experiment:
 def load_experiments(paths: Iterable[Path]) -> list[Experiment]:
     """The experiments that are reported together.
 
-    Commits of the hub were not always recorded. What lacks one may be of any, so where a stage of one of the
-    experiments does, that repository counts as one in all (`doubts` says so): else a point begun before and
-    finished after would fall apart.
+    Older sidecars name a repository of the hub without the commit that was read. If any stage does, the
+    commit is dropped from that repository's name in all stages of all experiments, and `doubts` warns of it.
+    Otherwise the traces and the test of a point, one made before commits were recorded and one after, would
+    count as made from two models and not be joined.
     """
     experiments = [load_experiment(path) for path in paths]
     sidecars = [sidecar for experiment in experiments for sidecar in experiment.sidecars]

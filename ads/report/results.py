@@ -220,10 +220,11 @@ def concerns_delta(key: str) -> bool:
 
 
 def differing(rows: Rows) -> list[str]:
-    """The settings in which rows differ, as few as name the difference.
+    """The settings in which rows differ, as few as tell the rows apart.
 
-    The student's seed only where it is not the traces' seed; a setting that differs alike in several stages
-    once; fingerprints only where nothing else tells rows apart.
+    The student's seed is one only where it is not the seed of the traces. Where a setting of several stages
+    differs between the same rows, the first stage's is named. Fingerprints of files are named only where rows
+    differ in nothing else.
     """
     columns = [row.columns for row in rows]
     has_own_seed = any(row.student_seed not in (None, row.seed) for row in rows)
@@ -243,7 +244,8 @@ def num_groups(columns: Iterable[Columns], names: Iterable[str]) -> int:
 
 
 def show_name(key: str) -> str:
-    """A setting's column in words: model.lr is lr, train.max_length is traces max_length."""
+    """A setting's column in words: "model.lr", of the student's recipe, is "lr"; "train.max_length", of the
+    training traces, is "traces max_length"."""
     stage, dot, name = key.rpartition(".")
     return f"{STAGES[stage]}{name}" if dot else key
 
