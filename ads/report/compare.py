@@ -140,8 +140,8 @@ def compare_pair(
     for i, level in enumerate(at):
         found, resampled = ({key: values[..., i] for key, values in r.items()} for r in (measured, drawn))
         blank = Match(axes.answers, other.arm, name, level, price=axes.price)
-        match = fill(blank, found, resampled, draws.missing)
-        matches.append(replace(match, flags=flags_of(axes, match, (first.arm, name), sides, found)))
+        flags = flags_of(axes, (first.arm, name), sides, found)
+        matches.append(replace(fill(blank, found, resampled, draws.missing), flags=flags))
     return matches
 
 
@@ -205,9 +205,10 @@ def fill(match: Match, measured: Readings, drawn: Readings, missing: str) -> Mat
     match = replace(match, level=level, temperature=first, student=other, num_seeds=len(paired))
     if not paired:
         return replace(match, note="not reached by both" if measured else "no seed in common")
-    several = len(paired) > 1
-    interval = over_seeds(found[1] - found[2]) if several else over_problems(drawn.get(paired[0]), missing)
-    low, high, note = interval
+    if len(paired) > 1:
+        low, high, note = over_seeds(found[1] - found[2])
+    else:
+        low, high, note = over_problems(drawn.get(paired[0]), missing)
     return replace(match, difference=first - other, low=low, high=high, note=note)
 
 
@@ -244,10 +245,8 @@ def over_problems(drawn: np.ndarray | None, missing: str) -> Interval:
     return float(low), float(high), ""
 
 
-def flags_of(
-    axes: Axes, match: Match, names: Sequence[str], sides: Sides, measured: Readings
-) -> tuple[str, ...]:
-    """Sentences on what makes a Match's readings doubtful; `names` are those of the sides."""
+def flags_of(axes: Axes, names: Sequence[str], sides: Sides, measured: Readings) -> tuple[str, ...]:
+    """Sentences on what makes the readings at a level doubtful; `names` are those of the sides."""
     paired, texts = reached_by(measured), []
     if 0 < len(paired) < len(measured):
         price = PRICES[axes.price].words

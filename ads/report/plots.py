@@ -20,17 +20,17 @@ from ads.report.words import elicited, headline, in_points, mark
 from ads.stage import files
 
 # Okabe and Ito's colours, safe for colour-blind readers, and one marker an arm
-COLOURS = dict(
-    zip(ARMS, ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#56b4e9", "#595f69"), strict=True)
-)
+LIGHT = ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#56b4e9", "#595f69")
+DARK = ("#56b4e9", "#ff8a3d", "#d883c9", "#2cc298", "#cfa945", "#f0e442", "#a4acb8")  # on a dark page
+COLOURS, DARK_COLOURS = (dict(zip(ARMS, colours, strict=True)) for colours in (LIGHT, DARK))
 MARKERS = dict(zip(ARMS, "osvD^P_", strict=True))
 INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"  # as in STYLE
 CURVE_STYLES = ("-", "--", ":", "-.")  # of several curves of one arm
 PANEL_SIZE = (4.6, 3.6)  # inches
+NO_CONTROLS = ("temperature", "ADS", "negative lambda", "undistilled")
 KNOBS = (  # of which arms there is a panel; the gradient's two share one
-    ("tau", ("temperature",)),
-    ("lam", ("ADS", "negative lambda")),
-    *(("lam", (arm,)) for arm in ("random direction", "permuted", "corrupted results")),
+    *(("tau", ("temperature",)), ("lam", ("ADS", "negative lambda"))),
+    *(("lam", (arm,)) for arm in ARMS if arm not in NO_CONTROLS),
 )
 STYLE = Path(__file__).with_suffix(".mplstyle")
 
@@ -54,9 +54,9 @@ def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Matc
         for axes in (Axes(answers, price) for price in PRICES):
             if axes.price == "accuracy" or axes.graded_rows(rows):
                 shown = gap if gap and (gap.answers, gap.price) == (answers, axes.price) else None
-                title = f"{name.capitalize()} answers{'' if axes.price == 'accuracy' else ', price in NLL'}"
+                price = "" if axes.price == "accuracy" else f", price in {PRICES[axes.price].short}"
                 draw = functools.partial(draw_tradeoff, axes, curves, baselines, shown)
-                panels["tradeoff"].append(Panel(title, draw))
+                panels["tradeoff"].append(Panel(f"{name.capitalize()} answers{price}", draw))
         panels["knobs"] += knob_panels(Axes(answers), curves)
     for number in results.NUMBERS:
         if number.title and any(number.column in row.columns for row in rows):

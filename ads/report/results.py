@@ -38,6 +38,11 @@ class Price:
     unit: str = ""
     axis: str = "teacher accuracy"
     wide: str = "10 points of teacher accuracy"  # more than this between two settings leaves doubt
+    about: str = ""  # the page's words on it
+
+    @property
+    def short(self) -> str:
+        return self.words.removeprefix("teacher ")
 
     def show(self, level: float | None, space: str = " ") -> str:
         """One such price, without its unit; an accuracy in percent."""
@@ -49,9 +54,13 @@ class Price:
 
 NLL_AXIS = "NLL of the teacher's test traces, nats/token"  # under the unadjusted teacher
 NLL_WIDE = "a quarter of the teacher NLL that both curves span"
+NLL_ABOUT = (
+    "mean NLL of the teacher's test traces under the unadjusted teacher, in nats/token: how unlikely the traces "
+    "are as its own"
+)
 PRICES = {
     "accuracy": Price("teacher accuracy"),
-    "nll": Price("teacher NLL", "teacher_teacher_nll", "nats/token", NLL_AXIS, NLL_WIDE),
+    "nll": Price("teacher NLL", "teacher_teacher_nll", "nats/token", NLL_AXIS, NLL_WIDE, NLL_ABOUT),
 }
 
 
