@@ -18,15 +18,8 @@ from ads.report.numbers import NBSP
 from ads.report.results import ANSWERS, PRICES, Rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-MODULES = (
-    agreement_table,
-    claims,
-    findings,
-    numbers,
-    plots,
-    tables,
-    words,
-)  # whose functions the template calls
+# whose functions the template calls
+MODULES = (agreement_table, claims, findings, numbers, plots, tables, words)
 GLYPHS = dict(zip("osvD^P_", (*"\u25cf\u25a0\u25bc\u25c6\u25b2\u271a", ""), strict=True))  # of markers
 BORDERS = dict(zip(plots.CURVE_STYLES, ("solid", "dashed", "dotted", "double"), strict=True))
 ANY_NOTE = (

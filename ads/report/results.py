@@ -55,8 +55,8 @@ class Price:
 NLL_AXIS = "NLL of the teacher's test traces, nats/token"  # under the unadjusted teacher
 NLL_WIDE = "a quarter of the teacher NLL that both curves span"
 NLL_ABOUT = (
-    "mean NLL of the teacher's test traces under the unadjusted teacher, in nats/token: how unlikely the traces "
-    "are as its own"
+    "mean NLL of the teacher's test traces under the unadjusted teacher, in nats/token: how unlikely the "
+    "traces are as its own"
 )
 PRICES = {
     "accuracy": Price("teacher accuracy"),
