@@ -76,10 +76,10 @@ def baseline_line(row: ResultRow) -> str:
     graded = answers_of([row]).items()
     shares = [f"{name} {show_accuracy(row.accuracy('student', answers))}" for answers, name in graded]
     prefill = f"prefill {row.student_prefill!r}, " if row.student_prefill else ""
-    finished = row.number("student_finished")
     return (
         f"undistilled {row.student} on {row.data}: {', '.join(shares)}, few_shot {row.student_few_shot}, "
-        f"{prefill}n {tables.show_sizes([row], '/')}, finished {show_number(finished)}, seed {row.seed}"
+        f"{prefill}n {tables.show_sizes([row], '/')}, finished {show_number(row.student_finished)}, "
+        f"seed {row.seed}"
     )
 
 

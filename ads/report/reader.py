@@ -48,7 +48,7 @@ def choose_contrasts(points: Iterable[Point]) -> list[Point]:
 
 def setting(point: Point) -> tuple:
     row = point.row
-    return row.arm, row.tau, row.lam, row.number("eps"), row.data, row.teacher
+    return row.arm, row.tau, row.lam, row.eps, row.data, row.teacher
 
 
 def spread(points: Sequence[Point]) -> list[Point]:

@@ -115,6 +115,7 @@ class ResultRow:
     arm: str
     tau: float = 0.0
     lam: float = 0.0
+    eps: float | None = None
     seed: int = 0
     student_seed: int | None = None
     direction_seed: int | None = None
@@ -125,6 +126,7 @@ class ResultRow:
     student_prefill: str | None = None
     teacher_n: int | None = None
     student_n: int | None = None
+    student_finished: float | None = None
 
     def number(self, column: str) -> Any:
         """The value of another column; None where it is missing."""
@@ -134,7 +136,11 @@ class ResultRow:
         """Of the teacher's or the student's test, by its forced or its raw answers."""
         parts = ("accuracy", "low", "high")
         share, low, high = (self.number(f"{who}_{answers}_{part}") for part in parts)
-        return Accuracy(share, low, high, self.number(f"{who}_n"))
+        return Accuracy(share, low, high, self.size(who))
+
+    def size(self, who: str) -> int | None:
+        """The number of problems in the teacher's or the student's test."""
+        return self.teacher_n if who == "teacher" else self.student_n
 
     def share(self, who: str, answers: str) -> float:
         return self.accuracy(who, answers).share
@@ -146,7 +152,7 @@ class ResultRow:
     @property
     def is_complete(self) -> bool:
         """Whether teacher and student have both been tested."""
-        return "teacher_n" in self.columns and "student_n" in self.columns
+        return None not in (self.teacher_n, self.student_n)
 
     @property
     def replicate(self) -> tuple[int, int | None]:
@@ -200,10 +206,11 @@ def lost_shares(row: ResultRow) -> list[tuple[str, str]]:
     for who in TESTS:
         for answers, name in ANSWERS.items():
             # every test has raw answers, and forced ones where any number speaks of them
-            is_due = answers == "raw" and f"{who}_n" in row.columns
+            is_due = answers == "raw" and row.size(who) is not None
             is_due = is_due or any(column.startswith(f"{who}_{answers}_") for column in row.columns)
-            share = row.columns.get(f"{who}_{answers}_accuracy", "missing")
-            if is_due and not row.accuracy(who, answers).is_share:
+            accuracy = row.accuracy(who, answers)
+            if is_due and not accuracy.is_share:
+                share = "missing" if accuracy.share is None else accuracy.share
                 lost.append((answers, f"{who} {name} {share}"))
     return lost
 

@@ -159,7 +159,8 @@ def shared_settings(rows: Rows) -> str:
 
 def show_sizes(rows: Rows, separator: str) -> str:
     """The number of test problems; the least and the largest where numbers differ."""
-    sizes = sorted({row.number(f"{who}_n") for row in rows for who in results.TESTS} - {None})
+    found = {row.size(who) for row in rows for who in results.TESTS}
+    sizes = sorted(size for size in found if size is not None)
     return separator.join(map(str, dict.fromkeys(sizes[:1] + sizes[-1:]))) or "-"
 
 

@@ -10,7 +10,8 @@ from markupsafe import escape
 from test_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
 
 import report
-from ads.report import page, reader, tables
+from ads.arms import ARMS
+from ads.report import page, plots, reader, tables
 from ads.report.curves import Point, make_curves
 from ads.report.results import read_row
 from ads.stage import files
@@ -398,6 +399,20 @@ def test_page_has_the_same_bytes_again(demo):
     before = demo.read_bytes()
     report.main([str(demo.parents[1]), str(demo.parents[2] / "seed2")])
     assert demo.read_bytes() == before
+
+
+def test_every_arm_has_a_colour_on_a_light_and_on_a_dark_page(demo):
+    text = demo.read_text()
+    assert [text.count(f"--{plots.variable(arm)}: #") for arm in ARMS] == [2] * len(ARMS)
+
+
+def test_names_are_never_parts_of_the_template(tmp_path):
+    """They are inserted as text, in one pass: braces in them stay braces."""
+    exp_dir = tmp_path / "x"
+    write_point(exp_dir, "1", 0.6, 0.0, (0.9, 0.9), (0.6, 0.6), teacher="{{ script_hash }}<b>'\"&amp;")
+    report.main([str(exp_dir)])
+    text = (exp_dir / "report" / "report.html").read_text()
+    assert "teacher {{ script_hash }}&lt;b&gt;&#39;&#34;&amp;amp;" in text and "<b>&#39;" not in text
 
 
 def points_with(*paths):
