@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ads.arms import ARMS, arm_of
-from ads.report.curves import Point, group_by
+from ads.report.curves import Point
 from ads.report.numbers import short_name
 from ads.report.results import FILES, STAGES, ResultRow, read_row
 from ads.stage import files, fingerprint, hub
@@ -206,8 +206,8 @@ def collect_baselines(experiments: Iterable[Experiment]) -> list[ResultRow]:
 
 
 def in_order(points: Iterable[Point]) -> list[Point]:
-    unique = [same[0] for same in group_by(points, lambda point: repr(point.row.columns)).values()]
-    return sorted(unique, key=lambda p: (ARMS.index(p.row.arm), p.row.tau, p.row.lam, p.row.seed))
+    unique = {repr(point.row.columns): point for point in reversed(list(points))}.values()
+    return sorted(reversed(unique), key=lambda p: (ARMS.index(p.row.arm), p.row.tau, p.row.lam, p.row.seed))
 
 
 def points_of(experiment: Experiment) -> Iterator[Point]:
