@@ -19,19 +19,20 @@ class Arm:
     inputs: tuple[str, ...]  # what it reads besides the teacher, by the names that sidecars give it
     knob: str | None  # the setting by which search.py sets its price; None: it is not searched
     colour: str
+    dark_colour: str  # on a dark page
     marker: str
 
 
 DELTA = ("proxy_student", "gradient")  # inputs of an arm that adjusts the teacher by lam * Delta
 # The colours are Okabe and Ito's, safe for colour-blind readers.
 ARMS = (
-    Arm("temperature", "temperature", None, (), "tau", "#0072b2", "o"),
-    Arm("ads", "ADS", "gradient", DELTA, "lam", "#d55e00", "s"),
-    Arm("negative", "negative lambda", "gradient", DELTA, None, "#aa4499", "v"),
-    Arm("random", "random direction", "random", DELTA, "lam", "#009e73", "D"),
-    Arm("permuted", "permuted", "permuted", DELTA, "lam", "#8c6d1f", "^"),
-    Arm("corrupt", "corrupted results", "corrupt", (), None, "#56b4e9", "P"),
-    Arm("undistilled", "undistilled", None, (), None, "#595f69", "_"),
+    Arm("temperature", "temperature", None, (), "tau", "#0072b2", "#56b4e9", "#f0e442", "o"),
+    Arm("ads", "ADS", "gradient", DELTA, "lam", "#d55e00", "#ff8a3d", "s"),
+    Arm("negative", "negative lambda", "gradient", DELTA, None, "#aa4499", "#d883c9", "v"),
+    Arm("random", "random direction", "random", DELTA, "lam", "#009e73", "#2cc298", "D"),
+    Arm("permuted", "permuted", "permuted", DELTA, "lam", "#8c6d1f", "#cfa945", "^"),
+    Arm("corrupt", "corrupted results", "corrupt", (), None, "#56b4e9", "#f0e442", "P"),
+    Arm("undistilled", "undistilled", None, (), None, "#595f69", "#a4acb8", "_"),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
 LABELS = tuple(arm.label for arm in ARMS)

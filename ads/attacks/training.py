@@ -12,7 +12,7 @@ import os
 import torch
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 
-from ads import adapters, chat
+from ads import adapters, chat, cpu
 from ads.data.examples import fill_up, longest_first, num_tokens, order_examples
 from ads.decode import memory_plan
 from ads.delta.loss import collate, token_losses

@@ -200,13 +200,3 @@ def _grade_answer(answer: str | None, reference: str) -> Grade:
         return Grade(answers.same_answer(answer, reference), answer, False)
     except expressions.OutOfTime:
         return Grade(False, answer, True)
-
-
-def wilson_interval(num_correct: float, num_total: float, z: float = 1.959964) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion, as (low, high)."""
-    if not num_total:
-        return 0.0, 1.0
-    share = num_correct / num_total
-    center = (share + z**2 / (2 * num_total)) / (1 + z**2 / num_total)
-    half = z / (1 + z**2 / num_total) * (share * (1 - share) / num_total + z**2 / (4 * num_total**2)) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)

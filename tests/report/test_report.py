@@ -1,6 +1,7 @@
 """report.py on folders of sidecars, as gentraces.py, save_grad.py and distill.py write them."""
 
 import csv
+import dataclasses
 import html
 import json
 import re
@@ -15,10 +16,13 @@ import pyarrow.parquet
 import pytest
 
 import report
-from ads.report import plots
-from ads.report.curves import by_setting, is_complete, make_curves, wilson_interval
+from ads.data.traces import wilson_interval
+from ads.report import plots, results
+from ads.report.curves import by_setting, make_curves
 from ads.report.doubts import warning_lines
+from ads.report.numbers import show_number, show_percent
 from ads.report.points import collect_baselines, collect_points, load_experiments
+from ads.report.results import read_row
 from ads.stage import files, fingerprint
 from ads.stage.config import to_dict
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
@@ -169,8 +173,14 @@ def csv_rows(exp_dir):
 
 
 def rows_of(*exp_dirs):
+    """(lines of results.csv of the points, of the undistilled students)."""
     experiments = load_experiments(exp_dirs)
-    return [p.row for p in collect_points(experiments)], collect_baselines(experiments)
+    points, baselines = collect_points(experiments), collect_baselines(experiments)
+    return [point.row.columns for point in points], [row.columns for row in baselines]
+
+
+def is_complete(columns):
+    return read_row(columns).is_complete
 
 
 def curves_of(*exp_dirs):
@@ -179,7 +189,8 @@ def curves_of(*exp_dirs):
 
 def draw(*exp_dirs):
     """The figure of the trade-off."""
-    panels = plots.make_panels(curves_of(*exp_dirs), rows_of(*exp_dirs)[1], [])
+    baselines = collect_baselines(load_experiments(exp_dirs))
+    panels = plots.make_panels(curves_of(*exp_dirs), baselines, [])
     return plots.compose(panels["tradeoff"], "")
 
 
@@ -337,6 +348,37 @@ def test_hostile_names_are_only_text(tmp_path, capsys):
     assert "teacher @$x|&lt;b&gt;`[31m$\\frac" in svg
 
 
+def test_the_declared_columns_are_those_of_the_file(tmp_path):
+    """Tables, plots and comparisons read columns by these names; one that no stage writes stays empty."""
+    one_step = {"n": 300, "change": 0.0089}
+    exp_dir = write_both_arms(tmp_path / "x", more_stats={"one_step": one_step})
+    report.main([str(exp_dir)])
+    columns = set(csv_rows(exp_dir)[0])
+    declared = {number.column for number in results.NUMBERS} | {p.column for p in results.PRICES.values()}
+    assert declared - {""} <= columns
+    named = {field.name for field in dataclasses.fields(results.ResultRow)} - {"columns"}
+    assert named <= columns
+    row = read_row(rows_of(exp_dir)[0][-1])
+    assert row.accuracy("teacher", "raw") == results.Accuracy(0.5, 0.4718, 0.5282, N)
+
+
+def test_a_number_that_is_text_is_left_out_of_the_means(tmp_path):
+    """The page of settings took the mean of it: the whole report ended in a traceback."""
+    exp_dir = write_both_arms(tmp_path / "x")
+    path = exp_dir / "traces" / "c2.yaml"
+    sidecar = files.read_yaml(path)
+    sidecar["stats"]["af"]["accuracy"] = "high"
+    files.write_text(path, json.dumps(sidecar))
+    report.main([str(exp_dir)])
+    assert "student forced high" in (exp_dir / "report" / "report.html").read_text()
+
+
+def test_numbers_are_shown_in_one_way():
+    assert [show_number(v) for v in (0.8382, -0.02, 1.0, 214, None)] == [".838", "-.020", "1.000", "214", "-"]
+    # of two digits it was 1e+02 %
+    assert [show_percent(v, 2) for v in (0.999, 1.0, 0.084, None)] == ["100 %", "100 %", "8.4 %", "-"]
+
+
 # What belongs together
 
 
@@ -459,7 +501,7 @@ def test_several_folders_keep_seeds_apart_and_drop_copies(tmp_path):
     assert not (second / "report").exists()
     assert [row["seed"] for row in rows] == ["42", "42", "44", "42", "42", "43", "42"]
     assert [row["teacher_af_accuracy"] for row in rows if row["lam"] == "0.03"] == ["0.7", "0.72"]
-    seeds = [[point.row["seed"] for point in curve.points] for curve in curves_of(first, second, copy)]
+    seeds = [[point.row.seed for point in curve.points] for curve in curves_of(first, second, copy)]
     assert seeds == [[42, 42], [42, 42, 43]]
 
 
