@@ -19,7 +19,7 @@ from pathlib import Path
 import utils
 from ads import chat
 from ads.data.tables import check_traces, read_parquet
-from ads.stage import files, fingerprint
+from ads.stage import files, fingerprint, layout
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.errors import UserError
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
@@ -315,7 +315,7 @@ def mean_loss(outputs, labels, num_items_in_batch, num_processes, scale=1.0):
 
 def newest_checkpoint(model_path):
     """The last checkpoint written to its end, or None."""
-    complete = [path.parent for path in model_path.glob("checkpoint-*/trainer_state.json") if is_json(path)]
+    complete = [path for path in layout.checkpoints(model_path) if is_json(path / "trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
@@ -323,7 +323,7 @@ def is_json(path):
     """Whether a file holds JSON to its end: trainer_state.json comes last, and a kill may cut it."""
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return False
     return True
 
@@ -346,7 +346,7 @@ def save_student(cfg, model, tokenizer, device, rows):
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.config.use_cache = True
-    with files.atomic_folder(cfg.model_path / "final") as folder:
+    with files.atomic_folder(layout.student(cfg.model_path)) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         check_saved(cfg, model, folder, device, rows)
@@ -380,13 +380,15 @@ def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
         "holdout_loss": holdout_losses[-1][1] if holdout_losses else None,
     }
     entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(Path(cfg.exp_dir) / "metadata" / "model_registry.jsonl", entry)
+    files.append_jsonl(layout.registry(cfg.exp_dir, "model"), entry)
     curves = {"train": losses, "holdout": holdout_losses}
-    outputs = [cfg.model_path / "final"]
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, losses=curves, **made_with)
+    student = layout.student(cfg.model_path)
+    write_sidecar(
+        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, [student], losses=curves, **made_with
+    )
     for path in cfg.leftovers:
         shutil.rmtree(path)
-    print_result(model_name=cfg.model_name, model=str(cfg.model_path / "final"), **stats)
+    print_result(model_name=cfg.model_name, model=str(student), **stats)
 
 
 if __name__ == "__main__":

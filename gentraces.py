@@ -20,7 +20,7 @@ from ads.data import grading
 from ads.data.problems import fingerprint_data, load_problems, take_subset
 from ads.data.tables import check_traces, read_parquet
 from ads.data.traces import assemble, compute_stats, save_traces, trace_row
-from ads.stage import files, fingerprint
+from ads.stage import files, fingerprint, layout
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.errors import UserError
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
@@ -418,7 +418,7 @@ def one_step_test(cfg, rows, world):
 def finish(cfg, inputs, stats, notes, seconds):
     """Registry, sidecar (last), and only then away with the parts."""
     entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(Path(cfg.exp_dir) / "metadata" / "trace_registry.jsonl", entry)
+    files.append_jsonl(layout.registry(cfg.exp_dir, "trace"), entry)
     outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
     write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
     shutil.rmtree(cfg.parts_dir)

@@ -38,7 +38,7 @@ from ads.report.tables import (
     to_markdown,
 )
 from ads.report.words import controls, finding, finding_doubt, second_finding, show_match
-from ads.stage import files
+from ads.stage import files, layout
 from ads.stage.errors import UserError
 from ads.stage.inputs import fingerprint_model
 from ads.stage.settings import expand_home
@@ -102,7 +102,7 @@ def parse_arguments(arguments):
     parsed = parser.parse_args(arguments)
     levels = None if parsed.at is None else parse_levels(parsed.at)
     exp_dirs = [Path(expand_home("EXP_DIR", text)) for text in parsed.exp_dirs]
-    out = Path(expand_home("--out", parsed.out)) if parsed.out is not None else exp_dirs[0] / "report"
+    out = Path(expand_home("--out", parsed.out)) if parsed.out is not None else layout.report(exp_dirs[0])
     return exp_dirs, out, levels
 
 

@@ -16,11 +16,10 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import gentraces
 import utils
-from ads.stage import files, hub
+from ads.stage import files, hub, layout
 from ads.stage.config import ignored_keys, load_config, to_dict
 from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig, SearchConfig
@@ -231,7 +230,7 @@ def stage_config(point, cfg, words):
 
 def stages_dir(cfg):
     """A folder of their own: the report would take the evaluations for points of the experiment."""
-    return f"{cfg.exp_dir}/search"
+    return layout.search(cfg.exp_dir)
 
 
 def stage_words(point, cfg, words):
@@ -249,7 +248,7 @@ def launcher(cfg):
 def run_stage(point, cfg, words):
     """Run gentraces.py; exits with its exit code, by the shell's count, where that is not 0."""
     command = [*launcher(cfg), str(ROOT / "gentraces.py"), *stage_words(point, cfg, words)]
-    log = Path(cfg.exp_dir) / "search" / "logs" / f"{point.name}.log"
+    log = layout.log(stages_dir(cfg), point.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     print0(f"run     {point.name} ({time.strftime('%F %T')}, log {log}): {shlex.join(command)}")
     with log.open("a", encoding="utf-8") as file:

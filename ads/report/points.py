@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ads.arms import ARMS, arm_of
 from ads.report.curves import FILES, STAGES, Point
-from ads.stage import files, fingerprint, hub
-from ads.stage.config import ignored_keys, to_dict
+from ads.stage import files, fingerprint, hub, layout
+from ads.stage.config import ignored_keys, make_config, to_dict
 from ads.stage.errors import MissingInputError, UserError
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
@@ -66,10 +66,11 @@ def without_commit(sidecar):
 def load_experiment(path):
     if not path.is_dir():
         raise MissingInputError(f"{path} is not a folder: give the EXP_DIR of an experiment")
+    traces, models, gradients = layout.sidecars(path)
     return Experiment(
-        {file.stem: load_sidecar(file, TRACE_KEYS) for file in sorted(path.glob("traces/*.yaml"))},
-        {file.stem: load_sidecar(file, MODEL_KEYS) for file in sorted(path.glob("models/*.yaml"))},
-        {file.stem: load_sidecar(file, ("proxy_student",)) for file in path.glob("student_grads.yaml")},
+        {file.stem: load_sidecar(file, TRACE_KEYS) for file in traces},
+        {file.stem: load_sidecar(file, MODEL_KEYS) for file in models},
+        {file.stem: load_sidecar(file, ("proxy_student",)) for file in gradients},
     )
 
 
@@ -134,7 +135,8 @@ def settings_of(sidecar, cls):
     default, and of a path given the end counts.
     """
     known = {field.name for field in dataclasses.fields(cls)}
-    config = cls(**{key: value for key, value in sidecar["config"].items() if key in known})
+    values = {key: value for key, value in sidecar["config"].items() if key in known}
+    config = make_config(cls, values, dict.fromkeys(values, str(sidecar["path"])))
     dtypes = {key: sidecar.get(f"resolved_{key}") for key in ("dtype", "proxy_dtype")}
     values = to_dict(config) | sidecar["config"] | {key: value for key, value in dtypes.items() if value}
     left_out = ignored_keys(config) | NO_SETTING[cls]
@@ -162,16 +164,15 @@ def data_name(trace):
 def traces_behind(experiment, model):
     """The sidecar of the traces that a model was trained on; None where it is not in the experiment."""
     path = Path(model["config"]["train_traces"])
-    is_ours = path.parent.name == "traces" and path.suffix == ".parquet"
-    return experiment.traces.get(path.stem) if is_ours else None
+    return experiment.traces.get(path.stem) if layout.is_table(path) else None
 
 
 def model_behind(experiment, student_test):
     """Name of the model that was tested, its sidecar being there or not; None for an undistilled student."""
     path = Path(student_test["config"]["teacher"])
-    name, is_final = path.parent.name, path.parts[-3::2] == ("models", "final")
+    name = path.parent.name
     is_ours = name in experiment.models or path.is_relative_to(student_test["config"]["exp_dir"])
-    return name if is_final and is_ours else None
+    return name if layout.is_student(path) and is_ours else None
 
 
 def has_changed(reader, name, writer, output):

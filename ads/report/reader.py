@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 from ads.report.curves import SYMBOLS, show_setting
+from ads.stage import layout
 from ads.stage.errors import UserError
 
 MAX_CONTRAST_POINTS = 8
@@ -29,7 +30,7 @@ def load_contrasts(points):
 
 def contrast_path(point):
     path = point.stages["train"]["path"] if "train" in point.stages else None
-    return path and path.with_name(f"{path.stem}.contrast.json")
+    return path and path.with_name(path.stem + layout.CONTRASTS)
 
 
 def choose_contrasts(found):
