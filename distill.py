@@ -346,7 +346,7 @@ def save_student(cfg, model, tokenizer, device, rows):
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.config.use_cache = True
-    with files.atomic_folder(layout.student(cfg.model_path)) as folder:
+    with files.atomic_folder(cfg.student_path) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         check_saved(cfg, model, folder, device, rows)
@@ -380,15 +380,14 @@ def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
         "holdout_loss": holdout_losses[-1][1] if holdout_losses else None,
     }
     entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(layout.registry(cfg.exp_dir, "model"), entry)
+    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "model"), entry)
     curves = {"train": losses, "holdout": holdout_losses}
-    student = layout.student(cfg.model_path)
     write_sidecar(
-        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, [student], losses=curves, **made_with
+        cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, [cfg.student_path], losses=curves, **made_with
     )
     for path in cfg.leftovers:
         shutil.rmtree(path)
-    print_result(model_name=cfg.model_name, model=str(student), **stats)
+    print_result(model_name=cfg.model_name, model=str(cfg.student_path), **stats)
 
 
 if __name__ == "__main__":

@@ -418,7 +418,7 @@ def one_step_test(cfg, rows, world):
 def finish(cfg, inputs, stats, notes, seconds):
     """Registry, sidecar (last), and only then away with the parts."""
     entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(layout.registry(cfg.exp_dir, "trace"), entry)
+    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "trace"), entry)
     outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
     write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
     shutil.rmtree(cfg.parts_dir)

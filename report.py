@@ -102,7 +102,9 @@ def parse_arguments(arguments):
     parsed = parser.parse_args(arguments)
     levels = None if parsed.at is None else parse_levels(parsed.at)
     exp_dirs = [Path(expand_home("EXP_DIR", text)) for text in parsed.exp_dirs]
-    out = Path(expand_home("--out", parsed.out)) if parsed.out is not None else layout.report(exp_dirs[0])
+    out = layout.path_of("report", exp_dirs[0])
+    if parsed.out is not None:
+        out = Path(expand_home("--out", parsed.out))
     return exp_dirs, out, levels
 
 

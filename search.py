@@ -230,7 +230,7 @@ def stage_config(point, cfg, words):
 
 def stages_dir(cfg):
     """A folder of their own: the report would take the evaluations for points of the experiment."""
-    return layout.search(cfg.exp_dir)
+    return layout.path_of("search", cfg.exp_dir)
 
 
 def stage_words(point, cfg, words):
@@ -248,7 +248,7 @@ def launcher(cfg):
 def run_stage(point, cfg, words):
     """Run gentraces.py; exits with its exit code, by the shell's count, where that is not 0."""
     command = [*launcher(cfg), str(ROOT / "gentraces.py"), *stage_words(point, cfg, words)]
-    log = layout.log(stages_dir(cfg), point.name)
+    log = layout.path_of("log", stages_dir(cfg), point.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     print0(f"run     {point.name} ({time.strftime('%F %T')}, log {log}): {shlex.join(command)}")
     with log.open("a", encoding="utf-8") as file:

@@ -66,7 +66,8 @@ def without_commit(sidecar):
 def load_experiment(path):
     if not path.is_dir():
         raise MissingInputError(f"{path} is not a folder: give the EXP_DIR of an experiment")
-    traces, models, gradients = layout.sidecars(path)
+    kinds = ("traces_sidecar", "model_sidecar", "gradient_sidecar")
+    traces, models, gradients = (layout.all_of(kind, path) for kind in kinds)
     return Experiment(
         {file.stem: load_sidecar(file, TRACE_KEYS) for file in traces},
         {file.stem: load_sidecar(file, MODEL_KEYS) for file in models},
@@ -164,7 +165,7 @@ def data_name(trace):
 def traces_behind(experiment, model):
     """The sidecar of the traces that a model was trained on; None where it is not in the experiment."""
     path = Path(model["config"]["train_traces"])
-    return experiment.traces.get(path.stem) if layout.is_table(path) else None
+    return experiment.traces.get(path.stem) if layout.is_a("traces_table", path) else None
 
 
 def model_behind(experiment, student_test):
@@ -172,7 +173,7 @@ def model_behind(experiment, student_test):
     path = Path(student_test["config"]["teacher"])
     name = path.parent.name
     is_ours = name in experiment.models or path.is_relative_to(student_test["config"]["exp_dir"])
-    return name if layout.is_student(path) and is_ours else None
+    return name if layout.is_a("student", path) and is_ours else None
 
 
 def has_changed(reader, name, writer, output):

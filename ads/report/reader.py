@@ -30,7 +30,7 @@ def load_contrasts(points):
 
 def contrast_path(point):
     path = point.stages["train"]["path"] if "train" in point.stages else None
-    return path and path.with_name(path.stem + layout.CONTRASTS)
+    return path and layout.path_of("contrasts", path.parent.parent, path.stem)
 
 
 def choose_contrasts(found):

@@ -122,7 +122,7 @@ def checksum(content: bytes) -> str:
 @contextlib.contextmanager
 def stage_lock(exp_dir: str | Path, name: str) -> Iterator[None]:
     """Hold the lock of one stage, waiting while another process has it; a killed holder lets go."""
-    path = layout.lock(exp_dir, name)
+    path = layout.path_of("lock", exp_dir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         take_lock(file, path)

@@ -35,7 +35,7 @@ def fingerprint_model(name: str) -> str:
     if deleted := deleted_student(name):
         return deleted["model"]
     folder = Path(name).absolute()
-    if layout.is_student(folder):
+    if layout.is_a("student", folder):
         check_output(layout.sidecar_of(folder), folder)
         if not folder.is_dir():
             raise NotMadeError(f"{name} does not exist: make it with distill.py")
@@ -68,7 +68,7 @@ DELETED: dict[str, Path] = {}  # {fingerprint: sidecar} of the deleted students 
 def delete_student(name: str) -> None:
     """Delete a finished student's folder, once its sidecar tells what it was; or what a kill left of it."""
     folder = Path(name).absolute()
-    if not layout.is_student(folder):
+    if not layout.is_a("student", folder):
         raise UserError(f"{name} is no student (EXP_DIR/models/NAME/final): not deleted")
     if not deleted_student(name):
         fingerprints = {"model": fingerprint_model(name), "tokenizer": fingerprint_tokenizer(name)}
@@ -82,7 +82,7 @@ def deleted_student(name: str) -> dict[str, str] | None:
     """{"model": fingerprint, "tokenizer": fingerprint} of a student that was deleted, else None."""
     folder = Path(name).absolute()
     sidecar = layout.sidecar_of(folder)
-    if not (layout.is_student(folder) and sidecar.is_file()):
+    if not (layout.is_a("student", folder) and sidecar.is_file()):
         return None
     found = read_sidecar(sidecar).get("deleted")
     if found:

@@ -61,37 +61,38 @@ def several(*patterns: str) -> str:
     return f"{one}(,{one})*"
 
 
-Flag = Annotated[bool, BeforeValidator(parse_flag)]
-
-
 def matching(pattern: str, description: str) -> Any:
     """The bound of a text; an error tells the description."""
     return Field(pattern=f"^({pattern})$", description=description)
 
 
+def in_words(names: tuple[str, ...]) -> str:
+    return f"one of {', '.join(names)}, or several parted by commas"
+
+
+def find_path(kind: str, name_key: str, config: Any) -> Path:
+    return layout.path_of(kind, config.exp_dir, getattr(config, name_key))
+
+
+def stage_path(kind: str, name_key: str = "exp_dir") -> property:
+    """The property of a config that is a path of `kind` in its EXP_DIR; NAME is what `name_key` holds."""
+    return property(functools.partial(find_path, kind, name_key))
+
+
+Flag = Annotated[bool, BeforeValidator(parse_flag)]
 PathText = Annotated[str, BeforeValidator(expand_path)]  # ~ is the home folder; or a name on the hub
 # it becomes a file name, so it may not leave its folder
-FileName = Annotated[
-    str,
-    matching(r"[^./\\\x00\n-][^/\\\x00\n]*", "a plain file name (no '/', no leading '.' or '-')"),
-]
+PLAIN_NAME = r"[^./\\\x00\n-][^/\\\x00\n]*"
+FileName = Annotated[str, matching(PLAIN_NAME, "a plain file name (no '/', no leading '.' or '-')")]
+DATASET_SPLIT = "DATASET_SPLIT with SPLIT one of train, holdout, test"
 SplitName = Annotated[
-    str,
-    matching("(?s:.+)_(train|holdout|test)", "DATASET_SPLIT with SPLIT one of train, holdout, test"),
-    BeforeValidator(expand_path),
+    str, matching("(?s:.+)_(train|holdout|test)", DATASET_SPLIT), BeforeValidator(expand_path)
 ]
 Shares = Annotated[
     str, matching(several(r" *0?\.\d*[1-9]\d* *"), "shares between 0 and 1, such as 0.9,0.8,0.7")
 ]
-SearchedArms = Annotated[
-    str, matching(several(*SEARCHED_ARMS), f"one of {', '.join(SEARCHED_ARMS)}, or several with commas")
-]
-Trackers = Annotated[
-    str,
-    matching(
-        f"none|all|{several(*TRACKERS)}", f"one of none, all, {', '.join(TRACKERS)}, or several with commas"
-    ),
-]
+SearchedArms = Annotated[str, matching(several(*SEARCHED_ARMS), in_words(SEARCHED_ARMS))]
+Trackers = Annotated[str, matching(f"none|all|{several(*TRACKERS)}", f"none, all or {in_words(TRACKERS)}")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 RowsAtOnce = Annotated[int, Field(ge=1)] | Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -138,25 +139,11 @@ class GenConfig:
     cuda_graph: Flag | Literal["auto"] = not_compared("auto")
     seed: Seed = 42
 
-    @property
-    def traces_path(self) -> Path:
-        return layout.traces(self.exp_dir, self.trace_name)
-
-    @property
-    def parquet_path(self) -> Path:
-        return layout.beside(self.traces_path, layout.TABLE)
-
-    @property
-    def contrast_path(self) -> Path:
-        return layout.beside(self.traces_path, layout.CONTRASTS)
-
-    @property
-    def sidecar_path(self) -> Path:
-        return layout.beside(self.traces_path, layout.SIDECAR)
-
-    @property
-    def parts_dir(self) -> Path:
-        return layout.parts(self.exp_dir, self.trace_name)
+    traces_path = stage_path("traces", "trace_name")
+    parquet_path = stage_path("traces_table", "trace_name")
+    contrast_path = stage_path("contrasts", "trace_name")
+    sidecar_path = stage_path("traces_sidecar", "trace_name")
+    parts_dir = stage_path("parts", "trace_name")
 
     @property
     def leftovers(self) -> list[Path]:
@@ -221,14 +208,8 @@ class GradConfig:
     proxy_dtype: Dtype = not_compared("auto")
     seed: Seed = 42
 
-    @property
-    def grad_path(self) -> Path:
-        return layout.gradient(self.exp_dir)
-
-    @property
-    def sidecar_path(self) -> Path:
-        return layout.sidecar_of(self.grad_path)
-
+    grad_path = stage_path("gradient")
+    sidecar_path = stage_path("gradient_sidecar")
     leftovers = ()
     idle_keys = frozenset[str]()
 
@@ -271,13 +252,9 @@ class TrainConfig:
     report_to: Trackers = not_compared("none")
     seed: Seed = 42
 
-    @property
-    def model_path(self) -> Path:
-        return layout.model(self.exp_dir, self.model_name)
-
-    @property
-    def sidecar_path(self) -> Path:
-        return layout.beside(self.model_path, layout.SIDECAR)
+    model_path = stage_path("model", "model_name")
+    student_path = stage_path("student", "model_name")
+    sidecar_path = stage_path("model_sidecar", "model_name")
 
     @property
     def leftovers(self) -> list[Path]:
