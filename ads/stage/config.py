@@ -16,9 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ads.stage import files
 from ads.stage.errors import UserError
-from ads.stage.settings import expand_home
+from ads.stage.settings import GenConfig, GradConfig, SearchConfig, TrainConfig, expand_home
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", GenConfig, GradConfig, TrainConfig, SearchConfig)
 NULL_WORDS = ("", "null", "None")  # on the command line, of keys that may be unset
 # how a JSON schema says what a value may be, in words
 TYPES = {
@@ -65,7 +65,7 @@ def load_config(cls: type[Config], default_yaml: str | Path, arguments: Iterable
         values[key] = None if text in NULL_WORDS and is_optional(cls, key) else text
         sources[key] = "the command line"
     config = make_config(cls, values, sources)
-    config.check()  # type: ignore[attr-defined]
+    config.check()
     return config
 
 
@@ -89,7 +89,7 @@ def make_config(cls: type[Config], values: dict[str, Any], sources: dict[str, st
     others = {key: value for key, value in values.items() if key not in given_as_text}
     try:
         config = TypeAdapter(cls).validate_strings(given_as_text)
-        return dataclasses.replace(config, **others)  # type: ignore[type-var]
+        return dataclasses.replace(config, **others)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     raised = first.get("ctx", {}).get("error")
@@ -111,7 +111,7 @@ def in_words(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return schema["const"]
     bounds = [f"{words} {schema[name]}" for name, words in BOUNDS.items() if name in schema]
-    return ", ".join([TYPES[schema["type"]], " and ".join(bounds)] if bounds else [TYPES[schema["type"]]])
+    return TYPES[schema["type"]] + (", " + " and ".join(bounds) if bounds else "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 from conftest import ROOT
 
-from ads.stage.config import load_config
+from ads.stage.config import load_config, make_config
 from ads.stage.errors import UserError
 from ads.stage.settings import TRACKERS, GenConfig, GradConfig, SearchConfig, TrainConfig
 
@@ -142,6 +142,12 @@ def test_bad_yaml_is_a_one_line_error(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         load(str(path))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_of_an_old_sidecar_are_checked_and_the_file_named():
+    """The report makes settings of what a sidecar holds; a key whose values have changed is no traceback."""
+    with pytest.raises(UserError, match="dtype='float8' in old.yaml: must be one of auto, float32"):
+        make_config(GenConfig, {"dtype": "float8", "tau": 0}, {"dtype": "old.yaml", "tau": "old.yaml"})
 
 
 PATHS = {"exp_dir", "data_dir", "data_split", "teacher", "tokenizer", "proxy_student", "student", "grad_path"}
