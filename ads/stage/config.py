@@ -4,6 +4,7 @@ Of defaults, YAML and words, each overrides those before it. What is wrong is sa
 key, its value, where it was given and what is allowed.
 """
 
+import contextlib
 import dataclasses
 import os
 import types
@@ -97,7 +98,15 @@ def make_config(cls: type[Config], values: dict[str, Any], sources: dict[str, st
         raise raised
     key = str(first["loc"][0])
     allowed = in_words(TypeAdapter(cls).json_schema()["properties"][key])
-    raise UserError(f"{key}={values[key]!r} in {sources[key]}: must be {allowed}")
+    raise UserError(f"{key}={shown(values[key])} in {sources[key]}: must be {allowed}")
+
+
+def shown(value: Any) -> str:
+    """A value as a user writes it: text in quotes, but for numbers of the command line."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        float(value)
+        return str(value).strip()
+    return repr(value)
 
 
 def in_words(schema: dict[str, Any]) -> str:

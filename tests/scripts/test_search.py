@@ -286,7 +286,7 @@ def test_an_interrupted_search_stops_its_stage(experiment, model_folders, tmp_pa
 OWN = "targets=0.9 exp_dir={exp} data_split={data}_train rule=raw "
 BAD = (
     ("exp_dir={exp} --", "targets is not set: give the accuracies to hit"),
-    (OWN + "targets=90 --", "targets='90' in the command line: must be shares between 0 and 1"),
+    (OWN + "targets=90 --", "targets=90 in the command line: must be shares between 0 and 1"),
     (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8' in the command line: must be shares"),
     (
         OWN + "arms=ads,heat --",
@@ -294,12 +294,12 @@ BAD = (
     ),
     (OWN + "rule=strict --", "rule='strict' in the command line: must be one of af, raw"),
     (OWN + "data_split={data}_test --", "settings chosen on test problems spoil the test"),
-    (OWN + "lam_start=0 --", "lam_start='0' in the command line: must be a finite number, above 0"),
+    (OWN + "lam_start=0 --", "lam_start=0 in the command line: must be a finite number, above 0"),
     (OWN + "lam_start=3 --", "lam_max=1.28: must be at least lam_start=3.0"),
     (OWN + "tau=2 --", "tau_start=1.2: must be above tau=2.0"),
     (
         OWN + "max_evaluations=0 --",
-        "max_evaluations='0' in the command line: must be a whole number, at least 1",
+        "max_evaluations=0 in the command line: must be a whole number, at least 1",
     ),
     (OWN + "output=../x --", "output='../x' in the command line: must be a plain file name"),
     (OWN + "teacher={teacher}", "unknown key 'teacher' in the command line; known keys: arms"),
