@@ -47,7 +47,8 @@ def expand_home(key: str, text: str) -> str:
 
 
 def expand_path(value: Any, info: ValidationInfo) -> Any:
-    return expand_home(str(info.field_name), value) if isinstance(value, str) else value
+    is_path = isinstance(value, str | os.PathLike)  # the latter from code
+    return expand_home(str(info.field_name), os.fspath(value)) if is_path else value
 
 
 def parse_flag(value: Any) -> Any:
