@@ -10,12 +10,11 @@ Settings: train_config.yaml, then key=value. --check only says whether the stage
 
 import shutil
 import time
-from pathlib import Path
 
 import utils
 from ads import chat
 from ads.data.examples import load_examples
-from ads.stage import files
+from ads.stage import files, layout
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.fingerprint import fingerprint_json
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
@@ -81,12 +80,12 @@ def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
         "holdout_loss": holdout[-1],
     }
     entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(Path(cfg.exp_dir) / "metadata" / "model_registry.jsonl", entry)
-    outputs, more = [cfg.model_path / "final"], {"losses": curves, **made_with}
+    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "model"), entry)
+    outputs, more = [cfg.student_path], {"losses": curves, **made_with}
     write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **more)
     for path in cfg.leftovers:
         shutil.rmtree(path)
-    print_result(model_name=cfg.model_name, model=str(cfg.model_path / "final"), **stats)
+    print_result(model_name=cfg.model_name, model=str(cfg.student_path), **stats)
 
 
 if __name__ == "__main__":

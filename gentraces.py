@@ -12,7 +12,6 @@ import functools
 import json
 import shutil
 import time
-from pathlib import Path
 
 import utils
 from ads import chat
@@ -20,7 +19,7 @@ from ads.data import grading
 from ads.data.problems import take_subset
 from ads.data.prompts import make_rows
 from ads.data.traces import columns_of, compute_stats, fingerprint_inputs, grade, save_traces
-from ads.stage import files
+from ads.stage import files, layout
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.errors import UserError
 from ads.stage.fingerprint import fingerprint_json
@@ -229,7 +228,7 @@ def one_step_test(cfg, table, world):
 def finish(cfg, inputs, stats, notes, seconds):
     """Registry, sidecar (last), and only then away with the parts."""
     entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(Path(cfg.exp_dir) / "metadata" / "trace_registry.jsonl", entry)
+    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "trace"), entry)
     outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
     write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
     shutil.rmtree(cfg.parts_dir)

@@ -108,7 +108,7 @@ choose_processes() {
 count_gpus() {
   num_gpus=0
   if [[ "$may_have_gpus" == 1 || "${NPROC:-1}" != 1 ]]; then
-    num_gpus="$(in_python world.num_gpus)" || exit 2
+    num_gpus="$(in_python machine.num_gpus)" || exit 2
   fi
   [[ "$num_gpus" != 0 ]] || require_processes
   NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}"
@@ -152,7 +152,7 @@ choose_commits() {
 
 # in_python FUNCTION WORDS...: one of ads/stage/; what it gives is printed.
 in_python() {
-  PYTHONPATH="$here" python -c "import utils; from ads.stage import hub, inputs, world
+  PYTHONPATH="$here" python -c "import utils; from ads.stage import hub, inputs, machine
 utils.run_script(lambda words: (found := $1(*words)) is None or print(found))" "${@:2}"
 }
 
@@ -192,7 +192,7 @@ run_grid() {
     trap 'rm -rf "$taken"' EXIT
     if [[ "$JOBS" -gt 1 && -z "${OMP_NUM_THREADS:-}" ]]; then # threads beyond the CPUs wait for one another
       local num_cpus
-      num_cpus="$(cd "$here" && python -c 'import utils; print(utils.num_cpus())')"
+      num_cpus="$(cd "$here" && python -c 'from ads.stage.machine import num_cpus; print(num_cpus())')"
       export OMP_NUM_THREADS=$((num_cpus > JOBS ? num_cpus / JOBS : 1))
     fi
     while [[ ${#workers[@]} -lt $((JOBS - 1)) ]]; do

@@ -15,7 +15,7 @@ from pathlib import Path
 import utils
 from ads.report import findings, page, plots, tables, words
 from ads.report.findings import Findings
-from ads.stage import files
+from ads.stage import files, layout
 from ads.stage.errors import UserError
 from ads.stage.inputs import fingerprint_model
 from ads.stage.settings import expand_home
@@ -69,7 +69,9 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[list[Path], Path, tuple[f
     parsed = parser.parse_args(arguments)
     levels = None if parsed.at is None else parse_levels(parsed.at)
     exp_dirs = [Path(expand_home("EXP_DIR", text)) for text in parsed.exp_dirs]
-    out = Path(expand_home("--out", parsed.out)) if parsed.out is not None else exp_dirs[0] / "report"
+    out = layout.path_of("report", exp_dirs[0])
+    if parsed.out is not None:
+        out = Path(expand_home("--out", parsed.out))
     return exp_dirs, out, levels
 
 

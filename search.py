@@ -16,12 +16,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import utils
 from ads.arms import BY_NAME
 from ads.data.traces import fingerprint_inputs
-from ads.stage import files, hub
+from ads.stage import files, hub, layout
 from ads.stage.config import ignored_keys, load_config, to_dict
 from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig, SearchConfig
@@ -224,7 +223,7 @@ def stage_config(trial, cfg, words):
 
 def stages_dir(cfg):
     """A folder of their own: the report would take the evaluations for points of the experiment."""
-    return f"{cfg.exp_dir}/search"
+    return layout.path_of("search", cfg.exp_dir)
 
 
 def stage_words(trial, cfg, words):
@@ -242,7 +241,7 @@ def launcher(cfg):
 def run_stage(trial, cfg, words):
     """Run gentraces.py; exits with its exit code, by the shell's count, where that is not 0."""
     command = [*launcher(cfg), str(ROOT / "gentraces.py"), *stage_words(trial, cfg, words)]
-    log = Path(cfg.exp_dir) / "search" / "logs" / f"{trial.name}.log"
+    log = layout.path_of("log", stages_dir(cfg), trial.name)
     log.parent.mkdir(parents=True, exist_ok=True)
     print0(f"run     {trial.name} ({time.strftime('%F %T')}, log {log}): {shlex.join(command)}")
     with log.open("a", encoding="utf-8") as file:

@@ -47,8 +47,9 @@ from ads.delta import gradient
 from ads.delta.central import CentralDifference, perturb_
 from ads.delta.exact import ExactDerivative
 from ads.delta.loss import Sequence, make_batches
+from ads.stage.machine import num_gpus
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
-from ads.stage.world import World, num_gpus
+from ads.stage.world import World
 
 RANK, EPS, LAM = 16, 1e-3, 0.03
 SMALL_EPS, SMALL_LAM = 1e-2, 10.0  # by which a small model's traces change, in float32 without much noise

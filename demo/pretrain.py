@@ -33,7 +33,7 @@ from ads import chat, sampling
 from ads.data import arithmetic
 from ads.stage import files
 from ads.stage.errors import UserError
-from ads.stage.world import num_cpus
+from ads.stage.machine import num_cpus
 from utils import print_result
 
 OUT = Path(__file__).resolve().parent / "models"

@@ -222,7 +222,7 @@ def save_student(cfg, model, tokenizer, device, rows):
     bos, pad = tokenizer.bos_token_id, tokenizer.pad_token_id
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad)
     model.config.use_cache = True
-    with files.atomic_folder(cfg.model_path / "final") as folder:
+    with files.atomic_folder(cfg.student_path) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         check_saved(cfg, model, folder, device, rows)

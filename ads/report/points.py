@@ -14,8 +14,8 @@ from ads.arms import DIRECTIONS, LABELS, arm_of
 from ads.report.curves import Point
 from ads.report.numbers import short_name
 from ads.report.results import FILES, STAGES, ResultRow, read_row
-from ads.stage import files, fingerprint, hub
-from ads.stage.config import ignored_keys, to_dict
+from ads.stage import files, fingerprint, hub, layout
+from ads.stage.config import ignored_keys, make_config, to_dict
 from ads.stage.errors import MissingInputError, UserError
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
@@ -108,10 +108,12 @@ def without_commit(sidecar: Sidecar) -> list[str]:
 def load_experiment(path: Path) -> Experiment:
     if not path.is_dir():
         raise MissingInputError(f"{path} is not a folder: give the EXP_DIR of an experiment")
+    kinds = ("traces_sidecar", "model_sidecar", "gradient_sidecar")
+    traces, models, gradients = (layout.all_of(kind, path) for kind in kinds)
     return Experiment(
-        {file.stem: load_sidecar(file, TRACE_KEYS) for file in sorted(path.glob("traces/*.yaml"))},
-        {file.stem: load_sidecar(file, MODEL_KEYS) for file in sorted(path.glob("models/*.yaml"))},
-        {file.stem: load_sidecar(file, ("proxy_student",)) for file in path.glob("student_grads.yaml")},
+        {file.stem: load_sidecar(file, TRACE_KEYS) for file in traces},
+        {file.stem: load_sidecar(file, MODEL_KEYS) for file in models},
+        {file.stem: load_sidecar(file, ("proxy_student",)) for file in gradients},
     )
 
 
@@ -163,7 +165,8 @@ def settings_of(sidecar: Sidecar, cls: type) -> dict[str, Any]:
     default, and of a path given the end counts.
     """
     known = typing.get_type_hints(cls)
-    config = cls(**{key: value for key, value in sidecar["config"].items() if key in known})
+    values = {key: value for key, value in sidecar["config"].items() if key in known}
+    config = make_config(cls, values, dict.fromkeys(values, str(sidecar["path"])))
     dtypes = {key: sidecar.get(f"resolved_{key}") for key in ("dtype", "proxy_dtype")}
     values = to_dict(config) | sidecar["config"] | {key: value for key, value in dtypes.items() if value}
     left_out = ignored_keys(config) | NO_SETTING[cls]

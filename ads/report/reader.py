@@ -10,6 +10,7 @@ import numpy as np
 
 from ads.report.curves import Point, group_by
 from ads.report.results import ResultRow, show_knob
+from ads.stage import layout
 from ads.stage.errors import UserError
 
 MAX_CONTRAST_POINTS = 8
@@ -33,7 +34,7 @@ def load_contrasts(points: Iterable[Point]) -> dict[str, Any]:
 
 def contrast_path(point: Point) -> Path:
     path = point.stages["train"]["path"]
-    return path.with_name(f"{path.stem}.contrast.json")
+    return layout.path_of("contrasts", path.parent.parent, path.stem)
 
 
 def choose_contrasts(points: Iterable[Point]) -> list[Point]:

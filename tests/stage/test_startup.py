@@ -13,7 +13,7 @@ from test_pipeline import run_pipeline
 
 import utils
 from ads import cpu, loading
-from ads.stage.world import gpus_of_driver, num_gpus, wants_cpu
+from ads.stage.machine import gpus_of_driver, num_gpus, wants_cpu
 from ads.trials import is_out_of_memory
 
 NVIDIA_SMI = """#!/bin/sh
