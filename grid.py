@@ -11,7 +11,9 @@ import argparse
 import os
 import random
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ads.arms import DIRECTIONS
 
@@ -23,7 +25,7 @@ POINTS = TEMPERATURES + STRENGTHS
 SHUFFLE_SEED = 42  # both arms fill up evenly, so that a sweep that is cut short can be plotted
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
     points = args.points or args.file or shuffled(POINTS)
     index, count = args.shard
@@ -31,26 +33,26 @@ def main(arguments):
         print(*point)
 
 
-def parse(arguments):
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="i/n", help="part i of n, i from 0")
     named = parser.add_mutually_exclusive_group()
-    words = {"nargs": "+", "metavar": "tau,lam,eps[,direction[,direction_seed]]"}
+    words: dict[str, Any] = {"nargs": "+", "metavar": "tau,lam,eps[,direction[,direction_seed]]"}
     named.add_argument("--points", type=point, **words, help="instead of the default grid")
     named.add_argument("--file", type=points_in, metavar="PATH", help="the same, one `tau lam eps` a line")
     return parser.parse_args(arguments)
 
 
-def shard(text):
+def shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r}: write i/n with 0 <= i < n")
     return int(index), int(count)
 
 
-def point(text):
+def point(text: str) -> tuple[str, ...]:
     values = tuple(text.split(","))
     try:
         tau, lam, eps = map(float, values[:3])
@@ -65,9 +67,9 @@ def point(text):
     return values
 
 
-def points_in(path):
+def points_in(path: str) -> list[tuple[str, ...]]:
     """The points of a file, each once; its blank lines and # comments are left out."""
-    points = {}
+    points: dict[tuple[str, ...], None] = {}
     try:
         lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -83,10 +85,10 @@ def points_in(path):
     return list(points)
 
 
-def shuffled(points):
-    points = list(points)
-    random.Random(SHUFFLE_SEED).shuffle(points)
-    return points
+def shuffled(points: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    found = list(points)
+    random.Random(SHUFFLE_SEED).shuffle(found)
+    return found
 
 
 if __name__ == "__main__":

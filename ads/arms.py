@@ -26,7 +26,7 @@ class Arm:
 DELTA = ("proxy_student", "gradient")  # inputs of an arm that adjusts the teacher by lam * Delta
 # The colours are Okabe and Ito's, safe for colour-blind readers.
 ARMS = (
-    Arm("temperature", "temperature", None, (), "tau", "#0072b2", "#56b4e9", "#f0e442", "o"),
+    Arm("temperature", "temperature", None, (), "tau", "#0072b2", "#56b4e9", "o"),
     Arm("ads", "ADS", "gradient", DELTA, "lam", "#d55e00", "#ff8a3d", "s"),
     Arm("negative", "negative lambda", "gradient", DELTA, None, "#aa4499", "#d883c9", "v"),
     Arm("random", "random direction", "random", DELTA, "lam", "#009e73", "#2cc298", "D"),

@@ -17,7 +17,7 @@ from ads.data.examples import fill_up, longest_first, num_tokens, order_examples
 from ads.decode import memory_plan
 from ads.delta.loss import collate, token_losses
 from ads.loading import check_loadable, free_bytes, load_model, recomputed, resolve_dtype
-from ads.stage import files
+from ads.stage import files, layout
 from ads.stage.errors import UserError
 from ads.stage.fingerprint import importable
 from ads.stage.world import print0
@@ -190,7 +190,7 @@ def mean_loss(outputs, labels, num_items_in_batch, num_processes, scale=1.0):
 
 def newest_checkpoint(model_path):
     """The last checkpoint written to its end, or None: trainer_state.json comes last, a kill may cut it."""
-    folders = sorted(model_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    folders = sorted(layout.checkpoints(model_path), key=lambda path: int(path.name.split("-")[1]))
     for folder in reversed(folders):
         with contextlib.suppress(FileNotFoundError, ValueError):
             json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))

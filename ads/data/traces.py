@@ -31,7 +31,7 @@ def fingerprint_inputs(cfg: GenConfig) -> dict[str, str]:
 
 def fingerprint_needed(cfg: GenConfig, name: str) -> str:
     if name == "proxy_student":
-        return fingerprint_model(cfg.proxy_student)
+        return fingerprint_model(cfg.proxy_student or "")
     key, maker = ("grad_path", "save_grad.py") if name == "gradient" else (name, "gentraces.py")
     return fingerprint_existing(getattr(cfg, key), f"make it with {maker}")
 
