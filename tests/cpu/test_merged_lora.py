@@ -1,7 +1,7 @@
 """Adapters by merged weights against PEFT's own forward and backward passes."""
 
+import helpers_training
 import pytest
-import test_loss
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
@@ -31,7 +31,7 @@ def layers(model):
 def passes(model):
     """Loss and gradients of the adapters on a batch of two sequences."""
     model.zero_grad()
-    batch = collate(test_loss.examples(2))
+    batch = collate(helpers_training.examples(2))
     labels = batch.pop("labels")
     total = token_losses(model(**batch, use_cache=False).logits, labels).sum()
     total.backward()
@@ -62,10 +62,12 @@ def test_training_is_peft_s(tmp_path, has_checkpoints):
     curves = []
     for train in (lambda trainer: trainer.train(), training.train_fast):
         settings = {"lr": 0.02, "eval_epochs": 1 / 3, "save_epochs": 9.0}
-        cfg = test_loss.config(tmp_path, **settings)
+        cfg = helpers_training.config(tmp_path, **settings)
         model = adapted(spread=0.01)
-        rows, world = test_loss.examples(9), World(0, 1, "cpu")
-        trainer = training.make_trainer(cfg, model, test_loss.byte_tokenizer(), rows, rows[:3], 2, world)
+        rows, world = helpers_training.examples(9), World(0, 1, "cpu")
+        trainer = training.make_trainer(
+            cfg, model, helpers_training.byte_tokenizer(), rows, rows[:3], 2, world
+        )
         with loading.recomputed(model, has_checkpoints):
             train(trainer)
         curves.append(

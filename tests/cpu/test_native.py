@@ -7,7 +7,7 @@ from ctypes import byref
 import pytest
 import torch
 from conftest import ROOT
-from test_llama_step import random_gradient, relative
+from helpers_models import random_gradient, relative
 
 from ads.cpu import build, native
 from ads.decode.cached_model import CachedModel

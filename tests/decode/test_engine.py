@@ -5,68 +5,27 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
+from helpers_models import (
+    EOS,
+    V,
+    ads_models,
+    decode,
+    plain_models,
+    prompts,
+    requests,
+    same,
+    step_with_little_memory,
+    tail_of,
+)
 
 from ads import cpu, sampling
 from ads.decode.cached_model import CachedModel
-from ads.decode.engine import Forcing, Models, Request, choose_batch_size, generate
-from ads.delta import gradient
-from ads.delta.central import CentralDifference, perturb_
-from ads.delta.loss import Sequence
+from ads.decode.engine import Forcing, Request, choose_batch_size, generate
 from ads.sampling import GREEDY, Sampling
 
 pytestmark = pytest.mark.compiled
 
 KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "mistral")
-V = 97
-EOS = frozenset(range(6))
-
-
-def prompts(num_rows=7, seed=0):
-    """Prompts of unequal length, without eos tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 30, (num_rows,), generator=generator).tolist()
-    return [torch.randint(6, V, (n,), generator=generator).tolist() for n in lengths]
-
-
-def requests(num_new=20, **kwargs):
-    return [Request(f"row{i}", ids, num_new) for i, ids in enumerate(prompts(**kwargs))]
-
-
-def plain_models(kind="qwen2"):
-    return Models(CachedModel(tiny_model(kind)), None, torch.ones(V, dtype=torch.bool), EOS)
-
-
-def proxy_gradient(seed=3):
-    """A proxy with the gradient of a few random sequences."""
-    model = tiny_model("qwen2", seed=seed)
-    sequences = [Sequence(ids + ids[::-1], len(ids)) for ids in prompts(6, seed=9)]
-    gradient.add_gradient_(model, sequences, len(sequences), batch_size=3)
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def perturbed_pair(eps=1e-3):
-    plus, minus = tiny_model("qwen2", seed=3), tiny_model("qwen2", seed=3)
-    perturb_(plus, minus, proxy_gradient().__getitem__, eps)
-    return plus, minus
-
-
-def ads_models(eps=1e-3):
-    shared_V = torch.ones(V, dtype=torch.bool)
-    shared_V[[2, 90]] = False
-    plus, minus = perturbed_pair(eps)
-    return Models(
-        CachedModel(tiny_model("qwen2")), CentralDifference(plus, minus, eps, shared_V), shared_V | True, EOS
-    )
-
-
-def decode(models, distribution, rows, batch_size, seed=1):
-    return {c.id: c for c in generate(models, distribution, seed, rows, batch_size)}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    assert {i: c.ids for i, c in a.items()} == {i: c.ids for i, c in b.items()}
-    assert {i: c.finished for i, c in a.items()} == {i: c.finished for i, c in b.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,11 +141,6 @@ def test_greedy_ads_equals_generate_with_a_logits_processor():
         assert found[row.id].ids == wanted[0, len(row.prompt_ids) :].tolist()
 
 
-def tail_of(request, response_ids):
-    """Ids that differ from row to row, in number too, an eos among them."""
-    return [3, *request.prompt_ids[:2], len(response_ids) % V, 5]
-
-
 @pytest.mark.parametrize("batch_size", (1, 3))
 def test_forced_answers_are_greedy_after_the_response_and_the_given_ids(batch_size):
     """They go through the cache that holds their trace, beside rows that are still sampled with Delta."""
@@ -240,15 +194,6 @@ def test_batch_size_by_free_memory(monkeypatch):
 
 def given_bytes(free, device):
     return free
-
-
-STEP = CachedModel.step
-
-
-def step_with_little_memory(self, tokens_N, *args):
-    if len(tokens_N) > 2:
-        raise torch.OutOfMemoryError("out of memory")
-    return STEP(self, tokens_N, *args)
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_trace(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_model
+from helpers_models import PROMPTS, random_gradient, relative
 
 from ads import cpu
 from ads.decode.cached_model import CachedModel
@@ -12,7 +13,6 @@ from ads.trials import agrees
 pytestmark = pytest.mark.compiled
 
 OURS = ("llama", "qwen2", "mistral", "qwen3")
-PROMPTS = [list(range(3, 14)), [5, 6, 7], [20, 21, 22, 23, 24, 25, 26]]
 
 
 @pytest.fixture(params=("compiled", "torch"))
@@ -22,11 +22,6 @@ def way(request):
     elif not cpu.decodes(torch.zeros(1)):
         pytest.skip("no C compiler or no AVX-512 on this machine")
     return request.param
-
-
-def random_gradient(model, name):
-    generator = torch.Generator().manual_seed(len(name))
-    return 0.1 * torch.randn(model.get_parameter(name).shape, generator=generator)
 
 
 def make(kind, is_dual, rank=0, dtype=torch.float32):
@@ -53,10 +48,6 @@ def decode(cached, num_steps=4):
             given = torch.tensor([30 + step, 40 + step]), lengths + step, 11 + step
             pairs.append([cached.library_step(*given), cached.own_step(*given, cached.cache)])
     return [[x.as_subclass(torch.Tensor).clone() for x in pair] for pair in pairs]
-
-
-def relative(found, wanted):
-    return ((found - wanted).norm() / wanted.norm()).item()
 
 
 @pytest.mark.parametrize("rank", (0, 3))

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
-from test_engine import (
+from helpers_models import (
     EOS,
     V,
     ads_models,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
-from test_llama_step import PROMPTS, random_gradient
+from helpers_models import PROMPTS, random_gradient
 from torch.func import jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -6,8 +6,19 @@ import functools
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from test_central import gradient_of, mean_loss, model_with_gradient, sequences
-from test_engine import EOS, V, ads_models, decode, plain_models, proxy_gradient, requests
+from helpers_models import (
+    EOS,
+    V,
+    ads_models,
+    decode,
+    gradient_of,
+    mean_loss,
+    model_with_gradient,
+    plain_models,
+    proxy_gradient,
+    requests,
+    sequences,
+)
 
 from ads import chat, sampling
 from ads.decode.cached_model import CachedModel

@@ -5,8 +5,19 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
-from test_central import V, exact_delta, gradient_of, model_with_gradient, perturbed, sequences, tied_model
-from test_engine import decode, plain_models, prompts, requests
+from helpers_models import (
+    V,
+    decode,
+    exact_delta,
+    gradient_of,
+    model_with_gradient,
+    perturbed,
+    plain_models,
+    prompts,
+    requests,
+    sequences,
+    tied_model,
+)
 
 from ads import sampling
 from ads.decode.cached_model import CachedModel

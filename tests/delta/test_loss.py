@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from test_central import sequences
+from helpers_models import sequences
+from helpers_training import config, examples, flat_gradient
 from transformers import AttentionInterface, TrainerCallback
 from transformers.integrations import sdpa_attention
 
@@ -15,7 +16,7 @@ from ads import chat, loading
 from ads.attacks import training
 from ads.delta import gradient, loss
 from ads.delta.loss import Sequence, make_batches, sequence_losses
-from ads.stage.settings import GradConfig, TrainConfig
+from ads.stage.settings import GradConfig
 from ads.stage.world import World
 
 pytestmark = pytest.mark.compiled
@@ -30,10 +31,6 @@ def add_plainly_(model, rows):
         labels_1T = ids_1T.clone()
         labels_1T[0, : s.num_prompt_tokens] = chat.IGNORED_LABEL
         (model(input_ids=ids_1T, labels=labels_1T).loss / len(rows)).backward()
-
-
-def flat_gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,18 +114,6 @@ def test_keys_repeated_for_a_gpu_s_kernel_leave_the_gradient_as_it_is(kind, monk
         assert not hasattr(module, "num_key_value_groups")
     difference = flat_gradient(ours) - flat_gradient(plain)
     assert difference.norm() < 1e-6 * flat_gradient(plain).norm()
-
-
-def examples(num_rows):
-    return [
-        {"input_ids": s.ids, "labels": [chat.IGNORED_LABEL] * (k := s.num_prompt_tokens) + s.ids[k:]}
-        for s in sequences(num_rows)
-    ]
-
-
-def config(tmp_path, **more):
-    settings = {"lr": 1e-2, "batch_size": 4, "num_epochs": 2.0, "lora_r": 4, "report_to": "none"}
-    return TrainConfig(exp_dir=str(tmp_path), train_traces="t", **{**settings, **more})
 
 
 def make_trainer(cfg, model, train):

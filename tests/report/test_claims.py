@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
+from helpers_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
 
 import report
 from ads.report import claims, page, plots, tables

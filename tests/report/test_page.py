@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
 from markupsafe import escape
-from test_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
 
 import report
 from ads.arms import ARMS

@@ -6,8 +6,7 @@ import math
 import pytest
 import yaml
 from conftest import ROOT
-from markupsafe import escape
-from test_report import (
+from helpers_report import (
     PROXY,
     STUDENT,
     curves_of,
@@ -23,6 +22,7 @@ from test_report import (
     write_student_test,
     write_traces,
 )
+from markupsafe import escape
 
 import report
 from ads.report import page

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, byte_tokenizer, run_script, save_folder, tiny_model
 from families import build
+from helpers_training import family
 from safetensors.torch import load_file, save_file
-from test_distill import family
 
 SMALL = ["max_length=120", "max_prompt_length=115", "batch_size=6", "answer_force=false"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
-from test_pipeline import has_ended, wait_until
+from helpers_pipeline import has_ended, wait_until
 
 from ads.data.tables import read_parquet
 from ads.stage import files

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_script
-from test_pipeline import run_pipeline
+from helpers_pipeline import run_pipeline
 
 import utils
 from ads import cpu, loading
