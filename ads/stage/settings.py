@@ -151,7 +151,6 @@ class GenConfig:
         return [self.parts_dir]
 
     @property
-    @property
     def arm(self) -> Arm:
         """The arm that traces of these settings belong to: what they need is said there."""
         return arm_of(vars(self))
