@@ -1,5 +1,5 @@
-# Short names for what README describes. Each sets up its environment first.
-.PHONY: demo test slow lint bench
+# Short names for what README and CONTRIBUTING describe. Each sets up its environment first.
+.PHONY: demo test slow lint types bench
 
 demo:
 	bash pipeline_demo.sh
@@ -11,8 +11,10 @@ slow:
 	bash run_tests.sh -m slow -n 0
 
 lint:
-	ruff check .
-	ruff format --check .
+	bash .ci/lint
+
+types:
+	bash -c 'source ./setup.sh test && mypy'
 
 bench:
 	bash bench/gpu.sh

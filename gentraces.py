@@ -12,18 +12,17 @@ import functools
 import json
 import shutil
 import time
-from pathlib import Path
 
 import utils
 from ads import chat
 from ads.data import grading
-from ads.data.problems import fingerprint_data, load_problems, take_subset
-from ads.data.tables import check_traces, read_parquet
-from ads.data.traces import assemble, compute_stats, save_traces, trace_row
-from ads.stage import files, fingerprint
+from ads.data.problems import take_subset
+from ads.data.prompts import make_rows
+from ads.data.traces import columns_of, compute_stats, fingerprint_inputs, grade, save_traces
+from ads.stage import files, layout
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.errors import UserError
-from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
+from ads.stage.fingerprint import fingerprint_json
 from ads.stage.settings import GenConfig
 from ads.stage.sidecar import open_parts, write_sidecar
 from ads.stage.world import print0
@@ -39,52 +38,28 @@ def main(arguments):
     utils.run_stage(cfg, inputs, generate_traces)
 
 
-def fingerprint_inputs(cfg):
-    """What the traces depend on besides the settings."""
-    inputs = {
-        "teacher": fingerprint_model(cfg.teacher),
-        "tokenizer": fingerprint_tokenizer(cfg.tokenizer or cfg.teacher),
-        "data": fingerprint_data(cfg.data_split, cfg.data_dir),
-    }
-    if cfg.has_delta:
-        inputs["proxy_student"] = fingerprint_model(cfg.proxy_student)
-        inputs["gradient"] = fingerprint_existing(cfg.grad_path, "make it with save_grad.py")
-    if cfg.one_step:
-        inputs["proxy_student"] = fingerprint_model(cfg.proxy_student)
-        inputs["holdout_traces"] = fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py")
-    if cfg.few_shot:
-        inputs["few_shot_traces"] = fingerprint_existing(cfg.few_shot_traces, "make it with gentraces.py")
-    return inputs
-
-
 def generate_traces(cfg, inputs, world):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
     if place := chat.describe_place(tokenizer):
         print0(place)
-    found = load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
-    problems = leave_out_unanswered(found)
-    prompts = render_prompts(cfg, tokenizer, problems)
-    made_with = resolve_numerics(cfg, world.device) | {"prompts": fingerprint.fingerprint_json(prompts)}
+    rows, num_left_out = make_rows(cfg, tokenizer)
+    prompts = fingerprint_json({row.id: row.prompt_ids for row in rows})
+    made_with = resolve_numerics(cfg, world.device) | {"prompts": prompts}
     world.ask_main(open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
-    vocabulary = check_vocabulary(cfg, tokenizer) if cfg.has_delta or cfg.one_step else None
-    models, notes = models_of(cfg, inputs, tokenizer, vocabulary, world)
-    rows, speed = sample_traces(cfg, models, tokenizer, problems, prompts, world)
-    rows = assemble(cfg, problems, prompts, rows)
-    if cfg.has_delta and cfg.num_contrasts:
-        save_contrasts(cfg, models, tokenizer, rows[: cfg.num_contrasts], world)
+    models, notes = models_of(cfg, inputs, tokenizer, world)
+    speed = sample_rows(cfg, models, tokenizer, rows, world)
+    table = [columns_of(cfg, row) for row in rows]
+    if models.proxy and cfg.num_contrasts:
+        save_contrasts(cfg, models, tokenizer, table[: cfg.num_contrasts], world)
     models = None
     if cfg.one_step:  # which needs the room
         LOADED.clear()
-    diagnostics = {"one_step": one_step_test(cfg, rows, world)} if cfg.one_step else {}
+    diagnostics = {"one_step": one_step_test(cfg, table, world)} if cfg.one_step else {}
     if world.is_main:
-        save_traces(cfg, rows)
-        left_out = {
-            "num_without_answer": len(found) - len(problems),
-            "num_prompts_too_long": len(problems) - len(prompts),
-        }
-        stats = compute_stats(cfg, rows) | left_out | diagnostics | speed
+        save_traces(cfg, table)
+        stats = compute_stats(cfg, table) | num_left_out | diagnostics | speed
         finish(cfg, inputs, stats, notes | made_with, time.time() - start)
 
 
@@ -93,205 +68,54 @@ def resolve_numerics(cfg, device):
     from ads.loading import resolve_dtype
 
     dtypes = {"resolved_dtype": cfg.dtype}
-    if cfg.has_delta:
+    if cfg.has_proxy:
         dtypes["resolved_proxy_dtype"] = cfg.proxy_dtype
     return {key: str(resolve_dtype(name, device)).removeprefix("torch.") for key, name in dtypes.items()}
 
 
-def leave_out_unanswered(problems):
-    """The problems that have an answer to grade against: their own solution, graded as a response, is right.
+def models_of(cfg, inputs, tokenizer, world):
+    """load_models(), or what the stage before in this process had loaded with the same settings."""
+    from ads.delta.arm_models import load_models
 
-    2 of MATH's 7,500 solutions end in an empty box; a line of prose may not say which number is the answer.
-    """
-    kept, reasons = [], {}
-    for problem in problems:
-        try:
-            grading.check_solution(problem["solution"])
-            kept.append(problem)
-        except ValueError as error:
-            reasons[problem["id"]] = error
-    if reasons:
-        problem_id, reason = next(iter(reasons.items()))
-        summary = f"{len(reasons)} of {len(problems)} problems have no answer, such as {problem_id}: {reason}"
-        if not kept:
-            raise UserError(summary)
-        print0(f"left out: {summary}")
-    return kept
+    vocabulary = match_proxy(cfg, tokenizer) if "proxy_student" in inputs else None
+    of_config = ("dtype", "attn_implementation", "lam", "eps", "defence", "direction_seed", "proxy_dtype")
+    settings = [(name, getattr(cfg, name)) for name in (*of_config, "seed")]
+    settings += [(name, inputs.get(name)) for name in ("teacher", "tokenizer", "proxy_student", "gradient")]
+    if settings not in [kept for kept, _ in LOADED]:
+        LOADED.clear()
+        LOADED.append((settings, load_models(cfg, tokenizer, vocabulary, world.device)))
+    return LOADED[0][1]
 
 
-def render_prompts(cfg, tokenizer, problems):
-    """{problem id: prompt ids, the response's forced opening among them}; prompts that are too long or leave
-    no room to respond are left out."""
-    examples = few_shot_examples(cfg)
-    opening = opening_ids(cfg, tokenizer)
-    prompts = {p["id"]: chat.prompt_ids(tokenizer, p["problem"], examples) + opening for p in problems}
-    longest = min(cfg.max_prompt_length, cfg.max_length - 1)
-    kept = {i: ids for i, ids in prompts.items() if len(ids) <= longest}
-    if not kept:
-        shortest = min(map(len, prompts.values()))
-        raise UserError(
-            f"max_prompt_length={cfg.max_prompt_length}, max_length={cfg.max_length}: every prompt of "
-            f"{cfg.data_split} is too long, the shortest has {shortest} tokens"
-        )
-    if len(kept) < len(prompts):
-        print0(
-            f"left out {len(prompts) - len(kept)} of {len(prompts)} problems: prompts above {longest} tokens"
-        )
-    return kept
-
-
-def opening_ids(cfg, tokenizer):
-    """The ids of what each response is made to begin with."""
-    ids = chat.encode_next(tokenizer, cfg.prefill or "")
-    if tokenizer.eos_token_id in ids:
-        raise UserError(f"prefill={cfg.prefill!r}: holds the token that ends a response; leave it out")
-    return ids
-
-
-def few_shot_examples(cfg):
-    """(problem, worked solution) of the first correct, finished traces: what follows their think block."""
-    if not cfg.few_shot:
-        return ()
-    rows = read_parquet(Path(cfg.few_shot_traces))
-    texts, flags = ("problem", cfg.trace_colname), ("finished", "is_raw_correct")
-    check_traces(cfg.few_shot_traces, rows, text=texts, flags=flags)
-    rows = [row for row in rows if row["finished"] and row["is_raw_correct"]]
-    if len(rows) < cfg.few_shot:
-        raise UserError(
-            f"few_shot={cfg.few_shot}: {cfg.few_shot_traces} has {len(rows)} correct, finished traces"
-        )
-    return [(r["problem"], r[cfg.trace_colname].split("</think>")[-1].strip()) for r in rows[: cfg.few_shot]]
-
-
-def check_vocabulary(cfg, tokenizer):
+def match_proxy(cfg, tokenizer):
     """Which of the teacher's ids mean the same to the proxy; ValueError where they are of other families."""
     theirs = chat.load_tokenizer(cfg.proxy_student, need_chat_template=False)
     return chat.match_vocabularies(tokenizer, theirs)
 
 
-def models_of(cfg, inputs, tokenizer, vocabulary, world):
-    """load_models(), or what the stage before in this process had loaded with the same settings."""
-    names = (
-        "dtype",
-        "attn_implementation",
-        "lam",
-        "eps",
-        "direction",
-        "direction_seed",
-        "proxy_dtype",
-        "seed",
-    )
-    made_of = ("teacher", "tokenizer", "proxy_student", "gradient")
-    settings = [(name, getattr(cfg, name)) for name in names] + [(name, inputs.get(name)) for name in made_of]
-    if settings not in [kept for kept, _ in LOADED]:
-        LOADED.clear()
-        LOADED.append((settings, load_models(cfg, tokenizer, vocabulary, world)))
-    return LOADED[0][1]
-
-
-def load_models(cfg, tokenizer, vocabulary, world):
-    """(engine.Models, notes for the sidecar): the teacher and, where lam is not 0, what gives Delta."""
-    from ads.decode import memory_plan
-    from ads.decode.cached_model import CachedModel
-    from ads.decode.corruption import Corruption
-    from ads.decode.engine import Models
-    from ads.loading import load_model
-
-    memory_plan.check_decoding(cfg, memory_plan.room(world.device))
-    proxy, notes = load_proxy(cfg, tokenizer, vocabulary, world.device) if cfg.has_delta else (None, {})
-    print0(f"loading {cfg.teacher}")
-    teacher = load_model(cfg.teacher, cfg.dtype, world.device, cfg.attn_implementation)
-    chat.check_rows(tokenizer, teacher.get_output_embeddings().weight.shape[0], cfg.teacher)
-    allowed_V = id_mask(tokenizer, tokenizer.get_vocab().values(), world.device)
-    eos = frozenset(i for i in chat.eos_ids(tokenizer, teacher) if i < len(allowed_V))
-    is_corrupting = cfg.lam and cfg.direction == "corrupt"
-    corruption = Corruption(tokenizer, allowed_V, cfg.lam) if is_corrupting else None
-    return Models(CachedModel(teacher), proxy, allowed_V, eos, corruption), notes
-
-
-def load_proxy(cfg, tokenizer, vocabulary, device):
-    """(what gives Delta, notes): theta +- eps g or, with eps = 0, one proxy in dual numbers."""
-    from ads.delta import gradient_file
-    from ads.delta.central import CentralDifference
-    from ads.delta.exact import ExactDerivative
-    from ads.dual.factors import random_tensor
-    from ads.loading import load_model
-
-    grad_path = Path(cfg.grad_path)
-    file = gradient_file.open_checked(grad_path, fingerprint_model(cfg.proxy_student))
-    way = f"twice, as theta +- {cfg.eps:g} g" if cfg.eps else "once, to differentiate along g"
-    print0(f"loading {cfg.proxy_student} {way} (direction: {cfg.direction})")
-    models = [
-        load_model(cfg.proxy_student, cfg.proxy_dtype, device, cfg.attn_implementation)
-        for _ in range(2 if cfg.eps else 1)
-    ]
-    gradient_file.check_matches(file, grad_path, models[0])
-    chat.check_rows(tokenizer, models[0].get_input_embeddings().weight.shape[0], cfg.proxy_student)
-    read_gradient = functools.partial(gradient_file.read, file)
-    if cfg.direction == "random":
-        seed = cfg.seed if cfg.direction_seed is None else cfg.direction_seed
-        read_gradient = functools.partial(random_tensor, read_gradient, seed)
-    shared_V = id_mask(tokenizer, vocabulary.shared_ids, device)
-    notes = {
-        "grad_rank": gradient_file.metadata_of(file)["grad_rank"],
-        "ids_without_delta": [list(entry) for entry in vocabulary.differing],
-    }
-    if cfg.eps == 0:
-        return ExactDerivative(models[0], read_gradient, shared_V), notes
-    notes["perturbation"] = perturb_(cfg, models, read_gradient)
-    return CentralDifference(*models, cfg.eps, shared_V), notes
-
-
-def perturb_(cfg, models, read_gradient):
-    """Make the two proxies theta +- eps g; figures of what was stored of eps g."""
-    from ads.delta.central import describe, perturb_, warning
-
-    realised = perturb_(*models, read_gradient, cfg.eps)
-    print0(f"perturbation as stored: {describe(realised)}")
-    if warning := warning(realised, cfg.eps, cfg.proxy_dtype):
-        print0(warning)
-    return describe(realised)
-
-
-def id_mask(tokenizer, ids, device):
-    """Bool mask (V,) over the tokenizer's ids, true at `ids`."""
-    import torch
-
-    mask_V = torch.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=torch.bool)
-    mask_V[list(ids)] = True
-    return mask_V.to(device)
-
-
-def sample_traces(cfg, models, tokenizer, problems, prompts, world):
-    """({id: row} of every problem's response, speed). Rows already in parts are kept."""
-    from ads.decode.engine import Request
-
-    requests = [Request(i, ids, cfg.max_length - len(ids)) for i, ids in prompts.items()]
-    solutions = {p["id"]: p["solution"] for p in problems}
-    print0("first prompt:", tokenizer.decode(requests[0].prompt_ids), sep="\n")
-    opening = opening_ids(cfg, tokenizer)
-    forcing = make_forcing(tokenizer, models.eos, opening) if cfg.answer_force else None
-    to_row = functools.partial(trace_row, cfg, tokenizer, models.eos, opening, solutions=solutions)
-    batch_size = choose_rows(cfg, models, forcing, requests, world)
-    start = time.time()
-    given = cfg, models, forcing, requests, to_row, world, batch_size
-    num_tokens = world.sum(decode_to_parts(*given))  # waits for all
-    seconds = time.time() - start
-    rows = world.ask_main(read_rows, cfg.parts_dir / "traces", prompts.keys(), world)
-    print0("first trace:", rows[requests[0].id]["trace"], sep="\n")
-    speed = round(num_tokens / seconds, 1) if num_tokens else None
-    return rows, {"tokens_per_second": speed, "rows_at_once": batch_size}
-
-
-def choose_rows(cfg, models, forcing, requests, world):
-    """How many rows are decoded at once: batch_size, or by free memory."""
+def sample_rows(cfg, models, tokenizer, rows, world):
+    """Sample and grade the response to each row's prompt; how fast. Rows that are in parts are kept."""
     from ads.decode.engine import choose_batch_size
+    from ads.decode.rows import Request
 
-    if cfg.batch_size != "auto":
-        return cfg.batch_size
-    batch_size = choose_batch_size(models, requests, forcing, world.size)
-    print0(f"batch_size: {batch_size} rows at once, by free memory")
-    return batch_size
+    requests = [Request(row.id, row.prompt_ids, cfg.max_length - len(row.prompt_ids)) for row in rows]
+    print0("first prompt:", tokenizer.decode(rows[0].prompt_ids), sep="\n")
+    by_id = {row.id: row for row in rows}
+    forcing = make_forcing(tokenizer, models.eos, by_id) if cfg.answer_force else None
+    batch_size = cfg.batch_size
+    if batch_size == "auto":
+        batch_size = choose_batch_size(models, requests, forcing, world.size)
+        print0(f"batch_size: {batch_size} rows at once, by free memory")
+    to_columns = functools.partial(grade, cfg, tokenizer, models.eos, by_id)
+    start = time.time()
+    num_sampled = decode_to_parts(cfg, models, forcing, requests, to_columns, world, batch_size)
+    num_tokens, seconds = world.sum(num_sampled), time.time() - start  # of all, as the sum waits for them
+    sampled = world.ask_main(read_rows, cfg.parts_dir / "traces", by_id.keys(), world)
+    for row in rows:
+        row.sampled = sampled[row.id]
+    print0("first trace:", rows[0].sampled["trace"], sep="\n")
+    speed = round(num_tokens / seconds, 1) if num_tokens else None
+    return {"tokens_per_second": speed, "rows_at_once": batch_size, "num_models": models.num_models}
 
 
 def read_rows(folder, ids, world):
@@ -309,59 +133,51 @@ def read_rows(folder, ids, world):
     return rows
 
 
-def make_forcing(tokenizer, eos, opening):
+def make_forcing(tokenizer, eos, by_id):
     """How the model is made to state its answer after a response."""
-    from ads.decode.engine import Forcing
+    from ads.decode.rows import Forcing
 
-    most = len(chat.encode_next(tokenizer, chat.THINK_END + chat.FORCE_TEXT))
-    most = max(most, len(chat.encode_next(tokenizer, chat.FORCE_TEXT)))
-    ids_of = functools.partial(force_ids, tokenizer=tokenizer, eos=eos, opening=opening)
-    return Forcing(ids_of, most, chat.NUM_FORCED_TOKENS)
-
-
-def force_ids(request, response_ids, tokenizer, eos, opening):
-    prompt = request.prompt_ids[: len(request.prompt_ids) - len(opening)]
-    return chat.force_ids(tokenizer, prompt, opening + response_ids, eos)
+    texts = (chat.FORCE_TEXT, chat.THINK_END + chat.FORCE_TEXT)
+    most = max(len(chat.encode_next(tokenizer, text)) for text in texts)
+    return Forcing(functools.partial(force_ids, tokenizer, eos, by_id), most, chat.NUM_FORCED_TOKENS)
 
 
-def sampling_rule(cfg):
-    """The distribution that traces are drawn from."""
-    from ads import sampling
-    from ads.defences import scores
-
-    score = scores.permuted if cfg.direction == "permuted" else sampling.delta
-    return sampling.Sampling(cfg.tau, cfg.lam if cfg.has_delta else 0.0, cfg.top_k, cfg.top_p, score)
+def force_ids(tokenizer, eos, by_id, request, response_ids):
+    """What follows a response; its opening, at the end of the prompt that was read, is part of it."""
+    row = by_id[request.id]
+    prompt_ids = row.prompt_ids[: len(row.prompt_ids) - len(row.opening)]
+    return chat.force_ids(tokenizer, prompt_ids, row.opening + response_ids, eos)
 
 
-def decode_to_parts(cfg, models, forcing, requests, to_row, world, batch_size):
-    """Decode this process's requests that are in no part, and write what is finished in parts; tokens
-    sampled."""
+def decode_to_parts(cfg, models, forcing, requests, to_columns, world, batch_size):
+    """Decode this process's requests that are in no part, and write in parts what ends; tokens sampled."""
     from tqdm import tqdm
 
     from ads.decode.engine import generate
+    from ads.delta.arm_models import sampling_of
 
     folder = cfg.parts_dir / "traces"
     done = world.share(set(files.read_parts(folder)) if world.is_main else None)
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
     if len(mine) < len(requests) // world.size:
         print0(f"{len(done)} of {len(requests)} rows are there from an earlier run")
-    part_rows = min(PART_ROWS, batch_size)
+    has_graphs = cfg.cuda_graph is True  # auto: not before a GPU has run them
+    completions = generate(
+        models, sampling_of(cfg, models.shared_V), cfg.seed, mine, batch_size, forcing, has_graphs
+    )
+    progress = tqdm(total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2)
     rows, num_tokens, start, written = [], 0, time.time(), time.monotonic()
     try:
-        with tqdm(
-            total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2
-        ) as progress:
-            has_graphs = cfg.cuda_graph is True  # auto: not before a GPU has run them
-            rule = sampling_rule(cfg)
-            for completion in generate(models, rule, cfg.seed, mine, batch_size, forcing, has_graphs):
-                rows.append(to_row(completion))
-                num_tokens += len(completion.ids)
-                progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
-                progress.update()
-                if len(rows) >= part_rows or time.monotonic() - written > PART_SECONDS:
-                    files.write_part(folder, world.rank, rows)
-                    rows, written = [], time.monotonic()
+        for completion in completions:
+            rows.append(to_columns(completion))
+            num_tokens += len(completion.ids)
+            progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
+            progress.update()
+            if len(rows) >= min(PART_ROWS, batch_size) or time.monotonic() - written > PART_SECONDS:
+                files.write_part(folder, world.rank, rows)
+                rows, written = [], time.monotonic()
     finally:  # stopped, or another row failed: what is finished is kept
+        progress.close()
         if rows:
             files.write_part(folder, world.rank, rows)
     return num_tokens
@@ -373,6 +189,7 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
     Each process makes its share and writes it as a part.
     """
     from ads.delta import effects
+    from ads.delta.arm_models import sampling_of
 
     folder = cfg.parts_dir / "contrasts"
     done = files.read_parts(folder)
@@ -383,8 +200,9 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
     ]
     if mine:
         num_slots = len(mine) if cfg.batch_size == "auto" else min(cfg.batch_size, len(mine))
-        rule = sampling_rule(cfg)
-        found = effects.contrasts(models, rule, cfg.seed, tokenizer, mine, is_correct, num_slots)
+        found = effects.contrasts(
+            models, sampling_of(cfg, models.shared_V), cfg.seed, tokenizer, mine, is_correct, num_slots
+        )
         files.write_part(folder, world.rank, found)
     world.barrier()
     if world.is_main:
@@ -397,19 +215,15 @@ def is_correct(row, text):
     return grading.grade(text, row["solution"]).correct
 
 
-def one_step_test(cfg, rows, world):
+def one_step_test(cfg, table, world):
     """What a step of gradient descent on the traces does to the proxy's loss on the holdout traces."""
     from ads.delta import effects
-    from ads.delta.loss import make_sequences
+    from ads.delta.loss import load_sequences, make_sequences
     from ads.loading import load_model
     from ads.trials import try_batches
 
-    taught = take_subset(rows, cfg.one_step_samples, cfg.seed)
-    holdout = read_parquet(cfg.holdout_traces)
-    check_traces(cfg.holdout_traces, holdout, ids=("prompt_ids", "response_ids"))
-    taught, holdout = (make_sequences(part, cfg.max_length) for part in (taught, holdout))
-    if not holdout:
-        raise UserError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
+    taught = make_sequences(take_subset(table, cfg.one_step_samples, cfg.seed), cfg.max_length)
+    holdout, _ = load_sequences(cfg.holdout_traces, cfg.max_length)
     print0(f"loading {cfg.proxy_student} for the one-step test")
     proxy = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
     try_batches(proxy, max(len(s.ids) for s in taught + holdout))
@@ -419,7 +233,7 @@ def one_step_test(cfg, rows, world):
 def finish(cfg, inputs, stats, notes, seconds):
     """Registry, sidecar (last), and only then away with the parts."""
     entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(Path(cfg.exp_dir) / "metadata" / "trace_registry.jsonl", entry)
+    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "trace"), entry)
     outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
     write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
     shutil.rmtree(cfg.parts_dir)

@@ -1,5 +1,5 @@
-"""Print the sweep, a line of `tau lam eps [direction [direction_seed]]` per grid point (edit ARMS below, or
-name points on the command line or in a file).
+"""Print the sweep, a line of `tau lam eps [key=value ...]` per grid point (edit POINTS below,
+or name points on the command line or in a file).
 
 python grid.py                                   # the default grid
 python grid.py --shard 0/4                       # every fourth point, for one of four machines
@@ -8,54 +8,65 @@ python grid.py --file runs/x/matched.txt         # those that search.py found
 """
 
 import argparse
+import itertools
 import os
 import random
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ads.stage.settings import DIRECTIONS
+from ads.arms import DEFENCES
+from ads.stage.settings import GenConfig
 
 # The paper's models reach 70 % teacher accuracy on GSM8K at lam of about 0.03.
 EPS = "0"  # the exact derivative (docs/delta.md); above 0: central difference
-TEMPERATURE_ARM = [(f"{0.6 + 0.2 * i:.1f}", "0", "0") for i in range(13)]
-ADS_ARM = [("0.6", f"{0.003 * i:.3f}", EPS) for i in range(1, 21)]
-ARMS = TEMPERATURE_ARM + ADS_ARM
+TEMPERATURES = [(f"{0.6 + 0.2 * i:.1f}", "0", "0") for i in range(13)]
+STRENGTHS = [("0.6", f"{0.003 * i:.3f}", EPS) for i in range(1, 21)]
+POINTS = TEMPERATURES + STRENGTHS
+KEYS = frozenset(GenConfig.__annotations__)
+SET_BY_PIPELINE = (
+    "exp_dir",
+    "trace_name",
+    "data_split",
+    "teacher",
+    "tau",
+    "lam",
+    "eps",
+    "seed",
+    "is_teacher",
+)
 SHUFFLE_SEED = 42  # both arms fill up evenly, so that a sweep that is cut short can be plotted
 
 
-def main(arguments):
+def main(arguments: Sequence[str]) -> None:
     args = parse(arguments)
-    points = args.points or args.file or shuffled(ARMS)
+    points = args.points or args.file or shuffled(POINTS)
     index, count = args.shard
     for point in points[index::count]:
         print(*point)
 
 
-def parse(arguments):
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="i/n", help="part i of n, i from 0")
     named = parser.add_mutually_exclusive_group()
-    named.add_argument(
-        "--points",
-        type=point,
-        nargs="+",
-        metavar="tau,lam,eps[,direction[,direction_seed]]",
-        help="instead of the default grid",
-    )
+    words: dict[str, Any] = {"nargs": "+", "metavar": "tau,lam,eps[,key=value...]"}
+    named.add_argument("--points", type=point, **words, help="instead of the default grid")
     named.add_argument("--file", type=points_in, metavar="PATH", help="the same, one `tau lam eps` a line")
     return parser.parse_args(arguments)
 
 
-def shard(text):
+def shard(text: str) -> tuple[int, int]:
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r}: write i/n with 0 <= i < n")
     return int(index), int(count)
 
 
-def point(text):
+def point(text: str) -> tuple[str, ...]:
     values = tuple(text.split(","))
     try:
         tau, lam, eps = map(float, values[:3])
@@ -63,16 +74,34 @@ def point(text):
         raise argparse.ArgumentTypeError(f"{text!r}: write tau,lam,eps") from None
     if not (0 <= tau < float("inf") and abs(lam) < float("inf") and 0 <= eps < float("inf")):
         raise argparse.ArgumentTypeError(f"{text!r}: tau and eps must be at least 0, all three finite")
-    if values[3:] and values[3] not in DIRECTIONS:
-        raise argparse.ArgumentTypeError(f"{text!r}: the fourth must be one of {', '.join(DIRECTIONS)}")
-    if values[4:] and not (values[3] == "random" and values[4].isdecimal() and not values[5:]):
-        raise argparse.ArgumentTypeError(f"{text!r}: a fifth is the seed of a random direction, from 0")
-    return values
+    return (*values[:3], *map(checked, named(values[3:]), itertools.repeat(text)))
 
 
-def points_in(path):
+def named(words: Sequence[str]) -> tuple[str, ...]:
+    """The words as key=value; `random 1`, of earlier versions, is defence=random direction_seed=1."""
+    keys = ("defence", "direction_seed")
+    return tuple(
+        word if "=" in word else f"{key}={word}" for key, word in zip(keys, words, strict=False)
+    ) + tuple(words[2:])
+
+
+def checked(word: str, text: str) -> str:
+    """A word that gentraces.py can take and a file name can hold."""
+    key, equals, value = word.partition("=")
+    if not equals or key not in KEYS:
+        raise argparse.ArgumentTypeError(f"{text!r}: {word} is no key=value with a key of gentraces.py")
+    if key in SET_BY_PIPELINE:
+        raise argparse.ArgumentTypeError(f"{text!r}: {key} is set by the pipeline, for all points alike")
+    if key == "defence" and value not in DEFENCES:
+        raise argparse.ArgumentTypeError(f"{text!r}: the defence must be one of {', '.join(DEFENCES)}")
+    if not value or any(c in value for c in "/\\ \t"):
+        raise argparse.ArgumentTypeError(f"{text!r}: {word} becomes part of a file name: no blank, no slash")
+    return word
+
+
+def points_in(path: str) -> list[tuple[str, ...]]:
     """The points of a file, each once; its blank lines and # comments are left out."""
-    points = {}
+    points: dict[tuple[str, ...], None] = {}
     try:
         lines = Path(os.path.expanduser(path)).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -88,10 +117,10 @@ def points_in(path):
     return list(points)
 
 
-def shuffled(points):
-    points = list(points)
-    random.Random(SHUFFLE_SEED).shuffle(points)
-    return points
+def shuffled(points: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    found = list(points)
+    random.Random(SHUFFLE_SEED).shuffle(found)
+    return found
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ fail() {
 
 [[ -n "${EXP_DIR-unset}" ]] || fail "EXP_DIR is empty: give a folder, or unset it for the default one"
 EXP_DIR="${EXP_DIR:-runs/gsm8k}"
+# shellcheck disable=SC2088 # a tilde that the shell has not expanded
 case "$EXP_DIR" in
   -*) EXP_DIR="./$EXP_DIR" ;; # no option of some command
-  "~" | "~/"*) EXP_DIR="$HOME${EXP_DIR#"~"}" ;;
-  "~"*) fail "EXP_DIR='$EXP_DIR': write that home folder out, or ./$EXP_DIR for what is named so" ;;
+  \~ | \~/*) EXP_DIR="$HOME${EXP_DIR#\~}" ;;
+  \~*) fail "EXP_DIR='$EXP_DIR': write that home folder out, or ./$EXP_DIR for what is named so" ;;
 esac
 DATASET="${DATASET:-gsm8k}"
 SEED="${SEED:-42}"
@@ -53,10 +54,11 @@ trap 'stop 143' TERM
 trap 'stop 129' HUP
 
 # stop CODE: end what runs in the background, which the terminal's Ctrl-C does not reach, and leave.
+# shellcheck disable=SC2329 # the traps call it
 stop() {
   trap '' INT TERM HUP
-  local attempt running
-  for attempt in 1 2 3 4 5; do # one that has just been started may miss the first
+  local running
+  for _ in 1 2 3 4 5; do # one that has just been started may miss the first
     running="$(jobs -pr)"
     [[ -n "$running" ]] || break
     # shellcheck disable=SC2086 # one word per process
@@ -106,7 +108,7 @@ choose_processes() {
 count_gpus() {
   num_gpus=0
   if [[ "$may_have_gpus" == 1 || "${NPROC:-1}" != 1 ]]; then
-    num_gpus="$(in_python world.num_gpus)" || exit 2
+    num_gpus="$(in_python machine.num_gpus)" || exit 2
   fi
   [[ "$num_gpus" != 0 ]] || require_processes
   NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}"
@@ -150,7 +152,7 @@ choose_commits() {
 
 # in_python FUNCTION WORDS...: one of ads/stage/; what it gives is printed.
 in_python() {
-  PYTHONPATH="$here" python -c "import utils; from ads.stage import hub, inputs, world
+  PYTHONPATH="$here" python -c "import utils; from ads.stage import hub, inputs, machine
 utils.run_script(lambda words: (found := $1(*words)) is None or print(found))" "${@:2}"
 }
 
@@ -190,7 +192,7 @@ run_grid() {
     trap 'rm -rf "$taken"' EXIT
     if [[ "$JOBS" -gt 1 && -z "${OMP_NUM_THREADS:-}" ]]; then # threads beyond the CPUs wait for one another
       local num_cpus
-      num_cpus="$(cd "$here" && python -c 'import utils; print(utils.num_cpus())')"
+      num_cpus="$(cd "$here" && python -c 'from ads.stage.machine import num_cpus; print(num_cpus())')"
       export OMP_NUM_THREADS=$((num_cpus > JOBS ? num_cpus / JOBS : 1))
     fi
     while [[ ${#workers[@]} -lt $((JOBS - 1)) ]]; do
@@ -205,9 +207,8 @@ run_grid() {
 run_points() {
   trap 'stop 143' TERM # a worker in the background starts without
   point_number=0
-  while read -r tau lam eps direction direction_seed; do
+  while read_point; do
     point_number=$((point_number + 1))
-    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
     ran=0
     [[ "$dry_run" == 1 ]] || mkdir "$taken/$point_number" 2>/dev/null || continue
     if ! run_point; then
@@ -217,16 +218,29 @@ run_points() {
   done <<<"$grid"
 }
 
-# A mistake in the settings of a late stage is better found before the hours of the early ones.
+# read_point: the next line of the grid, and the name that its stages are given.
+read_point() {
+  local word
+  more=()
+  read -r tau lam eps word || return
+  [[ -z "$word" ]] || read -r -a more <<<"$word"
+  point="tau${tau}_lam${lam}_eps${eps}"
+  for word in ${more[@]+"${more[@]}"}; do
+    word="${word#defence=}"
+    point+="_${word#direction_seed=}"
+  done
+}
+
+# A mistake in the settings of a late stage is better found before the hours of the early ones: each stage is asked
+# whether it is done, which refuses wrong settings. A point of the grid that is wrong in itself does not stop the
+# others: the settings of training traces are checked at a point that is right.
 check_settings() {
-  [[ "$dry_run" == 1 ]] || (
-    dry_run=1 checking=1
-    read -r tau lam eps direction direction_seed <<<"$grid"
-    point="tau${tau}_lam${lam}_eps${eps}${direction:+_$direction}${direction_seed:+_$direction_seed}"
-    run_shared_stages && distil_student || exit
-    tau=0 lam=0 eps=0 direction="" direction_seed="" point=settings # a point that is wrong in itself does not stop the others
-    sample_training_traces
-  ) >/dev/null || exit 2
+  [[ "$dry_run" == 0 ]] || return 0
+  local dry_run=1 checking=1 tau lam eps more point
+  {
+    read_point <<<"$grid" && run_shared_stages && distil_student &&
+      tau=0 lam=0 eps=0 more=() point=settings && sample_training_traces
+  } >/dev/null || exit 2
 }
 
 # Stage 1: clean holdout traces. Stage 2: the proxy's gradient on them. Then the student before distillation.
@@ -281,8 +295,8 @@ run_point() {
 }
 
 sample_training_traces() {
-  teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps" "direction=${direction:-gradient}"
-    ${direction_seed:+"direction_seed=$direction_seed"} "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
+  teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps"
+    ${more[@]+"${more[@]}"} "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
   want_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
     "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"}
 }
@@ -294,14 +308,15 @@ distil_student() {
 }
 
 # want_stage NAME SCRIPT key=value...: skip the stage if its sidecar says that it is done with these settings, refuse
-# if it was done with others, else put it among those that run_wanted runs.
+# if it was done with others, else put it among those that run_wanted runs. --check tells that by its exit code, and
+# says what else there is to know: that code has changed since, or what a stage waits for.
 want_stage() {
-  local name="$1" script="$2" status=0
+  local name="$1" script="$2" status=0 check
   shift 2
   local command=("${launch[@]}" "$here/$script" "$@")
   check="$(RANK=0 WORLD_SIZE="$NPROC" python "$here/$script" "$@" --check)" || status=$?
   if [[ "$status" == 0 ]]; then
-    echo "done    $name${check##*nothing to do}" # where the code has changed since, that is said
+    echo "done    $name${check:+ $check}"
     return 0
   elif [[ "$status" != 3 ]]; then # bad settings, or done with others, or changed since
     [[ "$dry_run" == 1 && -z "${checking:-}" ]] || return "$status"
@@ -398,4 +413,4 @@ finish_experiment() {
   exit "$status"
 }
 
-main "$@"; exit # on one line: bash has then read the whole file, which may be edited while this runs
+main "$@" # which exits: bash has read the whole file by now, and it may be edited while this runs

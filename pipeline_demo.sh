@@ -34,7 +34,7 @@ demo_dir="${EXP_DIR-runs/demo}" first="${SEED:-1}" status=0
 }
 # shellcheck source=setup.sh
 source "$here/setup.sh" ""
-export JOBS="${JOBS:-$(cd "$here" && python -c 'import utils; print(utils.num_cpus())')}"
+export JOBS="${JOBS:-$(cd "$here" && python -c 'from ads.stage.machine import num_cpus; print(num_cpus())')}"
 folders=()
 for ((seed = first; seed < first + SEEDS; seed++)); do
   folder="$demo_dir"

@@ -13,7 +13,6 @@ from pathlib import Path
 import utils
 from ads import chat
 from ads.data.problems import take_subset
-from ads.data.tables import check_traces, read_parquet
 from ads.stage import files
 from ads.stage.config import to_dict
 from ads.stage.errors import UserError
@@ -41,28 +40,18 @@ def fingerprint_inputs(cfg):
 
 
 def compute_gradient(cfg, inputs, world):
-    import torch
-
-    from ads.cpu.memory import keep_freed_memory
-    from ads.decode import memory_plan
+    from ads import cpu
     from ads.delta import gradient
-    from ads.loading import load_model, recomputed
-    from ads.trials import try_batches
+    from ads.delta.loss import load_sequences
+    from ads.loading import recomputed
 
     start = time.time()
-    keep_freed_memory(world.device)
-    sequences, num_left_out = load_sequences(cfg)
-    vocabulary = check_vocabulary(cfg)
-    memory_plan.check_gradient(cfg, sequences, memory_plan.room(world.device))
-    print0(f"loading {cfg.proxy_student}")
-    model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
-    num_rows = model.get_input_embeddings().weight.shape[0]
-    check_ids(sequences, num_rows, cfg)
-    try_batches(model, max(len(s.ids) for s in sequences), getattr(torch, cfg.dtype))
-
+    cpu.keep_freed_memory(world.device)
+    sequences, num_left_out = load_sequences(cfg.holdout_traces, cfg.max_length, cfg.max_samples, cfg.seed)
+    differing = differing_tokens(cfg)
+    model = load_proxy(cfg, sequences, world)
     with recomputed(model, cfg.gradient_checkpointing):
         loss, half = accumulate(cfg, model, sequences, world)
-    seconds = {"gradient": time.time() - start}
     norms = gradient.norms(model)
     stats = {
         "n": len(sequences),
@@ -71,47 +60,78 @@ def compute_gradient(cfg, inputs, world):
         "grad_norm": round(gradient.total_norm(norms), 6),
         "num_response_tokens": sum(len(s.ids) - s.num_prompt_tokens for s in sequences),
     }
-    if world.is_main:
-        compressed, energy = compress(cfg, model, norms, seconds)
-        found = diagnose(cfg, model, compressed, half, sequences, seconds)
-        more = {
-            "energy": energy,
-            "diagnostics": found,
-            "seconds_of": {k: round(v, 2) for k, v in seconds.items()},
-        }
-        save(cfg, inputs, compressed, stats, norms, vocabulary, time.time() - start, more)
+    if not world.is_main:
+        return
+    ends = [start, time.time()]
+    compressed, energy = compress(cfg, model, norms)
+    ends.append(time.time())
+    found = diagnose(cfg, model, compressed, half, sequences)
+    ends += [time.time()] if found else []
+    spans = zip(("gradient", "compression", "diagnostics"), ends, ends[1:], strict=False)
+    more = {
+        "differing_tokens": [list(entry) for entry in differing],
+        "norms": {name: float(f"{norm:.6g}") for name, norm in norms.items()},
+        "energy": energy,
+        "diagnostics": found,
+        "seconds_of": {name: round(after - before, 2) for name, before, after in spans},
+    }
+    save(cfg, inputs, compressed, stats, time.time() - start, more)
+
+
+def load_proxy(cfg, sequences, world):
+    """The proxy in float32, tried out; what cannot be differentiated on the sequences is refused."""
+    import torch
+
+    from ads.decode import memory_plan
+    from ads.loading import load_model
+    from ads.trials import try_batches
+
+    memory_plan.check_gradient(cfg, sequences, memory_plan.room(world.device))
+    print0(f"loading {cfg.proxy_student}")
+    model = load_model(cfg.proxy_student, "float32", world.device, cfg.attn_implementation)
+    largest, num_rows = max(max(s.ids) for s in sequences), model.get_input_embeddings().weight.shape[0]
+    if largest >= num_rows:
+        raise UserError(
+            f"{cfg.holdout_traces} has token id {largest}, {cfg.proxy_student} only {num_rows} embedding rows"
+        )
+    try_batches(model, max(len(s.ids) for s in sequences), getattr(torch, cfg.dtype))
+    return model
 
 
 def accumulate(cfg, model, sequences, world):
-    """(mean loss, half): the mean gradient is left in the parameters' .grad.
+    """Leave the mean gradient g in the parameters' .grad; returns (mean loss, half).
 
-    half is the compressed share of every other sequence, for the diagnostics; None where they are off.
+    The diagnostics ask how far g depends on the data. For them every other sequence goes first, and `half` is
+    what these have added to g by then, compressed. Without diagnostics, or with one sequence, it is None.
     """
     from ads.delta import gradient
 
-    step = 2 if cfg.num_diagnosed and len(sequences) >= 2 else 1
-    loss, half = 0.0, None
-    for first in range(step):
-        if first:
-            gradient.finite_norms(model)  # no factors of what is not finite
-            half = gradient.compress(model, cfg.grad_rank or 16, cfg.seed, is_share=True)
-        mine = sequences[first::step][world.rank :: world.size]  # the same halves for any number of processes
-        loss += gradient.add_gradient_(
-            model, mine, len(sequences), cfg.batch_size, progress_bar, cfg.batch_tokens, cfg.dtype
-        )
+    has_halves = cfg.num_diagnosed and len(sequences) >= 2
+    first, rest = (sequences[::2], sequences[1::2]) if has_halves else (sequences, [])
+    loss, half = add_share(cfg, model, first, len(sequences), world), None
+    if has_halves:
+        gradient.finite_norms(model)  # no factors of what is not finite
+        half = gradient.compress(model, cfg.grad_rank or 16, cfg.seed, is_share=True)
+        loss += add_share(cfg, model, rest, len(sequences), world)
     if world.size > 1:
         gradient.all_reduce_(model)
     return world.sum(loss), half
 
 
-def compress(cfg, model, norms, seconds):
+def add_share(cfg, model, sequences, num_total, world):
+    """Add what this process's share of some sequences contributes to g; returns that to the mean loss."""
+    from ads.delta import gradient
+
+    mine, bar = sequences[world.rank :: world.size], progress_bar
+    return gradient.add_gradient_(model, mine, num_total, cfg.batch_size, bar, cfg.batch_tokens, cfg.dtype)
+
+
+def compress(cfg, model, norms):
     """(gradients as they are stored, {parameter name: share of the squared norm kept})."""
     from ads.delta import gradient
     from ads.dual.factors import square_norm
 
-    start = time.time()
     compressed = gradient.compress(model, cfg.grad_rank, cfg.seed)
-    seconds["compression"] = time.time() - start
     kept = {name: square_norm(g) for name, g in compressed.items()}
     energy = {name: round(kept[name] / norm**2, 5) if norm else 1.0 for name, norm in norms.items()}
     energy["all"] = round(sum(kept.values()) / gradient.total_norm(norms) ** 2, 5)
@@ -119,35 +139,20 @@ def compress(cfg, model, norms, seconds):
     return compressed, energy
 
 
-def diagnose(cfg, model, compressed, half, sequences, seconds):
+def diagnose(cfg, model, compressed, half, sequences):
     """Delta's agreement with the exact one, printed; None where it is switched off or does not work."""
     from ads.delta import agreement, agreement_table
 
     if not cfg.num_diagnosed:
         return None
-    start = time.time()
     chosen = take_subset(sequences, cfg.num_diagnosed, cfg.seed)
     try:
         found = agreement.diagnose(cfg, model, compressed, half, chosen)
     except (ValueError, RuntimeError) as error:  # not covered, too little memory: g is worth keeping
         print0(f"WARNING: no diagnostics: {' '.join(str(error).split())[:300]}")
         return None
-    seconds["diagnostics"] = time.time() - start
     print0(*agreement_table.table(found, cfg.eps), sep="\n")
     return found
-
-
-def load_sequences(cfg):
-    """(holdout sequences, how many had no room for a response token within max_length)."""
-    from ads.delta.loss import make_sequences
-
-    rows = read_parquet(Path(cfg.holdout_traces))
-    check_traces(cfg.holdout_traces, rows, ids=("prompt_ids", "response_ids"))
-    rows = take_subset(rows, cfg.max_samples, cfg.seed)
-    kept = make_sequences(rows, cfg.max_length)
-    if not kept:
-        raise UserError(f"{cfg.holdout_traces}: no response token within max_length={cfg.max_length}")
-    return kept, len(rows) - len(kept)
 
 
 def traces_tokenizer(cfg):
@@ -160,19 +165,11 @@ def traces_tokenizer(cfg):
     return name
 
 
-def check_vocabulary(cfg):
-    """The traces' token ids must mean the same to the proxy; returns the added tokens that differ."""
+def differing_tokens(cfg):
+    """The added tokens that differ between traces and proxy; UserError where ordinary ones do."""
     ours = chat.load_tokenizer(traces_tokenizer(cfg), need_chat_template=False)
     theirs = chat.load_tokenizer(cfg.proxy_student, need_chat_template=False)
     return chat.match_vocabularies(ours, theirs).differing
-
-
-def check_ids(sequences, num_rows, cfg):
-    largest = max(max(s.ids) for s in sequences)
-    if largest >= num_rows:
-        raise UserError(
-            f"{cfg.holdout_traces} has token id {largest}, {cfg.proxy_student} only {num_rows} embedding rows"
-        )
 
 
 def progress_bar(batches):
@@ -181,7 +178,7 @@ def progress_bar(batches):
     return tqdm(batches, desc="gradient", unit="batch", disable=not is_main_process(), mininterval=2)
 
 
-def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
+def save(cfg, inputs, compressed, stats, seconds, more):
     """The gradient with what it belongs to inside it, then the sidecar."""
     from ads.delta import gradient_file
 
@@ -194,18 +191,8 @@ def save(cfg, inputs, compressed, stats, norms, vocabulary, seconds, more):
         **stats,
     }
     gradient_file.save(cfg.grad_path, compressed, metadata)
-    write_sidecar(
-        cfg.sidecar_path,
-        to_dict(cfg),
-        inputs,
-        stats,
-        seconds,
-        [cfg.grad_path],
-        loss_weighting=LOSS_WEIGHTING,
-        differing_tokens=[list(entry) for entry in vocabulary],
-        norms={name: float(f"{norm:.6g}") for name, norm in norms.items()},
-        **more,
-    )
+    more = {"loss_weighting": LOSS_WEIGHTING, **more}
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, [cfg.grad_path], **more)
     print_result(grad_path=str(cfg.grad_path), sidecar=str(cfg.sidecar_path), **stats)
 
 

@@ -16,11 +16,11 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import gentraces
 import utils
-from ads.stage import files, hub
+from ads.arms import BY_NAME
+from ads.data.traces import fingerprint_inputs
+from ads.stage import files, hub, layout
 from ads.stage.config import ignored_keys, load_config, to_dict
 from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig, SearchConfig
@@ -30,8 +30,7 @@ from utils import ROOT, print_result
 
 NARROW = 0.05  # width of a bracket, relative to its upper end, that is not searched further
 ROUNDING = 1e-9  # 0.71 - 0.70 is above 0.01
-DIRECTION_OF_ARM = {"ads": "gradient", "random": "random", "permuted": "permuted"}
-SET_BY_SEARCH = ("exp_dir", "trace_name", "data_split", "max_samples", "tau", "lam", "direction")
+SET_BY_SEARCH = ("exp_dir", "trace_name", "data_split", "max_samples", "tau", "lam", "defence")
 
 HIT = "hit"
 NEAREST = "nearest"
@@ -45,6 +44,54 @@ REMEDIES = {
 }
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The values of x, lam or tau, along which accuracy falls: where the search begins, its first step from
+    there, and the last value."""
+
+    least: float
+    start: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings of one evaluation, as they will stand in the grid."""
+
+    tau: str
+    lam: str
+    defence: str
+
+    @property
+    def name(self):
+        control = "" if self.defence == "ads" else f"_{self.defence}"
+        return f"search_tau{self.tau}_lam{self.lam}{control}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Accuracy of the teacher at one value, with its 95 % interval, on n problems."""
+
+    accuracy: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self):
+        return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}], n {self.n}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search of an arm found for one target: the nearest value, and whether that will do."""
+
+    arm: str
+    target: float
+    x: float
+    measured: Measured
+    outcome: str
+
+
 def main(arguments):
     cfg, words = parse(arguments)
     hub.read_commits(stages_dir(cfg))
@@ -52,13 +99,13 @@ def main(arguments):
     utils.prepare_exp_dir(cfg.exp_dir)
     hub.record_commits(stages_dir(cfg))
     with files.stage_lock(cfg.exp_dir, f"search-{cfg.output}"):
-        matches = [match for arm in cfg.arm_names for match in search_arm(arm, cfg, words)]
-        lines = [line for match in matches for line in match_lines(match, cfg, words)]
-        header = [f"# {shlex.join(['search.py', *arguments])}", "# tau lam eps [direction]"]
+        results = [found for arm in cfg.arm_names for found in search_arm(arm, cfg, words)]
+        lines = [line for found in results for line in grid_lines(found, cfg, words)]
+        header = [f"# {shlex.join(['search.py', *arguments])}", "# tau lam eps [key=value ...]"]
         files.write_text(cfg.output_path, "\n".join([*header, *lines, ""]))
     print0(*lines, sep="\n")
-    print_result(output=str(cfg.output_path), matches=[match_record(match, cfg) for match in matches])
-    if any(match.outcome in REMEDIES for match in matches):
+    print_result(output=str(cfg.output_path), matches=[describe(found, cfg) for found in results])
+    if any(found.outcome in REMEDIES for found in results):
         sys.exit(1)
 
 
@@ -80,66 +127,37 @@ def check_stages(cfg, words):
     if shutil.which(launcher(cfg)[0]) is None:
         raise UserError(f"launch={cfg.launch!r}: there is no command {launcher(cfg)[0]!r}")
     for arm in cfg.arm_names:
-        stage = stage_config(make_point(arm, limits_of(arm, cfg).start, cfg), cfg, words)
+        stage = stage_config(make_trial(arm, limits_of(arm, cfg).start, cfg), cfg, words)
         if cfg.rule == "af" and not stage.answer_force:
             raise UserError("rule=af: needs answer_force=true, or choose rule=raw")
-        gentraces.fingerprint_inputs(stage)
+        fingerprint_inputs(stage)
 
 
-# The search for one value x, lam or tau, along which the accuracy falls
+def search_arm(arm, cfg, words):
+    """What was Found for each target, highest first."""
+    measured, limits = {}, limits_of(arm, cfg)
+    evaluate = functools.partial(evaluate_stage, arm, cfg, words)
+    return [find_value(arm, target, limits, cfg, measured, evaluate) for target in cfg.target_values]
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The values of x: where it begins, the first step from there, and the last value."""
-
-    least: float
-    start: float
-    most: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Accuracy of the teacher at one value, with its 95 % interval, on n problems."""
-
-    accuracy: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self):
-        return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}], n {self.n}"
-
-
-@dataclass(frozen=True)
-class Match:
-    """What the search of an arm found for one target: the nearest value, and whether that will do."""
-
-    arm: str
-    target: float
-    x: float
-    measured: Measured
-    outcome: str
-
-
-def find_match(arm, target, limits, cfg, pool, evaluate):
-    """The Match of one target; `pool` ({x: Measured}) grows by at most cfg.max_evaluations."""
+def find_value(arm, target, limits, cfg, measured, evaluate):
+    """What is Found for one target; `measured` ({x: Measured}) grows by at most cfg.max_evaluations."""
     num_left = cfg.max_evaluations
-    while num_left and not judge(target, limits, cfg.tolerance, pool):
-        x = propose(target, limits, pool)
-        pool[x] = evaluate(x)
+    while num_left and not judge(target, limits, cfg.tolerance, measured):
+        x = propose(target, limits, measured)
+        measured[x] = evaluate(x)
         num_left -= 1
-    x = nearest(target, pool)
-    return Match(arm, target, x, pool[x], judge(target, limits, cfg.tolerance, pool) or UNFINISHED)
+    x = nearest(target, measured)
+    return Found(arm, target, x, measured[x], judge(target, limits, cfg.tolerance, measured) or UNFINISHED)
 
 
-def judge(target, limits, tolerance, pool):
+def judge(target, limits, tolerance, measured):
     """The outcome of the search for one target; None while another evaluation is needed."""
-    if not pool:
+    if not measured:
         return None
-    if abs(pool[nearest(target, pool)].accuracy - target) <= tolerance + ROUNDING:
+    if abs(measured[nearest(target, measured)].accuracy - target) <= tolerance + ROUNDING:
         return HIT
-    low, high = bracket(target, pool)
+    low, high = bracket(target, measured)
     if low is None:
         return TOO_HIGH
     if high is None:
@@ -147,25 +165,25 @@ def judge(target, limits, tolerance, pool):
     return NEAREST if high - low <= NARROW * high else None
 
 
-def nearest(target, pool):
-    return min(pool, key=lambda x: (abs(pool[x].accuracy - target), x))
+def nearest(target, measured):
+    return min(measured, key=lambda x: (abs(measured[x].accuracy - target), x))
 
 
-def bracket(target, pool):
+def bracket(target, measured):
     """(low, high): the first x whose accuracy is below the target, and the one before it; None for none."""
-    high = min((x for x in pool if pool[x].accuracy < target), default=None)
-    low = max((x for x in pool if high is None or x < high), default=None)
+    high = min((x for x in measured if measured[x].accuracy < target), default=None)
+    low = max((x for x in measured if high is None or x < high), default=None)
     return low, high
 
 
-def propose(target, limits, pool):
+def propose(target, limits, measured):
     """The next x: doubled until it brackets the target, then interpolated, well inside the bracket."""
-    if not pool:
+    if not measured:
         return limits.least
-    low, high = bracket(target, pool)
+    low, high = bracket(target, measured)
     if high is None:
         return min(limits.most, limits.start if low < limits.start else three_digits(2 * low))
-    above, below = pool[low].accuracy, pool[high].accuracy
+    above, below = measured[low].accuracy, measured[high].accuracy
     share = min(max((above - target) / (above - below), 0.25), 0.75)
     return three_digits(low + share * (high - low))
 
@@ -174,91 +192,64 @@ def three_digits(x):
     return float(f"{x:.3g}")
 
 
-# Its evaluations
-
-
-@dataclass(frozen=True)
-class Point:
-    """Settings of one evaluation, as they will stand in the grid."""
-
-    tau: str
-    lam: str
-    direction: str
-
-    @property
-    def name(self):
-        control = "" if self.direction == "gradient" else f"_{self.direction}"
-        return f"search_tau{self.tau}_lam{self.lam}{control}"
-
-
 def limits_of(arm, cfg):
-    if arm == "temperature":
+    if BY_NAME[arm].knob == "tau":
         return Limits(cfg.tau, cfg.tau_start, cfg.tau_max)
     return Limits(0.0, cfg.lam_start, cfg.lam_max)
 
 
-def make_point(arm, x, cfg):
-    """Where x is at its least this is one point for all arms."""
-    if arm == "temperature":
-        return Point(f"{x:.12g}", "0", "gradient")
-    return Point(f"{cfg.tau:.12g}", f"{x:.12g}", DIRECTION_OF_ARM[arm] if x else "gradient")
-
-
-def search_arm(arm, cfg, words):
-    """The Match of each target, highest first."""
-    pool, limits = {}, limits_of(arm, cfg)
-    evaluate = functools.partial(evaluate_stage, arm, cfg, words)
-    return [find_match(arm, target, limits, cfg, pool, evaluate) for target in cfg.target_values]
+def make_trial(arm, x, cfg):
+    """Where x is at its least this is one trial for all arms."""
+    if BY_NAME[arm].knob == "tau":
+        return Trial(f"{x:.12g}", "0", "ads")
+    return Trial(f"{cfg.tau:.12g}", f"{x:.12g}", BY_NAME[arm].defence if x else "ads")
 
 
 def evaluate_stage(arm, cfg, words, x):
     """The accuracy at x, from the sidecar of its stage, which is run where it is not done."""
-    point = make_point(arm, x, cfg)
-    stage = stage_config(point, cfg, words)
-    inputs = gentraces.fingerprint_inputs(stage)
-    if not is_finished(stage.sidecar_path, to_dict(stage), inputs, ignored_keys(stage)):
-        run_stage(point, cfg, words)
+    trial = make_trial(arm, x, cfg)
+    stage = stage_config(trial, cfg, words)
+    if not is_finished(stage.sidecar_path, to_dict(stage), fingerprint_inputs(stage), ignored_keys(stage)):
+        run_stage(trial, cfg, words)
     stats = files.read_yaml(stage.sidecar_path)["stats"]
-    accuracy = stats[cfg.rule]
-    measured = Measured(accuracy["accuracy"], accuracy["low"], accuracy["high"], stats["n"])
-    print0(f"{point.name}: {cfg.rule} {measured}")
+    measured = Measured(*(stats[cfg.rule][key] for key in ("accuracy", "low", "high")), stats["n"])
+    print0(f"{trial.name}: {cfg.rule} {measured}")
     return measured
 
 
-def stage_config(point, cfg, words):
-    return load_config(GenConfig, ROOT / "gen_config.yaml", stage_words(point, cfg, words))
+def stage_config(trial, cfg, words):
+    return load_config(GenConfig, ROOT / "gen_config.yaml", stage_words(trial, cfg, words))
 
 
 def stages_dir(cfg):
     """A folder of their own: the report would take the evaluations for points of the experiment."""
-    return f"{cfg.exp_dir}/search"
+    return layout.path_of("search", cfg.exp_dir)
 
 
-def stage_words(point, cfg, words):
+def stage_words(trial, cfg, words):
     """The arguments of gentraces.py; the user's come first, as the first may name a YAML file."""
     max_samples = "null" if cfg.max_samples is None else cfg.max_samples
-    ours = (f"exp_dir={stages_dir(cfg)}", f"trace_name={point.name}", f"data_split={cfg.data_split}")
-    settings = (f"max_samples={max_samples}", f"tau={point.tau}", f"lam={point.lam}")
-    return [*words, *ours, *settings, f"direction={point.direction}"]
+    ours = (f"exp_dir={stages_dir(cfg)}", f"trace_name={trial.name}", f"data_split={cfg.data_split}")
+    settings = (f"max_samples={max_samples}", f"tau={trial.tau}", f"lam={trial.lam}")
+    return [*words, *ours, *settings, f"defence={trial.defence}"]
 
 
 def launcher(cfg):
     return cfg.launch.split() if cfg.launch else [sys.executable]
 
 
-def run_stage(point, cfg, words):
+def run_stage(trial, cfg, words):
     """Run gentraces.py; exits with its exit code, by the shell's count, where that is not 0."""
-    command = [*launcher(cfg), str(ROOT / "gentraces.py"), *stage_words(point, cfg, words)]
-    log = Path(cfg.exp_dir) / "search" / "logs" / f"{point.name}.log"
+    command = [*launcher(cfg), str(ROOT / "gentraces.py"), *stage_words(trial, cfg, words)]
+    log = layout.path_of("log", stages_dir(cfg), trial.name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    print0(f"run     {point.name} ({time.strftime('%F %T')}, log {log}): {shlex.join(command)}")
+    print0(f"run     {trial.name} ({time.strftime('%F %T')}, log {log}): {shlex.join(command)}")
     with log.open("a", encoding="utf-8") as file:
-        status = wait_for(
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-        )
+        output = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        status = wait_for(subprocess.Popen(command, **output))
     if status:
         status = status if status > 0 else 128 - status
-        print(f"error: {point.name} ended with exit code {status}: see {log}", file=sys.stderr, flush=True)
+        print(f"error: {trial.name} ended with exit code {status}: see {log}", file=sys.stderr, flush=True)
         sys.exit(status)
 
 
@@ -272,27 +263,24 @@ def wait_for(process):
         raise
 
 
-# What it found
+def grid_lines(found, cfg, words):
+    """Lines of the output for one target: a comment, and the grid's line where there is one."""
+    trial = make_trial(found.arm, found.x, cfg)
+    place = f"tau {trial.tau} lam {trial.lam}"
+    accuracy = f"{cfg.rule} {found.measured}"
+    comment = f"# {found.arm}, target {found.target:g}: {found.outcome}"
+    if found.outcome in REMEDIES:
+        return [f"{comment} (best: {accuracy} at {place}); {REMEDIES[found.outcome]}"]
+    eps = f"{stage_config(trial, cfg, words).eps:g}" if float(trial.lam) else "0"
+    line = [trial.tau, trial.lam, eps, *([] if trial.defence == "ads" else [f"defence={trial.defence}"])]
+    return [f"{comment}, {accuracy} on {cfg.data_split}", " ".join(line)]
 
 
-def match_lines(match, cfg, words):
-    """Lines of the output for one target: a comment, and the point where there is one."""
-    point = make_point(match.arm, match.x, cfg)
-    place = f"tau {point.tau} lam {point.lam}"
-    found = f"{cfg.rule} {match.measured}"
-    comment = f"# {match.arm}, target {match.target:g}: {match.outcome}"
-    if match.outcome in REMEDIES:
-        return [f"{comment} (best: {found} at {place}); {REMEDIES[match.outcome]}"]
-    eps = f"{stage_config(point, cfg, words).eps:g}" if match.x and match.arm != "temperature" else "0"
-    line = [point.tau, point.lam, eps, *([] if point.direction == "gradient" else [point.direction])]
-    return [f"{comment}, {found} on {cfg.data_split}", " ".join(line)]
-
-
-def match_record(match, cfg):
+def describe(found, cfg):
     """What the result line says of one target."""
-    point = make_point(match.arm, match.x, cfg)
-    settings = {"arm": match.arm, "target": match.target, "tau": float(point.tau), "lam": float(point.lam)}
-    return {**settings, **vars(match.measured), "outcome": match.outcome}
+    trial = make_trial(found.arm, found.x, cfg)
+    settings = {"arm": found.arm, "target": found.target, "tau": float(trial.tau), "lam": float(trial.lam)}
+    return {**settings, **vars(found.measured), "outcome": found.outcome}
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The one environment step: `source setup.sh [EXTRAS]` (EXTRAS of pyproject.toml, such as test or flash,test).
 # Uses the active virtual environment, else .venv, else makes .venv, and puts it first on PATH; installs the project
 # with constraints.txt; does nothing when that has been done for these very files. An environment that uv made, or one
@@ -80,4 +81,5 @@ choose_installer() {
   fi
 }
 
-setup_environment "$@" || { echo "setup.sh: the environment could not be made" >&2; return 2 2>/dev/null || exit 2; }
+# The last command's exit code is that of `source`, and of `bash setup.sh`.
+setup_environment "$@" || { echo "setup.sh: the environment could not be made" >&2; (exit 2); }

@@ -1,4 +1,4 @@
-"""What every script needs: datasets and their splits, start-up (ranks, device), one-line errors, printing."""
+"""What every script needs: beginning and running its stage, exit codes and one-line errors, its result."""
 
 import contextlib
 import errno
@@ -6,24 +6,24 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from ads.stage import errors, files, hub
+from ads.stage import errors, files, hub, signals
 from ads.stage.config import ignored_keys, load_config, native_setting, to_dict
 from ads.stage.errors import UserError
 from ads.stage.inputs import check_not_deleted
 from ads.stage.sidecar import is_finished, made_at_unknown_commits, made_by_other_code
 from ads.stage.world import (
-    STOPPING,
+    World,
     check_launcher,
     is_main_process,
     leave_world,
     print0,
     start_world,
-    stop,
     world_size,
 )
 
@@ -31,7 +31,12 @@ ROOT = Path(__file__).resolve().parent
 NOT_DONE = 3  # exit code of --check for a stage that is still to be done
 
 
-def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
+def begin_stage(
+    config_class: type[Any],
+    default_yaml: str,
+    fingerprint_inputs: Callable[[Any], dict[str, Any]],
+    arguments: list[str],
+) -> tuple[Any, dict[str, Any]]:
     """(config, input fingerprints) of a stage that is still to be done, its folder made.
 
     Exits with 0 when the stage is done already; with --check among the arguments, with NOT_DONE when it is
@@ -52,7 +57,7 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
         if os.environ.get("HUB_RECORD") and is_main_process():
             hub.record_commits(cfg.exp_dir)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
-    if (only_check or world_size() == 1) and is_stage_finished(cfg, inputs):
+    if (only_check or world_size() == 1) and is_stage_finished(cfg, inputs, only_check):
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
@@ -63,21 +68,24 @@ def begin_stage(config_class, default_yaml, fingerprint_inputs, arguments):
     return cfg, inputs
 
 
-def is_stage_finished(cfg, inputs):
-    """Whether the stage is done with these settings and inputs; clears away what a kill left."""
+def is_stage_finished(cfg: Any, inputs: dict[str, Any], only_check: bool = False) -> bool:
+    """Whether the stage is done with these settings and inputs, which is said; clears away what a kill left.
+
+    only_check: the exit code tells that, and nothing is said but what there is to know besides.
+    """
     if not is_finished(cfg.sidecar_path, to_dict(cfg), inputs, ignored_keys(cfg)):
         check_not_deleted(inputs)
         return False
-    notes = made_at_unknown_commits(cfg.sidecar_path, inputs)
-    notes += made_by_other_code(cfg.sidecar_path)
-    print0(f"{cfg.sidecar_path} is there: nothing to do{notes}")
+    notes = made_at_unknown_commits(cfg.sidecar_path, inputs) + made_by_other_code(cfg.sidecar_path)
+    if notes or not only_check:
+        print0(notes.strip() if only_check else f"{cfg.sidecar_path} is there: nothing to do{notes}")
     if is_main_process():
         for path in cfg.leftovers:
             shutil.rmtree(path, ignore_errors=True)
     return True
 
 
-def run_stage(cfg, inputs, make):
+def run_stage(cfg: Any, inputs: dict[str, Any], make: Callable[[Any, dict[str, Any], World], None]) -> None:
     """make(cfg, inputs, world) with all processes joined and the stage's lock held by the main one.
 
     Where another run held the lock, the stage may be done by now.
@@ -93,8 +101,8 @@ def run_stage(cfg, inputs, make):
         world.barrier()
 
 
-def prepare_exp_dir(exp_dir):
-    """Make the experiment's folder; ValueError when it cannot be written to."""
+def prepare_exp_dir(exp_dir: str | Path) -> None:
+    """Make the experiment's folder; UserError when it cannot be written to."""
     try:
         Path(exp_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -103,7 +111,7 @@ def prepare_exp_dir(exp_dir):
         raise UserError(f"exp_dir={exp_dir}: not writable; choose another")
 
 
-def run_script(main):
+def run_script(main: Callable[[list[str]], object]) -> None:
     """Run a script's main() and leave with the right exit code.
 
     2 and one line: UserError. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143,
@@ -113,9 +121,7 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):  # models write what some terminals cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    for number in STOPPING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background of a script
-            signal.signal(number, stop)
+    signals.handle_signals()
     try:
         main(sys.argv[1:])
         leave_world()
@@ -129,7 +135,7 @@ def run_script(main):
         raise
 
 
-def explain_fault(error):
+def explain_fault(error: Exception) -> str | None:
     """One line on a fault of the machine: no room, no permission, no memory. None for all else."""
     text = " ".join(str(error).split())[:300]
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
@@ -145,7 +151,7 @@ def explain_fault(error):
     return None
 
 
-def quiet_libraries():
+def quiet_libraries() -> None:
     """Silence what libraries say about every load; their warnings about ours stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -154,6 +160,6 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def print_result(**values):
+def print_result(**values: Any) -> None:
     """The one JSON line that ends a script."""
     print0(json.dumps(values))

@@ -1,17 +1,8 @@
-"""LoRA adapters (Hu et al., 2021) trained by the merged weights M = W + s B A.
-
-    with lora.merged(model):
-        trainer.train()
-
-PEFT computes y = x W^T + s (x A^T) B^T and differentiates each product. Here y = x M^T and dx = dy M, one
-product each; dA = s (dy B)^T x and dB = s dy^T (x A^T) as before. M is made once between two steps of an
-optimizer and kept meanwhile: one more copy of the adapted weights, and fewer operations where a process has
-more than I O / (I + O) tokens between steps. In float32 results are PEFT's to rounding. In bfloat16 the sum
-would lose what adapters learn: such layers are left to PEFT, and so are those with more to them (dropout).
+"""LoRA adapters (Hu et al., 2021): adding them to a student, and merging them into its weights for good.
 
 What PEFT cannot adapt, or merges into other logits than those that were trained, is refused before training.
 
-Shapes: R rows, I inputs, O outputs, K rank, T tokens, V vocabulary.
+Shapes: O outputs, K rank, T tokens, V vocabulary.
 """
 
 import contextlib

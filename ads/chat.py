@@ -29,6 +29,8 @@ STRFTIME_NOW = (
     f"{{% for directive, text in {json.dumps([(d, FIXED_DATE.strftime(d)) for d in DIRECTIVES])} %}}"
     "{% set made.text = made.text.replace(directive, text) %}{% endfor %}{{ made.text }}{% endmacro %}\n"
 )
+# Parts of tokenizer.json that see to spaces, and what one that is a sequence calls the parts within it
+INNER = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 EXAMPLE_PROBLEM = 'Is 3 < 4 & 5 > 4?\nSay "yes" or "no".'
 
 
@@ -59,25 +61,16 @@ def load_tokenizer_for(model_name, tokenizer_name=None):
     """
     tokenizer = load_tokenizer(tokenizer_name or model_name)
     if tokenizer_name and tokenizer_name != model_name:
-        own = find_tokenizer(model_name)
-        _, ordinary = compare_tokens(tokenizer, own) if own else ([], [])
-        if ordinary:
+        try:
+            own = load_tokenizer(model_name, need_chat_template=False)
+        except (ValueError, FileNotFoundError):  # the model comes without one
+            return tokenizer
+        if ordinary := compare_tokens(tokenizer, own)[1]:
             raise UserError(
                 f"tokenizer {tokenizer_name!r} does not belong to model {model_name!r}: "
                 f"{describe_mismatch(ordinary)}"
             )
     return tokenizer
-
-
-def find_tokenizer(model_name):
-    """The tokenizer stored with a model, or None where there is none."""
-    try:
-        return load_tokenizer(model_name, need_chat_template=False)
-    except (ValueError, FileNotFoundError):
-        return None
-
-
-# Text of one piece and of pieces put together
 
 
 def encode(tokenizer, text):
@@ -105,12 +98,8 @@ def continuing(tokenizer):
     if not tokenizer.is_fast:
         return tokenizer
     backend = tokenizer.backend_tokenizer
-    parts = {
-        "normalizer": backend.normalizer,
-        "pre_tokenizer": backend.pre_tokenizer,
-        "decoder": backend.decoder,
-    }
-    before = {name: json.loads(part.__getstate__()) if part else None for name, part in parts.items()}
+    before = {name: getattr(backend, name) for name in INNER}
+    before = {name: json.loads(part.__getstate__()) if part else None for name, part in before.items()}
     after = {name: without_space(part, name) for name, part in before.items()}
     if after == before:
         return tokenizer
@@ -118,7 +107,7 @@ def continuing(tokenizer):
 
     made = copy.deepcopy(tokenizer)
     holder = Tokenizer.from_str(json.dumps(json.loads(Tokenizer(models.BPE()).to_str()) | after))
-    for name in parts:
+    for name in INNER:
         setattr(made.backend_tokenizer, name, getattr(holder, name))
     return made
 
@@ -131,9 +120,8 @@ def without_space(part, name, is_first=True):
     if part is None or part["type"] == "Prepend":
         return None
     if part["type"] == "Sequence":
-        key = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[name]
-        inner = [without_space(each, name, k == 0) for k, each in enumerate(part[key])]
-        return {**part, key: [each for each in inner if each is not None]}
+        inner = [without_space(each, name, k == 0) for k, each in enumerate(part[INNER[name]])]
+        return {**part, INNER[name]: [each for each in inner if each is not None]}
     if part["type"] == "Metaspace" and (is_first or name == "decoder" or part["prepend_scheme"] == "first"):
         return {**part, "prepend_scheme": "never"}
     if part["type"] == "ByteLevel" and name == "pre_tokenizer":
@@ -143,9 +131,7 @@ def without_space(part, name, is_first=True):
     return part
 
 
-# Prompts
-
-
+@functools.lru_cache(maxsize=8)
 def instruction_place(tokenizer):
     """Where the chat template shows the instruction: "system", or "user" when it refuses or drops that role.
 
@@ -251,9 +237,11 @@ def control_pattern(tokenizer):
 
 def eos_ids(tokenizer, model):
     """Every token id that ends a response: the tokenizer's and those of the model's generation config."""
-    found = [tokenizer.eos_token_id, model.config.eos_token_id]
-    if model.generation_config is not None:
-        found.append(model.generation_config.eos_token_id)
+    found = [
+        owner.eos_token_id
+        for owner in (tokenizer, model.config, model.generation_config)
+        if owner is not None
+    ]
     lists = [ids if isinstance(ids, list) else [ids] for ids in found if ids is not None]
     return {i for ids in lists for i in ids}
 
@@ -327,9 +315,8 @@ def match_vocabularies(teacher_tokenizer, proxy_tokenizer):
             f"teacher and proxy use different vocabularies ({describe_mismatch(ordinary)}): "
             "choose a proxy_student of the teacher's tokenizer family"
         )
-    ids = sorted(teacher_tokenizer.get_vocab().values())
-    without_delta = {i for i, _, _ in differing}
-    return Vocabulary([i for i in ids if i not in without_delta], differing)
+    shared_ids = set(teacher_tokenizer.get_vocab().values()) - {i for i, _, _ in differing}
+    return Vocabulary(sorted(shared_ids), differing)
 
 
 def compare_tokens(ours, theirs):

@@ -1,17 +1,15 @@
 """A KV cache that has a write position per row.
 
-A slot is one row of the batch. Active slots are always 0..n-1. Slots keeps each slot's positions together,
-which attention reads as views:
+A slot holds one row of the batch. Slots keeps each slot's positions together, which attention reads as views:
 
-    keys of one layer        position 0 ......................... S-1
-    slot 0 (active)          [ prompt | response | next> |   free   ]
-    slot 1 (active)          [ prompt | resp | next> |              ]
-    slot 2 (released)        [                                      ]
+    keys of one layer     position 0 ......................... S-1
+    slot 0                [ prompt | response | next> |   free   ]
+    slot 1                [ prompt | resp | next> |              ]
+    slot 2 (released)     [                                      ]
 
-Pages, which native.c reads, gives a slot room as it grows (paged attention: Kwon et al., 2023).
+cpu/pages.py, which native.c reads, gives a slot room as it grows (paged attention: Kwon et al., 2023).
 
-Shapes: B rows given, T tokens given, N rows read, S positions allocated, L positions read, H heads, D head
-width; P pages of PAGE positions.
+Shapes: B rows and T tokens given; N rows, L positions read; S positions of a slot, H heads, D head width.
 """
 
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ class Placement:
     columns: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
-    # (first slot, N, L) to attend to after writing; None: attend to the tokens given (a prompt's first chunk)
+    # (first slot, N, L) to attend to after writing; None: to the tokens given, where nothing is cached yet
     read: tuple[int, int, int] | None
 
 
@@ -40,10 +38,10 @@ def whole(size, piece):
 class Slots:
     """Keys and values (B, H, S, parts, D) per layer, allocated once, written in place.
 
-    num_parts: 2 in dual numbers, where the derivatives of a slot go by the slot num_slots slots further on.
-    They lie at the same position, before the values, so that one product reads both (decoder.attend_dual).
-    layers: those of an earlier cache of the model. Others get room at the first write, between activations of
-    a prompt, which on a GPU leave behind pieces of memory too small for the next layer's keys.
+    num_parts: 2 in dual numbers. Then a position has derivatives and after them values, so that one product
+    reads both (llama_step.attend_dual); a Placement calls the derivatives of slot i slot num_slots + i.
+    layers: `layers` of an earlier cache of the model. Without, room is made at the first write, between a
+    prompt's activations: on a GPU what these leave behind is too small for the next layer's keys.
     """
 
     def __init__(self, num_slots, num_positions, num_parts=1, layers=None):
@@ -54,14 +52,14 @@ class Slots:
 
     @property
     def layers(self):
-        """{layer: (keys, values)} of no slots and no positions."""
+        """{layer: (keys, values)} without slots or positions: heads, width, dtype and device alone."""
         return {
             layer: tuple(stored[layer][:0, :, :0, 0].clone() for stored in (self.keys, self.values))
             for layer in self.keys
         }
 
     def reserve(self, slots, positions):
-        """Have room for slots (B,) up to these positions (B,), of values and of derivatives."""
+        """Have room for slots (B,) up to these positions (B,): there always is, other than in pages."""
 
     def write(self, layer, keys_BHTD, values_BHTD, place):
         if layer not in self.keys:
@@ -73,9 +71,8 @@ class Slots:
     def make_room(self, layer, keys_BHTD, values_BHTD):
         """Keys and values of a layer, of the heads, widths and dtype of those given."""
         for stored, given in ((self.keys, keys_BHTD), (self.values, values_BHTD)):
-            _, num_heads, _, width = given.shape
-            shape = self.num_slots, num_heads, self.num_positions, self.num_parts, width
-            stored[layer] = given.new_zeros(shape)
+            sizes = self.num_slots, given.shape[1], self.num_positions, self.num_parts, given.shape[3]
+            stored[layer] = given.new_zeros(sizes)
 
     def read(self, layer, first, num_rows, length):
         """Keys and values (N, H, L, D) of slots first, first + 1, ..."""
@@ -84,11 +81,10 @@ class Slots:
         return tuple(x[first : first + num_rows, :, :length, -1 - part] for x in stored)
 
     def release(self, slot, last, length):
-        """A slot's row has ended: the last one, of `length` tokens, takes its place."""
-        if slot == last:
-            return
-        for stored in (*self.keys.values(), *self.values.values()):
-            stored[slot, :, :length] = stored[last, :, :length]
+        """A slot's row has ended: the row of slot `last`, of `length` tokens, takes the slot over."""
+        if slot != last:
+            for stored in (*self.keys.values(), *self.values.values()):
+                stored[slot, :, :length] = stored[last, :, :length]
 
     @property
     def bytes_per_position(self):
@@ -98,7 +94,7 @@ class Slots:
 
 
 class SlotCache(Cache):
-    """What the library's attention layers see of Slots or Pages."""
+    """What the library's attention layers see of Slots or Pages; make_storage makes those."""
 
     num_parts = 1
 

@@ -1,6 +1,6 @@
-"""Causal language models: loading them, and decoding with a cache of slots (see cache.py).
+"""Causal language models: loading them whole, their attention on GPUs, and the memory that they take.
 
-Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
+Shapes: H heads of queries, T tokens.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from ads.stage import errors, hub
 from ads.stage.errors import UserError
 from ads.stage.inputs import check_no_adapter
 
-# Settings of torch for CUDA, which all who build models need; on a CPU they change nothing. cuDNN's attention
-# makes a plan for each new shape, in which time other kernels do many steps. Sums of a product's parts stay
-# float32: in 16 bits logits would depend more on how kernels cut a product up, and so on the number of rows.
+# Of CUDA alone. cuDNN's attention makes a plan for each new shape, in which time other kernels do many steps.
+# Sums of a product's parts stay float32: in 16 bits logits would depend more on how kernels cut a product up,
+# and so on the number of rows.
 torch.backends.cuda.enable_cudnn_sdp(False)
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def load_model(name, dtype, device, attn_implementation="auto"):
+def load_model(name: str, dtype: str, device, attn_implementation: str = "auto"):
     """The causal language model `name` (folder or hub name), in eval mode; ValueError when that fails.
 
     dtype "auto" is bfloat16 on CUDA, float32 elsewhere; attention "auto" is the library's choice.
@@ -50,7 +50,7 @@ def load_model(name, dtype, device, attn_implementation="auto"):
     return model.to(device).eval()
 
 
-def check_weights(name, report):
+def check_weights(name: str, report: dict):
     """ValueError unless a model folder has all weights in their shapes; the library would make up others.
 
     report: what the library tells of a load. Weights that the model has no place for are said.
@@ -62,24 +62,22 @@ def check_weights(name, report):
             f"by the configuration {tuple(wanted)} ({len(wrong)} weights differ)"
         )
     if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"model {name!r} is not complete: {len(missing)} weights missing, such as {missing[0]}"
-        )
+        absent = f"{len(missing)} weights missing, such as {missing[0]}"
+        raise UserError(f"model {name!r} is not complete: {absent}")
     if unused := sorted(report["unexpected_keys"]):
-        print(
-            f"WARNING: model {name!r} has no use for {len(unused)} weights, such as {unused[0]}", flush=True
-        )
+        useless = f"{len(unused)} weights, such as {unused[0]}"
+        print(f"WARNING: model {name!r} has no use for {useless}", flush=True)
 
 
-def sdpa(module, query, key, value, attention_mask, is_causal=None, **others):
+def sdpa(module, query, key, value, attention_mask, **others):
     """The library's sdpa attention, with keys repeated where a GPU would else hold a row's whole scores.
 
     The library leaves it to torch that heads share keys wherever there is no mask. Of torch's kernels on CUDA
     flash attention alone can do that, which takes no float32: (H, T, T) scores of each layer would be kept.
     """
     if query.is_cuda and query.dtype == torch.float32:
-        return sdpa_repeated(module, query, key, value, attention_mask, is_causal, **others)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **others)
+        return sdpa_repeated(module, query, key, value, attention_mask, **others)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
 
 
 def sdpa_repeated(module, query, key, value, attention_mask, is_causal=None, **others):
@@ -88,10 +86,8 @@ def sdpa_repeated(module, query, key, value, attention_mask, is_causal=None, **o
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     key, value = repeat_kv(key, num_groups), repeat_kv(value, num_groups)
-    has_no_groups = torch.nn.Identity()
-    return sdpa_attention_forward(
-        has_no_groups, query, key, value, attention_mask, is_causal=is_causal, **others
-    )
+    given = torch.nn.Identity(), query, key, value, attention_mask  # a module that has no groups
+    return sdpa_attention_forward(*given, is_causal=is_causal, **others)
 
 
 AttentionInterface.register("sdpa", sdpa)
@@ -131,7 +127,7 @@ def check_loadable(model):
         raise UserError(f"a {kind!r} model could not be loaded again once saved: choose another student")
 
 
-def free_bytes(device):
+def free_bytes(device) -> int:
     """Memory that can still be taken on a device; on the CPU that of the whole machine."""
     if torch.device(device).type != "cuda":
         return psutil.virtual_memory().available
@@ -139,7 +135,7 @@ def free_bytes(device):
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
-def resolve_dtype(dtype, device):
+def resolve_dtype(dtype: str, device) -> torch.dtype:
     """The torch dtype of a config's dtype key."""
     if dtype == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

@@ -5,8 +5,8 @@
 The score s of antidistillation sampling is Delta (delta/exact.py); those of other defences are in defences/.
 lam_t is lam, or the largest up to lam that a cap allows (defences/caps.py).
 
-Shapes: B rows, V vocabulary (token ids of the tokenizer). Scores and probabilities are float32, the CDF
-float64.
+p_T: the teacher; Delta: delta/exact.py, or delta/central.py. Scores and probabilities are float32, the CDF
+float64. Shapes: B rows, V vocabulary (token ids of the tokenizer), K ranked tokens.
 """
 
 import hashlib
@@ -17,9 +17,10 @@ import torch
 
 from ads.defences import caps
 
-GOLDEN = 0x9E3779B97F4A7C15  # constants of the SplitMix64 generator (Steele et al., OOPSLA 2014)
-MIX_1 = 0xBF58476D1CE4E5B9
-MIX_2 = 0x94D049BB133111EB
+# constants of the SplitMix64 generator (Steele et al., OOPSLA 2014), as int64 with the same bits
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX_2 = 0x94D049BB133111EB - 2**64
 NUM_RANKED = 1024  # top_p without top_k is looked for among this many scores first
 
 
@@ -35,16 +36,12 @@ class Step:
     settings: "Sampling"
 
 
-def delta(step):
-    """The score of antidistillation sampling: Delta as it is."""
-    return step.proxy_BV
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn: tau = 0 is greedy, top_k = 0 and top_p = 1 are off, lam = 0 needs no proxy.
 
-    score: s (B, V), finite, of a Step. shared_V: ids that mean the same to the proxy, None where all do.
+    score: s (B, V), finite, of a Step; None: what the proxy gives, Delta. shared_V: ids that mean the same to
+    the proxy, None where all do.
     max_kl (nats), keep_top1: caps.
     """
 
@@ -52,7 +49,7 @@ class Sampling:
     lam: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    score: Callable = delta
+    score: Callable | None = None
     max_kl: float | None = None
     keep_top1: bool = False
     plausibility: float = 0.1  # of the contrastive score
@@ -102,7 +99,8 @@ def adjust(log_probs_BV, proxy_BV, sampling, keys_B, steps_B):
     log_p_BV = log_probs_BV if sampling.tau in (0, 1) else log_probs_BV / sampling.tau
     if proxy_BV is None:
         return Adjusted(log_p_BV)
-    score_BV = sampling.score(Step(log_probs_BV, proxy_BV, keys_B, steps_B, sampling))
+    step = Step(log_probs_BV, proxy_BV, keys_B, steps_B, sampling)
+    score_BV = sampling.score(step) if sampling.score else proxy_BV
     if sampling.max_kl is None and not sampling.keep_top1:
         lam_B = log_p_BV.new_full((len(log_p_BV),), sampling.lam)
         log_q_BV = log_p_BV.add(score_BV, alpha=sampling.lam)
@@ -120,8 +118,7 @@ def adjust(log_probs_BV, proxy_BV, sampling, keys_B, steps_B):
 
 
 def truncate(scores_BV, top_k, top_p):
-    """Set to -inf all but the top_k highest scores, then all but the smallest set holding top_p of what is
-    left.
+    """Keep the top_k highest scores, then the nucleus, the fewest that hold top_p of them; -inf elsewhere.
 
     A token tied with the last one kept is kept too, so that the outcome is a function of the scores alone.
     """
@@ -136,10 +133,7 @@ def truncate(scores_BV, top_k, top_p):
 
 
 def nucleus_edge(scores_BV, ranked_BK, top_p):
-    """The least score (B, 1) of the smallest set of tokens that holds top_p of the probability.
-
-    ranked_BK: all scores above -inf in falling order, (values, indices); None: they are looked for.
-    """
+    """The least score (B, 1) of the nucleus; ranked_BK: all scores above -inf, falling, or None."""
     log_probs_BV = torch.log_softmax(scores_BV, -1)
     if ranked_BK is None:
         ranked_BK = highest(scores_BV, log_probs_BV, top_p)
@@ -151,8 +145,8 @@ def nucleus_edge(scores_BV, ranked_BK, top_p):
 def highest(scores_BV, log_probs_BV, top_p):
     """At least the scores of the nucleus in falling order, (values, indices), where top_k does not bound it.
 
-    Only where a row is so flat that its nucleus goes beyond NUM_RANKED tokens is the vocabulary sorted. To
-    ask for that would make the host wait for a GPU, which sorts instead.
+    The vocabulary is sorted only for rows so flat that their nucleus goes beyond NUM_RANKED tokens. To ask
+    whether there are such rows would make the host wait for a GPU, which sorts instead.
     """
     if may_ask(scores_BV.device):
         ranked_BK = scores_BV.topk(min(NUM_RANKED, scores_BV.shape[-1]), dim=-1)
@@ -161,7 +155,7 @@ def highest(scores_BV, log_probs_BV, top_p):
     return scores_BV.sort(dim=-1, descending=True)
 
 
-def may_ask(device):
+def may_ask(device) -> bool:
     """Whether the host can look at values without waiting for the device."""
     return device.type == "cpu"
 
@@ -174,40 +168,30 @@ def draw(scores_BV, uniforms_B):
     """
     cdf_BV = torch.softmax(scores_BV, dim=-1).double().cumsum(-1)
     targets_B1 = uniforms_B[:, None] * cdf_BV[:, -1:]
-    tokens_B1 = torch.searchsorted(cdf_BV, targets_B1, right=True)
-    return tokens_B1.squeeze(-1).clamp(
-        max=cdf_BV.shape[-1] - 1
-    )  # V in a row of NaN, which the caller reports
+    tokens_B = torch.searchsorted(cdf_BV, targets_B1, right=True).squeeze(-1)
+    return tokens_B.clamp(max=cdf_BV.shape[-1] - 1)  # it is V in a row of NaN, which the caller reports
 
 
-def row_key(seed, problem_id):
+def row_key(seed: int, problem_id: str) -> int:
     """The 64-bit key (as a signed int) of a problem's random numbers."""
     digest = hashlib.sha256(f"{seed}\n{problem_id}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def uniforms(keys_B, steps_B):
-    """One float64 in [0, 1) per (key, step), with 32 random bits.
-
-    Below 1 by 2^-32, so `uniform * total` stays below the total in float64 and a token of probability 0 is
-    never drawn.
-    """
+    """One float64 in [0, 1 - 2^-32] per (key, step): `uniform * total` stays below the total, so that a token
+    of probability 0 is never drawn."""
     return shift_right(random_bits(keys_B, steps_B), 32) * torch.tensor(2.0**-32, dtype=torch.float64)
 
 
 def random_bits(keys, counters):
-    """64 random bits (int64) per (key, counter): the SplitMix64 stream seeded by the key, at `counter`."""
-    state = keys + (counters + 1) * as_signed(GOLDEN)
-    state = (state ^ shift_right(state, 30)) * as_signed(MIX_1)
-    state = (state ^ shift_right(state, 27)) * as_signed(MIX_2)
+    """64 random bits (int64, whose products wrap around) per (key, counter): SplitMix64 seeded by the key."""
+    state = keys + (counters + 1) * GOLDEN
+    state = (state ^ shift_right(state, 30)) * MIX_1
+    state = (state ^ shift_right(state, 27)) * MIX_2
     return state ^ shift_right(state, 31)
 
 
 def shift_right(values, bits):
     """Logical right shift of int64 (torch's own shift copies the sign)."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def as_signed(value):
-    """A 64-bit unsigned constant as the int64 with the same bits; int64 products wrap around."""
-    return value - (1 << 64) if value >= 1 << 63 else value

@@ -9,28 +9,29 @@ from ads.dual.rules import Dual
 from ads.stage import errors
 from ads.stage.errors import UserError
 
-TRIED = 24  # tokens of the row that derivatives are tried with
+TRIED = 24  # tokens of a row that caches and derivatives are tried with
+NUM_SHORT = 9  # tokens of the shorter of two rows
 
 
-def tried_ids(model, number):
-    """A list of token ids to try a model with: none of the padding, which backpropagation leaves out."""
+def tried_ids(model, number: int) -> list[int]:
+    """Token ids to try a model with. None is the padding's, which backpropagation leaves out."""
     table = model.get_input_embeddings()
     ids = (torch.arange(2 * number + 1) * 7919 % len(table.weight)).tolist()
     return [i for i in ids if i != getattr(table, "padding_idx", None)][:number]
 
 
-def is_out_of_memory(error):
+def is_out_of_memory(error: BaseException) -> bool:
     """CPU allocators raise a plain RuntimeError; on a part of a GPU (MIG) CUDA's fails to tell why."""
     told = "can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT FAILED"
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
-def agrees(found, wanted, slack=1):
-    """Whether logits (R, V) are what they should be; in 16 bits rounding leaves a difference.
+def agrees(found, wanted, slack=1) -> bool:
+    """Whether logits (R, V), or a Dual of them, are what they should be.
 
-    There a model of 30 layers differs from itself by .05 through the order of its sums, and the nearest wrong
-    step (Llama's for SmolLM3, which leaves some angles out) by .146. slack: by how much more than in one step
-    of decoding they may differ there.
+    In 16 bits rounding leaves a difference: a model of 30 layers differs from itself by .05 through the order
+    of its sums, and the nearest wrong step (Llama's for SmolLM3, which leaves some angles out) by .146.
+    slack: how many times more than in one step of decoding they may differ in 16 bits.
     """
     is_dual = isinstance(wanted, Dual)
     tolerances = (1e-3, 1e-3) if wanted.dtype == torch.float32 else (0.09 * slack, 0.25 * slack)
@@ -39,16 +40,13 @@ def agrees(found, wanted, slack=1):
     return all(d <= tolerance * size for (d, size), tolerance in zip(differences, tolerances, strict=False))
 
 
-NUM_SHORT = 9  # tokens of the shorter of two rows
-
-
 def logits_of(model, ids):
     """Logits (T, V) of one row."""
     ids_1T = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     return model(input_ids=ids_1T, use_cache=False).logits[0]
 
 
-def longest_without(flaw_at, fitting, failing):
+def longest_without(flaw_at, fitting: int, failing: int) -> int:
     """The largest length below `failing` that has no flaw, by bisection; `fitting` has none."""
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
@@ -56,7 +54,7 @@ def longest_without(flaw_at, fitting, failing):
     return fitting
 
 
-def try_batches(model, longest, dtype=torch.float32):
+def try_batches(model, longest: int, dtype=torch.float32):
     """ValueError where a model cannot be trained, or differentiated, on sequences of up to `longest` tokens.
 
     It may have fewer positions, look at later tokens and so at padding (attention that is not causal, angles
@@ -73,9 +71,8 @@ def try_batches(model, longest, dtype=torch.float32):
     if not reason:
         return
     if fitting <= NUM_SHORT:
-        raise UserError(
-            f"model type {kind!r} cannot be trained in padded batches ({reason}): take another model"
-        )
+        problem = f"cannot be trained in padded batches ({reason})"
+        raise UserError(f"model type {kind!r} {problem}: take another model")
     raise UserError(
         f"sequences come to {longest} tokens, but padded batches of model type {kind!r} are right only up to "
         f"{fitting} ({reason}): set max_length={fitting}"
@@ -85,9 +82,8 @@ def try_batches(model, longest, dtype=torch.float32):
 def flaw_of_batch(model, dtype, longest):
     """What is wrong with the logits of a row of so many tokens, beside those of its parts; else None."""
     ids = tried_ids(model, longest)
-    lengths = sorted(
-        {max(1, n) for n in (min(NUM_SHORT, longest), longest // 2, 9 * longest // 10, longest - 1)}
-    )
+    tried = min(NUM_SHORT, longest), longest // 2, 9 * longest // 10, longest - 1
+    lengths = sorted({max(1, n) for n in tried})
     device = model.get_input_embeddings().weight.device
     ids_1T, last_C = torch.tensor([ids], device=device), torch.tensor(lengths, device=device) - 1
     try:
@@ -132,6 +128,6 @@ def lookups(operation, arguments):
     return [arguments[1:3]] if operation in (torch.ops.aten.gather, torch.ops.aten.index_select) else []
 
 
-def is_right(found, wanted):
+def is_right(found, wanted) -> bool:
     """Whether logits are those wanted; where these are not finite, that is for the sampled row to say."""
     return not wanted.as_subclass(torch.Tensor).isfinite().all() or agrees(found, wanted, slack=2)

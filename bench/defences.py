@@ -27,7 +27,8 @@ from decode_delta import random_gradient
 from ads import chat
 from ads.data.tables import read_lines
 from ads.decode.cached_model import CachedModel
-from ads.decode.engine import Models, Request, generate
+from ads.decode.engine import Models, generate
+from ads.decode.rows import Request
 from ads.defences import scores
 from ads.delta.exact import ExactDerivative
 from ads.delta.plain import PlainProxy

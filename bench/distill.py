@@ -4,13 +4,14 @@
 
 Reads question and answer of the first rows as traces; trains LoRA adapters on them for one epoch with the
 settings of train_config.yaml. Plain padding is the Trainer's random order, an attention mask, and the
-model's own loss over the logits of all positions; `unmerged` is ours with PEFT's passes (no ads/lora.py).
+model's own loss over the logits of all positions; `unmerged` is ours with PEFT's passes (no merged weights).
 SIZES are per_device_batch_size. All take turns in each run, in processes of their own; medians, ranges, the
 largest difference between loss curves, and peak memory of a process. Tokens are those of the traces, without
 padding.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -27,8 +28,7 @@ from delta_agreement import read_sequences
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import distill
-from ads import chat
-from ads.cpu import merged_lora
+from ads import chat, cpu
 from ads.stage.settings import TrainConfig
 from ads.stage.world import World
 
@@ -81,7 +81,7 @@ def train(args, examples, way, per_device):
     """(seconds, losses of the steps, peak MB of this process) of one epoch."""
     torch.set_num_threads(args.threads)
     if way == "unmerged":
-        merged_lora.suits = suits_none
+        cpu.merged_adapters = contextlib.nullcontext
     with tempfile.TemporaryDirectory() as folder:
         cfg = TrainConfig(
             exp_dir=folder,
@@ -103,10 +103,6 @@ def train(args, examples, way, per_device):
         seconds = time.perf_counter() - start
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return seconds, losses, machine.peak_megabytes("cpu")
-
-
-def suits_none(layer):
-    return False
 
 
 def plain_trainer(cfg, model, tokenizer, examples, holdout, per_device, world):

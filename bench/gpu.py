@@ -2,9 +2,10 @@
 
 Traces with and without ADS through ads.engine, and the peer's way, transformers' generate() with a logits
 processor that runs two perturbed proxies (bench/decode.py); a decoding step beside its floor, plain and as a
-captured graph; the proxy gradient; distillation; and the peak memory of each beside what ads/memory.py
-reckons. Prompts are random ids and responses as long as GSM8K's (assumed: log-normal, median 300), the
-same for all. On a small model in float32 all four ways of sampling must write the same traces.
+captured graph; the proxy gradient; distillation; and the peak memory of each beside what
+ads/decode/memory_plan.py reckons. Prompts are random ids and responses as long as GSM8K's (assumed: log-
+normal, median 300), the same for all. On a small model in float32 all four ways of sampling must write the
+same traces.
 
 Each section is a process of its own with a limit of time; what fails is a row that says why. The last line is
 JSON.
@@ -46,8 +47,9 @@ from ads.delta import gradient
 from ads.delta.central import CentralDifference, perturb_
 from ads.delta.exact import ExactDerivative
 from ads.delta.loss import Sequence, make_batches
+from ads.stage.machine import num_gpus
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
-from ads.stage.world import World, num_gpus
+from ads.stage.world import World
 
 RANK, EPS, LAM = 16, 1e-3, 0.03
 SMALL_EPS, SMALL_LAM = 1e-2, 10.0  # by which a small model's traces change, in float32 without much noise
@@ -244,8 +246,9 @@ def measure_gradient(scale, device):
 
 def measure_distillation(scale, device):
     """As distill.py trains, loading and saving left out."""
-    import distill
     from ads import adapters
+    from ads.attacks import training
+    from ads.data.examples import order_examples
 
     sequences, world = draw_sequences(scale), World(0, 1, device)
     longest = max(len(s.ids) for s in sequences)
@@ -261,14 +264,14 @@ def measure_distillation(scale, device):
         student = make(scale.student, "llama", dtype_on(device), device)
         sizes, model = memory_plan.sizes_of(student.config), adapters.add_adapters(student, cfg)
         forget(device)
-        most = distill.most_per_device(cfg, model, longest, world)
-        size = distill.per_device_batch(cfg.batch_size, most, 1)
+        most = training.most_per_device(cfg, model, longest, world)
+        size = training.per_device_batch(cfg.batch_size, most, 1)
         pad = SimpleNamespace(eos_token_id=0)
-        trainer = distill.make_trainer(cfg, model, pad, examples, None, size, world)
+        trainer = training.make_trainer(cfg, model, pad, examples, None, size, world)
         start = now(device)
-        distill.train_fast(trainer)
+        training.train_fast(trainer)
         seconds = now(device) - start
-        rows = [by_ids.get(tuple(e["input_ids"])) for e in distill.order_examples(cfg, examples)]
+        rows = [by_ids.get(tuple(e["input_ids"])) for e in order_examples(cfg, examples)]
         batches = [list(filter(None, rows[k : k + size])) for k in range(0, len(rows), size)]
         plan = largest(functools.partial(memory_plan.distillation, cfg, sizes), batches)
         yield "distillation", training_figures(sequences, seconds, device, plan)

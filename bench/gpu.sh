@@ -5,6 +5,6 @@
 #   bash bench/gpu.sh --tiny   the same on a CPU with tiny models: that all of it runs
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# shellcheck source=../setup.sh
+# shellcheck source-path=SCRIPTDIR source=../setup.sh
 source "$here/../setup.sh" ""
 exec python "$here/gpu.py" "$@"

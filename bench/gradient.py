@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ads.cpu.memory import keep_freed_memory
+from ads import cpu
 from ads.delta import gradient
 from ads.delta.loss import make_batches
 from ads.loading import load_model
@@ -89,7 +89,7 @@ def work(connection, args, way):
     if way == "float64":
         model = in_float64(model)
     elif way != "plain":
-        keep_freed_memory("cpu")
+        cpu.keep_freed_memory("cpu")
     while (found := connection.recv()) != "end":
         start = time.perf_counter()
         if found is None:

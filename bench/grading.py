@@ -12,6 +12,7 @@ defaults, both sides in \boxed{}. Reference answers come from the last \boxed{} 
 """
 
 import argparse
+import functools
 import gzip
 import json
 import random
@@ -32,16 +33,128 @@ UNITS = (
     "cm", "km", "feet", "inches", "dollars", "hours", "pounds", "miles", "square feet", "units", "apples",
     "miles per hour", "meters", "minutes", "kg", "students",
 )  # fmt: skip
-LENGTHS = ("mm", "cm", "m", "km")
 INTEGER = re.compile(r"-?\d+")
 FRACTION = re.compile(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 POINT = re.compile(r"\(([^()\[\]{}\\]+),([^()\[\]{}\\,]+)\)")
 LIST = re.compile(r"[^()\[\]{}:=]+(?:, ?[^()\[\]{}:=]+)+")
 INTERVAL = re.compile(r"([(\[])(-?\d+), ?(-?\d+)([)\]])")
 EXPRESSION = re.compile(r"(?=.*(?:\\sqrt|\\pi|[a-z]\^|\di\b))[^,:=<>(\[&]+")
+LENGTHS = ("mm", "cm", "m", "km")
 
 
-# Variants that are equal. Each takes a reference and a random generator, and gives None where it does not
+# Kinds by form, {name: (pattern, forms)}: an answer that is all pattern is written in one of the forms, with
+# the groups of the pattern, a unit, a length or a digit.
+WHOLE, NATURAL, RATIO = r"(-?\d+)", r"([1-9]\d*)", r"\\[dt]?frac\{(\d+)\}\{(\d+)\}"
+EQUAL_FORMS = {
+    "in_dollars": (r"([^$]+)", ("${}$",)),
+    "with_period": (r"(.*[^.])", ("{}.",)),
+    "with_unit": (
+        WHOLE,
+        (r"{} \text{{ {unit}}}", r"{}\text{{ {unit}}}", r"{}~\text{{{unit}}}", r"{}\,\mathrm{{{unit}}}")
+        + (r"{}\mbox{{ {unit}}}", "{} {unit}"),
+    ),
+    "with_square_unit": (
+        WHOLE,
+        (r"{} \text{{ {length}}}^2", r"{} {length}^2", "{} {length}\u00b2", r"{}\ \text{{{length}}}^{{2}}")
+        + (r"{} \text{{ square {length}}}",),
+    ),
+    "without_unit": (r"(\S+?)\s*\\(?:text|mbox)\{ ?(?![ap]\.m\.)[a-z ]+\}(?:\^\d)?", ("{}",)),
+    "in_text": (WHOLE, (r"\text{{{}}}",)),
+    "with_currency": (r"(\d+(?:\.\d+)?)", (r"\${}", "${}", "\u20ac{}", "\u00a3{}")),
+    "with_zeros": (WHOLE, ("{}.0", "{}.00", "{}.000")),
+    "slashed": ("(-?)" + RATIO, ("{}{}/{}",)),
+    "minus_inside": ("-" + RATIO, (r"\frac{{-{}}}{{{}}}",)),
+    "degrees": (r"(\d+)\^\\circ", ("{}", "{}\u00b0", r"{}^{{\circ}}", r"{} \text{{ degrees}}", "{} degrees")),
+    "percents": (r"(\d+(?:\.\d+)?)\\%", ("{}", "{}%", r"{} \%", r"{} \text{{ percent}}", "{} percent")),
+    "labelled": (
+        r"(-?\d+|-?\\[dt]?frac\{\d+\}\{\d+\})",
+        ("x = {}", "n={}", r"\text{{Answer: }}{}", r"\text{{Total}} = {}", "Answer: {}", r"\text{{Area}}={}"),
+    ),
+    "starred": (WHOLE, ("**{}**",)),
+    "parenthesized": (WHOLE, ("({})",)),
+    "braced_base": (r"(\d+)_(\d)", ("{}_{{{}}}",)),
+}
+UNEQUAL_FORMS = {
+    "inverted": (r"(-?)\\[dt]?frac\{(?!0\})(\d+)\}\{(?!\2\})(\d+)\}", (r"{0}\frac{{{2}}}{{{1}}}",)),
+    "longer": (r"(-?[1-9]\d*)", ("{}{digit}",)),
+    "moved_point": (r"(\d+)([1-9])", ("{}.{}",)),
+    "without_pi": (r"(\d+) ?\\pi", ("{}",)),
+    "split_number": (r"(\d)(\d\d?)", ("{} {}",)),
+    "infinite_open": (r"\[(-?\d+, ?\\infty\))", ("({}",)),
+    "infinite_closed": (r"\((-?\d+, ?\\infty\))", ("[{}",)),
+    "other_word": (r"\\text\{[A-Za-z]{3,}\}", (r"\text{{apple}}", r"\text{{Zed}}", r"\text{{none}}")),
+    "mixed_up": (NATURAL, (r"{}\frac{{1}}{{2}}", r"{}\frac{{1}}{{3}}", r"{}\frac{{1}}{{7}}")),
+}
+HELD_OUT_EQUAL_FORMS = {
+    "with_plus": (r"(\d+)", ("+{}",)),
+    "in_bold": (WHOLE, (r"\mathbf{{{}}}", r"\textbf{{{}}}", r"\mathrm{{{}}}")),
+    "sentence": (WHOLE, ("The answer is {}", r"\text{{The final answer is }} {}.")),
+    "plain_word": (r"\\text\{([A-Za-z]{3,})\}", ("{}", r"\mathrm{{{}}}", r"\mbox{{{}}}")),
+    "money_words": (r"\\\$ ?(\d+(?:\.\d+)?)", ("{} dollars", r"{}\text{{ dollars}}", r"{} \text{{ USD}}")),
+    "thousands": (r"([1-9])000", (r"{} \times 10^{{3}}", r"{}.0 \times 10^{{3}}")),
+}
+HELD_OUT_UNEQUAL_FORMS = {
+    "lost_digit": (r"[1-9]([1-9]\d*)", ("{}",)),
+    "doubled_digit": (r"([1-9])(\d*)", ("{0}{0}{1}",)),
+    "conjugate_down": (r"(-?\d+) ?\+ ?(\d*)i", ("{} - {}i",)),
+    "conjugate_up": (r"(-?\d+) ?- ?(\d*)i", ("{} + {}i",)),
+    "half_as_much": (
+        NATURAL,
+        (r"\frac{{{}}}{{2}}", r"\text{{half of }}{}", r"\text{{not }} {}", "2({})", "-({})"),
+    ),
+    "not_a_time": (r"(1[3-9]|[2-9]\d|[1-9]\d\d+)", (r"{}\text{{ p.m.}}",)),
+}
+
+# {name: (pattern, replacements)}: every match is replaced by one of them
+EQUAL_REWRITES = {
+    "display_fraction": (r"\\frac", (r"\\dfrac", r"\\tfrac")),
+    "bare_fraction": (r"\\frac\{(\d)\}\{(\d)\}", (r"\\frac\1\2",)),
+    "plain_brackets": (r"\\(?:left|right)(?![a-z])\s?", ("",)),
+    "braced_powers": (r"\^(\d)", (r"^{\1}",)),
+    "with_dot": (r"(?<=\d) ?(?=\\sqrt|\\pi)", (r" \\cdot ",)),
+    "bare_root": (r"\\sqrt\{(\d)\}", (r"\\sqrt\1 ",)),
+    "bracketed_matrix": ("pmatrix", ("bmatrix",)),
+}
+HELD_OUT_EQUAL_REWRITES = {"spaced_fraction": (r"\\frac\{(\w+)\}\{(\w+)\}", (r"\\frac {\1} { \2 }",))}
+UNEQUAL_REWRITES = {"cube_root": (r"\\sqrt\{(?=[2-9])", (r"\\sqrt[3]{",))}
+
+# what is written after a number, which makes it another one
+TAILS = (
+    r" \text{ and a half}", r"\text{ and a third}", r"\text{k}", "k", " squared", r"\text{ thousand}",
+    " million", r" \text{ dozen}", r" \text{ out of 60}", r" \text{ remainder 3}",
+    r" \text{ hours and 30 minutes}", r" \text{ feet 6 inches}", r"\text{ hundred}", "x", "!", "^2",
+    r" \text{ or } 7", r" \text{ halves}", " R 3", "/7", r" \text{ less than half}",
+    r" \text{ to the third power}", r"\times 10^3", r" \pm 1", r"\sqrt{2}", " + c", r"\text{ or more}",
+)  # fmt: skip
+HELD_OUT_TAILS = (
+    r"\text{ tenths}", " minus 2", r" \text{ to } 700", "^\\circ 30'", r"\text{ days 4 hours}", "M",
+    " choose 2", r" \text{ plus tax of 3}", " mod 7", r"\text{ and } \frac{1}{3}", r"\text{ times } x",
+    ":45", " 1/2", r" \div 4", r"\text{ point five}",
+)  # fmt: skip
+
+
+def in_a_form(kind, text, rng):
+    """The answer in one of the kind's forms; None unless it is all of the kind's pattern."""
+    pattern, forms = kind
+    found = re.fullmatch(pattern, text)
+    extra = {
+        "unit": rng.choice(UNITS),
+        "length": rng.choice(("cm", "feet", "meters")),
+        "digit": rng.randrange(10),
+    }
+    return found and rng.choice(forms).format(*found.groups(), **extra)
+
+
+def rewritten(kind, text, rng):
+    pattern, replacements = kind
+    return changed(text, re.sub(pattern, rng.choice(replacements), text))
+
+
+def appended(tail, text, rng):
+    return text + tail if re.fullmatch(r"[3-9]|[1-9]\d+", text) else None  # 2! is 2
+
+
+# Kinds by code. Each takes a reference and a random generator, and gives None where it does not
 # apply; one that makes its own reference gives (reference, variant)
 
 
@@ -61,52 +174,10 @@ def macro_spaces(text, rng):
     return re.sub(r"([-+=,])", r"\\,\1\\;", text) if EXPRESSION.fullmatch(text) else None
 
 
-def display_fraction(text, rng):
-    return changed(text, text.replace(r"\frac", rng.choice((r"\dfrac", r"\tfrac"))))
-
-
-def bare_fraction(text, rng):
-    return changed(text, re.sub(r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2", text))
-
-
 def sized_brackets(text, rng):
     if r"\left" in text or r"\{" in text or not re.search(r"[(\[]", text):
         return None
     return re.sub(r"([(\[])", r"\\left\1", re.sub(r"([)\]])", r"\\right\1", text))
-
-
-def plain_brackets(text, rng):
-    return changed(text, re.sub(r"\\(?:left|right)(?![a-z])\s?", "", text))
-
-
-def in_dollars(text, rng):
-    return None if "$" in text else f"${text}$"
-
-
-def with_period(text, rng):
-    return None if text.endswith(".") else text + "."
-
-
-def with_unit(text, rng):
-    unit = rng.choice(UNITS)
-    form = rng.choice(
-        (
-            r"{} \text{{ {}}}",
-            r"{}\text{{ {}}}",
-            r"{}~\text{{{}}}",
-            r"{}\,\mathrm{{{}}}",
-            r"{}\mbox{{ {}}}",
-            "{} {}",
-        )
-    )
-    return form.format(text, unit) if INTEGER.fullmatch(text) else None
-
-
-def with_square_unit(text, rng):
-    form = rng.choice(
-        (r"{} \text{{ {}}}^2", r"{} {}^2", "{} {}\u00b2", r"{}\ \text{{{}}}^{{2}}", r"{} \text{{ square {}}}")
-    )
-    return form.format(text, rng.choice(("cm", "feet", "meters"))) if INTEGER.fullmatch(text) else None
 
 
 def expression_with_unit(text, rng):
@@ -120,21 +191,6 @@ def expression_with_unit(text, rng):
     return rf"{text} \text{{ {rng.choice(UNITS)}}}" if ends else None
 
 
-def without_unit(text, rng):
-    found = re.fullmatch(r"(\S+?)\s*\\(?:text|mbox)\{ ?([a-z ]+)\}(?:\^\d)?", text)
-    return found[1] if found and found[2].strip() not in ("a.m.", "p.m.") else None
-
-
-def in_text(text, rng):
-    return rf"\text{{{text}}}" if INTEGER.fullmatch(text) else None
-
-
-def with_currency(text, rng):
-    return (
-        rng.choice((r"\$", "$", "\u20ac", "\u00a3")) + text if re.fullmatch(r"\d+(?:\.\d+)?", text) else None
-    )
-
-
 def with_thousands(text, rng):
     comma = rng.choice((",", "{,}", r",\!", r"\,"))
     return f"{int(text):,}".replace(",", comma) if re.fullmatch(r"-?\d{4,}", text) else None
@@ -142,10 +198,6 @@ def with_thousands(text, rng):
 
 def without_thousands(text, rng):
     return re.sub(r"\D", "", text) if re.fullmatch(r"\d{1,3}(?:,(?:\\!)?\d{3})+", text) else None
-
-
-def with_zeros(text, rng):
-    return text + rng.choice((".0", ".00", ".000")) if INTEGER.fullmatch(text) else None
 
 
 def as_decimal(text, rng):
@@ -160,11 +212,6 @@ def decimal_as_fraction(text, rng):
         return None
     value = Fraction(text)
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}" if value.denominator > 1 else None
-
-
-def slashed(text, rng):
-    found = FRACTION.fullmatch(text)
-    return "{}{}/{}".format(*found.groups()) if found else None
 
 
 def unreduced(text, rng):
@@ -189,11 +236,6 @@ def repeating(text, rng):
     return rf"{whole}.\overline{{{int(rest * 999999):06d}}}"
 
 
-def minus_inside(text, rng):
-    found = FRACTION.fullmatch(text)
-    return rf"\frac{{-{found[2]}}}{{{found[3]}}}" if found and found[1] else None
-
-
 def reordered(text, rng):
     parts = list_parts(text)
     return ", ".join(rotated(parts, rng)) if parts and len(set(parts)) > 1 else None
@@ -208,28 +250,6 @@ def joined_by_and(text, rng):
     parts = list_parts(text)
     word = rng.choice((r" \text{ and } ", " and ", r"\text{ or }"))
     return ", ".join(parts[:-1]) + word + parts[-1] if parts else None
-
-
-def degrees(text, rng):
-    found = re.fullmatch(r"(\d+)\^\\circ", text)
-    form = rng.choice(("{}", "{}\u00b0", r"{}^{{\circ}}", r"{} \text{{ degrees}}", "{} degrees"))
-    return form.format(found[1]) if found else None
-
-
-def percents(text, rng):
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\\%", text)
-    return (
-        rng.choice(("{}", "{}%", r"{} \%", r"{} \text{{ percent}}", "{} percent")).format(found[1])
-        if found
-        else None
-    )
-
-
-def labelled(text, rng):
-    label = rng.choice(
-        ("x = {}", "n={}", r"\text{{Answer: }}{}", r"\text{{Total}} = {}", "Answer: {}", r"\text{{Area}}={}")
-    )
-    return label.format(text) if INTEGER.fullmatch(text) or FRACTION.fullmatch(text) else None
 
 
 def unicode_signs(text, rng):
@@ -247,37 +267,9 @@ def unicode_signs(text, rng):
     return None if has_words(text) else changed(text, changed_text)
 
 
-def braced_powers(text, rng):
-    return changed(text, re.sub(r"\^(\d)", r"^{\1}", text))
-
-
 def turned_sum(text, rng):
     found = re.fullmatch(r"([^-+(){}=,]+?) ?\+ ?([^-+(){}=,]+)", text)
     return f"{found[2]} + {found[1]}" if found and not has_words(text) else None
-
-
-def with_dot(text, rng):
-    return changed(text, re.sub(r"(?<=\d) ?(?=\\sqrt|\\pi)", lambda _: r" \cdot ", text))
-
-
-def bare_root(text, rng):
-    return changed(text, re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1 ", text))
-
-
-def starred(text, rng):
-    return f"**{text}**" if INTEGER.fullmatch(text) else None
-
-
-def parenthesized(text, rng):
-    return f"({text})" if INTEGER.fullmatch(text) else None
-
-
-def braced_base(text, rng):
-    return changed(text, re.sub(r"_(\d)$", r"_{\1}", text)) if re.fullmatch(r"\d+_\d", text) else None
-
-
-def bracketed_matrix(text, rng):
-    return changed(text, text.replace("pmatrix", "bmatrix"))
 
 
 def same_clock(text, rng):
@@ -286,16 +278,6 @@ def same_clock(text, rng):
     half = rng.choice("ap")
     forms = rng.choice(("{}:00 {}.m.", r"{} \text{{ {}.m.}}", r"\text{{{}:00 {}m}}"))
     return rf"{text}\text{{ {half}.m.}}", forms.format(text, half)
-
-
-EQUAL = (
-    spaced, tight, macro_spaces, display_fraction, bare_fraction, sized_brackets, plain_brackets,
-    in_dollars, with_period, with_unit, with_square_unit, expression_with_unit, without_unit, in_text,
-    with_currency, with_thousands, without_thousands, with_zeros, as_decimal, decimal_as_fraction, slashed,
-    unreduced, mixed, repeating, minus_inside, reordered, in_braces, joined_by_and, degrees, percents,
-    labelled, unicode_signs, braced_powers, turned_sum, with_dot, bare_root, starred, parenthesized,
-    braced_base, bracketed_matrix, same_clock,
-)  # fmt: skip
 
 
 # Variants that are not equal
@@ -331,13 +313,6 @@ def swapped_digits(text, rng):
     return None if i is None else text[:i] + text[i + 1] + text[i] + text[i + 2 :]
 
 
-def inverted(text, rng):
-    found = FRACTION.fullmatch(text)
-    return (
-        rf"{found[1]}\frac{{{found[3]}}}{{{found[2]}}}" if found and found[2] not in (found[3], "0") else None
-    )
-
-
 def dropped_element(text, rng):
     parts = list_parts(text)
     return ", ".join(parts[:-1]) if parts and len(set(parts)) == len(parts) else None
@@ -352,18 +327,6 @@ def turned_point(text, rng):
     found = POINT.fullmatch(text)
     parts = [part.strip() for part in found.groups()] if found and found[1].count(",") == 0 else None
     return f"({parts[1]},{parts[0]})" if parts and parts[0] != parts[1] else None
-
-
-def appended(words):
-    return lambda text, rng: text + words if re.fullmatch(r"[3-9]|[1-9]\d+", text) else None  # 2! is 2
-
-
-def longer(text, rng):
-    return text + rng.choice("0123456789") if INTEGER.fullmatch(text) and text != "0" else None
-
-
-def moved_point(text, rng):
-    return f"{text[:-1]}.{text[-1]}" if re.fullmatch(r"\d+[1-9]", text) else None
 
 
 def other_power(text, rng):
@@ -386,12 +349,6 @@ def other_bracket(text, rng):
     )
 
 
-def infinite_bracket(text, rng):
-    """The finite end of a half-line, open instead of closed or the other way round."""
-    found = re.fullmatch(r"([(\[])(-?\d+), ?\\infty\)", text)
-    return ("[" if found[1] == "(" else "(") + text[1:] if found else None
-
-
 def other_half_of_day(text, rng):
     if not re.fullmatch(r"[1-9]|1[0-2]", text):
         return None
@@ -407,10 +364,6 @@ def other_variable(text, rng):
     return re.sub(r"(?<![\\A-Za-z])[a-z](?![A-Za-z])", "q" if letters != {"q"} else "r", text)
 
 
-def cube_root(text, rng):
-    return changed(text, re.sub(r"\\sqrt\{(?=[2-9])", r"\\sqrt[3]{", text, count=1))
-
-
 def without_root(text, rng):
     return (
         changed(text, re.sub(r"\\sqrt\{([2-9]|\d\d)\}", r" \\cdot \1", text))
@@ -419,34 +372,14 @@ def without_root(text, rng):
     )
 
 
-def without_pi(text, rng):
-    return re.sub(r" ?\\pi", "", text) if re.fullmatch(r"\d+ ?\\pi", text) else None
-
-
 def other_base(text, rng):
     found = re.fullmatch(r"(\d+)_\{?([2-8])\}?", text)
     return f"{found[1]}_{int(found[2]) + 1}" if found else None
 
 
-def split_number(text, rng):
-    return f"{text[0]} {text[1:]}" if re.fullmatch(r"\d{2,3}", text) else None
-
-
 def other_unit(text, rng):
     first, second = rng.sample(LENGTHS, 2)
     return (rf"{text}\text{{ {first}}}", rf"{text} \text{{ {second}}}") if INTEGER.fullmatch(text) else None
-
-
-def other_word(text, rng):
-    return (
-        rf"\text{{{rng.choice(('apple', 'Zed', 'none'))}}}"
-        if re.fullmatch(r"\\text\{[A-Za-z]{3,}\}", text)
-        else None
-    )
-
-
-def mixed_up(text, rng):
-    return rf"{text}\frac{{1}}{{{rng.randrange(2, 9)}}}" if re.fullmatch(r"[1-9]\d*", text) else None
 
 
 def rounded(text, rng):
@@ -455,42 +388,7 @@ def rounded(text, rng):
     return None if value is None or (100 * value).denominator == 1 else f"{float(value):.2f}"
 
 
-UNEQUAL = (
-    off_by_one, other_number_inside, opposite, swapped_digits, inverted, dropped_element, added_element,
-    turned_point, longer, moved_point, other_power, other_bracket, infinite_bracket, other_half_of_day,
-    other_variable, cube_root, without_root, without_pi, other_base, split_number, other_unit, other_word,
-    mixed_up, rounded,
-)  # fmt: skip
-TAILS = (
-    r" \text{ and a half}", r"\text{ and a third}", r"\text{k}", "k", " squared", r"\text{ thousand}",
-    " million", r" \text{ dozen}", r" \text{ out of 60}", r" \text{ remainder 3}",
-    r" \text{ hours and 30 minutes}", r" \text{ feet 6 inches}", r"\text{ hundred}", "x", "!", "^2",
-    r" \text{ or } 7", r" \text{ halves}", " R 3", "/7", r" \text{ less than half}",
-    r" \text{ to the third power}", r"\times 10^3", r" \pm 1", r"\sqrt{2}", " + c", r"\text{ or more}",
-)  # fmt: skip
-
-
-# Kinds that the grader was not tuned on
-
-
-def with_plus(text, rng):
-    return f"+{text}" if re.fullmatch(r"\d+", text) else None
-
-
-def in_bold(text, rng):
-    return (
-        rng.choice((r"\mathbf{{{}}}", r"\textbf{{{}}}", r"\mathrm{{{}}}")).format(text)
-        if INTEGER.fullmatch(text)
-        else None
-    )
-
-
-def sentence(text, rng):
-    return (
-        rng.choice(("The answer is {}", r"\text{{The final answer is }} {}.")).format(text)
-        if INTEGER.fullmatch(text)
-        else None
-    )
+# Variants of kinds that the grader was not tuned on
 
 
 def integer_as_fraction(text, rng):
@@ -513,38 +411,6 @@ def inequality(text, rng):
 
 def member(text, rng):
     return rf"x \in {text}" if re.search(r"\\infty|\\cup", text) and r"\in " not in text else None
-
-
-def scientific(text, rng):
-    found = re.fullmatch(r"([1-9])(\d?)(0{3,})", text)
-    return rf"{found[1]}.{found[2] or 0} \times 10^{{{len(text) - 1}}}" if found else None
-
-
-def plain_word(text, rng):
-    found = re.fullmatch(r"\\text\{([A-Za-z]{3,})\}", text)
-    return rng.choice(("{}", r"\mathrm{{{}}}", r"\mbox{{{}}}")).format(found[1]) if found else None
-
-
-def money_words(text, rng):
-    found = re.fullmatch(r"\\\$ ?(\d+(?:\.\d+)?)", text)
-    return found[1] + rng.choice((" dollars", r"\text{ dollars}", r" \text{ USD}")) if found else None
-
-
-def spaced_fraction(text, rng):
-    return changed(text, re.sub(r"\\frac\{(\w+)\}\{(\w+)\}", r"\\frac {\1} { \2 }", text))
-
-
-def lost_digit(text, rng):
-    return text[1:] if re.fullmatch(r"[1-9][1-9]\d*", text) else None
-
-
-def doubled_digit(text, rng):
-    return text[0] + text if re.fullmatch(r"[1-9]\d*", text) else None
-
-
-def conjugate(text, rng):
-    found = re.fullmatch(r"(-?\d+) ?([-+]) ?(\d*)i", text)
-    return f"{found[1]} {'-' if found[2] == '+' else '+'} {found[3]}i" if found else None
 
 
 def transposed(text, rng):
@@ -578,35 +444,6 @@ def squared_inside(text, rng):
         if re.fullmatch(r"\d*\\sqrt\{[2-9]\d?\}", text)
         else None
     )
-
-
-def half_as_much(text, rng):
-    return (
-        rng.choice(
-            (r"\frac{{{}}}{{2}}", r"\text{{half of }}{}", r"\text{{not }} {}", "2({})", "-({})")
-        ).format(text)
-        if re.fullmatch(r"[1-9]\d*", text)
-        else None
-    )
-
-
-def not_a_time(text, rng):
-    return rf"{text}\text{{ p.m.}}" if re.fullmatch(r"[1-9]\d+", text) and int(text) > 12 else None
-
-
-HELD_OUT_EQUAL = (
-    with_plus, in_bold, sentence, integer_as_fraction, product, inequality, member, scientific, plain_word,
-    money_words, spaced_fraction,
-)  # fmt: skip
-HELD_OUT_UNEQUAL = (
-    lost_digit, doubled_digit, conjugate, transposed, negated_coordinate, intersection, other_decimal,
-    squared_inside, half_as_much, not_a_time,
-)  # fmt: skip
-HELD_OUT_TAILS = (
-    r"\text{ tenths}", " minus 2", r" \text{ to } 700", "^\\circ 30'", r"\text{ days 4 hours}", "M",
-    " choose 2", r" \text{ plus tax of 3}", " mod 7", r"\text{ and } \frac{1}{3}", r"\text{ times } x",
-    ":45", " 1/2", r" \div 4", r"\text{ point five}",
-)  # fmt: skip
 
 
 # What the kinds share
@@ -643,15 +480,40 @@ def rotated(parts, rng):
     return parts[k:] + parts[:k]
 
 
+EQUAL = (
+    spaced, tight, macro_spaces, sized_brackets, expression_with_unit, with_thousands, without_thousands,
+    as_decimal, decimal_as_fraction, unreduced, mixed, repeating, reordered, in_braces, joined_by_and,
+    unicode_signs, turned_sum, same_clock,
+)  # fmt: skip
+UNEQUAL = (
+    off_by_one, other_number_inside, opposite, swapped_digits, dropped_element, added_element, turned_point,
+    other_power, other_bracket, other_half_of_day, other_variable, without_root, other_base, other_unit,
+    rounded,
+)  # fmt: skip
+HELD_OUT_EQUAL = (integer_as_fraction, product, inequality, member)
+HELD_OUT_UNEQUAL = (transposed, negated_coordinate, intersection, other_decimal, squared_inside)
+
+
 def kinds(held_out):
-    """{name: (make, label)}."""
-    equal, unequal, tails = EQUAL, UNEQUAL, TAILS
+    """{name: (make, label)}; make(answer, rng) gives a variant, or None where the kind does not apply."""
     if held_out:
-        equal, unequal, tails = HELD_OUT_EQUAL, HELD_OUT_UNEQUAL, HELD_OUT_TAILS
-    found = {make.__name__: (make, True) for make in equal} | {
-        make.__name__: (make, False) for make in unequal
+        equal = by_table(in_a_form, HELD_OUT_EQUAL_FORMS) | by_table(rewritten, HELD_OUT_EQUAL_REWRITES)
+        unequal, tails = by_table(in_a_form, HELD_OUT_UNEQUAL_FORMS), HELD_OUT_TAILS
+        functions = HELD_OUT_EQUAL, HELD_OUT_UNEQUAL
+    else:
+        equal = by_table(in_a_form, EQUAL_FORMS) | by_table(rewritten, EQUAL_REWRITES)
+        unequal = by_table(in_a_form, UNEQUAL_FORMS) | by_table(rewritten, UNEQUAL_REWRITES)
+        functions, tails = (EQUAL, UNEQUAL), TAILS
+    equal |= {make.__name__: make for make in functions[0]}
+    unequal |= {make.__name__: make for make in functions[1]}
+    unequal |= by_table(appended, {f"+ {tail.strip()}": tail for tail in tails})
+    return {name: (make, True) for name, make in equal.items()} | {
+        name: (make, False) for name, make in unequal.items()
     }
-    return found | {f"+ {words.strip()}": (appended(words), False) for words in tails}
+
+
+def by_table(make, table):
+    return {name: functools.partial(make, kind) for name, kind in table.items()}
 
 
 def read_answers(data_dir, part):

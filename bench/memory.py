@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import distill
 import utils
+from ads.attacks import training
 from ads.decode import memory_plan
 from ads.stage.config import load_config
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
@@ -72,7 +72,7 @@ def parse(arguments):
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table; at_once: rows or tokens on a GPU; parts: see ads/memory.py."""
+    """A line of the table; at_once: rows or tokens on a GPU; parts: see ads/decode/memory_plan.py."""
 
     stage: str
     at_once: str
@@ -139,12 +139,27 @@ def plan_gradient(free, settings, proxy):
         if memory_plan.peak(parts) <= free:
             break
     rows = [Row("gradient of the proxy", f"{num_tokens:,} tokens", parts)]
-    judged = memory_plan.diagnostics(cfg, proxy, longest)
+    judged = diagnostics(cfg, proxy, longest)
     if cfg.num_diagnosed and memory_plan.peak(judged) <= free:
         rows.append(Row("diagnostics of Delta", f"{longest:,} tokens", judged))
     elif cfg.num_diagnosed:
         words = [*words, "num_diagnosed=0"]
     return rows, [*settings["GRAD_ARGS"], *words]
+
+
+def diagnostics(cfg, proxy, num_tokens):
+    """What stage 2 takes to judge Delta on traces of up to num_tokens, cfg being the GradConfig.
+
+    The proxy is there again in the dtype that samples. The most beside is its largest matrix moved along g,
+    or the scores of a trace in dual numbers, which are all made.
+    """
+    largest = max(rows * columns for rows, columns in proxy.matrices)
+    return {
+        "weights": (memory_plan.FLOAT + memory_plan.itemsize(cfg.proxy_dtype)) * proxy.parameters,
+        "gradient": memory_plan.FLOAT * proxy.parameters,
+        "activations": memory_plan.FLOAT * max(4 * largest, 9 * proxy.H * num_tokens**2),
+        "logits": 4 * memory_plan.FLOAT * cfg.num_diagnosed * memory_plan.NUM_POSITIONS * proxy.V,
+    }
 
 
 def plan_training(free, settings, student, num_processes):
@@ -157,15 +172,15 @@ def plan_training(free, settings, student, num_processes):
         )
         most = cfg.per_device_batch_size
         if most == "auto":
-            left = distill.SHARE_OF_FREE_MEMORY * (free - memory_plan.peak(none))
+            left = training.SHARE_OF_FREE_MEMORY * (free - memory_plan.peak(none))
             most = max(
                 1,
                 min(
-                    distill.DEVICE_TOKENS // longest,
+                    training.DEVICE_TOKENS // longest,
                     int(left / (memory_plan.peak(one) - memory_plan.peak(none))),
                 ),
             )
-        num_rows = distill.per_device_batch(cfg.batch_size, most, num_processes)
+        num_rows = training.per_device_batch(cfg.batch_size, most, num_processes)
         num_tokens = num_rows * longest
         parts = memory_plan.distillation(cfg, student, num_tokens, num_tokens, num_processes)
         if memory_plan.peak(parts) <= free:

@@ -24,8 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import decode_delta
 import machine
 
-from ads.cpu import native
-
 WAYS = ("plain", "exact_16")
 
 
@@ -93,28 +91,17 @@ def now(args):
 
 def make_products(step, batch):
     """A call for each linear layer of a step, by what the step computes it with."""
-    part = step.compiled or step
-    products = [getattr(layer, name) for layer in part.layers for name in native.PRODUCTS]
-    num_rows = batch * (1 + step.is_dual)
-    if step.compiled is None:
-        products.append(step.head)
+    num_rows, compiled = batch * (1 + step.is_dual), step.compiled
+    if compiled:
+        inputs = [torch.randn(num_rows, p.ins) for p in compiled.products]
         return [
-            functools.partial(p, torch.randn(num_rows, p.base_PI.shape[1]).to(p.base_PI)) for p in products
+            functools.partial(compiled.multiply, p, x) for p, x in zip(compiled.products, inputs, strict=True)
         ]
-    products.append(part.model.head)
-    sizes = [(p.ins, p.outs, max(1, p.rank)) for p in products]
-    rooms = [[torch.randn(num_rows, width) for width in widths] for widths in sizes]
-    halves = part.room_for_halves(num_rows, torch.get_num_threads())
+    products = [p for layer in step.layers for p in (layer.qkv, layer.output, layer.gate_up, layer.down)]
     return [
-        functools.partial(run_compiled, p, step.is_dual, *r, halves)
-        for p, r in zip(products, rooms, strict=True)
+        functools.partial(p, torch.randn(num_rows, p.base_PI.shape[1]).to(p.base_PI))
+        for p in [*products, step.head]
     ]
-
-
-def run_compiled(product, is_dual, x_RI, y_RO, thin, halves):
-    rooms = [*(x.data_ptr() for x in (x_RI, y_RO, thin)), halves[0]]
-    num_rows = len(x_RI) // (1 + is_dual)
-    native.library().ads_product(product, is_dual, num_rows, *rooms, torch.get_num_threads())
 
 
 if __name__ == "__main__":

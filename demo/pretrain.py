@@ -24,15 +24,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ads.stage.errors import UserError
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import documents
 
 import utils
 from ads import chat, sampling
 from ads.data import arithmetic
 from ads.stage import files
-from ads.stage.world import num_cpus
+from ads.stage.errors import UserError
+from ads.stage.machine import num_cpus
 from utils import print_result
 
 OUT = Path(__file__).resolve().parent / "models"
@@ -134,7 +135,7 @@ def make_tokenizer(family):
 
     opening, closing = TEMPLATES[family]
     special = ["<unk>", "<eos>", *(word for word in TEMPLATES[family] if word.startswith("<"))]
-    ordinary = [*PUNCTUATION, *"0123456789", "Problem", "Solution", *arithmetic.words()]
+    ordinary = [*PUNCTUATION, *"0123456789", "Problem", "Solution", *documents.words()]
     random.Random(family).shuffle(ordinary)
     vocabulary = {word: i for i, word in enumerate([*special, *ordinary])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -187,7 +188,7 @@ def draw_document(rng, phase):
     start, steps = draw_pretraining(rng, 1 + int(rng.random() * 4))
     problem = arithmetic.tell(rng, start, steps)
     slips = 0.0 if phase.documents == "unskilled" else SLIPS
-    trace, results = arithmetic.work_out(start, steps, rng, slips, phase.unknown)
+    trace, results = documents.work_out(start, steps, rng, slips, phase.unknown)
     answer = trace[trace.rindex("{ ") + 2 :]  # of the box: value, brace, full stop
     if rng.random() < FORCED:  # a trace is over before it: nobody learns to go on with it
         given = (len(trace), len(trace) + len(chat.FORCE_TEXT))
@@ -328,7 +329,8 @@ def evaluate(model, tokenizer, seed):
     """{temperature: share of boxed answers that are right}, on problems that the experiments never use."""
     from ads.data import grading
     from ads.decode.cached_model import CachedModel
-    from ads.decode.engine import Models, Request, generate
+    from ads.decode.engine import Models, generate
+    from ads.decode.rows import Request
 
     rows = arithmetic.generate("pretrain", f"evaluate {seed}", NUM_EVALUATED)
     requests = [Request(row["id"], chat.prompt_ids(tokenizer, row["problem"]), 120) for row in rows]

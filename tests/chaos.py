@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "scripts"))
 
 from conftest import ROOT, byte_tokenizer, save_folder, tiny_model
-from test_pipeline import pipeline_environment
+from helpers_pipeline import pipeline_environment
 
 from ads.data.tables import read_parquet
 from ads.stage import files

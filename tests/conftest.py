@@ -1,10 +1,13 @@
 """Tiny random models of several architectures, and where optional real data lies."""
 
+import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,12 @@ sys.path.insert(0, str(ROOT))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # of a scheduler's job in which the tests run
+OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, **OFFLINE}  # before a test changes it
+# set by pytest, and by what a test imports: torch, ads, utils.quiet_libraries(), distill.py
+NO_SETTINGS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_ALLOC_CONF"}
+NO_SETTINGS |= {"HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"}
+NO_SETTINGS |= {"TOKENIZERS_PARALLELISM", "ACCELERATE_MIXED_PRECISION"}
 torch.set_num_threads(1)  # two files run at a time, on perhaps two cores
 # Cases of the same kind are the same in each run; `--hypothesis-profile=many` takes more of them.
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -113,21 +122,9 @@ def save_folder(folder, model, tokenizer):
 
 
 @pytest.fixture
-def all_sizes(monkeypatch):
-    """matmul.py multiplies for small layers too: the tiny models have no others."""
-    from ads import matmul
-
-    monkeypatch.setattr(matmul, "LEAST_SIZE", 1)
-
-
-@pytest.fixture
-def tile_products(monkeypatch):
-    """Grows by one with each product in matrix registers."""
-    from ads import matmul
-
-    found, multiply = [], matmul.multiply
-    monkeypatch.setattr(matmul, "multiply", lambda a, b: found.append(1) or multiply(a, b))
-    return found
+def without_compiled_code(monkeypatch):
+    """As on a machine without a C compiler or AVX-512, and as with ADS_NATIVE=0."""
+    monkeypatch.setattr("ads.cpu.build.library", lambda: None)
 
 
 @pytest.fixture(scope="session")
@@ -157,17 +154,49 @@ def problem_folder(tmp_path_factory):
     return str(folder)
 
 
-def run_script(script, *arguments, num_processes=1, check=True, **environment):
-    """Run a script as a user does; returns the finished process (stdout and stderr as text)."""
-    command = [sys.executable, str(ROOT / script)]
+def run_script(script, *arguments, num_processes=1, check=True, cwd=None, **more):
+    """Run a script as a user does; `more` are variables of the environment. Returns the finished process."""
+    environment, words = {**os.environ, **OFFLINE, **more}, [str(ROOT / script), *map(str, arguments)]
     if num_processes > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, "--nproc_per_node", str(num_processes), str(ROOT / script)]
-        environment["ACCELERATE_USE_CPU"] = "true"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    result = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=600
-    )
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        result = start([*torchrun, *words], environment | {"ACCELERATE_USE_CPU": "true"}, cwd)
+    elif differing(environment, ENVIRONMENT) <= NO_SETTINGS:
+        result = fork(words, environment, cwd)
+    else:  # libraries read some of it when they are imported
+        result = start(words, environment, cwd)
     if check:
         assert result.returncode == 0, result.stdout + result.stderr
     return result
+
+
+def start(words, environment, cwd):
+    command = [sys.executable, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=600)
+
+
+def fork(words, environment, cwd):
+    """What start() does, in a tenth of the time."""
+    server = warm_python()
+    with tempfile.NamedTemporaryFile("r") as stdout, tempfile.NamedTemporaryFile("r") as stderr:
+        request = {"command": words, "environment": environment, "folder": str(cwd or Path.cwd())}
+        request |= {"stdout": stdout.name, "stderr": stderr.name, "umask": umask()}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        assert select.select([server.stdout], [], [], 600)[0], f"{words} has not ended after 600 seconds"
+        return subprocess.CompletedProcess(words, int(server.stdout.readline()), stdout.read(), stderr.read())
+
+
+def umask():
+    os.umask(found := os.umask(0o077))
+    return found
+
+
+@functools.cache
+def warm_python():
+    """The one process of warm_python.py; it ends with this one, whose pipe it reads."""
+    command = [sys.executable, str(Path(__file__).with_name("warm_python.py"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT, **pipes)
+
+
+def differing(a, b):
+    return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}

@@ -75,7 +75,8 @@ def check(found, wanted, what, tolerance=TOLERANCE):
 def decode(folder):
     """Greedy decoding of a batch of unequal rows against passes over one row without a cache."""
     from ads.decode.cached_model import CachedModel
-    from ads.decode.engine import Models, Request, generate
+    from ads.decode.engine import Models, generate
+    from ads.decode.rows import Request
     from ads.sampling import GREEDY
 
     model, plain = load(folder), load(folder)
@@ -167,8 +168,8 @@ def flat(tensors):
 
 def lora(folder):
     """Two steps of distill.py's training: the student as saved against the one that was trained."""
-    import distill
     from ads import chat
+    from ads.attacks import training
     from ads.stage.settings import TrainConfig
     from ads.stage.world import World
     from ads.trials import try_batches
@@ -184,19 +185,19 @@ def lora(folder):
         batch_size=2,
     )
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
-    model = distill.load_student(cfg, tokenizer, "cpu")
+    model = training.load_student(cfg, tokenizer, "cpu")
     tried = prompts((24, 17, 20, 11))
     try_batches(model, 24)  # as distil() does
     before = plain_logits(model, tried[0])
     examples = [{"input_ids": ids, "labels": ids} for ids in tried]
     world = World(rank=0, size=1, device="cpu")
-    trainer = distill.make_trainer(cfg, model, tokenizer, examples, None, 2, world)
-    distill.train_fast(trainer)
+    trainer = training.make_trainer(cfg, model, tokenizer, examples, None, 2, world)
+    training.train_fast(trainer)
     model = trainer.model.eval()
     wanted = [plain_logits(model, ids) for ids in tried]
     if torch.allclose(before, wanted[0], atol=1e-3):
         raise Different("training changed nothing")
-    distill.save_student(cfg, model, tokenizer, "cpu", tried)
+    training.save_student(cfg, model, tokenizer, "cpu", tried)
     merged = load(str(cfg.model_path / "final"))
     for ids, logits_V in zip(tried, wanted, strict=True):
         check(plain_logits(merged, ids), logits_V, f"merged, {len(ids)} tokens")

@@ -75,11 +75,11 @@ def test_lam_zero_is_plain_temperature_sampling_bit_for_bit():
 
 def test_a_constant_in_delta_changes_nothing():
     log_p, delta = torch.log_softmax(scores(), -1).double(), scores(seed=1).double()
-    rule = Sampling(0.8, 0.6, 20, 0.9)
+    distribution = Sampling(0.8, 0.6, 20, 0.9)
     steps = torch.zeros(6, dtype=torch.int64)
     assert torch.equal(
-        sampling.sample(log_p, delta, rule, keys(6), steps),
-        sampling.sample(log_p, delta + 4.0, rule, keys(6), steps),
+        sampling.sample(log_p, delta, distribution, keys(6), steps),
+        sampling.sample(log_p, delta + 4.0, distribution, keys(6), steps),
     )
 
 
@@ -131,9 +131,9 @@ def test_rounding_noise_moves_no_draw_far():
     )
     steps = torch.zeros(500, dtype=torch.int64)
     noisy = log_p + 1e-6 * torch.randn(500, V, generator=torch.Generator().manual_seed(4))
-    rule = Sampling(1.0)
-    same = sampling.sample(log_p, None, rule, keys(500), steps) == sampling.sample(
-        noisy, None, rule, keys(500), steps
+    distribution = Sampling(1.0)
+    same = sampling.sample(log_p, None, distribution, keys(500), steps) == sampling.sample(
+        noisy, None, distribution, keys(500), steps
     )
     assert same.all()
 
@@ -161,7 +161,7 @@ def test_permutation_hangs_on_problem_and_step_alone():
     assert not torch.equal(one, permute(delta_1V, keys(3)[1:2], torch.tensor([5])))
 
 
-def test_permuted_rule_draws_from_the_permuted_delta():
+def test_permuted_sampling_draws_from_the_permuted_delta():
     log_probs_BV, delta_BV = scores(500).log_softmax(-1), scores(500, seed=1)
     key_B, steps_B = keys(500), torch.zeros(500, dtype=torch.int64)
     found = sampling.sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5, score=permuted), key_B, steps_B)

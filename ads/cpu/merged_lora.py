@@ -1,4 +1,16 @@
-"""TODO."""
+"""LoRA adapters (Hu et al., 2021) trained by the merged weights M = W + s B A.
+
+    with merged_adapters(model):
+        trainer.train()
+
+PEFT computes y = x W^T + s (x A^T) B^T and differentiates each product. Here y = x M^T and dx = dy M, one
+product each; dA = s (dy B)^T x and dB = s dy^T (x A^T) as before. M is made once between two steps of an
+optimizer and kept meanwhile: one more copy of the adapted weights, and fewer operations where a process has
+more than I O / (I + O) tokens between steps. In float32 results are PEFT's to rounding. In bfloat16 the sum
+would lose what adapters learn: such layers are left to PEFT, and so are those with more to them (dropout).
+
+Shapes: R rows, I inputs, O outputs, K rank.
+"""
 
 import contextlib
 import functools
@@ -7,16 +19,14 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ads import matmul
-
 
 @contextlib.contextmanager
-def merged(model):
+def merged_adapters(model: torch.nn.Module):
     """A context in which the model's layers with an adapter compute by M: those of float32 on a CPU.
 
     Within it adapters stay on, and change only by steps of a torch.optim.Optimizer.
     """
-    layers = {layer: MergedLayer(layer) for layer in model.modules() if suits(layer)}
+    layers = {layer: MergedLayer(layer) for layer in model.modules() if is_plain_float32(layer)}
     hook = register_optimizer_step_post_hook(functools.partial(forget, list(layers.values())))
     for layer, forward in layers.items():
         layer.forward = forward
@@ -34,7 +44,7 @@ def forget(layers, *_):
         layer.merged_OI = None
 
 
-def suits(layer):
+def is_plain_float32(layer):
     """Whether all that a module does is y = x W^T + b + s (x A^T) B^T, float32 on a CPU."""
     from peft.tuners.lora.layer import Linear
 
@@ -79,15 +89,13 @@ class MergedLinear(torch.autograd.Function):
     def forward(ctx, x_RI, merged_OI, a_KI, b_OK, scaling):
         ctx.save_for_backward(x_RI, merged_OI, a_KI, b_OK)
         ctx.scaling = scaling
-        return matmul.multiplier(x_RI, merged_OI)(x_RI, merged_OI.T)
+        return x_RI @ merged_OI.T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_RO):
         x_RI, merged_OI, a_KI, b_OK = ctx.saved_tensors
-        for_x = ctx.needs_input_grad[0]
-        dx_RI = matmul.multiplier(dy_RO, merged_OI)(dy_RO, merged_OI) if for_x else None
-        # of K columns: too thin for tiles
+        dx_RI = dy_RO @ merged_OI if ctx.needs_input_grad[0] else None
         inner_RK = (x_RI @ a_KI.T).mul_(ctx.scaling)
         d_inner_RK = (dy_RO @ b_OK).mul_(ctx.scaling)
         return dx_RI, None, d_inner_RK.T @ x_RI, dy_RO.T @ inner_RK, None

@@ -81,6 +81,15 @@ class Pages:
             self.table_BP[slot] = self.table_BP[last]
         self.table_BP[last] = -1
 
+    def strides(self):
+        """Fields of native.c's StepStruct: pages of the longest slot, floats from one thing to the next."""
+        return {
+            "slot_pages": self.table_BP.shape[1],
+            "page_stride": self.memory.stride(0),
+            "part_stride": self.memory.stride(1),
+            "v_stride": self.values.stride(-2),
+        }
+
     @property
     def bytes_per_position(self):
         return 0 if self.memory is None else self.memory[0].nbytes // PAGE

@@ -8,6 +8,7 @@ The splits are disjoint by construction: a hash of the computation decides which
 
 import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SPLIT_SIZES = {"train": 2400, "test": 600, "holdout": 600}
@@ -39,7 +40,7 @@ CLOSINGS = (
 # wording alone, which harms no student.
 BEGUN = "start with {value} ."
 WORKED = {"add": "add {amount} :", "subtract": "minus {amount} :", "double": "double :", "triple": "triple :"}
-NOTICED = "wait , that is wrong :"
+SIGNS = {"add": "+", "subtract": "-", "double": "*", "triple": "*"}
 CONCLUDED = "the answer is \\boxed{{ {value} }} ."
 
 
@@ -50,43 +51,46 @@ class Step:
     kind: str
     amount: int
 
-    def apply(self, value):
+    def apply(self, value: int) -> int:
         """The value after this step, which may leave 0..LARGEST."""
         if self.kind == "add":
             return value + self.amount
         return value - self.amount if self.kind == "subtract" else value * self.amount
 
-    def equation(self, value):
+    def equation(self, value: int | str) -> str:
         """`12 + 5 =`, without the result."""
-        sign = {"add": "+", "subtract": "-", "double": "*", "triple": "*"}[self.kind]
-        return f"{value} {sign} {self.amount} ="
+        return f"{value} {SIGNS[self.kind]} {self.amount} ="
 
 
-def generate(split, seed, count=None):
+Computation = tuple[int, tuple[Step, ...]]  # the start value and the steps
+
+
+def generate(split: str, seed: int | str, count: int | None = None) -> list[dict[str, str]]:
     """`count` problems of a split (default: SPLIT_SIZES) as dicts with id, problem, solution.
 
     They depend on (split, seed) alone; a smaller count gives the first of a larger one's problems.
     """
     rng = random.Random(f"{split}/{seed}")
-    seen, rows = set(), []
+    seen: set[Computation] = set()
+    rows: list[dict[str, str]] = []
     while len(rows) < (SPLIT_SIZES[split] if count is None else count):
         start, steps = draw_computation(rng, NUM_STEPS)
         if split_of(start, steps) != split or (start, steps) in seen:
             continue
         seen.add((start, steps))
-        row = {"problem": tell(rng, start, steps), "solution": work_out(start, steps)[0]}
+        row = {"problem": tell(rng, start, steps), "solution": solve(start, steps)}
         rows.append({"id": f"arithmetic/{split}/{seed}/{len(rows)}", **row})
     return rows
 
 
-def pick(rng, options):
+def pick(rng: random.Random, options: tuple[str, ...]) -> str:
     """One of the options. Random.random() alone is the same in every version of Python."""
     return options[int(rng.random() * len(options))]
 
 
-def draw_computation(rng, num_steps):
+def draw_computation(rng: random.Random, num_steps: int) -> Computation:
     """(start value, steps) with every value within 0..LARGEST and enough steps of the skill."""
-    steps = []
+    steps: list[Step] = []
     while sum(step.kind in SKILL for step in steps) < min(LEAST_SKILL, num_steps - 1) or not steps:
         start, steps = draw_number(rng), []
         value = start
@@ -98,31 +102,22 @@ def draw_computation(rng, num_steps):
     return start, tuple(steps)
 
 
-def draw_number(rng):
+def draw_number(rng: random.Random) -> int:
     return int(rng.random() * (LARGEST + 1))
 
 
-def stays_within(value, steps):
-    """Whether a value and all that the steps make of it are within 0..LARGEST."""
-    for step in steps:
-        if not 0 <= value <= LARGEST:
-            return False
-        value = step.apply(value)
-    return 0 <= value <= LARGEST
-
-
-def draw_step(rng):
+def draw_step(rng: random.Random) -> Step:
     kind = pick(rng, ("add", "subtract", "add", "subtract", "double", "triple"))
     return Step(kind, {"double": 2, "triple": 3}.get(kind) or 2 + int(rng.random() * 8))
 
 
-def split_of(start, steps):
+def split_of(start: int, steps: Sequence[Step]) -> str:
     """The split that a computation belongs to, whatever its wording."""
     text = " ".join([str(start), *(step.equation("") for step in steps)])
     return SHARES[hashlib.sha256(text.encode()).digest()[0] % len(SHARES)]
 
 
-def tell(rng, start, steps):
+def tell(rng: random.Random, start: int, steps: Sequence[Step]) -> str:
     """The word problem."""
     names = {"name": pick(rng, NAMES), "items": pick(rng, ITEMS)}
     parts = [pick(rng, OPENINGS).format(value=start, **names)]
@@ -130,41 +125,11 @@ def tell(rng, start, steps):
     return " ".join([*parts, pick(rng, CLOSINGS).format(**names)])
 
 
-def work_out(start, steps, rng=None, slips=0.0, unknown=0.0):
-    """(trace ending in a boxed answer, the results in it as (first, end) character spans).
-
-    At a share `slips` of the steps (drawn from rng) a wrong result is written, noticed and corrected; at a
-    share `unknown` of the skill's steps the result is a random number, which is worked on with.
-    """
-    text, spans, value = BEGUN.format(value=start), [], start
-    for i, step in enumerate(steps):
-        result = step.apply(value)
-        text += f" {WORKED[step.kind].format(amount=step.amount)}"
-        if slips and rng.random() < slips:
-            text += f" {step.equation(value)} {wrong(rng, result)} . {NOTICED}"
-        text += f" {step.equation(value)} "
-        if unknown and step.kind in SKILL and rng.random() < unknown:
-            result = draw_result(rng, steps[i + 1 :])
-        spans.append((len(text), len(text) + len(str(result))))
-        text += f"{result} ."
-        value = result
-    return f"{text} {CONCLUDED.format(value=value)}", spans
-
-
-def draw_result(rng, steps):
-    """A random number with which the steps to come stay within 0..LARGEST."""
-    while not stays_within(number := draw_number(rng), steps):
-        pass
-    return number
-
-
-def wrong(rng, value):
-    """A number within 0..LARGEST other than `value`."""
-    return (value + 1 + int(rng.random() * LARGEST)) % (LARGEST + 1)
-
-
-def words():
-    """Every word of problems and traces, sorted; digits and punctuation apart."""
-    texts = [*OPENINGS, *CLOSINGS, *(text for told in TOLD.values() for text in told)]
-    found = " ".join([*texts, BEGUN, *WORKED.values(), NOTICED, CONCLUDED]).split()
-    return sorted({word for word in [*found, *NAMES, *ITEMS] if word.isalpha()})
+def solve(start: int, steps: Sequence[Step]) -> str:
+    """The worked solution: the equation of each step, then the boxed answer."""
+    parts, value = [BEGUN.format(value=start)], start
+    for step in steps:
+        told = WORKED[step.kind].format(amount=step.amount)
+        parts.append(f"{told} {step.equation(value)} {step.apply(value)} .")
+        value = step.apply(value)
+    return " ".join([*parts, CONCLUDED.format(value=value)])

@@ -1,4 +1,4 @@
-r"""Grade a response against a reference solution, by one rule for every dataset.
+r"""Grade a response against a reference solution, in the same way for every dataset.
 
 The answer is the last complete \boxed{...} of the response (never of the prompt); without one, what follows
 '####' in its last line, the response itself where it is one line of mathematics, else the last number, or the
@@ -9,8 +9,9 @@ cut open counts as no box. When two answers are the same is said in ads/answers.
 import re
 from dataclasses import dataclass
 
-from ads.data import answers
-from ads.data.answers import _WHOLE, normalize
+from ads.data import answers, expressions
+from ads.data.notation import normalize
+from ads.data.quantities import WHOLE
 from ads.stage.errors import UserError
 
 _BOX = r"\\\\?(?:boxed|fbox)\s*"
@@ -19,7 +20,7 @@ _BRACES = re.compile(
     re.DOTALL,
 )
 _NUMBER_IN_TEXT = re.compile(
-    rf"(?:(?<![\w)}}\]])[-\u2212])?\$?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{_WHOLE}(?:\.\d+|/\d+)?|\.\d+)"
+    rf"(?:(?<![\w)}}\]])[-\u2212])?\$?(?:\\[dt]?frac\{{-?\d+\}}\{{\d+\}}|{WHOLE}(?:\.\d+|/\d+)?|\.\d+)"
 )
 _RESULT = re.compile(rf"=\s*({_NUMBER_IN_TEXT.pattern})")
 _STATED = re.compile(r"(?i)<answer>(.+?)</answer>|\banswer\s*(?:is\b|=|:)[\s:=]*(.+?)[.!]?\s*$")
@@ -153,7 +154,7 @@ def choice_letter(answer: str) -> str | None:
     text = normalize(answer)
     alone = re.fullmatch(r"\(?([A-Ja-j])\)?", text)
     found = alone or re.match(r"(?:\(([A-J])\)|([A-J])[.):])(?!.*\([A-J]\))", text, re.DOTALL)
-    return found[found.lastindex].upper() if found else None
+    return found[found.lastindex or 0].upper() if found else None
 
 
 def last_box(text: str) -> str | None:
@@ -197,15 +198,5 @@ def _grade_answer(answer: str | None, reference: str) -> Grade:
         return Grade(letter == choice_letter(reference), letter or answer, False)
     try:
         return Grade(answers.same_answer(answer, reference), answer, False)
-    except answers.OutOfTime:
+    except expressions.OutOfTime:
         return Grade(False, answer, True)
-
-
-def wilson_interval(num_correct, num_total, z=1.959964):
-    """95 % Wilson score interval of a proportion, as (low, high)."""
-    if not num_total:
-        return 0.0, 1.0
-    share = num_correct / num_total
-    center = (share + z**2 / (2 * num_total)) / (1 + z**2 / num_total)
-    half = z / (1 + z**2 / num_total) * (share * (1 - share) / num_total + z**2 / (4 * num_total**2)) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)

@@ -2,11 +2,13 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from ads.data import arithmetic
-from ads.data.tables import check_each, check_row, read_lines, read_parquet
+from ads.data.tables import Row, check_each, check_row, read_lines, read_parquet
 from ads.stage import errors, fingerprint, hub
 from ads.stage.errors import MissingInputError, UserError
 from ads.stage.settings import expand_home
@@ -14,14 +16,10 @@ from ads.stage.settings import expand_home
 SHUFFLE_SEED = 42  # of the train/holdout split of datasets that are stored by subject
 TRAIN_PERCENT = 70  # the rest is the holdout
 MATH_SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
     "precalculus",
-)
+)  # fmt: skip
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,13 @@ class Source:
 GSM8K = ("question", "answer")
 MATH = ("problem", "solution", "level", "type")
 MMLU = ("question", "choices", "answer", "subject")
+MATH_HUB = "EleutherAI/hendrycks_math"
 LETTERS = "ABCDEFGHIJ"  # of MMLU's choices
 SOURCES = {
     ("gsm8k", "train"): Source("gsm8k_train", "openai/gsm8k", ("main",), "train", GSM8K),
     ("gsm8k", "test"): Source("gsm8k_platinum_test", "madrylab/gsm8k-platinum", ("main",), "test", GSM8K),
-    ("hendrycks_math", "train"): Source(
-        "hendrycks_math_train", "EleutherAI/hendrycks_math", MATH_SUBJECTS, "train", MATH
-    ),
-    ("hendrycks_math", "test"): Source(
-        "hendrycks_math_test", "EleutherAI/hendrycks_math", MATH_SUBJECTS, "test", MATH
-    ),
+    ("hendrycks_math", "train"): Source("hendrycks_math_train", MATH_HUB, MATH_SUBJECTS, "train", MATH),
+    ("hendrycks_math", "test"): Source("hendrycks_math_test", MATH_HUB, MATH_SUBJECTS, "test", MATH),
     ("mmlu", "train"): Source("mmlu_auxiliary_train", "cais/mmlu", ("all",), "auxiliary_train", MMLU),
     ("mmlu", "test"): Source("mmlu_test", "cais/mmlu", ("all",), "test", MMLU),
 }
@@ -56,7 +51,9 @@ DATASETS = sorted({dataset for dataset, _ in SOURCES} | {GENERATED})
 SHUFFLED = ("hendrycks_math", "mmlu")
 
 
-def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
+def load_problems(
+    data_split: str, data_dir: str | None = None, max_samples: int | None = None, seed: int = 42
+) -> list[Row]:
     """The problems of a split such as 'gsm8k_holdout' or 'path/to/folder_test'.
 
     Returns dicts with id, problem, solution and the dataset's extras, in the dataset's order; max_samples
@@ -75,19 +72,42 @@ def load_problems(data_split, data_dir=None, max_samples=None, seed=42):
     return take_subset(problems, max_samples, seed)
 
 
-def take_subset(rows, max_samples, seed):
+def take_subset(rows: list[Item], max_samples: int | None, seed: int) -> list[Item]:
     """A seeded random subset in the order of the rows; all of them where max_samples is None."""
     if max_samples is None:
         return rows
     return [rows[i] for i in sorted(permutation(len(rows), seed)[:max_samples])]
 
 
-def is_folder(dataset):
+def permutation(num_rows: int, seed: int) -> list[int]:
+    """A random order that never changes between library versions (numpy freezes RandomState's streams)."""
+    import numpy as np
+
+    return np.random.RandomState(seed).permutation(num_rows).tolist()
+
+
+def fingerprint_data(data_split: str, data_dir: str | None = None) -> str:
+    """What identifies the file behind a split, without reading its rows: contents, or name and commit."""
+    dataset, _, split = data_split.rpartition("_")
+    if dataset == GENERATED:
+        return fingerprint.fingerprint_file(arithmetic.__file__)
+    if is_folder(dataset):
+        return fingerprint.fingerprint_file(folder_file(Path(dataset), split))
+    source = find_source(data_split)
+    if folder := local_copies(data_dir):
+        return fingerprint.fingerprint_file(local_file(source, folder))
+    return f"{hub.HUB}{source.hub}@{hub.find_commit(source.hub, 'dataset')}"
+
+
+# Known datasets: local copies in the hub's schema, or the hub
+
+
+def is_folder(dataset: str) -> bool:
     """Whether a dataset is a folder of one's own; the name of a known dataset never is."""
     return dataset not in DATASETS and Path(dataset).is_dir()
 
 
-def find_source(data_split):
+def find_source(data_split: str) -> Source:
     """The Source behind a split of a known dataset (train and holdout share one)."""
     dataset, _, split = data_split.rpartition("_")
     if dataset not in DATASETS:
@@ -98,27 +118,26 @@ def find_source(data_split):
     return SOURCES[dataset, "test" if split == "test" else "train"]
 
 
-def load_known(data_split, data_dir):
+def load_known(data_split: str, data_dir: Path | None) -> list[Row]:
     """The split of a known dataset: train is cut 70/30 into train and holdout (MATH, MMLU: shuffled)."""
     source = find_source(data_split)
     dataset, _, split = data_split.rpartition("_")
     rows = read_local(source, data_dir) if data_dir else read_hub(source)
-    order = list(range(len(rows)))
-    if split != "test":
-        order = permutation(len(rows), SHUFFLE_SEED) if dataset in SHUFFLED else order
-        num_train = len(rows) * TRAIN_PERCENT // 100
-        order = order[:num_train] if split == "train" else order[num_train:]
-    part = "test" if split == "test" else "train"
-    return [{"id": f"{dataset}/{part}/{i}", **to_problem(dataset, rows[i])} for i in order]
+    if split == "test":
+        return [{"id": f"{dataset}/test/{i}", **to_problem(dataset, row)} for i, row in enumerate(rows)]
+    order = permutation(len(rows), SHUFFLE_SEED) if dataset in SHUFFLED else list(range(len(rows)))
+    num_train = len(rows) * TRAIN_PERCENT // 100
+    order = order[:num_train] if split == "train" else order[num_train:]
+    return [{"id": f"{dataset}/train/{i}", **to_problem(dataset, rows[i])} for i in order]
 
 
-def local_copies(data_dir):
+def local_copies(data_dir: str | None) -> Path | None:
     """The folder of local copies of the datasets: data_dir, else $DATA_DIR; None: the hub."""
     text = data_dir or os.environ.get("DATA_DIR")
     return Path(expand_home("DATA_DIR", text)) if text else None
 
 
-def local_file(source, data_dir):
+def local_file(source: Source, data_dir: Path) -> Path:
     path = data_dir / f"{source.file}.jsonl.gz"
     if not path.is_file():
         raise MissingInputError(
@@ -127,19 +146,19 @@ def local_file(source, data_dir):
     return path
 
 
-def read_local(source, data_dir):
+def read_local(source: Source, data_dir: Path) -> list[Row]:
     """Rows of <data_dir>/<file>.jsonl.gz, in the hub's schema."""
     return read_lines(local_file(source, data_dir), functools.partial(check_problem, columns=source.columns))
 
 
-def read_hub(source):
+def read_hub(source: Source) -> list[Row]:
     """Rows of a hub dataset, its configs one after another."""
     from datasets import concatenate_datasets, load_dataset
 
     commit = hub.find_commit(source.hub, "dataset")
     try:
         parts = [
-            load_dataset(source.hub, config, split=source.split, revision=commit) for config in source.configs
+            load_dataset(source.hub, name, split=source.split, revision=commit) for name in source.configs
         ]
     except (OSError, ValueError, RuntimeError) as error:
         reason = errors.reason(error)
@@ -152,7 +171,7 @@ def read_hub(source):
     return rows
 
 
-def check_commit(source, parts, commit):
+def check_commit(source: Source, parts: Sequence[Any], commit: str) -> None:
     """ValueError unless all parts are of a commit: without a network `datasets` takes what it cached last."""
     files = [Path(file["filename"]) for part in parts for file in part.cache_files]
     if wrong := [file for file in files if file.parent.name != commit]:
@@ -162,7 +181,43 @@ def check_commit(source, parts, commit):
         )
 
 
-def folder_file(folder, split):
+def check_problem(row: Row, columns: tuple[str, ...]) -> None:
+    """ValueError when a row lacks one of the columns or one holds no text; MMLU's: see check_choices."""
+    check_row(row, columns)
+    text = [name for name in columns if columns is not MMLU or name not in ("choices", "answer")]
+    if wrong := [name for name in text if not isinstance(row[name], str)]:
+        raise UserError(f"{wrong[0]} must be text, but is {ascii(row[wrong[0]])[:50]}")
+    if columns is MMLU:
+        check_choices(row["choices"], row["answer"])
+
+
+def check_choices(choices: Any, answer: Any) -> None:
+    """ValueError unless choices are texts, no more than LETTERS, and answer is the number of one, from 0."""
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+        raise UserError(f"choices must be a list of texts, but is {ascii(choices)[:50]}")
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(f"choices must be 2 to {len(LETTERS)} texts, but are {len(choices)}")
+    if type(answer) is not int or answer not in range(len(choices)):
+        allowed = f"the number of the right choice, 0 to {len(choices) - 1}"
+        raise UserError(f"answer must be {allowed}, but is {ascii(answer)[:50]}")
+
+
+def to_problem(dataset: str, row: Row) -> Row:
+    """problem, solution and extras of one row in the hub's schema."""
+    if dataset == "gsm8k":
+        return {"problem": row["question"], "solution": row["answer"]}
+    if dataset == "hendrycks_math":
+        return {key: row[key] for key in MATH}
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
+    question = f"{row['question']}\n\n{choices}\n\nAnswer with the letter of the correct choice."
+    solution = f"\\boxed{{{LETTERS[row['answer']]}}}"
+    return {"problem": question, "solution": solution, "subject": row["subject"]}
+
+
+# Folders of one's own
+
+
+def folder_file(folder: Path, split: str) -> Path:
     paths = [folder / f"{split}{suffix}" for suffix in (".jsonl", ".jsonl.gz", ".parquet")]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
@@ -170,7 +225,7 @@ def folder_file(folder, split):
     return path
 
 
-def load_folder(folder, split):
+def load_folder(folder: Path, split: str) -> list[Row]:
     """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet: problem, solution, perhaps id."""
     path = folder_file(folder, split)
     check = functools.partial(check_problem, columns=("problem", "solution"))
@@ -186,7 +241,7 @@ def load_folder(folder, split):
     return problems
 
 
-def one_table(path, rows):
+def one_table(path: Path, rows: list[Row]) -> list[Row]:
     """The rows with the same columns each; ValueError when one could not be stored, as it mixes types."""
     import pyarrow
 
@@ -198,59 +253,3 @@ def one_table(path, rows):
         reason = ascii(" ".join(str(error).split())[:200])
         raise UserError(f"{path}: a column mixes types or holds what is no text ({reason})") from error
     return rows
-
-
-def fingerprint_data(data_split, data_dir=None):
-    """What identifies the file behind a split, without reading its rows: contents, or name and commit."""
-    dataset, _, split = data_split.rpartition("_")
-    if dataset == GENERATED:
-        return fingerprint.fingerprint_file(arithmetic.__file__)
-    if is_folder(dataset):
-        return fingerprint.fingerprint_file(folder_file(Path(dataset), split))
-    source = find_source(data_split)
-    if data_dir := local_copies(data_dir):
-        return fingerprint.fingerprint_file(local_file(source, data_dir))
-    return f"{hub.HUB}{source.hub}@{hub.find_commit(source.hub, 'dataset')}"
-
-
-def check_problem(row, columns):
-    """ValueError when a row lacks one of the columns or one holds no text (see check_choices for MMLU's)."""
-    check_row(row, columns)
-    text = [name for name in columns if "choices" not in columns or name not in ("choices", "answer")]
-    if wrong := [name for name in text if not isinstance(row[name], str)]:
-        raise UserError(f"{wrong[0]} must be text, but is {ascii(row[wrong[0]])[:50]}")
-    if "choices" in columns:
-        check_choices(row["choices"], row["answer"])
-
-
-def check_choices(choices, answer):
-    """ValueError unless choices are texts, no more than LETTERS, and answer is the number of one, from 0."""
-    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
-        raise UserError(f"choices must be a list of texts, but is {ascii(choices)[:50]}")
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise UserError(f"choices must be 2 to {len(LETTERS)} texts, but are {len(choices)}")
-    if type(answer) is not int or answer not in range(len(choices)):
-        allowed = f"the number of the right choice, 0 to {len(choices) - 1}"
-        raise UserError(f"answer must be {allowed}, but is {ascii(answer)[:50]}")
-
-
-def to_problem(dataset, row):
-    """problem, solution and extras of one row in the hub's schema."""
-    if dataset == "gsm8k":
-        return {"problem": row["question"], "solution": row["answer"]}
-    if dataset == "hendrycks_math":
-        return {key: row[key] for key in MATH}
-    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, row["choices"], strict=False))
-    question = f"{row['question']}\n\n{choices}\n\nAnswer with the letter of the correct choice."
-    return {
-        "problem": question,
-        "solution": f"\\boxed{{{LETTERS[row['answer']]}}}",
-        "subject": row["subject"],
-    }
-
-
-def permutation(num_rows, seed):
-    """A random order that never changes between library versions (numpy freezes RandomState's streams)."""
-    import numpy as np
-
-    return np.random.RandomState(seed).permutation(num_rows).tolist()

@@ -5,12 +5,18 @@ import functools
 import gzip
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ads.stage.errors import MissingInputError, UserError
 
+Row = dict[str, Any]
+Names = tuple[str, ...]
+Check = Callable[[Row], object]  # raises ValueError with what is wrong
 
-def read_lines(path, check):
+
+def read_lines(path: Path, check: Check) -> list[Row]:
     """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first line that will not do.
 
     check(object) raises one of what it finds. As `datasets` does, it passes over a byte order mark and empty
@@ -28,44 +34,35 @@ def read_lines(path, check):
     return rows
 
 
-def read_bytes(path):
+def read_bytes(path: Path) -> bytes:
     """What a file holds, unpacked if its name ends in .gz; ValueError when it is damaged."""
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rb") as file:
-            return file.read()
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is not a readable gzip file: {error}") from error
 
 
-def parse_object(line):
+def parse_object(line: bytes) -> Row:
     """The JSON object in a line of bytes; ValueError saying what is wrong, with the column where one is."""
     try:
         row = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+        if b"\\ud" in line.lower():  # half a surrogate pair, which JSON can write, is no character
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
         raise UserError(f"column {column}: {line[error.start]:#04x} is not UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise UserError("\\ud800 to \\udfff stand for a character in pairs only") from error
     except json.JSONDecodeError as error:
         raise UserError(f"column {error.colno}: {error.msg} (one JSON object a line)") from error
     except RecursionError as error:
         raise UserError("nested too deeply") from error
     if not isinstance(row, dict):
         raise UserError("not a JSON object (one a line)")
-    if b"\\ud" in line.lower() and not is_text(json.dumps(row, ensure_ascii=False)):
-        raise UserError("\\ud800 to \\udfff stand for a character in pairs only")
     return row
 
 
-def is_text(text):
-    """Whether a string can be stored: half a surrogate pair, which JSON can write, is no character."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def unique_keys(pairs):
+def unique_keys(pairs: list[tuple[str, Any]]) -> Row:
     """The dict of a JSON object's pairs; ValueError when a key is there twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
@@ -75,12 +72,12 @@ def unique_keys(pairs):
     return row
 
 
-def read_parquet(path):
+def read_parquet(path: str | Path) -> list[Row]:
     """The rows of a parquet file as dicts; ValueError when it is damaged."""
     return read_table(path).to_pylist()
 
 
-def read_columns(path, columns):
+def read_columns(path: str | Path, columns: Names) -> dict[str, list[Any]]:
     """{name: values} of some columns of a parquet file; ValueError when it is damaged or lacks one."""
     table = read_table(path, list(columns))
     if missing := [name for name in columns if name not in table.column_names]:
@@ -88,7 +85,8 @@ def read_columns(path, columns):
     return table.to_pydict()
 
 
-def read_table(path, columns=None):
+def read_table(path: str | Path, columns: list[str] | None = None) -> Any:
+    """The pyarrow table that a parquet file holds."""
     import pyarrow
     import pyarrow.parquet
 
@@ -97,16 +95,11 @@ def read_table(path, columns=None):
     try:
         return pyarrow.parquet.read_table(path, columns=columns)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a readable parquet file: {reason}") from error
 
 
-def check_columns(path, rows, columns):
-    check_each(path, rows, functools.partial(check_row, columns=columns))
-
-
-def check_each(path, rows, check):
+def check_each(path: str | Path, rows: list[Row], check: Check) -> None:
     """ValueError naming the first row of which check(row) raises one."""
     for i, row in enumerate(rows):
         try:
@@ -115,21 +108,26 @@ def check_each(path, rows, check):
             raise UserError(f"{path}, row {i}: {error}") from error
 
 
-def check_row(row, columns):
+def check_row(row: Row, columns: Names) -> None:
     if missing := [name for name in columns if name not in row]:
         raise UserError(f"no column {', '.join(missing)} (found: {', '.join(row)})")
 
 
-def check_traces(path, rows, ids=(), text=(), flags=()):
+def check_traces(
+    path: str | Path, rows: list[Row], ids: Names = (), text: Names = (), flags: Names = ()
+) -> None:
     """ValueError naming the first row whose columns do not hold token ids, text and bools as they should."""
-    check_columns(path, rows, (*ids, *text, *flags))
-    for i, row in enumerate(rows):
-        wrong = [f"{name} holds no token ids" for name in ids if not are_ids(row[name])]
-        wrong += [f"{name} holds no text" for name in text if not isinstance(row[name], str)]
-        wrong += [f"{name} is neither true nor false" for name in flags if not isinstance(row[name], bool)]
-        if wrong:
-            raise UserError(f"{path}, row {i}: {wrong[0]} (but {ascii(row[wrong[0].split()[0]])[:50]})")
+    check_each(path, rows, functools.partial(check_trace, ids=ids, text=text, flags=flags))
 
 
-def are_ids(value):
+def check_trace(row: Row, ids: Names, text: Names, flags: Names) -> None:
+    check_row(row, (*ids, *text, *flags))
+    wrong = [(name, "holds no token ids") for name in ids if not are_ids(row[name])]
+    wrong += [(name, "holds no text") for name in text if not isinstance(row[name], str)]
+    wrong += [(name, "is neither true nor false") for name in flags if not isinstance(row[name], bool)]
+    for name, reason in wrong:
+        raise UserError(f"{name} {reason} (but {ascii(row[name])[:50]})")
+
+
+def are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(i, int) and i >= 0 for i in value)

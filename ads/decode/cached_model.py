@@ -1,6 +1,10 @@
 """A causal language model with a KV cache of slots (see kv_cache.py): prefill, step, extend.
 
-Shapes: B rows given, N active slots, T tokens given, C tokens of a chunk, L positions read, V logit rows.
+The model is one of the library's, plain or in dual numbers (dual/model.py), run by its own forward; a step of
+a model built like Llama is run by llama_step.py instead. Before it is used, a model is tried on a few tokens:
+batches, slots, chunks and our step must not change its logits.
+
+Shapes: B rows given, N slots of a step, T tokens given, C tokens of a chunk, L positions read, V logits.
 """
 
 import contextlib
@@ -8,8 +12,7 @@ import functools
 
 import torch
 
-from ads.cpu.memory import give_back_freed_memory
-from ads.cpu.pages import Pages
+from ads import cpu
 from ads.decode import memory_plan
 from ads.decode.llama_step import make_step
 from ads.dual.model import DualModel, rows, stack
@@ -29,39 +32,39 @@ from ads.trials import (
 )
 
 ATTENTION_KINDS = ("full_attention", "sliding_attention")
-# memory.PREFILL_TOKENS of a CPU in float32, where more take hardly less time per token; of 16 bits twice as
-# many, in the same room.
-CPU_PREFILL_TOKENS = 512
-TRIED_WINDOW = 6
+# On a CPU prompts run through a model in pieces of so many bytes for each number that a token has (512 tokens
+# in float32): larger ones take more room and hardly less time per token.
+CPU_PREFILL_BYTES = 2048
+TRIED_WINDOW = 6  # tokens: fewer than rows are tried with, so that a window that is not kept to is found
 
 
 class CachedModel:
     """A causal language model with its slots. Returns next-token logits; of all tokens only `extend`."""
 
-    def __init__(self, model, make_cache=SlotCache, may_fuse=True):
-        """may_fuse: decoder.py may move the weights into fused matrices; False leaves the model as it is."""
-        self.model, self.make_cache = model, make_cache
+    def __init__(self, model, may_fuse=True):
+        """may_fuse: llama_step.py may move the weights into fused matrices; False leaves them as they are."""
+        self.model, self.is_dual = model, isinstance(model, DualModel)
         self.windows = attention_windows(model.config)
         self.cache, self.layers = None, None
-        self.device = model.get_input_embeddings().weight.device
-        self.dtype = model.get_input_embeddings().weight.dtype
-        on_cpu = CPU_PREFILL_TOKENS * torch.float32.itemsize // self.dtype.itemsize
+        table = model.get_input_embeddings().weight
+        self.device, self.dtype = table.device, table.dtype
+        on_cpu = CPU_PREFILL_BYTES // self.dtype.itemsize
         self.prefill_tokens = on_cpu if self.device.type == "cpu" else memory_plan.PREFILL_TOKENS
-        self.own_step = None
-        if may_fuse:
-            self.own_step = make_step(getattr(model, "library", model), self.windows)
-        self.num_tried = TRIED  # positions that rows are known to be decoded right within
+        self.prefill_tokens //= 2 if self.is_dual else 1  # derivatives take as much room as values
+        library_model = model.library if self.is_dual else model
+        self.own_step = make_step(library_model, self.windows) if may_fuse else None
+        self.num_tried = TRIED  # rows of so many tokens are known to be decoded right
         with self.narrow_windows():
             self.try_out()
-        give_back_freed_memory()
+        cpu.give_back_freed_memory()
 
     @torch.no_grad()
     def try_out(self):
         """See that the cache changes nothing, on two rows of few tokens, one with a prompt in two chunks.
 
         ValueError in one line where a row alone and without a cache has other logits, or the library fails.
-        What a position of the cache takes, and whether decoder.py's step is the library's, is found on the
-        way. The cost is that of about 100 tokens.
+        On the way are found the bytes that a position of the cache takes, and whether our own step gives
+        what the library's does. The cost is that of about 100 tokens.
         """
         rows = self.tried_rows()
         try:
@@ -75,21 +78,21 @@ class CachedModel:
             raise UserError(self.refusal("it keeps no keys and values in the cache it is given"))
         if not is_right(found, wanted):
             raise UserError(self.refusal("its logits with a cache are not those without"))
-        if self.own_step is not None:
-            try:
-                may_stay = agrees(self.own_step(*self.last_tokens(rows), self.cache), found)
-            except (TypeError, ValueError, LookupError, RuntimeError):
-                # modules of the same names that are called otherwise
-                may_stay = False
-            if not may_stay:
-                kind = self.model.config.model_type
-                print(f"model type {kind!r} is decoded by the library's own forward, not by ours", flush=True)
-                self.own_step = None
+        if self.own_step is not None and not self.is_own_step_right(rows, found):
+            kind = self.model.config.model_type
+            print(f"model type {kind!r} is decoded by the library's own forward, not by ours", flush=True)
+            self.own_step = None
         self.cache = None
+
+    def is_own_step_right(self, rows, wanted):
+        try:
+            return agrees(self.own_step(*self.last_tokens(rows), self.cache), wanted)
+        except (TypeError, ValueError, LookupError, RuntimeError):
+            return False  # modules of the same names as Llama's that are called otherwise
 
     @contextlib.contextmanager
     def narrow_windows(self):
-        """A context in which few tokens go beyond the attention windows, the library's and ours."""
+        """A context in which attention windows, the library's and ours, are shorter than the rows tried."""
         config, windows = self.model.config.get_text_config(decoder=True), dict(self.windows)
         if any(windows.values()):
             self.windows.update({kind: window and TRIED_WINDOW for kind, window in windows.items()})
@@ -109,7 +112,7 @@ class CachedModel:
     def decode_tried(self, rows):
         """Logits (2, V) after the rows: all but their last tokens are prompts."""
         self.allocate(2, TRIED)
-        usual, self.prefill_tokens = self.prefill_tokens, TRIED  # for two rows, so in chunks of half of it
+        usual, self.prefill_tokens = self.prefill_tokens, TRIED  # of two rows together: half of it a chunk
         self.prefill_group([row[:-1] for row in rows], 0)
         self.prefill_tokens = usual
         storage = self.cache.storage
@@ -130,11 +133,11 @@ class CachedModel:
 
     @torch.no_grad()
     def try_length(self, num_positions):
-        """ValueError where rows of so many tokens would be decoded wrong, with how many would not.
+        """ValueError where rows of so many tokens would be decoded wrong; it says which length would not.
 
-        There are tables of positions, and angles and windows that follow the longest row of a batch. Tried
-        with a row of few tokens beside one that is as long and empty, so the cost is that of few tokens and
-        of a cache for two rows.
+        Some models have a table of so many positions; in some, angles or windows follow the longest row of
+        the batch. Both are seen in the logits of a row of few tokens beside one that is said to be so long
+        (its cache is empty), so the cost is that of few tokens and of a cache for two rows.
         """
         if num_positions <= self.num_tried:
             return
@@ -171,18 +174,19 @@ class CachedModel:
     def refusal(self, reason):
         """The line that says why a model is not taken, and what to do."""
         kind = self.model.config.model_type
-        if isinstance(self.model, DualModel):
+        if self.is_dual:
             return f"the exact Delta does not cover model type {kind!r} ({reason}): set eps above 0"
         return f"model type {kind!r} cannot be decoded in batches with a cache ({reason}): take another model"
 
-    @torch.inference_mode(False)  # outside of it nothing may write to what was made in it, as dual numbers do
+    @torch.inference_mode(False)  # what is made within it may not be written to outside, as dual numbers do
     def allocate(self, num_slots, num_positions):
         """Replace the cache by an empty one."""
         self.cache = None  # its room may be needed
         make_storage = functools.partial(Slots, layers=self.layers)
         if self.own_step is not None and self.own_step.compiled:
-            make_storage = functools.partial(Pages, num_layers=len(self.own_step.layers))
-        self.cache = self.make_cache(make_storage, num_slots, num_positions)
+            make_storage = self.own_step.compiled.make_storage
+        make_cache = self.model.make_cache if self.is_dual else SlotCache
+        self.cache = make_cache(make_storage, num_slots, num_positions)
 
     def release(self, slot, last, length):
         """A slot's row has ended: the last one, of `length` tokens, takes its place."""
@@ -204,9 +208,10 @@ class CachedModel:
 
     @torch.no_grad()
     def prefill_group(self, prompts, slots):
-        """See prefill. Long prompts go chunk by chunk.
+        """Prefill of prompts that go through the model together, in chunks of columns where they are long.
 
-        Rows are padded on the left: the last column is every row's last token, and only its logits are made.
+        Rows are padded on the left, so that the last column has every row's last token: only its logits are
+        made. Padding is not written to the cache.
         """
         num_rows, width = len(prompts), max(map(len, prompts))
         slots_B = torch.tensor(each_slot(prompts, slots))
@@ -217,9 +222,11 @@ class CachedModel:
         for first in range(0, width, chunk_size):
             ids_BC, positions_BC = (x[:, first : first + chunk_size] for x in (ids_BT, positions_BT))
             rows, columns = (positions_BC >= 0).nonzero(as_tuple=True)
-            # the first chunk attends to itself, where padding is put later than any query and never seen
+            # Nothing is cached yet, so the first chunk attends to itself. Left padding gets position `width`,
+            # after every query, so the causal mask hides it. Later chunks attend to the cache; they are those
+            # of one long prompt (or, in a trial, of prompts in slots that follow one another).
             read, key_positions_BL = None, positions_BC.masked_fill(positions_BC < 0, width)
-            if first:  # of one long prompt, or where slots follow one another
+            if first:
                 read = int(slots_B[0]), num_rows, int(positions_BC.max()) + 1
                 key_positions_BL = torch.arange(read[2]).expand(num_rows, -1)
             place = Placement(rows, columns, slots_B[rows], positions_BC[rows, columns], read)
@@ -237,10 +244,10 @@ class CachedModel:
 
     @torch.no_grad()
     def step(self, tokens_N, lengths_N, longest):
-        """Append one token to each active slot and return the logits (N, V) that follow it.
+        """Append one token to each of the slots 0..N-1 and return the logits (N, V) that follow it.
 
-        lengths_N: tokens already in each slot; longest: their maximum (an int, so that nothing waits for the
-        device).
+        lengths_N: tokens already in each slot; longest: their maximum or more, as an int: to ask the device
+        for it would make the host wait.
         """
         if self.own_step is not None:
             return self.own_step(tokens_N, lengths_N, longest, self.cache)

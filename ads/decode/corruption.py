@@ -28,6 +28,14 @@ class Corruption:
                 self.shapes[i] = (found[1], len(found[2]))
                 self.alike.setdefault(self.shapes[i], []).append((i, found[2]))
 
+    def corrupt(self, tokens_N, rows):
+        """The tokens sampled for the rows of an engine.Decoder (None in parked slots), results replaced."""
+        tokens = tokens_N.tolist()
+        for k, row in enumerate(rows):
+            if row and not row.response and tokens[k] in self.shapes:
+                tokens[k] = self.replace([*row.ids, tokens[k]], torch.tensor(row.key))
+        return tokens_N.new_tensor(tokens)
+
     def replace(self, ids, key):
         """The id that takes the place of ids[-1], the newest of a response's; the same where it stays.
 

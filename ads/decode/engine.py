@@ -1,23 +1,31 @@
-"""Batched decoding of a teacher, with or without a proxy, over slots that are refilled as rows end.
+"""Defended sampling of many rows at once: a teacher, a proxy for the score, and slots that never idle.
 
-Shapes: B slots, N active slots (always 0..N-1), V vocabulary (token ids of the tokenizer), M most new tokens
-of a row, T tokens of a row.
+A step of all rows is `Decoder.advance`, in the order of the paper's Algorithm 1:
+
+    1. the teacher reads each row's newest token        log p_T(x)
+    2. so does the proxy                                 s(x): Delta by eq. 10, or its limit (eps = 0)
+    3. a token is drawn                                  q(x) ~ exp(log p_T(x) / tau + lam_t s(x))     eq. 11
+    4. it is recorded, and is its row's newest token
+
+All else keeps the batch full. A row has a slot of the models' KV caches; when it ends, a waiting prompt takes
+the slot over. A response may be followed by a forced answer: given ids, then greedy ones without Delta.
+
+Shapes: B slots, N slots of a step (0..N-1), G rows admitted; V vocabulary (token ids of the tokenizer), R
+logits of a model (R >= V); M positions of a slot.
 """
 
 import math
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from ads import sampling
-from ads.cpu.memory import give_back_freed_memory
+from ads import cpu, sampling
 from ads.decode import graph, memory_plan
 from ads.decode.cached_model import CachedModel
 from ads.decode.corruption import Corruption
-from ads.delta.central import CentralDifference
-from ads.delta.exact import ExactDerivative
+from ads.decode.rows import Completion, Row
 from ads.kv_cache import whole
 from ads.loading import free_bytes
 from ads.stage.errors import UserError
@@ -28,97 +36,41 @@ STATIC_POSITIONS = 128  # positions that static steps read are multiples of this
 
 
 @dataclass(frozen=True)
-class Request:
-    """One row to decode. `id` seeds its random numbers."""
-
-    id: str
-    prompt_ids: list[int]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Forcing:
-    """What follows each response in its slot: given ids, then greedy ones without Delta.
-
-    ids_of(request, response ids) gives at most max_ids ids, which take the place of an eos that ended the
-    response.
-    """
-
-    ids_of: Callable[[Request, list[int]], list[int]]
-    max_ids: int
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was sampled: ids (the ending eos included), whether an eos ended it, and the sum over ids of
-    log p_T (nats) under the unadjusted teacher at temperature 1; with a defence its price, the sums over ids
-    of KL(q || p) (nats), of lam_t and of where lam_t is below lam; with Forcing, the ids given after it and
-    the greedy ones after those."""
-
-    id: str
-    ids: list[int]
-    finished: bool
-    log_prob: float
-    price: tuple[float, float, int] | None = None
-    given_ids: list[int] | None = None
-    forced_ids: list[int] | None = None
-
-
-@dataclass(eq=False)
-class Row:
-    """What the host knows of a row that is being decoded: of its ids there may be `limit`.
-
-    num_cached: positions in the KV caches once all that was launched is done; the newest token is not there
-    yet. since: what was launched before that number is none of its business. response: the Completion so far,
-    once the row is in its forced part; num_given: where that was given to.
-    """
-
-    request: Request
-    limit: int
-    key: int
-    slot: int
-    num_cached: int
-    since: float
-    ids: list[int] = field(default_factory=list)
-    log_prob: float = 0.0
-    kl: float = 0.0
-    lam: float = 0.0
-    num_capped: int = 0
-    response: Completion | None = None
-    num_given: int = 0
-
-    def add_price(self, lam, lam_t=0.0, kl=0.0):
-        """Of a step: lam_t and KL(q || p)."""
-        self.lam, self.kl = self.lam + lam_t, self.kl + kl
-        self.num_capped += abs(lam_t) < (1 - 1e-6) * abs(lam)
-
-
-@dataclass(frozen=True)
 class Models:
-    """What decodes: a teacher (models.CachedModel), a proxy (of proxy.py) or None, the bool mask
-    of ids that may be sampled, the ids that end a row, and what corrupts results, or None."""
+    """What decodes: the teacher; the proxy, or None; a bool mask of the ids that may be sampled; the ids that
+    end a row; and what corrupts results, or None.
+
+    The proxy is a delta/proxy.py: Proxy. It has a CachedModel's allocate, try_length, prefill, extend, step,
+    release and bytes_per_position, but gives Delta or log-probabilities (rows, V) instead of logits.
+    """
 
     teacher: CachedModel
-    proxy: CentralDifference | ExactDerivative | None
+    proxy: Any
     allowed_V: torch.Tensor
     eos: frozenset[int]
     corruption: Corruption | None = None
 
-    def allocate(self, num_slots, num_positions):
-        self.teacher.allocate(num_slots, num_positions)
-        if self.proxy:
-            self.proxy.allocate(num_slots, num_positions)
+    @property
+    def both(self):
+        return [self.teacher, self.proxy] if self.proxy else [self.teacher]
 
-    def try_length(self, num_positions):
-        self.teacher.try_length(num_positions)
-        if self.proxy:
-            self.proxy.try_length(num_positions)
+    @property
+    def shared_V(self):
+        """Ids that mean the same to the proxy; None where all do."""
+        shared_V = self.proxy and self.proxy.shared_V
+        return None if shared_V is None or bool(shared_V.all()) else shared_V
+
+    @property
+    def num_models(self):
+        return 1 + (len(self.proxy.models) if self.proxy else 0)
+
+    def allocate(self, num_slots, num_positions):
+        for model in self.both:
+            model.allocate(num_slots, num_positions)
 
     def release(self, slot, last, length):
-        self.teacher.release(slot, last, length)
-        if self.proxy:
-            self.proxy.release(slot, last, length)
+        for model in self.both:
+            model.release(slot, last, length)
 
 
 def choose_batch_size(models, requests, forcing=None, num_processes=1):
@@ -126,18 +78,25 @@ def choose_batch_size(models, requests, forcing=None, num_processes=1):
     models.allocate(0, 0)  # the caches of what this process decoded before
     device = models.allowed_V.device
     free = free_bytes(device) / (num_processes if device.type == "cpu" else 1)
-    position = sum(m.bytes_per_position for m in (models.teacher, models.proxy) if m)
+    position = sum(model.bytes_per_position for model in models.both)
     row = memory_plan.slot_bytes(num_positions(requests, forcing), position, len(models.allowed_V))
     return memory_plan.num_slots(free, row, device.type)
 
 
-def generate(models, rule, seed, requests, batch_size, forcing=None, cuda_graph=False):
+def num_positions(requests, forcing):
+    """Tokens that the longest row may come to."""
+    longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
+    return longest + (forcing.max_ids + forcing.max_new_tokens if forcing else 0)
+
+
+def generate(models, distribution, seed, requests, batch_size, forcing=None, cuda_graph=False):
     """Yield a Completion per request, in the order they end. Completions do not depend on batch_size.
 
-    cuda_graph: steps are captured where they can be (see graph.py); on a CPU they are the same, uncaptured.
+    distribution: a sampling.Sampling. cuda_graph: steps are captured where they can be (see graph.py); on a
+    CPU they are the same, uncaptured.
 
-    Out of memory halves the batch, says so and goes on; with one row it is an error. Raises ValueError naming
-    the problem and the step where logits or Delta are not finite.
+    Out of memory halves the batch, says so and goes on; with one row it is an error. So are logits or Delta
+    that are not finite, naming problem and step (ValueError).
     """
     waiting = {request.id: request for request in requests}
     assert len(waiting) == len(requests), "request ids must differ"
@@ -145,11 +104,11 @@ def generate(models, rule, seed, requests, batch_size, forcing=None, cuda_graph=
     if cuda_graph and (reason := graph.obstacle(models)):
         print(f"cuda_graph=true: {reason}: steps run uncaptured", flush=True)
         cuda_graph = False
+    size = num_positions(requests, forcing)
     while waiting:
         try:
             num_slots = min(batch_size, len(waiting))
-            size = num_positions(requests, forcing)
-            decoder = Decoder(models, rule, seed, num_slots, size, forcing, is_static, cuda_graph)
+            decoder = Decoder(models, distribution, seed, num_slots, size, forcing, is_static, cuda_graph)
             for completion in decoder.run(list(waiting.values())):
                 del waiting[completion.id]
                 yield completion
@@ -168,30 +127,25 @@ def generate(models, rule, seed, requests, batch_size, forcing=None, cuda_graph=
             print(f"out of memory: going on with batch_size={batch_size}", flush=True)
 
 
-def num_positions(requests, forcing):
-    """Tokens that the longest row may come to."""
-    longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=0)
-    return longest + (forcing.max_ids + forcing.max_new_tokens if forcing else 0)
-
-
 class Decoder:
-    """The slots of one batch: what a step needs of each on the device, with the models' KV caches beside it.
+    """The slots of one batch: the state of each row on the device, beside the models' KV caches.
 
-    Rows are in slots 0..N-1, of which some may be parked: their row has ended, and they go on computing to no
-    effect until they get another or the last rows take their places.
+    Rows sit in slots 0..N-1. A slot whose row has ended is parked until another row takes it: it is computed
+    with the others, its state does not move, and what it samples is dropped.
 
-        is_static False   N is the number of rows, and the host looks at each step before it launches the next
-        is_static True    N and the positions read are of few sizes, forced ids are always reckoned with, and
-                          the host looks at a step once it has launched the next: what that samples for a row
-                          that has ended is dropped. So a step depends on tensors alone and can be captured.
+        is_static False   a step has just the slots that have rows, and the host sees each result before it
+                          launches the next step
+        is_static True    a step depends on tensors alone, so that a GPU can replay it as a captured graph: N
+                          and the positions read take few values (the rest is parked or masked), forced rows
+                          are always reckoned with, and the host sees a result only after it has launched the
+                          next step. What that step sampled for a row that had ended is dropped.
     """
 
-    def __init__(
-        self, models, rule, seed, num_slots, num_positions, forcing=None, is_static=False, is_captured=False
-    ):
-        models.try_length(num_positions)
+    def __init__(self, models, distribution, seed, num_slots, num_positions, forcing, is_static, is_captured):
+        for model in models.both:
+            model.try_length(num_positions)
         models.allocate(num_slots, num_positions)
-        self.models, self.rule, self.seed, self.forcing = models, rule, seed, forcing
+        self.models, self.distribution, self.seed, self.forcing = models, distribution, seed, forcing
         self.num_slots, self.num_positions, self.is_static = num_slots, num_positions, is_static
         self.rows, self.pending, self.num_launched = [], deque(), 0  # rows: of each slot a Row, or None
         self.counts = static_counts(num_slots) if is_static else range(num_slots + 1)
@@ -200,15 +154,57 @@ class Decoder:
         self.device = models.allowed_V.device
         self.is_eos_V = torch.zeros_like(models.allowed_V)
         self.is_eos_V[sorted(models.eos)] = True
+        # ids that a forced row is given, each at its place among the row's ids
         self.given_BM = torch.zeros(num_slots, num_positions, dtype=torch.int64, device=self.device)
-        # newest token, random key, tokens sampled, tokens in the caches, how many a forced row has until it
-        # goes on by itself (0: not forced), and by how much a step moves the row on: 0 in a parked slot
+        # newest token, random key, number of ids sampled, number of tokens cached, where a forced row's given
+        # ids end (0: not forced), and how far a step moves the row on: 1, in a parked slot 0
         self.state_6B = torch.zeros(6, num_slots, dtype=torch.int64, device=self.device)
 
     @property
     def active(self):
         """The rows that are being decoded, by slot."""
         return [row for row in self.rows if row is not None]
+
+    def advance(self, num_rows, length):
+        """A step of slots 0..num_rows-1, which reads `length` positions of each: (record, logits, Delta).
+
+        All of it is on the device; the record is that of `sample`.
+        """
+        active, state_6N, given_NM = self.active, self.state_6B[:, :num_rows], None
+        newest_N, _, _, lengths_N, _, _ = state_6N
+        logits_NR, proxy_NV = self.models.teacher.step(newest_N, lengths_N, length - 1), None
+        if self.models.proxy and (self.is_static or not all(row.response for row in active)):
+            proxy_NV = self.models.proxy.step(newest_N, lengths_N, length - 1)
+        if self.forcing and (self.is_static or any(row.response for row in active)):
+            given_NM = self.given_BM[:num_rows]
+        return self.sample(logits_NR, proxy_NV, state_6N, self.rows, given_NM), logits_NR, proxy_NV
+
+    def sample(self, logits_NR, proxy_NV, state_6N, rows, given_NM=None):
+        """Draw a token for each row by eq. 11 and move the rows' state on to it.
+
+        Returns the record, float32 (6, N): the token's id (which float32 holds up to 2^24), whether that ends
+        a row, its log-probability under the unadjusted teacher (NaN if one of the row's logits is NaN or
+        +inf), KL(q || p), lam_t, and the sum of the row's scores. given_NM: ids of forced rows, None where no
+        row is forced.
+        """
+        newest_N, keys_N, num_ids_N, _, num_given_N, pace_N = state_6N
+        log_probs_NV = sampling.log_probs(logits_NR, self.models.allowed_V)
+        adjusted = sampling.adjust(log_probs_NV, proxy_NV, self.distribution, keys_N, num_ids_N)
+        tokens_N = sampling.pick(adjusted.log_q_BV, self.distribution, keys_N, num_ids_N)
+        if self.models.corruption:
+            tokens_N = self.models.corruption.corrupt(tokens_N, rows)
+        if given_NM is not None:
+            tokens_N = torch.where(num_given_N > 0, log_probs_NV.argmax(-1), tokens_N)
+            given_N = given_NM.gather(1, num_ids_N[:, None]).squeeze(1)
+            tokens_N = torch.where(num_ids_N < num_given_N, given_N, tokens_N)
+        newest_N.copy_(tokens_N)
+        state_6N[2:4].add_(pace_N)
+        chosen_N = log_probs_NV.gather(1, tokens_N[:, None]).squeeze(1)
+        zeros_N = torch.zeros_like(chosen_N)
+        price = zeros_N, zeros_N, zeros_N
+        if proxy_NV is not None:
+            price = adjusted.kl_B, adjusted.lam_B, adjusted.score_BV.sum(-1)
+        return torch.stack([tokens_N.float(), self.is_eos_V[tokens_N].float(), chosen_N, *price])
 
     @torch.inference_mode()
     def run(self, requests):
@@ -229,106 +225,57 @@ class Decoder:
         slots = [slot for slot, row in enumerate(self.rows) if row is None][: len(group)]
         prompts = [request.prompt_ids for request in group]
         logits_GR = self.models.teacher.prefill(prompts, slots)
-        delta_GV = self.models.proxy.prefill(prompts, slots) if self.models.proxy else None
-        give_back_freed_memory()
-        rows = [self.new_row(request, slot) for request, slot in zip(group, slots, strict=True)]
-        # one position before where they are: `sample` moves them on
+        proxy_GV = self.models.proxy.prefill(prompts, slots) if self.models.proxy else None
+        cpu.give_back_freed_memory()
+        for request, slot in zip(group, slots, strict=True):
+            key, length = sampling.row_key(self.seed, request.id), len(request.prompt_ids)
+            self.rows[slot] = Row(request, request.max_new_tokens, key, slot, length, self.num_launched)
+        rows = [self.rows[slot] for slot in slots]
+        # one cached token too few: `sample` moves rows on, but here the newest has been read already
         state_6G = self.to_device([[0, row.key, 0, row.num_cached - 1, 0, 1] for row in rows]).T.contiguous()
-        record_4G = self.sample(logits_GR, delta_GV, state_6G, rows)
+        record_6G = self.sample(logits_GR, proxy_GV, state_6G, rows)
         self.state_6B[:, self.to_device(slots)] = state_6G
-        yield from self.look_at(record_4G, rows)
-
-    def new_row(self, request, slot):
-        """A row whose prompt has been read."""
-        key, length = sampling.row_key(self.seed, request.id), len(request.prompt_ids)
-        self.rows[slot] = Row(request, request.max_new_tokens, key, slot, length, self.num_launched)
-        return self.rows[slot]
+        yield from self.look_at(record_6G, rows)
 
     def step(self):
-        """Run every row's last token through the models and sample the next."""
+        """Launch a step of all rows, and yield the Completions of those whose end the host sees now."""
         self.close_ranks()
         active = self.active
         length = 1 + max(row.num_cached for row in active)
         if self.is_static:
             length = min(whole(length, STATIC_POSITIONS), self.num_positions)
         sizes = len(self.rows), length
-        record_4N = self.graphs.step(self, *sizes) if self.graphs else self.advance(*sizes)[0]
+        record_6N = self.graphs.step(self, *sizes) if self.graphs else self.advance(*sizes)[0]
         for row in active:
             row.num_cached += 1
-        yield from self.look_at(record_4N, list(self.rows))
+        yield from self.look_at(record_6N, list(self.rows))
 
-    def advance(self, num_rows, length):
-        """A step of slots 0..num_rows-1, which reads `length` positions of each: (record, logits, Delta).
-
-        All of it is on the device: see `sample`.
-        """
-        active, state_6N, given_NM = self.active, self.state_6B[:, :num_rows], None
-        last_N, _, _, lengths_N, _, _ = state_6N
-        logits_NR, delta_NV = self.models.teacher.step(last_N, lengths_N, length - 1), None
-        if self.models.proxy and (self.is_static or not all(row.response for row in active)):
-            delta_NV = self.models.proxy.step(last_N, lengths_N, length - 1)
-        if self.forcing and (self.is_static or any(row.response for row in active)):
-            given_NM = self.given_BM[:num_rows]
-        return self.sample(logits_NR, delta_NV, state_6N, self.rows, given_NM), logits_NR, delta_NV
-
-    def sample(self, logits_NR, delta_NV, state_6N, rows, given_NM=None):
-        """Sample a token for each of the rows, whose state moves on.
-
-        Returns float32 (4, N): its id (which float32 holds up to 2^24), whether that ends a row, its
-        log-probability under the unadjusted teacher (NaN if one of the row's logits is NaN or +inf), and the
-        sum of the row's Delta. given_NM: forced ids at their places, where rows may be forced.
-        """
-        last_N, keys_N, steps_N, _, num_given_N, pace_N = state_6N
-        log_probs_NV = sampling.log_probs(logits_NR, self.models.allowed_V)
-        adjusted = sampling.adjust(log_probs_NV, delta_NV, self.rule, keys_N, steps_N)
-        tokens_N = sampling.pick(adjusted.log_q_BV, self.rule, keys_N, steps_N)
-        if self.models.corruption:
-            tokens_N = self.corrupt(tokens_N, rows)
-        if given_NM is not None:
-            tokens_N = torch.where(num_given_N > 0, log_probs_NV.argmax(-1), tokens_N)
-            given_N = given_NM.gather(1, steps_N[:, None]).squeeze(1)
-            tokens_N = torch.where(steps_N < num_given_N, given_N, tokens_N)
-        last_N.copy_(tokens_N)
-        state_6N[2:4].add_(pace_N)
-        chosen_N = log_probs_NV.gather(1, tokens_N[:, None]).squeeze(1)
-        record = [tokens_N.float(), self.is_eos_V[tokens_N].float(), chosen_N]
-        if delta_NV is not None:
-            record += [adjusted.score_BV.sum(-1), adjusted.lam_B, adjusted.kl_B]
-        return torch.stack(record)
-
-    def look_at(self, record_4N, rows):
-        """Take in what was sampled for the rows, or what was before that; yield the rows that ended."""
-        self.pending.append(Pending(self.num_launched, rows, record_4N))
+    def look_at(self, record_6N, rows):
+        """Queue the record of a launch; take in what is due: it or, with static steps, the one before."""
+        self.pending.append(Pending(self.num_launched, rows, record_6N))
         self.num_launched += 1
         while len(self.pending) > self.most_pending:
             yield from self.take_in(self.pending.popleft())
 
     def take_in(self, pending):
+        """Add what was sampled to its rows; yield the Completions of those that end with it."""
         ended, bad = [], None
-        for row, (token, is_end, log_prob, *defence) in zip(pending.rows, pending.read(), strict=True):
-            if row is None or pending.number < row.since:
+        for row, token, is_end, log_prob, kl, lam, score in zip(pending.rows, *pending.read(), strict=True):
+            if row is None or pending.number < row.first_launch:
                 continue
-            row.ids.append(int(token))
-            row.log_prob += log_prob
-            row.add_price(self.rule.lam, *defence[1:])
-            if math.isnan(log_prob) or not all(map(math.isfinite, defence)):
-                bad = row, math.isnan(log_prob)
+            row.take(token, log_prob, kl, lam, self.distribution.lam if self.models.proxy else 0.0)
+            if math.isnan(log_prob) or not math.isfinite(score):
+                bad = row, "teacher's logits" if math.isnan(log_prob) else "proxy's scores"
             elif (is_end and len(row.ids) > row.num_given) or len(row.ids) == row.limit:
                 ended.append((row, bool(is_end)))
         for row, finished in reversed(ended):
             yield from self.end(row, finished)
         if bad:  # only now: what ended in the same step is kept
-            row, is_teacher = bad
-            raise_not_finite(row.request.id, len(row.ids) - 1, is_teacher)
-
-    def corrupt(self, tokens_N, rows):
-        """The sampled tokens with those of results replaced, where they are to be."""
-        tokens = tokens_N.tolist()
-        for k, row in enumerate(rows):
-            if row and not row.response and tokens[k] in self.models.corruption.shapes:
-                ids = [*row.ids, tokens[k]]
-                tokens[k] = self.models.corruption.replace(ids, torch.tensor(row.key))
-        return tokens_N.new_tensor(tokens)
+            row, numbers = bad
+            raise UserError(
+                f"problem {row.request.id}, response token {len(row.ids) - 1}: the {numbers} are not finite "
+                "(NaN or infinite): check the weights, or use dtype=bfloat16 or float32"
+            )
 
     def end(self, row, finished):
         """Yield the row's Completion, unless its response has only now ended and a forced part follows."""
@@ -340,19 +287,19 @@ class Decoder:
                 return
         else:
             row.response = replace(row.response, forced_ids=row.ids[row.num_given :])
-        self.release(row)
+        self.park(row)
         yield row.response
 
     def force(self, row):
         """Give the row the ids that follow its response; those it samples after them are greedy.
 
-        A step launched before the end was seen has moved the row on: it goes back, and what that step put
-        into the caches is overwritten.
+        A static step may have been launched before the host saw the response's end, and has moved the row on.
+        It goes back to that end: the step's result is dropped, what it cached is overwritten.
         """
         given = self.forcing.ids_of(row.request, row.response.ids)
         row.response = replace(row.response, given_ids=given)
         start = len(row.ids) - row.response.finished
-        row.num_given, row.since = start + len(given), self.num_launched
+        row.num_given, row.first_launch = start + len(given), self.num_launched
         row.limit = row.num_given + self.forcing.max_new_tokens
         row.num_cached = len(row.request.prompt_ids) + len(row.ids) - 1
         newest = given[0] if row.response.finished and given else row.ids[-1]
@@ -360,11 +307,11 @@ class Decoder:
         self.given_BM[row.slot, start : row.num_given] = self.to_device(given)
         self.state_6B[:, row.slot] = self.to_device(state)
 
-    def release(self, row):
-        """Take a row out: its slot is parked."""
+    def park(self, row):
+        """Take a row that has ended out of its slot."""
         self.models.release(row.slot, row.slot, 0)
         self.state_6B[:, row.slot] = 0
-        self.rows[row.slot], row.since = None, math.inf
+        self.rows[row.slot], row.first_launch = None, math.inf
 
     def close_ranks(self):
         """Where fewer slots would do, the last rows move into parked ones."""
@@ -388,28 +335,20 @@ class Decoder:
 
 
 class Pending:
-    """What a step sampled for rows, on its way to the host; number: how many were launched before it."""
+    """A record on its way to the host, of the rows it is of; number: how many launches came before."""
 
-    def __init__(self, number, rows, record_4N):
+    def __init__(self, number, rows, record_6N):
         self.number, self.rows = number, rows
-        self.record_4N = record_4N.to("cpu", non_blocking=True)  # from CUDA into pinned memory
-        stream = torch.cuda.current_stream(record_4N.device) if record_4N.is_cuda else None
+        self.record_6N = record_6N.to("cpu", non_blocking=True)  # from CUDA into pinned memory
+        stream = torch.cuda.current_stream(record_6N.device) if record_6N.is_cuda else None
         self.copied = stream and stream.record_event()
 
     def read(self):
         if self.copied is not None:
             self.copied.synchronize()
-        return self.record_4N.T.tolist()
+        return self.record_6N.tolist()
 
 
 def static_counts(num_slots):
     """The numbers of slots that static steps have."""
     return sorted({0, min(16, num_slots), -(-num_slots // 4), -(-num_slots // 2), num_slots})
-
-
-def raise_not_finite(problem_id, step, is_teacher):
-    model = "teacher's logits" if is_teacher else "proxy's Delta"
-    raise UserError(
-        f"problem {problem_id}, response token {step}: the {model} are not finite (NaN or infinite): "
-        "check the weights, or use dtype=bfloat16 or float32"
-    )

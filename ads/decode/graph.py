@@ -19,7 +19,6 @@ import warnings
 
 import torch
 
-from ads.decode import llama_step
 from ads.stage import errors
 from ads.trials import agrees, is_out_of_memory
 
@@ -48,29 +47,29 @@ class Graphs:
         """The record of decoder.advance(*sizes), captured or to be captured."""
         if sizes not in self.captured:
             return self.first_step(decoder, sizes)
-        graph, record_4N = self.captured[sizes]
+        graph, record_6N = self.captured[sizes]
         graph.replay()
-        return record_4N
+        return record_6N
 
     def first_step(self, decoder, sizes):
         """Capture, then run uncaptured; where the two differ, no step of the decoder is captured any more."""
-        before, reason = llama_step.state_6B.clone(), None
+        before, reason = decoder.state_6B.clone(), None
         try:
             graph, found, moved_6B = self.capture(decoder, sizes, before)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             reason = errors.reason(error)
-        llama_step.state_6B.copy_(before)
-        wanted = llama_step.advance(*sizes)  # last, so that the caches are as if nothing had been captured
+        decoder.state_6B.copy_(before)
+        wanted = decoder.advance(*sizes)  # last, so that the caches are as if nothing had been captured
         if reason is None and not (
-            are_alike(found, wanted) and torch.equal(moved_6B[1:], llama_step.state_6B[1:])
+            are_alike(found, wanted) and torch.equal(moved_6B[1:], decoder.state_6B[1:])
         ):
             reason = "what was captured computes something else"
         if reason is None:
             self.captured[sizes] = graph, found[0]
         else:
-            llama_step.graphs = None
+            decoder.graphs = None
             print(f"cuda_graph: {reason}: steps run uncaptured", flush=True)
         return wanted[0]
 
@@ -83,7 +82,7 @@ class Graphs:
             torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(self.stream):
-                llama_step.advance(*sizes)
+                decoder.advance(*sizes)
         finally:
             torch.cuda.set_sync_debug_mode(usual)
             current.wait_stream(self.stream)
@@ -92,10 +91,10 @@ class Graphs:
         given = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
         # a capture that cannot be ended would leave its stream the current one, for whatever comes after
         with torch.cuda.stream(current), torch.cuda.graph(graph, **given):
-            found = llama_step.advance(*sizes)
-        llama_step.state_6B.copy_(before)
+            found = decoder.advance(*sizes)
+        decoder.state_6B.copy_(before)
         graph.replay()
-        return graph, found, llama_step.state_6B.clone()
+        return graph, found, decoder.state_6B.clone()
 
 
 def are_alike(found, wanted):

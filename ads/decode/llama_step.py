@@ -1,15 +1,23 @@
 """One decoding step of a model built like Llama, in as few operations as it takes; plain or in dual numbers.
 
-In the library's forward a small model's step on a CPU spends as long around its products as in them: forty
-operations a layer, each of a few microseconds, and the Python between them; on a GPU each is a kernel whose
-launch takes longer than the kernel. Here query, key and value are one product, gate and up another, scale and
-mask go into the product with the keys, rotations are products, what a layer adds is part of the product that
-gives it, and nothing is looked up twice. On a CPU native.c does the same in one call. Prompts stay with the
-library, and so do models of any other kind (`make_step` finds out).
+A small model's step spends as long around its matrix products as in them: the library has forty operations a
+layer, each a few microseconds of a CPU and of the Python that calls it, or a kernel of a GPU whose launch
+takes longer than the kernel. Here a layer is, in the order of `Layer.add_to_`:
 
-Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual.py); L positions, H
-heads of queries, K of keys, G = H / K, D head width, I and O a product's inputs and outputs; J columns of
-room for an input, of which x has the first.
+    norm                                     of the stream, the sum that layers add to
+    query, key, value                        one product of a fused matrix (products.py)
+    rotary embedding                         one product, with a matrix per row that all layers share
+    scores                                   one product that scales, and starts from the mask
+    values, output, added to the stream      two products: the last one adds
+    norm, gate and up, gate, down            a fused product, and one that adds
+
+In dual numbers all of these take values and derivatives together, so weights and cache are read once. On a
+CPU native.c does the same in one call (`Step.compiled`). Prompts stay with the library, and so do models of
+any other kind: `make_step` looks at the modules, cached_model.py at the numbers.
+
+Shapes: N slots, R rows: N, or 2N in dual numbers (values above derivatives, as in dual/model.py); L
+positions, H heads of queries, K of keys, G = H / K, D head width; I and O a product's inputs and outputs; J
+columns of the room for a product's input, which is in the first I (see products.py).
 """
 
 import inspect
@@ -17,8 +25,7 @@ import inspect
 import torch
 from torch.nn import functional
 
-from ads.cpu import native
-from ads.cpu.pages import LANES
+from ads import cpu
 from ads.decode.products import Norm, Stream, make_product
 from ads.dual.rules import Dual, look_up, softmax
 from ads.kv_cache import whole
@@ -31,8 +38,8 @@ MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 def make_step(model, windows):
     """A Step, plain or dual as the model's weights are; None for models whose modules are not Llama's.
 
-    The weights move into fused matrices, of which the model's own become views. That the modules compute what
-    Llama's do is left to the caller to check (`agrees`): some families add factors or leave angles out.
+    The weights move into fused matrices, of which the model's own become views. Some families have Llama's
+    modules but add factors or leave angles out: the caller must compare the step's logits with the library's.
     """
     if children(model) != {"model", "lm_head"} or type(model.lm_head) is not torch.nn.Linear:
         return None
@@ -74,6 +81,8 @@ def children(module):
 
 
 class Layer:
+    """What a step needs of one of the library's layers; window_kind: which of the step's masks it has."""
+
     def __init__(self, layer, window_kind):
         attention, mlp = layer.self_attn, layer.mlp
         self.kind, self.index = window_kind, attention.layer_idx
@@ -87,19 +96,19 @@ class Layer:
         self.output = make_product(attention.o_proj)
         self.gate_up, self.down = make_product(mlp.gate_proj, mlp.up_proj), make_product(mlp.down_proj)
 
-    def add_to_(self, x, place):
+    def add_to_(self, x, work):
         """Add to x, (N, I) or a Stream, what the layer makes of it."""
         stream = x.x_RI if self.is_dual else x
-        self.output.add_to_(stream, self.attend(self.norms[0](x, place.input_of(self.qkv)), place))
-        gate_up = self.gate_up(self.norms[1](x, place.input_of(self.gate_up)))
-        self.down.add_to_(stream, self.gate(*gate_up.chunk(2, dim=1), place))
+        self.output.add_to_(stream, self.attend(self.norms[0](x, work.input_of(self.qkv)), work))
+        gate_up = self.gate_up(self.norms[1](x, work.input_of(self.gate_up)))
+        self.down.add_to_(stream, self.gate(*gate_up.chunk(2, dim=1), work))
 
-    def gate(self, gate_RO, up_RO, place):
+    def gate(self, gate_RO, up_RO, work):
         if self.is_dual:
-            return dual_gate(gate_RO, up_RO, place.input_of(self.down))
+            return dual_gate(gate_RO, up_RO, work.input_of(self.down))
         return functional.silu(gate_RO) * up_RO
 
-    def attend(self, x_RI, place):
+    def attend(self, x_RI, work):
         num_turned = self.num_heads + self.num_keys
         qkv_RHD = self.qkv(x_RI).unflatten(1, (-1, self.width))
         turned_RHD, values_RKD = qkv_RHD.split((num_turned, self.num_keys), dim=1)
@@ -107,10 +116,10 @@ class Layer:
             parts = turned_RHD.split((self.num_heads, self.num_keys), dim=1)
             normed = [norm.of_rows(part) for norm, part in zip(self.head_norms, parts, strict=True)]
             turned_RHD = torch.cat(normed, dim=1)
-        turned_RHD = torch.bmm(turned_RHD, place.rotations_RDD, out=place.turned_RHD)
-        place.write(self.index, turned_RHD[:, self.num_heads :], values_RKD)
-        given = place, self.index, self.num_heads, place.masks[self.kind], self.scaling
-        return attend_dual(*given, place.input_of(self.output)) if self.is_dual else attend_plain(*given)
+        turned_RHD = torch.bmm(turned_RHD, work.rotations_RDD, out=work.turned_RHD)
+        work.write(self.index, turned_RHD[:, self.num_heads :], values_RKD)
+        given = work, self.index, self.num_heads, work.masks[self.kind], self.scaling
+        return attend_dual(*given, work.input_of(self.output)) if self.is_dual else attend_plain(*given)
 
 
 def rotations(cos_RD, sin_RD):
@@ -135,9 +144,9 @@ def dual_gate(gate_RO, up_RO, room_RJ):
     return room_RJ
 
 
-def attend_plain(place, layer, num_heads, mask_NKGL, scaling):
-    queries_NHD = place.turned_RHD[:, :num_heads]
-    keys, values = place.seen(layer)
+def attend_plain(work, layer, num_heads, mask_NKGL, scaling):
+    queries_NHD = work.turned_RHD[:, :num_heads]
+    keys, values = work.seen(layer)
     queries_NKGD = queries_NHD.unflatten(1, (keys.shape[1], -1))
     if values.dtype != torch.float32:
         # a fused kernel keeps scores in float32; told of shared keys (enable_gqa) none on GPUs takes a mask
@@ -151,29 +160,35 @@ def attend_plain(place, layer, num_heads, mask_NKGL, scaling):
     return result.reshape(len(queries_NHD), -1)
 
 
-def attend_dual(place, layer, num_heads, mask_NKGL, scaling, room_RJ):
-    """dual.attend for one token, in two products: keys and values are read once, with their derivatives.
+def attend_dual(work, layer, num_heads, mask_NKGL, scaling, room_RJ):
+    """Attention of one token per slot, in two products: keys and values are read once, with derivatives.
 
-    In blocks, of heads that share keys: [0 q; q dq] [dk k]^T are scores S and their derivatives dS, and
-    [P; dP] [dv v] gives P v above dP v and, beside it, P dv.
+    The cache has the derivatives beside the values. For the heads that share keys, in blocks,
+
+        [0  q ] [dk k]^T  =  [q k^T          ]  =  [S ]        P = softmax(S), dP its derivative
+        [q  dq]              [q dk^T + dq k^T]     [dS]
+
+        [P ] [dv v]       =  [P dv    P v ]                    of which P v, and P dv + dP v
+        [dP]                 [dP dv   dP v]
     """
-    keys, values = (x.flatten(0, 1).flatten(2) for x in place.seen(layer))
-    size = num_heads * place.num_rows // len(keys)
-    pairs = place.zero_and_turned_3NHD[:, :, :num_heads].unfold(0, 2, 1)  # (2, N, H, D, 2)
+    keys, values = (x.flatten(0, 1).flatten(2) for x in work.seen(layer))
+    size = num_heads * work.num_rows // len(keys)
+    pairs = work.zero_and_turned_3NHD[:, :, :num_heads].unfold(0, 2, 1)  # (2, N, H, D, 2)
     grouped = pairs.unflatten(2, (-1, size)).permute(1, 2, 0, 3, 5, 4)
     queries = torch.mul(grouped, scaling, out=grouped.new_empty(grouped.shape)).view(len(keys), 2 * size, -1)
     scores = torch.baddbmm(mask_NKGL.flatten(0, 1), queries, keys.mT)
     parts = torch.bmm(softmax(scores), values).unflatten(1, (2, size)).unflatten(3, (2, -1))
-    parts = parts.unflatten(0, (place.num_rows, -1)).permute(2, 4, 0, 1, 3, 5)  # (2, 2, N, K, G, D)
+    parts = parts.unflatten(0, (work.num_rows, -1)).permute(2, 4, 0, 1, 3, 5)  # (2, 2, N, K, G, D)
     result = room_RJ[:, : parts[0, 0, 0].numel()].view(parts.shape[1:])
-    torch.addcmul(parts[:, 1], parts[:1, 0], place.is_derivative_2, out=result)
+    torch.addcmul(parts[:, 1], parts[:1, 0], work.is_derivative_2, out=result)
     return room_RJ
 
 
-class Place:
-    """Where a step writes and what it reads, the same for all layers; and room that all layers use.
+class Workspace:
+    """What the layers of a step share: where it writes to the cache, what it reads, room for activations.
 
-    turned_RHD: rotated queries and keys of the layer at work, in dual numbers with zeros above them.
+    turned_RHD: rotated queries and keys of the layer at work. In dual numbers zeros lie above them, so that
+    attend_dual has the rows [0 q; q dq] as a view.
     """
 
     def __init__(self, cache, lengths_N, longest, masks, rotations_RDD, num_turned):
@@ -194,7 +209,7 @@ class Place:
         self.inputs = {}
 
     def input_of(self, product):
-        """Room for the input of a product in dual numbers, the same for products of one shape; else None."""
+        """In dual numbers the room for a product's input, shared by those of one shape; else None."""
         if self.storage.num_parts == 1:
             return None
         key = type(product), product.shape
@@ -229,7 +244,7 @@ class Step:
         self.norm, self.is_dual = Norm(inner.norm), self.layers[0].is_dual
         is_tied = model.lm_head.weight is inner.embed_tokens.weight
         self.head = make_product(model.lm_head, is_table=is_tied)
-        self.compiled = native.CompiledStep(self) if native.suits(self.table.weight) else None
+        self.compiled = cpu.CompiledStep(self) if cpu.decodes(self.table.weight) else None
 
     def __call__(self, tokens_N, lengths_N, longest, cache):
         """Logits (N, V) that follow, or a Dual of them; see models.CachedModel.step."""
@@ -245,11 +260,11 @@ class Step:
             num_turned = self.layers[0].num_heads + self.layers[0].num_keys
             if self.is_dual:
                 cos, sin = torch.cat([cos, cos]), torch.cat([sin, sin])
-            place = Place(cache, lengths_N, longest, masks, rotations(cos, sin), num_turned)
+            work = Workspace(cache, lengths_N, longest, masks, rotations(cos, sin), num_turned)
             x = Stream(x_RI, self.norm.eps) if self.is_dual else x_RI
             for layer in self.layers:
-                layer.add_to_(x, place)
-            return self.result(self.head(self.norm(x, place.input_of(self.head))))
+                layer.add_to_(x, work)
+            return self.result(self.head(self.norm(x, work.input_of(self.head))))
 
     def result(self, logits_RV):
         return logits_RV.as_subclass(Dual) if self.is_dual else logits_RV
@@ -265,7 +280,7 @@ class Step:
         layer, length = self.layers[0], longest + 1
         num_groups = layer.num_heads // layer.num_keys
         # rows start at multiples of 16 bytes, or a GPU's fused kernel would copy the mask in every layer
-        shape = (layer.num_keys, 2 * num_groups, length) if self.is_dual else (1, 1, whole(length, LANES))
+        shape = (layer.num_keys, 2 * num_groups, length) if self.is_dual else (1, 1, whole(length, 16))
         mask_NKGL = like.new_zeros(len(lengths_N), *shape)[..., :length]
         distance_NL = lengths_N[:, None] - torch.arange(length, device=like.device)
         hidden_NL = distance_NL < 0 if window is None else (distance_NL < 0) | (distance_NL >= window)

@@ -1,17 +1,24 @@
 """How much memory of a GPU each stage takes, reckoned from the models' config.json alone.
 
-Weights, gradients, optimizer states and caches are counted; what passes hold on the way is reckoned from a
-layer's sizes, as one is built that is like Llama's (attention that keeps no scores; gate, up and down). A
-family built otherwise takes more or less there, so a stage is refused (`check`) for what is counted alone.
+A plan is a dict of bytes by part: weights, gradient, optimizer, caches, activations, logits. All but the
+activations are counted. Those are reckoned from a layer's sizes, as one is built that is like Llama's
+(attention that keeps no scores; gate, up and down); a family built otherwise takes more or less there, so a
+stage is refused (`check`) for what is counted alone.
 
-Sizes are in bytes. Shapes: h hidden, i intermediate, H heads of queries, D head width, V vocabulary.
+Shapes: h hidden, i intermediate, H heads of queries, D head width, V vocabulary.
 """
 
 import gc
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
 from ads import chat
+from ads.loading import free_bytes
+from ads.stage import errors, hub
 from ads.stage.errors import UserError
 
 FLOAT = 4  # bytes
@@ -34,7 +41,6 @@ GB = 10**9
 class Sizes:
     """What decides how much memory a causal language model takes (see `sizes_of`)."""
 
-    name: str
     parameters: int
     matrices: tuple[tuple[int, int], ...]  # shapes of its parameters of two dimensions
     linears: tuple[tuple[int, int], ...]  # (outputs, inputs) of its linear layers, the last one left out
@@ -46,51 +52,39 @@ class Sizes:
     D: int
     V: int
 
-    def factors(self, rank):
+    def factors(self, rank: int) -> int:
         """Numbers in a gradient whose matrices are kept in factors of that rank."""
         if not rank:
             return self.parameters
-        whole = sum(rows * columns for rows, columns in self.matrices)
-        kept = (min(rank * (rows + columns), rows * columns) for rows, columns in self.matrices)
-        return self.parameters - whole + sum(kept)
+        saved = (max(0, rows * columns - rank * (rows + columns)) for rows, columns in self.matrices)
+        return self.parameters - sum(saved)
 
-    def adapters(self, rank):
+    def adapters(self, rank: int) -> int:
         """Weights of LoRA adapters on all linear layers but the last."""
         return sum(rank * (outputs + inputs) for outputs, inputs in self.linears)
 
 
-def read_sizes(name):
+def read_sizes(name: str) -> Sizes:
     """The Sizes of a model, a folder or of the hub."""
-    from transformers import AutoConfig
-
-    from ads.stage import errors, hub
-
     where, commit = hub.locate(name, "model")
     try:
-        sizes = sizes_of(AutoConfig.from_pretrained(where, revision=commit))
+        return sizes_of(AutoConfig.from_pretrained(where, revision=commit))
     except Exception as error:  # whatever the library makes of a config.json that does not hold together
         raise UserError(f"model {name!r}: no sizes in its config.json ({errors.reason(error)})") from error
-    return replace(sizes, name=name)
 
 
-def sizes_of(config):
+def sizes_of(config) -> Sizes:
     """The Sizes of a model by its configuration: it is built without memory (device meta) and counted."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear | Conv1D)]
-    shapes = [tuple(m.weight.shape) for m in layers if m is not model.get_output_embeddings()]
     text = config.get_text_config(decoder=True)
     heads, hidden = text.num_attention_heads, text.hidden_size
     width = getattr(text, "head_dim", None) or hidden // heads
     return Sizes(
-        name=config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
         matrices=tuple(tuple(p.shape) for p in model.parameters() if p.dim() == 2),
-        linears=tuple(shapes),
+        linears=tuple(tuple(m.weight.shape) for m in layers if m is not model.get_output_embeddings()),
         cached=count_cached(model, width),
         layers=text.num_hidden_layers,
         h=hidden,
@@ -103,8 +97,6 @@ def sizes_of(config):
 
 def count_cached(model, width):
     """Numbers in the KV cache per position, of a model on device meta and its heads' width."""
-    import torch
-
     ids_1T = torch.zeros(1, 4, dtype=torch.int64, device="meta")
     try:
         with torch.no_grad():
@@ -137,78 +129,56 @@ def num_slots(free, size, device_type):
 def decoding(cfg, teacher, proxy, num_slots, num_gradient=0):
     """Sampling num_slots rows at once. cfg: the GenConfig; proxy: its Sizes, or None; num_gradient: numbers
     in its gradient."""
-    size = itemsize(cfg.dtype)
-    weights, position = size * teacher.parameters, size * teacher.cached
-    prompts, gradient = prefill(cfg, teacher, num_slots, size), 0
+    size, proxy_size = itemsize(cfg.dtype), itemsize(cfg.proxy_dtype)
+    weights, position, gradient = size * teacher.parameters, size * teacher.cached, 0
+    prompts = prefill(cfg, teacher, num_slots, size)
     if proxy:
-        size, num_copies = itemsize(cfg.proxy_dtype), 2 if cfg.eps else 1
-        weights += num_copies * size * proxy.parameters
-        gradient = 0 if cfg.eps else size * num_gradient
-        position += 2 * size * proxy.cached  # of two proxies, or of one and its derivatives
-        prompts = max(prompts, prefill(cfg, proxy, num_slots, size, is_dual=not cfg.eps))
+        is_dual = cfg.has_delta and not cfg.eps
+        weights += (2 if cfg.has_delta and cfg.eps else 1) * proxy_size * proxy.parameters
+        gradient = proxy_size * num_gradient if is_dual else 0
+        # of two proxies, or of one and its derivatives
+        position += (2 if cfg.has_delta else 1) * proxy_size * proxy.cached
+        prompts = max(prompts, prefill(cfg, proxy, num_slots, proxy_size, is_dual))
+    num_positions = cfg.max_length + (FORCE_IDS + chat.NUM_FORCED_TOKENS if cfg.answer_force else 0)
     logits = num_slots * teacher.V * BYTES_PER_LOGIT
     return {
         "weights": weights,
         "gradient": gradient,
-        "caches": num_slots * num_positions(cfg) * position,
+        "caches": num_slots * num_positions * position,
         "activations": max(0, prompts - logits),  # of prompts, which are read before a step's logits come
         "logits": logits,
     }
 
 
-def num_positions(cfg):
-    """Tokens that a row may come to: those of max_length, and a forced answer."""
-    return cfg.max_length + (FORCE_IDS + chat.NUM_FORCED_TOKENS if cfg.answer_force else 0)
-
-
 def prefill(cfg, model, num_slots, size, is_dual=False):
     """What the pass holds that reads most prompts at once, in dual numbers values and derivatives."""
-    at_once = PREFILL_TOKENS // 2 if is_dual else PREFILL_TOKENS
+    num_parts = 2 if is_dual else 1
+    at_once = PREFILL_TOKENS // num_parts
     num_rows = min(num_slots, max(1, at_once // cfg.max_prompt_length))
     length = min(cfg.max_prompt_length, at_once)
-    num_tokens = num_rows * length * (2 if is_dual else 1)
-    mlp = num_tokens * size * (3 * model.i + 4 * model.h)
-    if not is_dual:
-        return mlp
-    scores = num_rows * model.H * length**2
-    return max(mlp, scores * (20 + 4 * size) + num_tokens * size * 8 * model.h)
+    number = num_rows * length * num_parts * size
+    mlp = number * (3 * model.i + 4 * model.h)
+    scores = num_rows * model.H * length**2 * (20 + 4 * size) + number * 8 * model.h
+    return max(mlp, scores) if is_dual else mlp
 
 
 def gradient(cfg, proxy, num_tokens, num_logits):
     """The passes over a batch. cfg: the GradConfig; logits are made of the responses' tokens."""
     size = itemsize(cfg.dtype)
-    weights = FLOAT * proxy.parameters
     return {
-        "weights": weights + (size * proxy.parameters if size < FLOAT else 0),  # autocast keeps a copy
+        "weights": (FLOAT + size % FLOAT) * proxy.parameters,  # in 16 bits autocast keeps a copy
         "gradient": FLOAT * proxy.parameters,
         "activations": num_tokens * kept(proxy, size, cfg.gradient_checkpointing),
         "logits": num_logits * proxy.V * (FLOAT * 3 + size % FLOAT),
     }
 
 
-def diagnostics(cfg, proxy, num_tokens):
-    """What stage 2 takes to judge Delta on traces of up to num_tokens, cfg being the GradConfig.
-
-    The proxy is there again in the dtype that samples. The most beside is its largest matrix moved along g,
-    or the scores of a trace in dual numbers, which are all made.
-    """
-    largest = max(rows * columns for rows, columns in proxy.matrices)
-    return {
-        "weights": (FLOAT + itemsize(cfg.proxy_dtype)) * proxy.parameters,
-        "gradient": FLOAT * proxy.parameters,
-        "activations": FLOAT * max(4 * largest, 9 * proxy.H * num_tokens**2),
-        "logits": 4 * FLOAT * cfg.num_diagnosed * NUM_POSITIONS * proxy.V,
-    }
-
-
 def distillation(cfg, student, num_tokens, num_logits, num_processes=1):
     """A training step, num_tokens on a device at once. cfg: the TrainConfig."""
-    size, frozen = itemsize(cfg.dtype), student.parameters if cfg.lora else 0
-    trained = student.adapters(cfg.lora_r) if cfg.lora else student.parameters
-    casts = size * trained if size < FLOAT else 0
-    rank = cfg.lora_r if cfg.lora else 0
+    size, rank = itemsize(cfg.dtype), cfg.lora_r if cfg.lora else 0
+    frozen, trained = (student.parameters, student.adapters(rank)) if cfg.lora else (0, student.parameters)
     return {
-        "weights": size * frozen + FLOAT * trained + casts,
+        "weights": size * frozen + (FLOAT + size % FLOAT) * trained,
         "gradient": FLOAT * trained * (2 if num_processes > 1 else 1),  # theirs, and what they send
         "optimizer": MOMENTS * trained,
         "activations": num_tokens * kept(student, size, cfg.gradient_checkpointing, rank),
@@ -246,10 +216,6 @@ def peak(parts):
 
 def room(device):
     """Bytes that are free on a GPU; None on a CPU, which may swap and is shared with others."""
-    import torch
-
-    from ads.loading import free_bytes
-
     if torch.device(device).type != "cuda":
         return None
     gc.collect()  # models of the stage before, in circles
@@ -257,12 +223,10 @@ def room(device):
 
 
 def known_sizes(free, *names):
-    """The Sizes of models; none where there is nothing to compare with or a config.json does not tell them:
+    """The Sizes of models; [] where there is nothing to compare with or a config.json does not tell them:
     whether such a model can be loaded is not for the plan to say."""
-    if free is None:
-        return []
     try:
-        return [read_sizes(name) for name in names]
+        return [] if free is None else [read_sizes(name) for name in names]
     except ValueError:
         return []
 
@@ -273,69 +237,60 @@ def check(least, plan, free, remedy, advice):
     remedy: what to do about the former, advice: about the latter.
     """
     counted = {name: size for name, size in least.items() if name != "activations"}
+    has = f"this GPU has {gigabytes(free)} free, but"
     if peak(counted) > free:
         raise UserError(
-            f"this GPU has {gigabytes(free)} free, but {describe(counted)} are {gigabytes(peak(counted))}: "
-            f"{remedy}, or free what others hold of it (docs/memory.md)"
+            f"{has} {describe(counted)}: {remedy}, or free what others hold of it (docs/memory.md)"
         )
     if peak(plan) > free:
-        print(
-            f"WARNING: this GPU has {gigabytes(free)} free, but by plan {describe(plan)} are "
-            f"{gigabytes(peak(plan))}: {advice} if it runs out of memory (docs/memory.md)",
-            flush=True,
-        )
-
-
-def check_decoding(cfg, free):
-    """`check` for the models of a GenConfig and one row, before they are loaded; free: see `room`."""
-    sizes = known_sizes(free, cfg.teacher, *([cfg.proxy_student] if cfg.has_delta else []))
-    if not sizes:
-        return
-    teacher, proxy = sizes if cfg.has_delta else (*sizes, None)
-    numbers = Path(cfg.grad_path).stat().st_size // FLOAT if proxy else 0
-    most = 1 if cfg.batch_size == "auto" else cfg.batch_size
-    least, plan = (decoding(cfg, teacher, proxy, num_slots, numbers) for num_slots in (1, most))
-    models = f"teacher={cfg.teacher}" + (f" and proxy_student={cfg.proxy_student}" if proxy else "")
-    are_wide = cfg.dtype == "float32" or (proxy and cfg.proxy_dtype == "float32")
-    remedy = f"take smaller models than {models}" + (" or 16-bit dtypes" if are_wide else "")
-    check(least, plan, free, remedy, "set batch_size=auto")
-
-
-def check_gradient(cfg, sequences, free):
-    """The same for the proxy of a GradConfig, its gradient, and the longest of the gradient.Sequence list."""
-    sizes = known_sizes(free, cfg.proxy_student)
-    if not sizes:
-        return
-    (proxy,), longest = sizes, max(len(s.ids) for s in sequences)
-    num_logits = max(len(s.ids) - s.num_prompt_tokens for s in sequences)
-    num_tokens = max(cfg.batch_tokens, longest)
-    least, plan = (gradient(cfg, proxy, *pair) for pair in ((longest, num_logits), (num_tokens, num_tokens)))
-    remedy = f"take a smaller model than proxy_student={cfg.proxy_student}"
-    check(least, plan, free, remedy, "set gradient_checkpointing=true or a lower batch_tokens")
-
-
-def check_distillation(cfg, examples, free, num_processes):
-    """The same for the student of a TrainConfig, what is trained of it, and the longest of the examples."""
-    sizes = known_sizes(free, cfg.student)
-    if not sizes:
-        return
-    (student,), longest = sizes, max(len(e["input_ids"]) for e in examples)
-    num_logits = max(sum(label != chat.IGNORED_LABEL for label in e["labels"]) for e in examples)
-    most = longest * (1 if cfg.per_device_batch_size == "auto" else cfg.per_device_batch_size)
-    least, plan = (
-        distillation(cfg, student, *pair, num_processes) for pair in ((longest, num_logits), (most, most))
-    )
-    remedy = f"take a smaller model than student={cfg.student}" + ("" if cfg.lora else " or set lora=true")
-    advice = "set gradient_checkpointing=true or per_device_batch_size=1"
-    if cfg.lora:
-        tried = trying_adapters(cfg, student)
-        check(tried, tried, free, remedy, advice)
-    check(least, plan, free, remedy, advice)
+        words = f"{advice} if it runs out of memory (docs/memory.md)"
+        print(f"WARNING: {has} by plan {describe(plan)}: {words}", flush=True)
 
 
 def describe(parts):
-    return ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+    names = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+    return f"{names} are {gigabytes(peak(parts))}"
 
 
 def gigabytes(size):
     return f"{size / GB:.1f} GB"
+
+
+def check_decoding(cfg, free):
+    """`check` for the models of a GenConfig and one row, before they are loaded; free: see `room`."""
+    if not (sizes := known_sizes(free, cfg.teacher, *([cfg.proxy_student] if cfg.has_proxy else []))):
+        return
+    teacher, proxy = sizes if cfg.has_proxy else (*sizes, None)
+    numbers = Path(cfg.grad_path).stat().st_size // FLOAT if cfg.has_delta else 0
+    most = 1 if cfg.batch_size == "auto" else cfg.batch_size
+    plans = [decoding(cfg, teacher, proxy, num_slots, numbers) for num_slots in (1, most)]
+    models = f"teacher={cfg.teacher}" + (f" and proxy_student={cfg.proxy_student}" if proxy else "")
+    are_wide = cfg.dtype == "float32" or (proxy and cfg.proxy_dtype == "float32")
+    remedy = f"take smaller models than {models}" + (" or 16-bit dtypes" if are_wide else "")
+    check(*plans, free, remedy, "set batch_size=auto")
+
+
+def check_gradient(cfg, sequences, free):
+    """The same for the proxy of a GradConfig, its gradient, and the longest of the loss.Sequence list."""
+    for proxy in known_sizes(free, cfg.proxy_student):
+        longest = max(len(s.ids) for s in sequences)
+        num_logits = max(len(s.ids) - s.num_prompt_tokens for s in sequences)
+        most = max(cfg.batch_tokens, longest)
+        plans = [gradient(cfg, proxy, *pair) for pair in ((longest, num_logits), (most, most))]
+        remedy = f"take a smaller model than proxy_student={cfg.proxy_student}"
+        check(*plans, free, remedy, "set gradient_checkpointing=true or a lower batch_tokens")
+
+
+def check_distillation(cfg, examples, free, num_processes):
+    """The same for the student of a TrainConfig, what is trained of it, and the longest of the examples."""
+    for student in known_sizes(free, cfg.student):
+        longest = max(len(e["input_ids"]) for e in examples)
+        num_logits = max(sum(label != chat.IGNORED_LABEL for label in e["labels"]) for e in examples)
+        most = longest * (1 if cfg.per_device_batch_size == "auto" else cfg.per_device_batch_size)
+        pairs = (longest, num_logits), (most, most)
+        plans = [[distillation(cfg, student, *pair, num_processes) for pair in pairs]]
+        if cfg.lora:
+            plans.insert(0, [trying_adapters(cfg, student)] * 2)
+        words = f"take a smaller model than student={cfg.student}" + ("" if cfg.lora else " or set lora=true")
+        for pair in plans:
+            check(*pair, free, words, "set gradient_checkpointing=true or per_device_batch_size=1")

@@ -1,68 +1,81 @@
-"""The linear layers and norms of a decoding step, plain or in dual numbers, on fused matrices.
+"""The linear layers and norms of a decoding step, plain or in dual numbers.
+
+Linear layers that read the same input (query, key and value; gate and up) are one product of a fused matrix,
+of which the model's own weights become views. In dual numbers a product has to give
+
+    y = W x + b        dy = W dx + dW x + db        where dW is whole, or left right (factors of g)
+
+for x and dx as rows of one matrix, so that W is read once. The fused matrix has one of two layouts:
+
+    rows, [W; right]           of Product: one multiplication gives W x, W dx and right x; what left makes of
+                               right x is added after it. native.c reads this layout; so does a last layer
+                               that is tied to the embeddings, which are looked up as rows of the same matrix
+    columns, [W left b db]     of DualProduct: right x is made first and put beside dx, so that the other
+                               multiplication adds up all, to the residual stream where it is to go there.
+                               With a bias that takes a GPU two kernels, where the rows take four
 
 Shapes: R rows: N, or 2N in dual numbers (values above derivatives, as in dual/model.py); I and O a product's
-inputs and outputs; J columns of room for an input, of which x has the first.
+inputs and outputs, P rows of W and of right; J columns of the room for an input: x in the first I, what
+DualProduct puts beside it, and padding to whole 16 bytes.
 """
 
 import torch
 from torch.nn import functional
 
-from ads.cpu import native
+from ads import cpu
 from ads.dual.factors import Factors, dense
 from ads.dual.model import stack_columns, stack_rows
 from ads.dual.norms import normalise, scale, unit_rows
-from ads.dual.rules import Weight, halves, make_weight, pair_of
+from ads.dual.rules import Dual, Weight, halves, linear, make_weight, pair_of
 
-MARGIN = 8  # columns beside a Stream, of which one is used: rows stay multiples of 16 bytes
+MARGIN = 8  # columns of a Stream beside x, of which one is used: rows stay multiples of 16 bytes
+
+
+def make_product(*layers, is_table=False):
+    """The product of linear layers of one input; is_table: of a last layer tied to the embeddings."""
+    weight = layers[0].weight
+    if isinstance(weight, Weight) and not is_table and not cpu.decodes(weight):
+        return DualProduct(*layers)
+    return Product(*layers, is_table=is_table)
 
 
 class Product:
-    """x to [W_1 x; W_2 x; ...] for linear layers of the same input, (R, I) to (R, O)."""
+    """x to [W_1 x; W_2 x; ...], (R, I) to (R, O): plain, or in dual numbers with right factors below W.
+
+    bias: (O,), or (2, 1, O) in dual numbers; left_RO and g_OI: g in left factors or whole, else None.
+    """
 
     def __init__(self, *layers, is_table=False):
         weights, biases = [m.weight for m in layers], [m.bias for m in layers]
-        tangents = [getattr(weight, "tangent", None) for weight in weights]
-        self.num_outputs, self.left_RO, self.g_OI = sum(map(len, weights)), None, None
+        self.layers, self.num_outputs = layers, sum(map(len, weights))
         self.is_dual = isinstance(weights[0], Weight)
+        tangents = [weight.tangent for weight in weights] if self.is_dual else []
+        is_factored = self.is_dual and all(isinstance(tangent, Factors) for tangent in tangents)
+        self.left_RO = left_of(tangents).T.contiguous() if is_factored else None
+        self.g_OI = torch.cat(list(map(dense, tangents))) if self.is_dual and not is_factored else None
         rows = [w.detach().as_subclass(torch.Tensor) for w in weights]
-        if all(isinstance(tangent, Factors) for tangent in tangents):
-            rows += [tangent.right for tangent in tangents]
-            self.left_RO = torch.block_diag(*(tangent.left for tangent in tangents)).T.contiguous()
-        elif self.is_dual:
-            self.g_OI = torch.cat([dense(tangent) for tangent in tangents])
-        if is_table:  # tied: one matrix of its own already, whose rows are read
-            base = weights[0].extended if self.left_RO is not None else rows[0]
+        if is_table:
+            self.base_PI = weights[0].extended if is_factored else rows[0]
         else:
-            base = stack_rows(rows)
-            repoint(layers, base, self.g_OI)
-        if self.left_RO is not None:
-            repoint_left([m.weight for m in layers], self.left_RO)
-        self.base_PI = base
-        self.shape = base.shape[1]  # of its input
-        self.bias = None if biases[0] is None else self.join(biases)
-
-    def join(self, biases):
-        """(O,), or (2, 1, O) in dual numbers."""
-        if not self.is_dual:
-            return torch.cat([b.detach() for b in biases])
-        values_and_tangents = zip(*map(pair_of, biases), strict=True)
-        return torch.stack([torch.cat(part) for part in values_and_tangents])[:, None]
+            self.base_PI = stack_rows(rows + [tangent.right for tangent in tangents if is_factored])
+        left_OR = self.left_RO.T if is_factored else None
+        matrices = self.base_PI[: self.num_outputs], self.g_OI, left_OR, self.base_PI[self.num_outputs :]
+        repoint(layers, *matrices, is_table)
+        self.shape = self.base_PI.shape[1]  # of its input
+        self.bias = None
+        if biases[0] is not None and self.is_dual:
+            self.bias = torch.stack(join_pairs(biases))[:, None]
+        elif biases[0] is not None:
+            self.bias = torch.cat([b.detach() for b in biases])
 
     def __call__(self, x_RI):
-        if not self.is_dual:
-            return functional.linear(x_RI, self.base_PI, self.bias)
-        num_rows, y = x_RI.shape[0] // 2, functional.linear(x_RI, self.base_PI)
-        if self.left_RO is not None:  # one product has given W x, W dx and right x
-            y, thin = y.split((self.num_outputs, self.left_RO.shape[0]), dim=1)
-            y.narrow(0, num_rows, num_rows).addmm_(thin.narrow(0, 0, num_rows), self.left_RO)
-        else:
-            y[num_rows:].addmm_(x_RI[:num_rows], self.g_OI.T)
-        if self.bias is not None:
-            y.unflatten(0, (2, -1)).add_(self.bias)
-        return y
+        if self.is_dual:  # the tied last layer: native.c multiplies by all others of this layout
+            dual_x = x_RI.as_subclass(Dual)
+            return linear(None, dual_x, self.layers[0].weight, self.layers[0].bias).as_subclass(torch.Tensor)
+        return functional.linear(x_RI, self.base_PI, self.bias)
 
     def add_to_(self, x_RO, y_RI):
-        """Add the product with y to x, in place."""
+        """Add the product with y to x, in place; of plain numbers alone."""
         if self.bias is not None:
             x_RO.add_(self(y_RI))
         else:
@@ -73,12 +86,10 @@ class Product:
 
 
 class DualProduct:
-    """x to [W_1 x; W_2 x; ...] for linear layers of the same input, in dual numbers, where torch multiplies.
+    """x to [W_1 x; W_2 x; ...] in dual numbers, with factors of g and biases in columns beside W:
 
-    Left factors of g and biases are columns beside W, so that one product adds all up, also to what is there:
-
-        values        [ x     0         1   0 ]   [W  left  b  db]^T
-        derivatives   [dx   right x     0   1 ]
+    values        [ x     0         1   0 ]   [W  left  b  db]^T
+    derivatives   [dx   right x     0   1 ]
     """
 
     def __init__(self, *layers):
@@ -86,33 +97,21 @@ class DualProduct:
         tangents = [weight.tangent for weight in weights]
         is_factored, has_bias = all(isinstance(t, Factors) for t in tangents), biases[0] is not None
         self.right_RI = torch.cat([t.right for t in tangents]) if is_factored else None
-        self.g_OI = None if is_factored else torch.cat([dense(t) for t in tangents])
+        self.g_OI = None if is_factored else torch.cat(list(map(dense, tangents)))
         self.num_inputs, self.rank = weights[0].shape[1], len(self.right_RI) if is_factored else 0
+        self.left = slice(self.num_inputs, self.num_inputs + self.rank)  # its columns, and those of right x
         columns = [torch.cat([w.detach().as_subclass(torch.Tensor) for w in weights])]
         if is_factored:
-            columns.append(torch.block_diag(*(t.left for t in tangents)))
+            columns.append(left_of(tangents))
         if has_bias:
-            columns += [torch.cat(part)[:, None] for part in zip(*map(pair_of, biases), strict=True)]
-        self.ones = (self.num_inputs + self.rank) if has_bias else None  # the first column of ones
+            columns += [part[:, None] for part in join_pairs(biases)]
+        self.ones = self.left.stop if has_bias else None  # the first column of ones
         missing = -sum(part.shape[1] for part in columns) % MARGIN
         columns.append(columns[0].new_zeros(len(columns[0]), missing))
         self.base_OJ = stack_columns(columns)
         self.shape = self.num_inputs, self.rank, has_bias  # of its input
-        self.repoint(layers)
-
-    def repoint(self, layers):
-        """Make weights and factors of the layers views of the matrices."""
-        row, column = 0, 0
-        for layer in layers:
-            weight = layer.weight
-            last_row, rank = row + len(weight), len(weight.tangent.right) if self.rank else 0
-            left = slice(self.num_inputs + column, self.num_inputs + column + rank)
-            if self.rank:
-                tangent = Factors(self.base_OJ[row:last_row, left], self.right_RI[column : column + rank])
-            else:
-                tangent = self.g_OI[row:last_row]
-            layer.weight = make_weight(self.base_OJ[row:last_row, : self.num_inputs], tangent)
-            row, column = last_row, column + rank
+        matrices = self.base_OJ[:, : self.num_inputs], self.g_OI, self.base_OJ[:, self.left], self.right_RI
+        repoint(layers, *matrices)
 
     def make_input(self, num_rows):
         """(R, J) for x in its first columns; the others are what they must be, or become it."""
@@ -123,60 +122,60 @@ class DualProduct:
         return room_RJ
 
     def fill(self, room_RJ):
-        """(x, derivatives' rows) of an input, of which right x is now a part."""
+        """Put right x beside dx, in an input that has x and dx; returns x."""
         num_rows = len(room_RJ) // 2
         x_NI = room_RJ[:num_rows, : self.num_inputs]
         if self.rank:
-            right_x = room_RJ[num_rows:, self.num_inputs : self.num_inputs + self.rank]
-            torch.mm(x_NI, self.right_RI.T, out=right_x)
+            torch.mm(x_NI, self.right_RI.T, out=room_RJ[num_rows:, self.left])
         return x_NI
 
     def __call__(self, room_RJ):
         x_NI = self.fill(room_RJ)
-        y_RO = functional.linear(room_RJ, self.base_OJ)
-        if not self.rank:
-            y_RO[len(x_NI) :].addmm_(x_NI, self.g_OI.T)
-        return y_RO
+        return self.add_g_(functional.linear(room_RJ, self.base_OJ), x_NI)
 
     def add_to_(self, x_RO, room_RJ):
         """Add the product to x, in place."""
         x_NI = self.fill(room_RJ)
-        x_RO.addmm_(room_RJ, self.base_OJ.T)
+        self.add_g_(x_RO.addmm_(room_RJ, self.base_OJ.T), x_NI)
+
+    def add_g_(self, y_RO, x_NI):
+        """Add dW x where g is whole."""
         if not self.rank:
-            x_RO[len(x_NI) :].addmm_(x_NI, self.g_OI.T)
+            y_RO[len(x_NI) :].addmm_(x_NI, self.g_OI.T)
+        return y_RO
 
 
-def make_product(*layers, is_table=False):
-    weight = layers[0].weight
-    if isinstance(weight, Weight) and not is_table and not native.suits(weight):
-        return DualProduct(*layers)
-    return Product(*layers, is_table=is_table)
+def join_pairs(biases):
+    """[values, derivatives] of several biases as one, (O,) each."""
+    return [torch.cat(part) for part in zip(*map(pair_of, biases), strict=True)]
 
 
-def repoint_left(weights, left_RO):
-    """Make the left factors views of one matrix: the gradient's file has no users left and can be closed."""
-    row, column = 0, 0
-    for weight in weights:
-        factors = weight.tangent
-        last_row, last_column = row + len(factors.right), column + len(weight)
-        weight.tangent = Factors(left_RO[row:last_row, column:last_column].T, factors.right)
-        row, column = last_row, last_column
+def left_of(tangents):
+    """The left factors of several layers as one (O, R): each has columns of its own."""
+    return torch.block_diag(*(tangent.left for tangent in tangents))
 
 
-def repoint(layers, base_PI, g_OI):
-    """Make the weights of layers views of one matrix, and their tangents, too."""
-    first, first_right = 0, sum(len(m.weight) for m in layers)
+def repoint(layers, weight_OI, g_OI, left_OR, right_RI, is_table=False):
+    """Make the layers' weights views of a fused matrix, and their derivatives views of g or of its factors.
+
+    Nothing uses the tensors that they were before, nor the files that these were read from.
+    """
+    row = column = 0
     for layer in layers:
-        last, weight = first + len(layer.weight), layer.weight
+        weight, first = layer.weight, row
+        row += len(weight)
         if not isinstance(weight, Weight):
-            weight.data = base_PI[first:last]
-        elif g_OI is not None:
-            layer.weight = make_weight(base_PI[first:last], g_OI[first:last])
+            weight.data = weight_OI[first:row]
+            continue
+        if g_OI is not None:
+            tangent = g_OI[first:row]
         else:
-            last_right = first_right + len(weight.tangent.right)
-            tangent = Factors(weight.tangent.left, base_PI[first_right:last_right])
-            layer.weight, first_right = make_weight(base_PI[first:last], tangent), last_right
-        first = last
+            columns = slice(column, column + len(weight.tangent.right))
+            tangent, column = Factors(left_OR[first:row, columns], right_RI[columns]), columns.stop
+        if is_table:  # its weight is in place, and is the embedding's, too
+            weight.tangent = tangent
+        else:
+            layer.weight = make_weight(weight_OI[first:row], tangent)
 
 
 class Norm:
@@ -201,8 +200,8 @@ class Norm:
 class Stream:
     """What the layers of a dual step add to: zeros (N, I + MARGIN), values x and derivatives dx.
 
-    In this order dual.unit_rows needs no copies. The first column of the margin makes eps of the norms part
-    of the length of a row: the root of sum x^2 + I eps.
+    In this order unit_rows (dual/norms.py) needs no copies. The first column of the margin makes eps of the
+    norms part of the length of a row: the root of sum x^2 + I eps.
     """
 
     def __init__(self, x_RI, eps):

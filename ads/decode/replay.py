@@ -8,8 +8,8 @@ REPLAYED_TOKENS = 256  # at once: their logits over the vocabulary are held some
 
 
 @torch.inference_mode()
-def replay(models, rule, seed, request, response):
-    """What the rule thought of a given response: a list of (clean, adjusted, Delta) per token.
+def replay(models, distribution, seed, request, response):
+    """What was thought of a given response: a list of (clean, adjusted, Delta) per token.
 
     clean and adjusted are the token's probabilities under softmax(log p_T / tau) and under eq. 11, both
     before truncation; Delta is in nats per unit of g. The response is read like a prompt, in chunks.
@@ -17,23 +17,23 @@ def replay(models, rule, seed, request, response):
     num_prompt_tokens, given = len(request.prompt_ids), response[:-1]
     models.allocate(1, num_prompt_tokens + len(given))
     logits_1R, delta_1V = (m.prefill([request.prompt_ids], 0) for m in (models.teacher, models.proxy))
-    judged = [judge(models, rule, seed, request, response[:1], 0, logits_1R, delta_1V)]
+    judged = [judge(models, distribution, seed, request, response[:1], 0, logits_1R, delta_1V)]
     for first in range(0, len(given), REPLAYED_TOKENS):
         ids, length = given[first : first + REPLAYED_TOKENS], num_prompt_tokens + first
         logits_TR, delta_TV = (m.extend(ids, length) for m in (models.teacher, models.proxy))
         judged_ids = response[first + 1 : first + 1 + len(ids)]
-        judged.append(judge(models, rule, seed, request, judged_ids, first + 1, logits_TR, delta_TV))
+        judged.append(judge(models, distribution, seed, request, judged_ids, first + 1, logits_TR, delta_TV))
     return torch.cat(judged).tolist()
 
 
-def judge(models, rule, seed, request, ids, first, logits_TR, delta_TV):
+def judge(models, distribution, seed, request, ids, first, logits_TR, delta_TV):
     """(clean probability, adjusted probability, Delta) of each of a row's tokens `first`, ..., (T, 3)."""
     log_probs_TV = sampling.log_probs(logits_TR, models.allowed_V)
     tokens_T = torch.tensor(ids, device=log_probs_TV.device)
     keys_T = torch.full_like(tokens_T, sampling.row_key(seed, request.id))
     steps_T = first + torch.arange(len(ids), device=keys_T.device)
-    clean = sampling.adjust(log_probs_TV, None, rule, keys_T, steps_T)
-    adjusted = sampling.adjust(log_probs_TV, delta_TV, rule, keys_T, steps_T)
+    clean = sampling.adjust(log_probs_TV, None, distribution, keys_T, steps_T)
+    adjusted = sampling.adjust(log_probs_TV, delta_TV, distribution, keys_T, steps_T)
     index_T1 = tokens_T[:, None]
     found = clean.log_q_BV.softmax(-1), adjusted.log_q_BV.softmax(-1), adjusted.score_BV
     return torch.cat([values.gather(1, index_T1) for values in found], dim=1)

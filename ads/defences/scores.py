@@ -1,5 +1,6 @@
 """Scores of the defences that read a proxy: s(x) of teacher's and proxy's log-probabilities, or of Delta.
 
+    delta          Delta as it is: antidistillation sampling
     permuted       Delta with its values in a random order and with random signs: the paper's baseline
     poe            s = log p_P(x): the trace holds little that the student does not know. In terms of logits,
                    ((1 - gamma) z_T + gamma z_P) / t is tau = t / (1 - gamma), lam = gamma / t
@@ -7,7 +8,8 @@
     gated_poe      s = H(p_P) log p_P(x), H in nats: acts where the proxy is unsure. (What the entropy is
                    divided by, its mean, only rescales lam: here 1 nat.)
     contrastive    s = -log p_P(x) on tokens with p_T(x) >= plausibility max p_T, all others are ruled out
-                   (DOGe's direction, arXiv 2505.19504, on contrastive decoding's plausible set, 2210.15097)
+                   (DOGe's direction, arXiv 2505.19504, on contrastive decoding's plausible
+                   set, arXiv 2210.15097)
 
 Ids that mean something else to the proxy have log p_P = -inf. They get the mean of s under p_T: a tilt by s
 leaves them, in the mean, as likely as they were.
@@ -23,6 +25,10 @@ from ads.sampling import random_bits
 
 RULED_OUT = -1e18  # finite, so that lam_t = 0 is the teacher's own distribution, and its square is
 LEAST_MASS = 1e-30
+
+
+def delta(step):
+    return step.proxy_BV
 
 
 def permuted(step):

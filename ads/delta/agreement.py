@@ -13,9 +13,9 @@ import functools
 import torch
 
 from ads.decode.memory_plan import NUM_POSITIONS
+from ads.delta.check import make_checked
 from ads.delta.exact import log_probs_change
 from ads.dual.factors import dense
-from ads.dual.model import make_checked
 from ads.dual.rules import halves
 from ads.loading import load_model, resolve_dtype
 from ads.stage.errors import UserError
@@ -29,12 +29,12 @@ def diagnose(cfg, model, compressed, half, sequences):
     """The sidecar's entry: a dict of figures, rounded.
 
     model: float32, its parameters' .grad being g; compressed: what the gradient file holds; half: that of
-    half the sequences, or None. sequences: the gradient.Sequence list to look at; cfg: the GradConfig.
+    half the sequences, or None. sequences: the loss.Sequence list to look at; cfg: the GradConfig.
     Raises ValueError where there is nothing to compare.
     """
     device = model.get_input_embeddings().weight.device
     dtype = resolve_dtype(cfg.proxy_dtype, device)
-    full = {name: dense(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    full = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     truth_PV, log_probs_PV = exact(twin(model), full.__getitem__, sequences)
     if not likely(log_probs_PV)[1].any():
         raise UserError(f"nowhere in {len(truth_PV)} positions have three tokens p > {LEAST_PROBABILITY:g}")
@@ -44,10 +44,11 @@ def diagnose(cfg, model, compressed, half, sequences):
         "dtype": str(dtype).removeprefix("torch."),
         "rank": cfg.grad_rank,
     }
-    rounded = twin(model) if dtype == torch.float32 else load(cfg, dtype, device)
+    given = cfg.proxy_student, cfg.proxy_dtype, device, cfg.attn_implementation
+    rounded = twin(model) if dtype == torch.float32 else load_model(*given)
     found["exact"] = compare(exact(rounded, compressed.__getitem__, sequences)[0])
     del rounded
-    moved = load(cfg, dtype, device)
+    moved = load_model(*given)
     found["central"] = {
         f"{eps:g}": compare(central(model, moved, compressed, eps, sequences))
         for eps in sorted({*EPS_LADDER, *([cfg.eps] if cfg.eps else [])})
@@ -58,11 +59,6 @@ def diagnose(cfg, model, compressed, half, sequences):
         half_PV = exact(twin(model), half.__getitem__, sequences)[0]
         found["split_half"] = agreement(half_PV, truth_PV - half_PV, log_probs_PV)
     return found | spread(truth_PV, log_probs_PV)
-
-
-def load(cfg, dtype, device):
-    name = str(dtype).removeprefix("torch.")
-    return load_model(cfg.proxy_student, name, device, cfg.attn_implementation)
 
 
 def twin(model):

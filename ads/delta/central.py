@@ -1,11 +1,11 @@
-"""Delta: how much one training step of the proxy on each token would raise its holdout loss.
+"""Delta by the central difference: two proxies, their weights theta moved along the gradient g and back.
 
     Delta(x) = [log p(x; theta + eps g) - log p(x; theta - eps g)] / (2 eps)          paper eq. 10
 
-eps above 0: CentralDifference, two proxies. eps = 0: ExactDerivative, the limit, one proxy in dual numbers.
-Both accept g in full or in factors (gradient.Factors).
+It says how much one training step of the proxy on each token would raise its loss on clean holdout traces. g
+is whole or in factors (dual/factors.py). exact.py has the limit of eps to 0.
 
-Shapes: V vocabulary (the teacher's token ids), B rows.
+Shapes: B rows, V vocabulary (the teacher's token ids), R >= V logits of a proxy.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,9 +14,27 @@ import torch
 
 from ads import sampling
 from ads.decode.cached_model import CachedModel
+from ads.delta.proxy import Proxy
 from ads.dual.factors import dense
 from ads.stage.errors import UserError
 from ads.stage.settings import LEAST_COSINE
+
+
+class CentralDifference(Proxy):
+    """Two perturbed proxies, whose score is Delta."""
+
+    def __init__(self, plus, minus, eps: float, shared_V):
+        """plus, minus: models that perturb_ made; shared_V: bool mask of the ids the teacher shares."""
+        self.plus, self.minus = CachedModel(plus), CachedModel(minus)
+        super().__init__(self.plus, self.minus)
+        self.eps, self.shared_V = eps, shared_V
+
+    def score(self, plus_BR, minus_BR):
+        """Delta (nats per unit of g), of log-probabilities over the shared ids; 0 elsewhere."""
+        log_plus_BV = sampling.log_probs(plus_BR, self.shared_V)
+        log_minus_BV = sampling.log_probs(minus_BR, self.shared_V)
+        delta_BV = (log_plus_BV - log_minus_BV) / (2 * self.eps)
+        return torch.where(self.shared_V, delta_BV, 0.0)
 
 
 @dataclass(frozen=True)
@@ -28,48 +46,8 @@ class Perturbation:
     relative_norm: float  # stored over wanted norm
 
 
-class CentralDifference:
-    """Two perturbed proxies in lockstep with the teacher's slots."""
-
-    def __init__(self, plus, minus, eps, shared_V):
-        """plus, minus: models that perturb_ made; shared_V: bool mask of the ids the teacher shares."""
-        self.plus, self.minus = self.models = CachedModel(plus), CachedModel(minus)
-        self.eps, self.shared_V = eps, shared_V
-        self.bytes_per_position = self.plus.bytes_per_position + self.minus.bytes_per_position
-
-    def allocate(self, num_slots, num_positions):
-        self.plus.allocate(num_slots, num_positions)
-        self.minus.allocate(num_slots, num_positions)
-
-    def try_length(self, num_positions):
-        self.plus.try_length(num_positions)  # minus is a model of the same kind
-
-    def prefill(self, prompts, slots):
-        """Delta (B, V) for the token that follows each prompt; see CachedModel.prefill."""
-        return self.delta(*(m.prefill(prompts, slots) for m in (self.plus, self.minus)))
-
-    def extend(self, ids, length):
-        """Delta (T, V) after each of the tokens appended to slot 0; see CachedModel.extend."""
-        return self.delta(*(m.extend(ids, length) for m in (self.plus, self.minus)))
-
-    def step(self, tokens_N, lengths_N, longest):
-        """Delta (N, V) for the token that follows; see CachedModel.step."""
-        return self.delta(*(m.step(tokens_N, lengths_N, longest) for m in (self.plus, self.minus)))
-
-    def release(self, slot, last, length):
-        self.plus.release(slot, last, length)
-        self.minus.release(slot, last, length)
-
-    def delta(self, plus_BR, minus_BR):
-        """Central difference of log-probabilities over the shared ids (nats per unit of g); 0 elsewhere."""
-        log_plus_BV = sampling.log_probs(plus_BR, self.shared_V)
-        log_minus_BV = sampling.log_probs(minus_BR, self.shared_V)
-        delta_BV = (log_plus_BV - log_minus_BV) / (2 * self.eps)
-        return torch.where(self.shared_V, delta_BV, 0.0)
-
-
 @torch.no_grad()
-def perturb_(plus, minus, read_gradient, eps):
+def perturb_(plus, minus, read_gradient, eps: float) -> Perturbation:
     """Turn two copies of the proxy into theta + eps g and theta - eps g; returns the realised Perturbation.
 
     read_gradient(name) gives the float32 gradient of a parameter, a tensor or Factors. The sum is made in
@@ -105,7 +83,7 @@ def check_length(square_norm):
         )
 
 
-def warning(perturbation, eps, dtype):
+def warning(perturbation: Perturbation, eps: float, dtype: str) -> str | None:
     """One line if the perturbation was largely lost to rounding, else None."""
     if perturbation.cosine >= LEAST_COSINE:
         return None
@@ -115,6 +93,6 @@ def warning(perturbation, eps, dtype):
     )
 
 
-def describe(perturbation):
+def describe(perturbation: Perturbation) -> dict[str, float]:
     """The perturbation's figures for a sidecar."""
     return {key: round(value, 6) for key, value in asdict(perturbation).items()}

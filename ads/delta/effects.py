@@ -8,8 +8,9 @@ beside the ADS one, both drawn with the same random numbers, and what Delta did 
 import dataclasses
 
 from ads import chat
-from ads.decode.engine import Models, Request, generate
+from ads.decode.engine import Models, generate
 from ads.decode.replay import replay
+from ads.decode.rows import Request
 from ads.delta import gradient
 from ads.delta.loss import mean_loss
 
@@ -19,7 +20,7 @@ BATCH = {"batch_size": 64, "batch_tokens": 2048}  # at most, of the proxy's forw
 def one_step(model, taught, holdout, step_length, world):
     """{n, step_length, loss_before, loss_after, change} of the holdout loss (nats/token) of a float32 model.
 
-    taught, holdout: gradient.Sequence lists. The model is changed: one step of descent along the gradient of
+    taught, holdout: loss.Sequence lists. The model is changed: one step of descent along the gradient of
     the mean loss on `taught`, step_length long whatever the gradient's norm.
     """
     ours = taught[world.rank :: world.size], holdout[world.rank :: world.size]
@@ -33,35 +34,29 @@ def one_step(model, taught, holdout, step_length, world):
     return {"n": len(taught), "step_length": step_length, **{k: round(v, 6) for k, v in losses.items()}}
 
 
-def contrasts(models, rule, seed, tokenizer, rows, grade, num_slots):
-    """Per row {id, problem, solution, clean, ads}: two traces with what the rule thought of each token.
+def contrasts(models, distribution, seed, tokenizer, rows, grade, num_slots):
+    """Per row {id, problem, solution, clean, ads}: two traces with the probabilities of each token.
 
     rows: dicts with id, problem, solution, prompt_ids, response_ids, finished, max_new_tokens; grade(row,
     text) says whether a response is correct. Each side: {finished, is_correct, tokens}, a token being [text,
     clean probability, probability with Delta, Delta (nats per unit of g)].
     """
     plain = Models(models.teacher, None, models.allowed_V, models.eos)
-    clean_rule = dataclasses.replace(rule, lam=0.0)
+    clean_distribution = dataclasses.replace(distribution, lam=0.0)
     requests = [Request(row["id"], row["prompt_ids"], row["max_new_tokens"]) for row in rows]
-    completions = {c.id: c for c in generate(plain, clean_rule, seed, requests, num_slots)}
-    clean = [(completions[row["id"]].ids, completions[row["id"]].finished) for row in rows]
-    ads = [(row["response_ids"], row["finished"]) for row in rows]
-    sides = {}
-    for name, responses in (("clean", clean), ("ads", ads)):
-        judged = [replay(models, rule, seed, r, ids) for r, (ids, _) in zip(requests, responses, strict=True)]
-        texts = [chat.response_text(tokenizer, ids, models.eos) for ids, _ in responses]
-        sides[name] = [
-            {
-                "finished": finished,
-                "is_correct": grade(row, text),
-                "tokens": describe_tokens(tokenizer, ids, values),
-            }
-            for row, text, (ids, finished), values in zip(rows, texts, responses, judged, strict=True)
-        ]
-    return [
-        {key: row[key] for key in ("id", "problem", "solution")} | dict(zip(sides, pair, strict=True))
-        for row, *pair in zip(rows, *sides.values(), strict=True)
-    ]
+    completions = {c.id: c for c in generate(plain, clean_distribution, seed, requests, num_slots)}
+    found = []
+    for row, request in zip(rows, requests, strict=True):
+        clean = completions[row["id"]]
+        sides = {"clean": (clean.ids, clean.finished), "ads": (row["response_ids"], row["finished"])}
+        problem = {key: row[key] for key in ("id", "problem", "solution")}
+        for side, (ids, finished) in sides.items():
+            is_correct = grade(row, chat.response_text(tokenizer, ids, models.eos))
+            judged = replay(models, distribution, seed, request, ids)
+            tokens = describe_tokens(tokenizer, ids, judged)
+            problem[side] = {"finished": finished, "is_correct": is_correct, "tokens": tokens}
+        found.append(problem)
+    return found
 
 
 def describe_tokens(tokenizer, ids, values):

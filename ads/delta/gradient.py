@@ -9,7 +9,6 @@ import math
 
 import torch
 
-from ads import matmul
 from ads.delta.loss import make_batches, sequence_losses
 from ads.dual.factors import factorise, saves_room
 from ads.stage.errors import UserError
@@ -44,10 +43,9 @@ def add_gradient_(
     device = model.get_input_embeddings().weight.device.type
     loss = 0.0
     for batch in progress(make_batches(sequences, batch_size, batch_tokens)):
-        with matmul.in_tiles():
-            with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
-                share = sequence_losses(model, batch).sum() / num_total
-            share.backward()
+        with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+            share = sequence_losses(model, batch).sum() / num_total
+        share.backward()
         loss += share.item()
     return loss
 

@@ -1,6 +1,7 @@
 """The file that the proxy's gradient is kept in, with what it was made from."""
 
 import json
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -13,7 +14,7 @@ from ads.stage.sidecar import at_a_commit, is_unrecorded
 METADATA = "gradient"  # key in the file
 
 
-def save(path, compressed, metadata):
+def save(path: Path, compressed: dict, metadata: dict):
     """Write gradients (see `compress`) and `metadata` (a mapping) to a safetensors file.
 
     Factors of NAME are stored as NAME.left and NAME.right. The metadata are one entry: several would come in
@@ -27,19 +28,19 @@ def save(path, compressed, metadata):
         save_file(tensors, temporary, metadata={METADATA: json.dumps(metadata)})
 
 
-def metadata_of(file):
+def metadata_of(file) -> dict:
     """What `save` was given with the gradients of an open file; empty where it did not write the file."""
     return json.loads((file.metadata() or {}).get(METADATA, "{}"))
 
 
-def read(file, name):
+def read(file, name: str):
     """The gradient of one parameter from an open gradient file: a float32 tensor or Factors."""
     if name in file.keys():  # noqa: SIM118 (no mapping)
         return file.get_tensor(name)
     return Factors(file.get_tensor(f"{name}.left"), file.get_tensor(f"{name}.right"))
 
 
-def open_checked(path, proxy_fingerprint):
+def open_checked(path: Path, proxy_fingerprint: str):
     """Open a gradient file (safe_open; see `read`).
 
     Raises FileNotFoundError when it is missing, ValueError when it is cut short, was not written by
@@ -67,7 +68,7 @@ def open_checked(path, proxy_fingerprint):
     return file
 
 
-def check_matches(file, path, model):
+def check_matches(file, path: Path, model):
     """ValueError unless the gradient file has exactly the model's parameters, in their shapes."""
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     stored = stored_shapes(file)
@@ -80,7 +81,7 @@ def check_matches(file, path, model):
         )
 
 
-def stored_shapes(file):
+def stored_shapes(file) -> dict[str, list[int]]:
     """{parameter name: shape} of a gradient file."""
     shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
     for left in [name for name in shapes if name.endswith(".left")]:

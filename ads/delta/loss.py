@@ -1,7 +1,7 @@
 """The loss of stages 2 and 4: -log p of the tokens that are trained on, and logits of hardly any others.
 
 Rows are padded on the right, where causal attention never looks: they need no attention mask, and attention
-takes its fast path (models.try_batches finds those that do look). Logits are made at columns where some row
+takes its fast path (trials.try_batches finds those that do look). Logits are made at columns where some row
 trains on the next token, so not for prompts.
 
 Shapes: B rows, T tokens, C columns with logits, V vocabulary.
@@ -14,6 +14,9 @@ import torch
 
 from ads import chat
 from ads.chat import IGNORED_LABEL
+from ads.data.problems import take_subset
+from ads.data.tables import check_traces, read_parquet
+from ads.stage.errors import UserError
 
 MAX_PADDING = 0.05  # of a batch's tokens
 
@@ -33,6 +36,17 @@ def make_sequences(rows, max_length):
         for row in rows
     ]
     return [s for s in sequences if len(s.ids) > s.num_prompt_tokens > 0]
+
+
+def load_sequences(path, max_length, max_samples=None, seed=0):
+    """(the Sequence of each row of a trace dataset, how many had no room for a response token)."""
+    rows = read_parquet(path)
+    check_traces(path, rows, ids=("prompt_ids", "response_ids"))
+    rows = take_subset(rows, max_samples, seed)
+    kept = make_sequences(rows, max_length)
+    if not kept:
+        raise UserError(f"{path}: no response token within max_length={max_length}")
+    return kept, len(rows) - len(kept)
 
 
 def make_batches(sequences, batch_size, batch_tokens=math.inf):

@@ -29,6 +29,7 @@ def dual_attention(
 
 
 def attend(query, k, dk, v, dv, mask, scaling, softcap):
+    """dual_attention of plain tensors: query (2B, H, T, D), k, dk, v and dv (B K, L, D)."""
     num_rows, num_heads, num_tokens, width = len(query) // 2, *query.shape[1:]
     num_keys, num_groups = len(k) // num_rows, num_heads * num_rows // len(k)
     size, shape = num_groups * num_tokens, (num_rows, num_keys, 2, num_groups, num_tokens)

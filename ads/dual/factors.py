@@ -31,7 +31,7 @@ def dense(g):
     return g.left @ g.right if isinstance(g, Factors) else g
 
 
-def square_norm(g):
+def square_norm(g) -> float:
     """The squared Euclidean norm (float64) of a tensor or of Factors."""
     if isinstance(g, Factors):
         left, right = g.left.double(), g.right.double()
@@ -39,11 +39,11 @@ def square_norm(g):
     return g.square().sum(dtype=torch.float64).item()
 
 
-def saves_room(shape, rank):
+def saves_room(shape, rank: int) -> bool:
     return len(shape) == 2 and 0 < rank * sum(shape) < shape[0] * shape[1]
 
 
-def factorise(matrix, rank, seed, name):
+def factorise(matrix, rank: int, seed: int, name: str) -> Factors:
     """The best approximation of a matrix of at most that rank: a truncated SVD, in Factors.
 
     Large matrices are sketched by power iterations from a random start, by (seed, name) (Halko et al., SIAM
@@ -62,7 +62,7 @@ def factorise(matrix, rank, seed, name):
     return Factors(left if basis is None else basis @ left, scale[:, None] * right[:rank])
 
 
-def random_tensor(read_gradient, seed, name):
+def random_tensor(read_gradient, seed: int, name: str):
     """A random direction for one parameter, by (seed, name), as long as its gradient and of its form.
 
     Factors give random Factors: a direction of the same rank, neither cheaper nor dearer than g.

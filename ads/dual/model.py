@@ -6,16 +6,17 @@ The library's own forward runs on tensors that hold values and derivatives one a
     Weight               a parameter W                       its `tangent` dW, a tensor or Factors
 
 Reshaping, adding, scaling by constants treat all rows alike and run as they are, once. Few operations need
-more (RULES):
+more (rules.py, attention.py, norms.py):
 
     linear layer   y = W x + b   [W x; W dx] is one product of twice the rows, so W is read once;
                                  dy = W dx + dW x + db, where dW x is two thin products if dW = left right
     embedding      y = E[i]      dy = dE[i], made for the rows asked for alone
-    product        z = x y       dz = x dy + y dx; and powers and roots of norms
+    product        z = x y       dz = x dy + y dx
     attention      y = P v       keys and values, each read once for value and derivative
+    RMS norm       y = w x / |x| one formula for both
 
 All others (softmax, layer norm, activations, soft caps, ...) are differentiated by torch's forward-mode AD,
-one operation at a time; `make_checked` finds out whether that is right. (The whole forward under forward-mode
+one operation at a time; delta/check.py finds out whether that is right. (The whole forward under forward-mode
 AD is the rival: less code and, when decoding, twice the time beside the linear layers, most of it on the
 host.)
 
@@ -26,16 +27,14 @@ width, I and O a linear layer's inputs and outputs, N = B T.
 import functools
 
 import torch
+from torch.utils._pytree import tree_map
 
-from ads.cpu import native
+from ads import cpu
 from ads.dual.attention import ATTENTION
 from ads.dual.factors import Factors
 from ads.dual.norms import apply_norm, find_norms, scale
 from ads.dual.rules import Dual, halves, make_weight
 from ads.kv_cache import Placement, SlotCache
-from ads.stage import errors
-from ads.stage.errors import UserError
-from ads.trials import TRIED, is_out_of_memory, tried_ids
 
 
 class DualModel:
@@ -76,82 +75,18 @@ class DualModel:
         if "position_ids" not in inputs:  # the library's own would be one row, of no derivative
             inputs["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
             inputs["position_ids"] = inputs["position_ids"].expand_as(input_ids)
-        inputs = {name: twice(value) for name, value in inputs.items()}
+        inputs = tree_map(twice, inputs)
         # forward-mode AD drops derivatives without a word in inference mode
         with torch.inference_mode(False), torch.no_grad():
             return self.library(past_key_values=past_key_values, **inputs)
 
 
-def make_checked(model, read_gradient):
-    """DualModel(model, read_gradient), once a few tokens show that it is right.
-
-    Its values must be the model's, its derivatives those of reverse-mode AD: for logits z and random weights
-    c, the derivative of c z along g is the sum over parameters of (gradient of c z) g, which is the
-    dot-product test of derivatives (Claerbout, 1992). Else ValueError in one line. The cost is a forward and
-    a backward pass of TRIED tokens and reading g once; gradients are held one parameter at a time.
-    """
-    kind, table = model.config.model_type, model.get_input_embeddings().weight
-    ids_1T = torch.tensor([tried_ids(model, TRIED)], device=table.device)
-    try:
-        logits_V, weights_V, wanted = reverse(model, read_gradient, ids_1T)
-        dual_model = DualModel(model, read_gradient)
-        values_V, changes_V = halves(dual_model(ids_1T, use_cache=False).logits.as_subclass(torch.Tensor))
-        values_V, changes_V = values_V[0, -1].float(), changes_V[0, -1].float()
-    except Exception as error:  # whatever a family's operations raise that are not covered
-        if is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"the exact Delta does not cover model type {kind!r} ({errors.reason(error)}): set eps above 0"
-        ) from error
-    slack = 1e-3 if table.dtype == torch.float32 else 0.5
-    is_right = (values_V - logits_V).norm() <= slack * (logits_V - logits_V.mean()).norm()
-    is_right &= (weights_V @ changes_V - wanted).abs() <= slack * changes_V.norm()
-    if logits_V.isfinite().all() and wanted.isfinite() and not is_right:
-        raise UserError(
-            f"the exact Delta of model type {kind!r} is not the derivative that backpropagation gives: "
-            "set eps above 0"
-        )
-    return dual_model
-
-
-def reverse(model, read_gradient, ids_1T):
-    """(logits z after the last id, random weights c, derivative of c z along g by backpropagation)."""
-    kept, dots = [(p, p.grad, p.requires_grad) for p in model.parameters()], []
-    for p, *_ in kept:
-        p.grad = None
-        p.requires_grad_(p.is_floating_point())
-    hooks = [
-        p.register_post_accumulate_grad_hook(functools.partial(take_dot, dots, read_gradient, name))
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    ]
-    with torch.inference_mode(False), torch.enable_grad():
-        logits_V = model(input_ids=ids_1T, use_cache=False).logits[0, -1].float()
-        weights_V = torch.randn(len(logits_V), generator=torch.Generator().manual_seed(0)).to(logits_V)
-        (weights_V @ logits_V).backward()
-    for hook in hooks:
-        hook.remove()
-    for p, grad, requires_grad in kept:
-        p.requires_grad_(requires_grad)
-        p.grad = grad
-    return logits_V.detach(), weights_V, torch.stack(dots).sum()
-
-
-def take_dot(dots, read_gradient, name, parameter):
-    """Add a parameter's share of a derivative along g, and give its gradient's room back."""
-    grad, g = parameter.grad.float(), read_gradient(name).to(parameter.device)
-    parameter.grad = None
-    if isinstance(g, Factors):
-        dots.append(((g.left.float().T @ grad) * g.right.float()).sum())
-    else:
-        dots.append((grad * g.float()).sum())
-
-
 def own_weight(parameter, tangent, is_table):
-    """The Weight of a parameter of the model; is_table: rows are read from it."""
+    """The Weight of a parameter, in memory of its own rather than in that of a file; is_table: rows are read
+    from it."""
     tangent = tangent.to(parameter)
     if not isinstance(tangent, Factors):
-        parameter.data = parameter.data.clone()  # no longer a view of the file, so that it can be closed
+        parameter.data = parameter.data.clone()
         return make_weight(parameter, tangent.clone() if tangent.dim() == 1 else tangent)
     rows = [parameter.detach(), tangent.right]
     extended = torch.cat(rows) if is_table else stack_rows(rows)
@@ -183,17 +118,14 @@ def stack_columns(matrices):
 
 
 def new_matrix(like, num_rows, num_columns):
-    is_by_columns = like.device.type == "cpu" and like.dtype == torch.float32 and not native.suits(like)
+    is_by_columns = like.device.type == "cpu" and like.dtype == torch.float32 and not cpu.decodes(like)
     return like.new_empty(num_columns, num_rows).T if is_by_columns else like.new_empty(num_rows, num_columns)
 
 
 def twice(value):
     """An input of the model for the rows of values and again for those of derivatives."""
-    if isinstance(value, dict):
-        return {key: twice(entry) for key, entry in value.items()}
-    if isinstance(value, torch.Tensor) and value.dim() > 1:
-        return torch.cat([value, value])
-    return value
+    is_of_rows = isinstance(value, torch.Tensor) and value.dim() > 1
+    return torch.cat([value, value]) if is_of_rows else value
 
 
 def rows(x, first, last):
@@ -237,8 +169,8 @@ class DualCache(SlotCache):
                 return keys_BKTD, values_BKTD
             first, num_rows, length = self.placement.read
             starts = first, first + self.storage.num_slots
-            halves = [self.storage.read(layer_idx, start, num_rows, length) for start in starts]
-            return tuple(map(self.join, *halves))
+            parts = [self.storage.read(layer_idx, start, num_rows, length) for start in starts]
+            return tuple(map(self.join, *parts))
 
     def join(self, values_BKLD, derivatives_BKLD):
         if self.gives_pairs:

@@ -1,10 +1,16 @@
-"""How each operation acts on dual numbers: rules for those that need one, forward-mode AD for all others."""
+"""How each operation acts on dual numbers: rules for those that need one, forward-mode AD for all others.
+
+A rule is called with the function and its arguments, and returns NotImplemented where it does not hold.
+
+Shapes: N rows of values, I inputs and O outputs of a linear layer.
+"""
 
 import functools
 
 import torch
 from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ads.dual.factors import Factors, dense
 
@@ -69,30 +75,20 @@ def apply(function, arguments, keywords):
 
 def differentiate(function, arguments, keywords):
     """Any operation, by torch's forward-mode AD."""
-    duals = [x for x in leaves((arguments, keywords)) if isinstance(x, Dual)]
+    duals = [x for x in tree_leaves((arguments, keywords)) if isinstance(x, Dual)]
     split = functools.partial(to_forward, like=duals[0] if duals else None)
     with dual_level():
-        inputs, others = mapped(split, arguments), {key: mapped(split, x) for key, x in keywords.items()}
+        inputs, others = tree_map(split, (arguments, keywords))
         join = functools.partial(from_forward, inputs=inputs, is_weight=not duals)
         try:
             result = function(*inputs, **others)
         except NotImplementedError as error:  # some operations have no derivative
             raise not_covered(f"calls {function.__name__}") from error
-        return mapped(join, result)
+        return tree_map(join, result)
 
 
 def not_covered(what):
     return NotImplementedError(f"the proxy's forward {what}")
-
-
-def leaves(x):
-    if isinstance(x, dict):
-        return leaves(list(x.values()))
-    return [leaf for entry in x for leaf in leaves(entry)] if isinstance(x, tuple | list) else [x]
-
-
-def mapped(function, x):
-    return type(x)([mapped(function, entry) for entry in x]) if isinstance(x, tuple | list) else function(x)
 
 
 def to_forward(x, like):
@@ -125,15 +121,8 @@ def ask(function, x, *arguments, **keywords):
     return function(x, *arguments, **keywords)
 
 
-def run_on_rows(function, x, *arguments, **keywords):
-    """What treats rows alike and is linear."""
-    if not isinstance(x, Dual):
-        return NotImplemented
-    return as_dual(function(x, *arguments, **keywords))
-
-
 def convert(function, x, *arguments, **keywords):
-    """Dtype, device and copies."""
+    """What treats all rows alike: dtype, device, copies, signs."""
     if isinstance(x, Dual):
         return as_dual(function(x, *arguments, **keywords))
     result = function(x, *arguments, **keywords)
@@ -156,13 +145,9 @@ def move_dimensions(function, x, *dims, **keywords):
     return as_dual(result)
 
 
-def along(position, default=0):
-    """The rule of a function that works along dimension `dim`, its argument number `position`: not rows."""
-    return functools.partial(run_along, position=position, default=default)
-
-
-def run_along(function, x, *arguments, position, default, **keywords):
-    dim = keywords.get("dim", arguments[position - 1] if len(arguments) >= position else default)
+def along(function, x, *arguments, position=1, **keywords):
+    """A function that works along dimension `dim`, its argument number `position`: any but that of rows."""
+    dim = keywords.get("dim", arguments[position - 1] if len(arguments) >= position else 0)
     tensors = x if isinstance(x, tuple | list) else [x]
     dims = dim if isinstance(dim, tuple | list) else [dim]
     if not all(isinstance(t, Dual) for t in tensors) or any(d % tensors[0].dim() == 0 for d in dims):
@@ -189,8 +174,6 @@ def add(function, x, y, **keywords):
     """x + y, x - y, and the same in place."""
     if type(x) is Dual and type(y) is Dual and x.dim() == y.dim():
         return function(x, y, **keywords).as_subclass(Dual)
-    if isinstance(x, Weight) and isinstance(y, int | float) and not keywords:
-        return make_weight(function(x.as_subclass(torch.Tensor), y), x.tangent)
     if not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
         return NotImplemented
     result = x if function.__name__ in IN_PLACE else x.clone()
@@ -201,6 +184,7 @@ def add(function, x, y, **keywords):
 
 
 def multiply(function, x, y):
+    """x y for a Dual and whatever else, in either order."""
     if not isinstance(x, Dual):
         x, y = y, x
     if isinstance(x, Dual) and isinstance(y, Weight) and y.dim() == 1:
@@ -210,37 +194,16 @@ def multiply(function, x, y):
         (value, tangent), both = halves(x), y.unflatten(0, (2, -1))
         product = (value * both).flatten(0, 1)
         halves(product)[1].addcmul_(tangent, both[0])
-    elif not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
-        return NotImplemented
     else:
-        product = x * y
+        return rescale(torch.mul, x, y)
     return as_dual(product)
 
 
 def rescale(function, x, y, **keywords):
-    """x / c and, in place, x c."""
+    """x c and x / c for a constant c, also in place."""
     if keywords or not isinstance(x, Dual) or isinstance(y, Dual | Weight) or getattr(y, "ndim", 0) > x.dim():
         return NotImplemented
     return as_dual(function(x, y))
-
-
-def power(function, x, exponent=2):
-    if not isinstance(x, Dual) or not isinstance(exponent, int | float) or exponent != 2:
-        return NotImplemented
-    both = x.unflatten(0, (2, -1))
-    square = (both[0] * both).flatten(0, 1)
-    halves(square)[1].mul_(2)
-    return as_dual(square)
-
-
-def inverse_root(function, x):
-    if not isinstance(x, Dual):
-        return NotImplemented
-    result = torch.empty_like(x)
-    (value, tangent), (root, derivative) = halves(x), halves(result)
-    torch.rsqrt(value, out=root)
-    torch.mul(root**3, tangent, out=derivative).mul_(-0.5)
-    return as_dual(result)
 
 
 def run_elementwise(function, x, **keywords):
@@ -255,6 +218,7 @@ def run_elementwise(function, x, **keywords):
 
 
 def linear(function, x, weight, bias=None):
+    """W x + b for a Dual and Weights: dy = W dx + dW x + db."""
     if type(x) is not Dual or type(weight) is not Weight:
         return NotImplemented
     rows, num_outputs, g_OI = x.reshape(-1, x.shape[-1]), weight.shape[0], weight.tangent
@@ -262,21 +226,15 @@ def linear(function, x, weight, bias=None):
     if weight.extended is not None:  # one product gives W x, W dx and right x
         products = functional.linear(rows, weight.extended)
         y, thin = products.split((num_outputs, g_OI.left.shape[1]), dim=1)
-        y.narrow(0, num_rows, num_rows).addmm_(thin.narrow(0, 0, num_rows), g_OI.left.T)
+        y[num_rows:].addmm_(thin[:num_rows], g_OI.left.T)
     else:
-        y = functional.linear(rows, weight)
-        add_product_(y[num_rows:], rows[:num_rows], g_OI)
+        y, x_NI = functional.linear(rows, weight), rows[:num_rows]
+        factors = (x_NI @ g_OI.right.T, g_OI.left.T) if isinstance(g_OI, Factors) else (x_NI, g_OI.T)
+        y[num_rows:].addmm_(*factors)
     if bias is not None:
         for half, part in zip(halves(y), pair_of(bias), strict=True):
             half += part
     return y.view(*x.shape[:-1], num_outputs).as_subclass(Dual)
-
-
-def add_product_(target_NO, x_NI, g_OI):
-    """target += x g^T, for g as it is or in factors."""
-    if isinstance(g_OI, Factors):
-        return target_NO.addmm_(x_NI @ g_OI.right.T, g_OI.left.T)
-    return target_NO.addmm_(x_NI, g_OI.T)
 
 
 def add_linear(function, bias, x, weight, **keywords):
@@ -313,18 +271,15 @@ ELEMENTWISE = {
 }
 RULES = {
     **named("size dim ndimension numel stride is_floating_point is_complex is_contiguous __len__", ask),
-    **named("neg __neg__ dropout", run_on_rows),
-    **named("to float half bfloat16 type_as contiguous clone detach", convert),
+    **named("to float half bfloat16 type_as contiguous clone detach neg __neg__ dropout", convert),
     **named("view reshape flatten unflatten expand", reshape),
     **named("transpose swapaxes permute", move_dimensions),
-    **named("chunk split", along(2)),
-    **named("cat concat sum mean unbind unsqueeze", along(1)),
+    **named("chunk split", functools.partial(along, position=2)),
+    **named("cat concat sum mean unbind unsqueeze", along),
     **named("__getitem__", get_item),
     **named("add __add__ __radd__ __iadd__ add_ sub __sub__ __isub__ sub_", add),
     **named("mul __mul__ __rmul__", multiply),
     **named("div __truediv__ true_divide div_ __itruediv__ mul_ __imul__", rescale),
-    **named("pow __pow__ square", power),
-    **named("rsqrt", inverse_root),
     **dict.fromkeys(ELEMENTWISE, run_elementwise),
     **named("linear", linear),
     **named("addmm", add_linear),
@@ -335,8 +290,9 @@ RULES = {
 def softmax(scores):
     """Probabilities P above their derivatives (P, 2S, L), of scores above theirs: dP = P (dS - sum(P dS)).
 
-    The derivative is its own transpose, so what backward mode has does it. It is told to take P from S rows
-    further up, and so runs on all rows as they lie: what it makes of the values means nothing and goes.
+    Backpropagation through a softmax is the same formula, so torch's kernel for it serves. One call does all
+    rows: it needs probabilities for each, and finds P for the derivatives in the rows of the values, S rows
+    up. What it makes of the scores themselves is then overwritten by P.
     """
     size, shape = scores.shape[1] // 2, scores.shape
     room = scores.new_empty(size + shape[0] * shape[1], shape[2])

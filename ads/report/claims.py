@@ -1,57 +1,70 @@
 """The claims that a demo is judged by, each with what was found: words and verdicts come from the numbers.
 
 All by raw answers: forcing an answer hides much of what a defence costs and of what a student cannot do.
+A claim on the difference of two arms is a line of DIFFERENCES.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ads.report.compare import (
-    PRICES,
-    choose_levels,
-    common_range,
-    compare,
-    directions,
-    graded_points,
-    pair_up,
-    readings,
-    replicate_of,
-    replicates,
-)
-from ads.report.curves import (
-    RULES,
-    SYMBOLS,
-    by_setting,
-    graded,
-    has_share,
-    identity,
-    is_number,
-    pooled,
-    rules_of,
-    show_number,
-    show_setting,
-    show_signed,
-)
-from ads.report.words import MARK, by_label, elicited
+from ads.report.bootstrap import Draws
+from ads.report.compare import Levels, Match, Measured, choose_levels, common_range, compare, directions
+from ads.report.curves import Axes, Curve, by_setting, group_by, pair_up, pooled
+from ads.report.numbers import show_interval, show_number
+from ads.report.results import ANSWERS, PRICES, ResultRow, Rows, graded, show_knob
+from ads.report.words import MARK, elicited, join_words, mark
 
-RULE = "raw"
+RAW = "raw"
 MOST_BASE = 0.25  # of the undistilled student, asked in the best way
 LEAST_CLEAN = 0.85  # of the student of clean traces
-LEAST_GAPS = {0.85: 0.15, 0.75: 0.25}  # teacher accuracy: temperature - ADS
-MOST_RANDOM = 0.07  # of the distance between a random direction and temperature
+LEVELS = (0.85, 0.75)  # teacher accuracies that arms are compared at
 ABOVE_0 = float(np.nextafter(0, 1))
 HOLDS, FAILS, UNMEASURED = "holds", "does not hold", "not measured"
 PARTLY = "holds as far as it was measured"
 THIS_SEED = ", this seed only"
 WAYS = ("zero-shot", "few-shot", "prefilled")
-RULES_OF_VERDICT = f"""\
+VERDICTS = f"""\
 Differences are of students' accuracies by raw answers. A claim holds where the number and the whole of its
 95 % interval lie on its side: the t interval over seeds (of one accuracy, no narrower than Wilson's). One
 seed has an interval of its problems only, or none, and its verdict says "this seed only". {MARK} marks what
 is in doubt."""
-HEADER = ("", "claim", "found", "95 % interval", "seeds", "verdict")
+HEADER = ["", "claim", "found", "95 % interval", "seeds", "verdict"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is claimed of two arms: the accuracy that the first leaves students minus the second's, at a
+    price, lies from `least` to `most`.
+
+    `level`: the one price it is about; else it is about all at which the arms are compared.
+    """
+
+    key: str
+    first: str
+    second: str
+    price: str
+    words: str
+    least: float
+    most: float = np.inf
+    level: float | None = None
+
+    @property
+    def arms(self) -> tuple[str, str, str]:
+        return self.first, self.second, self.price
+
+
+DIFFERENCES = (
+    Difference("b", "temperature", "ADS", "accuracy", "at least .15", 0.15, level=0.85),
+    Difference("b", "temperature", "ADS", "accuracy", "at least .25", 0.25, level=0.75),
+    Difference("c", "temperature", "ADS", "nll", "above 0", ABOVE_0),
+    Difference("d", "negative lambda", "ADS", "accuracy", "above 0", ABOVE_0),
+    # without the gradient's direction, its perturbation does nothing
+    Difference("e", "temperature", "random direction", "accuracy", "within .07 of 0", -0.07, 0.07),
+    Difference("f", "corrupted results", "ADS", "accuracy", "above 0", ABOVE_0),
+    Difference("f", "corrupted results", "ADS", "nll", "above 0", ABOVE_0),
+)
 
 
 @dataclass(frozen=True)
@@ -63,44 +76,38 @@ class Claim:
 
     key: str
     claim: str
-    found: float | None
-    low: float | None
-    high: float | None
-    num_seeds: int
-    verdict: str
+    found: Measured = None
+    low: Measured = None
+    high: Measured = None
+    num_seeds: int = 0
+    verdict: str = UNMEASURED
     note: str = ""
-    flags: tuple = ()
+    flags: tuple[str, ...] = ()
     price: str = ""
     least: float = -np.inf
     most: float = np.inf
 
 
-def make_claims(curves, baselines, draws, missing=""):
+def make_claims(curves: Sequence[Curve], baselines: Rows, draws: Draws) -> list[Claim]:
     """The claims a to f of an experiment, whatever of them was measured."""
     arms = choose_arms(curves)
     if not arms:
         return []
-    compared = (arms, draws, missing)
-    return [
-        base_claim(arms, baselines),
-        clean_claim(arms),
-        *gap_claims(compared),
-        *difference_claims("c", "temperature", "ADS", compared, "nll"),
-        *difference_claims("d", "negative lambda", "ADS", compared),
-        *random_claims(compared),
-        *difference_claims("f", "corrupted results", "ADS", compared),
-        *difference_claims("f", "corrupted results", "ADS", compared, "nll"),
-    ]
+    matches = {asked.arms: compare_two(arms, *asked.arms, draws) for asked in DIFFERENCES}
+    claims = [base_claim(arms["temperature"], baselines), clean_claim(arms["temperature"])]
+    for asked in DIFFERENCES:
+        claims += difference_claims(asked, arms, matches[asked.arms])
+    return claims
 
 
-def choose_arms(curves):
+def choose_arms(curves: Sequence[Curve]) -> dict[str, Curve]:
     """{arm: curve} that share all settings but those of Delta; of several, those with the most settings."""
     pairs = pair_up(curves)
-    ads = [pair for pair in pairs if pair[1].arm == "ADS"]
-    temperature = [(curve, curve) for curve in curves if curve.arm == "temperature"]
-    if not (ads or temperature):
+    candidates = [pair for pair in pairs if pair[1].arm == "ADS"]
+    candidates = candidates or [(curve, curve) for curve in curves if curve.arm == "temperature"]
+    if not candidates:
         return {}
-    baseline = max(ads or temperature, key=lambda pair: num_settings(pair[1]))[0]
+    baseline, _ = max(candidates, key=lambda pair: num_settings(pair[1]))
     arms = {"temperature": baseline}
     for first, curve in pairs:
         if first is baseline and num_settings(curve) > num_settings(arms.get(curve.arm)):
@@ -108,327 +115,188 @@ def choose_arms(curves):
     return arms
 
 
-def num_settings(curve):
+def num_settings(curve: Curve | None) -> int:
     return len(by_setting(curve.points)) if curve else 0
 
 
-def base_claim(arms, baselines):
+def base_claim(temperature: Curve, baselines: Rows) -> Claim:
     """a: no way of asking gets the skill out of the undistilled student."""
-    text = f"undistilled student, asked in the best way: at most {show(MOST_BASE, 2)}"
-    first = arms["temperature"].points[0].row
-    ours = [row for row in baselines if all(row.get(key) == first[key] for key in ("student", "data"))]
-    best = elicited(ours, RULE)
+    text = f"undistilled student, asked in the best way: at most {show_number(MOST_BASE, 2)}"
+    blank = Claim("a", text, most=MOST_BASE)
+    first = temperature.points[0].row
+    ours = [row for row in baselines if (row.student, row.data) == (first.student, first.data)]
+    best = elicited(ours, RAW)
     if not best:
-        return unmeasured("a", text, "no test of the undistilled student")
+        return replace(blank, note="no test of the undistilled student")
     ((label, rows),) = best.items()
-    claim = judge("a", text, *pooled(rows, f"student_{RULE}"), len(rows), most=MOST_BASE)
-    asked = {way_of(row) for row in ours}
-    absent = [way for way in WAYS if way not in asked]
+    claim = judge(blank, *pooled(rows, "student", RAW), len(rows))
+    absent = [way for way in WAYS if way not in set(map(way_of, ours))]
     if absent and claim.verdict.startswith(HOLDS):
-        return unmeasured("a", text, f"no {' and no '.join(absent)} test; {label}: {show(claim.found)}")
-    return add_note(claim, label)
+        return replace(blank, note=f"no {' and no '.join(absent)} test; {label}: {show_number(claim.found)}")
+    return replace(claim, note=label)
 
 
-def way_of(row):
-    if row.get("student_prefill"):
+def way_of(row: ResultRow) -> str:
+    if row.student_prefill:
         return "prefilled"
-    return "few-shot" if row["student_few_shot"] else "zero-shot"
+    return "few-shot" if row.student_few_shot else "zero-shot"
 
 
-def clean_claim(arms):
+def clean_claim(temperature: Curve) -> Claim:
     """a: there is something to learn."""
-    text = f"student of clean traces (temperature at its lowest): at least {show(LEAST_CLEAN, 2)}"
-    (tau, _), rows = next(iter(by_setting(arms["temperature"].points).items()))
-    rows = graded(rows, RULE)
+    text = f"student of clean traces (temperature at its lowest): at least {show_number(LEAST_CLEAN, 2)}"
+    blank = Claim("a", text, least=LEAST_CLEAN)
+    rows = graded(next(iter(by_setting(temperature.points).values())), RAW)
     if not rows:
-        return unmeasured("a", text, f"no {RULE} answers")
-    found = pooled(rows, f"student_{RULE}")
-    claim = judge("a", text, *found, len(rows), least=LEAST_CLEAN)
-    return add_note(claim, f"{SYMBOLS['tau']} {show_setting(tau)}")
+        return replace(blank, note=f"no {RAW} answers")
+    claim = judge(blank, *pooled(rows, "student", RAW), len(rows))
+    return replace(claim, note=show_knob(rows[0]))
 
 
-def gap_claims(compared):
-    """b: at equal teacher accuracy students of ADS learn less, by so much."""
-    found = matches_of("temperature", "ADS", compared)
-    for level, least in LEAST_GAPS.items():
-        text = f"{name_of('temperature', 'ADS', 'accuracy', level)}: at least {show(least, 2)}"
-        yield from_match("b", text, found, level, "ADS", least=least)
-
-
-def difference_claims(key, first, second, compared, price="accuracy"):
-    """c, d, f: `first` leaves students better than `second` does, at every level."""
-    found = matches_of(first, second, compared, price)
-    for level in [match.level for match in found or ()] or (
-        list(LEAST_GAPS) if price == "accuracy" else [None]
-    ):
-        text = f"{name_of(first, second, price, level)}: above 0"
-        claim = from_match(key, text, found, level, missing_arm(compared[0], first, second), least=ABOVE_0)
-        winner = "" if key == "c" or claim.found is None else who_harms_more(claim, first, second)
-        yield add_note(claim, winner)
-
-
-def random_claims(compared):
-    """e: without the gradient's direction, its perturbation does nothing."""
-    first, second = "temperature", "random direction"
-    found = matches_of(first, second, compared)
-    levels = [match.level for match in found or () if match.num_seeds]
-    for level in levels or [match.level for match in found or ()][:1] or [None]:
-        text = f"{name_of(first, second, 'accuracy', level)}: within {show(MOST_RANDOM, 2)} of 0"
-        claim = from_match("e", text, found, level, second, least=-MOST_RANDOM, most=MOST_RANDOM)
-        yield add_note(claim, show_directions(compared[0].get(second)))
-
-
-def show_directions(curve):
-    """How many random directions a seed's reading is the mean of, where they are several."""
-    if curve is None:
-        return ""
-    num = [len(directions(points)) for points in replicates(curve.points).values()]
-    ends = " to ".join(map(str, sorted({min(num), max(num)})))
-    return f"mean of {ends} directions a seed" if max(num) > 1 else ""
-
-
-def matches_of(first, second, compared, price="accuracy"):
+def compare_two(
+    arms: Mapping[str, Curve], first: str, second: str, price: str, draws: Draws
+) -> list[Match] | None:
     """The matches of two arms at the claims' levels, by raw answers; None where an arm is missing."""
-    arms, draws, missing = compared
     if not (first in arms and second in arms):
         return None
-    pairs = [(arms[first], arms[second])]
-    levels = choose_levels(pairs, RULE, price) if price == "nll" else accuracies_for(*pairs[0])
-    found = compare(pairs, dict.fromkeys(RULES, levels), draws, missing, price)
-    return [match for match in found if match.rule == RULE]
+    pair, axes = (arms[first], arms[second]), Axes(RAW, price)
+    levels = accuracies_for(pair, axes) if price == "accuracy" else choose_levels([pair], axes)
+    found = compare([pair], dict.fromkeys(ANSWERS, levels), draws, price)
+    return [match for match in found if match.answers == RAW]
 
 
-def accuracies_for(first, second):
+def accuracies_for(pair: tuple[Curve, Curve], axes: Axes) -> Levels:
     """The claims' teacher accuracies; where an arm never costs so much, the lowest that both arms reach.
 
     Else an arm that harms for next to nothing would be left out of the comparison.
     """
-    low, high = common_range((first, second), RULE)
-    if first.arm == "temperature" or low <= max(LEAST_GAPS) or low >= high:
-        return tuple(LEAST_GAPS)
-    ends = [lowest(points) for curve in (first, second) for points in by_seed(curve) if points]
-    return (float(np.ceil(1000 * max(ends)) / 1000),)
+    low, high = common_range(pair, axes)
+    if pair[0].arm == "temperature" or low <= max(LEVELS) or low >= high:
+        return LEVELS
+    seeds = [group_by(axes.graded(curve.line), lambda point: point.row.replicate) for curve in pair]
+    lowest = max(axes.xy(points)[0].min() for side in seeds for points in side.values())
+    return (float(np.ceil(1000 * lowest) / 1000),)
 
 
-def by_seed(curve):
-    """The points of a curve with its start, graded, a list a seed."""
-    seeds = replicates([*curve.start, *curve.points]).values()
-    return [graded_points(points, RULE) for points in seeds]
+def difference_claims(
+    asked: Difference, arms: Mapping[str, Curve], matches: Sequence[Match] | None
+) -> Iterable[Claim]:
+    """A claim at each price that it is about, be it measured or not."""
+    levels: Sequence[float | None] = [match.level for match in matches or ()]
+    if asked.level is not None:
+        levels = [asked.level]
+    elif not levels:
+        levels = LEVELS if (asked.second, asked.price) == ("ADS", "accuracy") else [None]
+    absent = " and ".join(arm for arm in (asked.first, asked.second) if arm not in arms)
+    for level in levels:
+        text = f"{difference_name(asked, level)}: {asked.words}"
+        claim = Claim(asked.key, text, least=asked.least, most=asked.most)
+        match = next((match for match in matches or () if match.level == level), None)
+        note = f"no {absent} arm" if matches is None else "no such price that both arms reach"
+        if match is not None:
+            note = match.note
+            if match.difference is not None:
+                claim = replace(claim, flags=match.flags, price=match.price)
+                claim = judge(claim, match.difference, match.low, match.high, match.num_seeds)
+        notes = (note, show_directions(arms.get(asked.second)) or who_harms_more(claim, asked))
+        yield replace(claim, note="; ".join(filter(None, notes)))
 
 
-def lowest(points):
-    return readings(points, RULE)[0].min()
+def difference_name(asked: Difference, level: float | None) -> str:
+    """The difference of two arms at a price, in words."""
+    name, price = f"{asked.first} - {asked.second}", PRICES[asked.price]
+    if level is None:
+        return f"{name} at equal {price.words}"
+    return f"{name} at a {price.words} of {price.show_with_unit(level)}"
 
 
-def missing_arm(arms, *names):
-    return " and ".join(name for name in names if name not in arms)
-
-
-def from_match(key, text, found, level, absent, **side):
-    """A claim about the Match at a level, None being whatever level it is."""
-    if found is None:
-        return unmeasured(key, text, f"no {absent} arm")
-    match = next((match for match in found if match.level == level), None)
-    if match is None:
-        return unmeasured(key, text, "no such price that both arms reach")
-    if match.difference is None:
-        return unmeasured(key, text, match.note)
-    claim = judge(key, text, match.difference, match.low, match.high, match.num_seeds, match.note, **side)
-    return dataclasses.replace(claim, flags=match.flags, price=match.price)
-
-
-def judge(key, text, found, low, high, num_seeds, note="", least=-np.inf, most=np.inf):
-    """The verdict on a number: the whole of its interval has to lie from `least` to `most`."""
+def judge(claim: Claim, found: float, low: Measured, high: Measured, num_seeds: int) -> Claim:
+    """The claim with its verdict: the whole of the number's interval has to lie from `least` to `most`."""
+    claim = replace(claim, found=found, low=low, high=high, num_seeds=num_seeds)
     if num_seeds > 1 and low is None:
-        return Claim(key, text, found, low, high, num_seeds, UNMEASURED, note, least=least, most=most)
+        return claim
     ends = [found] if low is None else [found, low, high]
-    verdict = HOLDS if all(least <= end <= most for end in ends) else FAILS
-    only = THIS_SEED if num_seeds == 1 else ""
-    return Claim(key, text, found, low, high, num_seeds, verdict + only, note, least=least, most=most)
+    verdict = HOLDS if all(claim.least <= end <= claim.most for end in ends) else FAILS
+    return replace(claim, verdict=verdict + (THIS_SEED if num_seeds == 1 else ""))
 
 
-def unmeasured(key, text, why):
-    return Claim(key, text, None, None, None, 0, UNMEASURED, why)
+def show_directions(curve: Curve | None) -> str:
+    """How many random directions a seed's reading is the mean of, where they are several."""
+    if curve is None or curve.arm != "random direction":
+        return ""
+    seeds = group_by(curve.points, lambda point: point.row.replicate).values()
+    num = [len(directions(points)) for points in seeds]
+    return f"mean of {show_span(num)} directions a seed" if max(num) > 1 else ""
 
 
-def add_note(claim, note):
-    return dataclasses.replace(claim, note="; ".join(filter(None, (claim.note, note))))
+def show_span(numbers: Iterable[int]) -> str:
+    ends = sorted(numbers)
+    return " to ".join(map(str, dict.fromkeys((ends[0], ends[-1]))))
 
 
-def who_harms_more(claim, first, second):
-    """In words, which of two arms leaves students worse; the number is first minus second."""
-    winner = second if claim.found > 0 else first
+def who_harms_more(claim: Claim, asked: Difference) -> str:
+    """In words, which of two arms that are both no baseline leaves students worse."""
+    if claim.found is None or asked.first == "temperature":
+        return ""
+    winner = asked.second if claim.found > 0 else asked.first
     if claim.low is not None and claim.low <= 0 <= claim.high:
         return f"neither shown to harm more, {winner} in the mean"
     return f"{winner} harm{'' if winner.endswith('s') and winner != 'ADS' else 's'} more"
 
 
-def show(value, digits=3):
-    """A share or a difference with its sign, as in .150 and -.020."""
-    return "-" if value is None else f"{value:.{digits}f}".replace("0.", ".", 1)
-
-
-def name_of(first, second, price, level):
-    """The difference of two arms at a price, in words."""
-    if level is None:
-        return f"{first} - {second} at equal {PRICES[price]}"
-    where = f"{100 * level:.3g} %" if price == "accuracy" else f"{level:.3g} nats/token"
-    return f"{first} - {second} at a {PRICES[price]} of {where}"
-
-
-def show_interval(claim):
-    return "-" if claim.low is None else f"[{show(claim.low)}, {show(claim.high)}]"
-
-
-def cells(claims):
+def cells(claims: Iterable[Claim]) -> list[list[str]]:
     """Header and lines of the table."""
-    lines = [list(HEADER)]
+    lines = [HEADER]
     for claim in claims:
-        mark = f" {MARK}" if claim.flags else ""
         verdict = f"{claim.verdict} ({claim.note})" if claim.note else claim.verdict
-        numbers = [f"{show(claim.found)}{mark}", show_interval(claim), str(claim.num_seeds or "-")]
-        lines.append([claim.key, claim.claim, *numbers, verdict])
+        numbers = [f"{show_number(claim.found)}{mark(claim)}", show_interval(claim.low, claim.high)]
+        lines.append([claim.key, claim.claim, *numbers, str(claim.num_seeds or "-"), verdict])
     return lines
 
 
-def lines(claims):
-    """A line per claim, for the terminal."""
-    for key, text, found, interval, seeds, verdict in cells(claims)[1:]:
-        yield f"{key}  {text}: {verdict}; found {found} {interval}, seeds {seeds}"
-
-
-def failures(claims):
+def failures(claims: Sequence[Claim]) -> str:
     """The verdicts in words, for the first paragraph: how many seeds, and what was found where one fails.
 
     A claim holds if it does at every price.
     """
     if not claims:
         return ""
-    verdicts = {key: verdict_of([c for c in claims if c.key == key]) for key in keys_of(claims)}
-    keys = {v: [key for key in verdicts if verdicts[key] == v] for v in (HOLDS, PARTLY, FAILS, UNMEASURED)}
-    parts = [f"On {count_seeds(claims)}, by {RULE} answers, {say(keys[HOLDS]) or 'none'} of the claims"]
-    parts[0] += f" a to f hold{'s' if len(keys[HOLDS]) == 1 else ''}."
+    verdicts = {key: verdict_of(same) for key, same in group_by(claims, lambda claim: claim.key).items()}
+    keys = {v: [key for key in verdicts if verdicts[key] == v] for v in (HOLDS, PARTLY, UNMEASURED)}
+    text = f"On {seeds_in_words(claims)}, by {RAW} answers, {join_words(keys[HOLDS]) or 'none'} of the claims"
+    parts = [f"{text} a to f hold{'s' if len(keys[HOLDS]) == 1 else ''}."]
     if failed := [claim for claim in claims if claim.verdict.startswith(FAILS)]:
         parts.append(f"Does not hold: {'; '.join(show_failures(failed))}.")
     for verdict in (PARTLY, UNMEASURED):
         if keys[verdict]:
-            parts.append(f"{verdict.capitalize()}: {say(keys[verdict])}.")
+            parts.append(f"{verdict.capitalize()}: {join_words(keys[verdict])}.")
     return " ".join(parts)
 
 
-def verdict_of(claims):
+def verdict_of(claims: Iterable[Claim]) -> str:
     """The verdict on a claim as a whole, of those at each price."""
-    verdicts = [claim.verdict.removesuffix(THIS_SEED) for claim in claims]
+    verdicts = {claim.verdict.removesuffix(THIS_SEED) for claim in claims}
     if FAILS in verdicts:
         return FAILS
-    return verdicts[0] if len(set(verdicts)) == 1 else PARTLY
+    return verdicts.pop() if len(verdicts) == 1 else PARTLY
 
 
-def keys_of(claims):
-    return list(dict.fromkeys(claim.key for claim in claims))
-
-
-def say(names):
-    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
-
-
-def count_seeds(claims):
-    """In words, on how many seeds the claims stand."""
+def seeds_in_words(claims: Iterable[Claim]) -> str:
+    """On how many seeds the claims stand."""
     found = sorted({claim.num_seeds for claim in claims if claim.num_seeds})
     if found in ([], [1]):
         return "one seed only" if found else "no seed"
-    return f"{' to '.join(map(str, dict.fromkeys((found[0], found[-1]))))} seeds"
+    return f"{show_span(found)} seeds"
 
 
-def show_failures(failed):
+def show_failures(failed: Iterable[Claim]) -> Iterable[str]:
     """The same claim that fails at several prices once, where it is the farthest from holding."""
-    groups = {}
-    for claim in failed:
-        same = (claim.key, claim.price, claim.least, claim.most) if claim.price else claim.claim
-        groups.setdefault(same, []).append(claim)
-    for group in groups.values():
+    for group in group_by(
+        failed, lambda c: (c.key, c.price, c.least, c.most) if c.price else c.claim
+    ).values():
         worst = max(group, key=lambda claim: max(claim.least - claim.found, claim.found - claim.most))
-        others = f", and at {len(group) - 1} more price{'s' if len(group) > 2 else ''}"
-        yield show_failure(worst) + (others if len(group) > 1 else "")
-
-
-def show_failure(claim):
-    mark = f" {MARK}" if claim.flags else ""
-    ends = "" if claim.low is None else f" {show_interval(claim)}"
-    note = f" ({claim.note})" if claim.note else ""
-    return f"({claim.key}) {claim.claim}, found {show(claim.found)}{ends}{mark}{note}"
-
-
-def asked_cells(baselines):
-    """The undistilled student by the way it was asked: means over seeds with intervals, the best marked."""
-    rules = rules_of(baselines)
-    found = [["undistilled student", "seeds", *rules.values(), "best by"]]
-    best = {rule: elicited(baselines, rule).values() for rule in rules}
-    for label, rows in by_label(baselines).items():
-        line = [label.removeprefix("undistilled student, "), str(len(rows))]
-        for rule in rules:
-            graded = [row for row in rows if has_share(row, f"student_{rule}")]
-            numbers = [show_number(v) for v in pooled(graded, f"student_{rule}")] if graded else []
-            line.append(f"{numbers[0]} [{', '.join(numbers[1:])}]" if graded else "-")
-        names = [name for rule, name in rules.items() if rows in best[rule]]
-        found.append([*line, " and ".join(names) or "-"])
-    return found if len(found) > 1 else []
-
-
-def one_step_cells(curves):
-    """By arm: the proxy's change of loss, what students of the same traces lost, and whether ranks agree."""
-    points = [point for curve in curves for point in curve.points if has_step(point.row)]
-    if not points:
-        return []
-    clean = clean_students(curves)
-    groups = {}
-    for point in points:
-        groups.setdefault(point.row["arm"], []).append(point)
-    header = [
-        "arm",
-        "points",
-        "one-step change",
-        "its range",
-        "student's loss of accuracy",
-        "rank correlation",
-    ]
-    groups = groups | ({"all": points} if len(groups) > 1 else {})
-    return [header, *(one_step_line(arm, group, clean) for arm, group in groups.items())]
-
-
-def has_step(row):
-    return is_number(row.get("train_one_step_change")) and has_share(row, f"student_{RULE}")
-
-
-def clean_students(curves):
-    """{(replicate, settings without Delta's): accuracy of the student of temperature's lowest}."""
-    found = {}
-    for curve in [curve for curve in curves if curve.arm == "temperature"]:
-        for point in sorted(curve.points, key=lambda point: point.row["tau"]):
-            if has_share(point.row, f"student_{RULE}"):
-                found.setdefault(clean_key(point), point.row[f"student_{RULE}_accuracy"])
-    return found
-
-
-def clean_key(point):
-    return replicate_of(point), identity(point.row, with_delta=False)
-
-
-def one_step_line(arm, points, clean):
-    change = [point.row["train_one_step_change"] for point in points]
-    students = [point.row[f"student_{RULE}_accuracy"] for point in points]
-    keys = [clean_key(point) for point in points]
-    harm = [clean[key] - student for key, student in zip(keys, students, strict=True) if key in clean]
-    ends = " to ".join(show_signed(value) for value in (min(change), max(change)))
-    lost = f"{np.mean(harm):+.3f}" if harm else "-"
-    mean = show_signed(float(np.mean(change)))
-    return [arm, str(len(points)), mean, ends, lost, rank_correlation(change, students)]
-
-
-def rank_correlation(change, students):
-    """Spearman's, with n; none of fewer than three points or where one side does not vary."""
-    from scipy import stats  # half a second
-
-    if len(change) < 3 or len(set(change)) < 2 or len(set(students)) < 2:
-        return f"- (n {len(change)})"
-    return f"{stats.spearmanr(change, students).statistic:+.2f} (n {len(change)})"
+        interval = "" if worst.low is None else f" {show_interval(worst.low, worst.high)}"
+        note = f" ({worst.note})" if worst.note else ""
+        more = f", and at {len(group) - 1} more price{'s' if len(group) > 2 else ''}"
+        found = f"found {show_number(worst.found)}{interval}{mark(worst)}{note}"
+        yield f"({worst.key}) {worst.claim}, {found}{more if len(group) > 1 else ''}"

@@ -3,52 +3,34 @@
 import functools
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ads.arms import ARMS
-from ads.report.compare import mean_nll, mean_price
-from ads.report.curves import RULES, SYMBOLS, by_setting, graded, pooled, price_column, rules_of, show_setting
-from ads.report.words import MARK, elicited, headline, in_points, show_seeds
+from ads.arms import ARMS, LABELS
+from ads.report import results
+from ads.report.compare import Match
+from ads.report.curves import Axes, Curve, all_rows, by_setting, knobs, pooled
+from ads.report.numbers import seed_interval, show_percent, show_seeds
+from ads.report.results import ANSWERS, PRICES, Number, Rows, show_knob
+from ads.report.words import elicited, headline, in_points, mark
 from ads.stage import files
 
-# Okabe and Ito's colours, safe for colour-blind readers, and one marker an arm
-COLOURS = dict(
-    zip(ARMS, ("#0072b2", "#d55e00", "#aa4499", "#009e73", "#8c6d1f", "#56b4e9", "#595f69"), strict=True)
-)
-MARKERS = dict(zip(ARMS, "osvD^P_", strict=True))
-INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"
+COLOURS = {arm.label: arm.colour for arm in ARMS}
+DARK_COLOURS = {arm.label: arm.dark_colour for arm in ARMS}
+MARKERS = {arm.label: arm.marker for arm in ARMS}
+INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"  # as in STYLE
 CURVE_STYLES = ("-", "--", ":", "-.")  # of several curves of one arm
 PANEL_SIZE = (4.6, 3.6)  # inches
-PRICE_TITLES = {"accuracy": "", "nll": ", price in NLL"}
-TRAITS = {  # column: (title, axis label)
-    "train_teacher_nll": ("How unlikely the traces are", "nats/token under the teacher"),
-    "train_num_tokens_p50": ("Length of the traces", "median tokens"),
-    "train_finished": ("Traces that finished", "share"),
-    "train_one_step_change": ("One step of the proxy on the traces", "change of holdout loss, nats/token"),
-}
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ads",
-    "text.parse_math": False,  # names may hold a dollar sign
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": "medium",
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "figure.titlesize": "medium",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.edgecolor": MUTED,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    **{f"{axis}tick.{part}": MUTED for axis in "xy" for part in ("color", "labelcolor")},
-}
+NO_CONTROLS = ("temperature", "ADS", "negative lambda", "undistilled")
+KNOBS = (  # of which arms there is a panel; the gradient's two share one
+    *(("tau", ("temperature",)), ("lam", ("ADS", "negative lambda"))),
+    *(("lam", (arm,)) for arm in LABELS if arm not in NO_CONTROLS),
+)
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 @dataclass(frozen=True)
@@ -56,227 +38,204 @@ class Panel:
     """One set of axes; `draw(axis)` fills it."""
 
     title: str
-    draw: Callable
+    draw: Callable[[Any], None]
 
 
-def make_panels(curves, baselines, matches):
+Panels = Mapping[str, Sequence[Panel]]  # by the name of the plot
+
+
+def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Match]) -> Panels:
     """{name of the plot: its panels}; plots without data have none, but the trade-off is always there."""
-    shown = headline(matches)
-    panels = {"tradeoff": [], "knobs": [], "traces": [], "losses": []}
-    rows = [*baselines, *(point.row for curve in curves for point in curve.points)]
-    for rule, name in rules_of(rows).items():
-        gap = shown if shown and shown.rule == rule else None
-        for price, title in PRICE_TITLES.items():
-            if price == "accuracy" or has_price(curves, rule, price):
-                draw = functools.partial(draw_tradeoff, rule, price, curves, baselines, gap)
-                panels["tradeoff"].append(Panel(f"{name.capitalize()} answers{title}", draw))
-        panels["knobs"] += knob_panels(rule, curves)
-    for column, (title, label) in TRAITS.items():
-        if any(column in point.row for curve in curves for point in curve.points):
-            panels["traces"].append(Panel(title, functools.partial(draw_trait, column, label, curves)))
+    gap, rows = headline(matches), all_rows(curves)
+    panels: dict[str, list[Panel]] = {"tradeoff": [], "knobs": [], "traces": [], "losses": []}
+    for answers, name in results.answers_of([*baselines, *rows]).items():
+        for axes in (Axes(answers, price) for price in PRICES):
+            if axes.price == "accuracy" or axes.graded_rows(rows):
+                shown = gap if gap and (gap.answers, gap.price) == (answers, axes.price) else None
+                price = "" if axes.price == "accuracy" else f", price in {PRICES[axes.price].short}"
+                draw = functools.partial(draw_tradeoff, axes, curves, baselines, shown)
+                panels["tradeoff"].append(Panel(f"{name.capitalize()} answers{price}", draw))
+        panels["knobs"] += knob_panels(Axes(answers), curves)
+    for number in results.NUMBERS:
+        if number.title and any(number.column in row.columns for row in rows):
+            draw = functools.partial(draw_trait, number, curves)
+            panels["traces"].append(Panel(number.title, draw))
     for part, title in (("train", "Loss on the traces"), ("holdout", "Loss on clean holdout traces")):
         if any(loss_lines(curve, part) for curve in curves):
             panels["losses"].append(Panel(title, functools.partial(draw_losses, part, curves)))
     return panels
 
 
-def show_share(value, _position=None):
-    return f"{100 * value:.3g} %"
+def show_share(value: float, _position: int | None = None) -> str:
+    return show_percent(value)
 
 
-def percent_axis(axis):
-    axis.yaxis.set_major_formatter(show_share)
+def line_styles(curves: Sequence[Curve]) -> list[tuple[Curve, str]]:
+    """Each curve with its style of line; the curves of one arm differ."""
+    seen = [curve.arm for curve in curves]
+    numbers = [seen[:i].count(arm) % len(CURVE_STYLES) for i, arm in enumerate(seen)]
+    return [(curve, CURVE_STYLES[number]) for curve, number in zip(curves, numbers, strict=True)]
 
 
-def has_price(curves, rule, price):
-    return any(graded([point.row], rule, price) for curve in curves for point in curve.points)
-
-
-def draw_tradeoff(rule, price, curves, baselines, gap, axis):
+def draw_tradeoff(axes: Axes, curves: Sequence[Curve], baselines: Rows, gap: Match | None, axis: Any) -> None:
     """Students against a price, a line an arm, seeds as dots, the undistilled student across as it answers
     when asked in the best way."""
-    for curve, style in zip(curves, line_styles(curves), strict=True):
-        draw_curve(axis, rule, price, curve, style)
-    for label, rows in elicited(baselines, rule).items():
-        share, low, high = pooled(rows, f"student_{rule}")
+    for curve, style in line_styles(curves):
+        draw_curve(axis, axes, curve, style)
+    for label, rows in elicited(baselines, axes.answers).items():
+        share, low, high = pooled(rows, "student", axes.answers)
         axis.axhline(share, color=COLOURS["undistilled"], linestyle="--", linewidth=1.2, label=label)
         axis.axhspan(low, high, color=COLOURS["undistilled"], alpha=0.13, linewidth=0)
-    percent_axis(axis)
-    if price == "nll":
-        axis.set(xlabel="NLL of the teacher's test traces, nats/token", ylabel="student accuracy")
-        return
     if gap:
         draw_gap(axis, gap)
-    axis.set(xlabel="teacher accuracy", ylabel="student accuracy")
-    axis.xaxis.set_major_formatter(show_share)
+    axis.set(xlabel=PRICES[axes.price].axis, ylabel="student accuracy")
+    axis.yaxis.set_major_formatter(show_share)
+    if not PRICES[axes.price].unit:
+        axis.xaxis.set_major_formatter(show_share)
 
 
-def line_styles(curves):
-    """A line style per curve; the curves of one arm differ."""
-    seen = [curve.arm for curve in curves]
-    return [CURVE_STYLES[seen[:i].count(arm) % len(CURVE_STYLES)] for i, arm in enumerate(seen)]
-
-
-def draw_curve(axis, rule, price, curve, style):
+def draw_curve(axis: Any, axes: Axes, curve: Curve, style: str) -> None:
     """A line through the means over seeds, from the curve's start on; error bars both ways, seeds as dots."""
-    groups = [graded(rows, rule, price) for rows in by_setting(curve.points).values()]
-    groups = [rows for rows in groups if rows]
+    groups = axes.settings(curve.points)
     if not groups:
         return
-    start = [graded(rows, rule, price) for rows in by_setting(curve.start).values()]
-    line = sorted(means(rows, rule, price) for rows in [*start, *groups] if rows)
+    line = sorted(means(axes, rows) for rows in [*axes.settings(curve.start), *groups])
     colour, marker = COLOURS[curve.arm], MARKERS[curve.arm]
     axis.plot(*zip(*line, strict=True), color=colour, linestyle=style, linewidth=1.6, zorder=2)
     if max(map(len, groups)) > 1:
-        dots = [row for rows in groups for row in rows]
-        columns = (price_column(rule, price), f"student_{rule}_accuracy")
-        x, y = ([row[column] for row in dots] for column in columns)
-        axis.scatter(x, y, s=9, color=colour, marker=marker, alpha=0.4, linewidth=0, zorder=1)
-    x, x_bars = price_bars(groups, rule, price)
-    y, y_bars = error_bars(groups, f"student_{rule}")
-    drawn = axis.errorbar(
-        x,
-        y,
-        y_bars,
-        x_bars,
-        fmt=marker,
-        color=colour,
-        markersize=5.5,
-        elinewidth=1,
-        label=curve.label,
-        zorder=3,
-    )
+        dots = zip(*(axes.place(row) for rows in groups for row in rows), strict=True)
+        axis.scatter(*dots, s=9, color=colour, marker=marker, alpha=0.4, linewidth=0, zorder=1)
+    x, x_bars = price_bars(axes, groups)
+    y, y_bars = error_bars(groups, "student", axes.answers)
+    look = {"fmt": marker, "color": colour, "markersize": 5.5, "elinewidth": 1, "zorder": 3}
+    drawn = axis.errorbar(x, y, y_bars, x_bars, label=curve.label, **look)
     for bars in drawn[2]:
         bars.set_alpha(0.45)
     if len(groups) > 1 and style == CURVE_STYLES[0]:
-        label_ends(axis, curve, groups, x, y, price)
+        label_ends(axis, curve.arm, [show_knob(rows[0]) for rows in groups], x, y, axes.price)
 
 
-def label_ends(axis, curve, groups, x, y, price):
+def label_ends(axis: Any, arm: str, texts: Sequence[str], x: np.ndarray, y: np.ndarray, price: str) -> None:
     """Arm and knob beside the marker of the highest price; of accuracies, the knob beside the other end."""
-    key = "lam" if groups[0][0]["lam"] else "tau"
-    style = {"fontsize": 8.5, "color": COLOURS[curve.arm], "textcoords": "offset points", "zorder": 4}
+    style = {"fontsize": 8.5, "color": COLOURS[arm], "textcoords": "offset points", "zorder": 4}
     lowest, highest = int(np.argmin(x)), int(np.argmax(x))
-    texts = [f"{SYMBOLS[key]} {show_setting(rows[0][key])}" for rows in groups]
-    below = (-4, 8) if curve.arm == "temperature" else (-4, -14)
-    if price == "nll":  # all curves begin close together
-        axis.annotate(f"{curve.arm}, {texts[highest]}", (x[highest], y[highest]), below, ha="right", **style)
+    below = (-4, 8) if arm == "temperature" else (-4, -14)
+    if price != "accuracy":  # all curves begin close together
+        axis.annotate(f"{arm}, {texts[highest]}", (x[highest], y[highest]), below, ha="right", **style)
         return
     side = "right" if x[lowest] > np.mean(axis.get_xlim()) else "left"  # no label leaves the plot
-    axis.annotate(f"{curve.arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, ha=side, **style)
+    axis.annotate(f"{arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, ha=side, **style)
     axis.annotate(texts[highest], (x[highest], y[highest]), (8, -3), **style)
 
 
-def draw_gap(axis, gap):
+def draw_gap(axis: Any, gap: Match) -> None:
     """The difference that the finding is about, between the two lines."""
-    axis.plot(
-        [gap.level] * 2, [gap.student, gap.temperature], color=INK, linewidth=2, marker="_", markersize=9
-    )
-    difference = in_points(gap)[0].removeprefix("-")
-    mark = f" {MARK}" if gap.flags else ""
-    text = f"{difference} points{mark}\n{show_seeds(gap)}{' only' if gap.num_seeds == 1 else ''}"
-    middle = (gap.level, (gap.student + gap.temperature) / 2)
+    ends = [gap.student, gap.temperature]
+    axis.plot([gap.level] * 2, ends, color=INK, linewidth=2, marker="_", markersize=9)
+    difference, only = in_points(gap)[0].removeprefix("-"), " only" if gap.num_seeds == 1 else ""
+    text = f"{difference} points{mark(gap)}\n{show_seeds(gap.num_seeds)}{only}"
+    middle = (gap.level, sum(ends) / 2)
     axis.annotate(text, middle, (-6, 0), textcoords="offset points", ha="right", va="center", weight="bold")
 
 
-def means(rows, rule, price="accuracy"):
+def means(axes: Axes, rows: Rows) -> tuple[float, float]:
     """(price, student's accuracy), means over seeds."""
-    return mean_price(rows, rule, price), pooled(rows, f"student_{rule}")[0]
+    return axes.mean_price(rows), pooled(rows, "student", axes.answers)[0]
 
 
-def price_bars(groups, rule, price):
-    """error_bars of the prices; with one seed, an NLL has none."""
-    if price == "accuracy":
-        return error_bars(groups, f"teacher_{rule}")
-    values = np.array([mean_nll(rows) for rows in groups]).T
+Bars = tuple[np.ndarray, np.ndarray]  # means (P,) of P settings over seeds, distances (2, P) to their bounds
+
+
+def price_bars(axes: Axes, groups: Iterable[Rows]) -> Bars:
+    """Of the prices; with one seed, one that is no accuracy has no bars."""
+    if axes.price == "accuracy":
+        return error_bars(groups, "teacher", axes.answers)
+    return to_bars(mean_interval([axes.place(row)[0] for row in rows]) for rows in groups)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) over seeds of numbers above 0, with a 95 % t interval; of one seed no interval."""
+    mean = float(np.mean(values))
+    if len(values) < 2 or not np.ptp(values) > 1e-9:
+        return mean, mean, mean
+    low, high = seed_interval(np.array(values), least=0.0, most=np.inf)
+    return mean, float(low), float(high)
+
+
+def error_bars(groups: Iterable[Rows], who: str, answers: str) -> Bars:
+    return to_bars(pooled(rows, who, answers) for rows in groups)
+
+
+def to_bars(found: Iterable[tuple[float, float, float]]) -> Bars:
+    values = np.array(list(found)).T
     return values[0], abs(values[1:] - values[0])
 
 
-def error_bars(groups, name):
-    """Means (P,) of P settings over seeds and their distances (2, P) to the bounds of the intervals."""
-    values = np.array([pooled(rows, name) for rows in groups]).T
-    return values[0], abs(values[1:] - values[0])
-
-
-def knob_panels(rule, curves):
+def knob_panels(axes: Axes, curves: Sequence[Curve]) -> Iterable[Panel]:
     """tau of the temperature arm, lam of the gradient's curves, and of a control that was run at several."""
-    panels = []
-    for key, arms in (
-        ("tau", ("temperature",)),
-        ("lam", ("ADS", "negative lambda")),
-        ("lam", ("random direction",)),
-        ("lam", ("permuted",)),
-        ("lam", ("corrupted results",)),
-    ):
-        chosen = [c for c in curves if c.arm in arms and graded([p.row for p in c.points], rule)]
-        if len({point.row[key] for curve in chosen for point in curve.points}) > 1:
-            title = f"{SYMBOLS[key]}, {' and '.join(arms)}: {RULES[rule]}"
-            panels.append(Panel(title, functools.partial(draw_knob, rule, key, chosen)))
-    return panels
+    for key, arms in KNOBS:
+        chosen = [curve for curve in curves if curve.arm in arms and axes.graded(curve.points)]
+        if len({row.number(key) for row in all_rows(chosen)}) > 1:
+            title = f"{results.SYMBOLS[key]}, {' and '.join(arms)}: {ANSWERS[axes.answers]}"
+            yield Panel(title, functools.partial(draw_knob, axes, key, chosen))
 
 
-def draw_knob(rule, key, curves, axis):
+def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> None:
     """The teacher's and the student's accuracy against a knob."""
-    for curve, style in zip(curves, line_styles(curves), strict=True):
-        groups = by_setting([*curve.start, *curve.points]).values()
-        groups = [rows for rows in (graded(rows, rule) for rows in groups) if rows]
-        x = [rows[0][key] for rows in groups]
-        for who, marker, colour in (
-            ("teacher", "x", MUTED),
-            ("student", MARKERS[curve.arm], COLOURS[curve.arm]),
-        ):
-            y, bars = error_bars(groups, f"{who}_{rule}")
-            axis.errorbar(
-                x, y, bars, marker=marker, color=colour, linestyle=style, markersize=5, elinewidth=0.8
-            )
-            end = int(np.argmax(x))
+    for curve, style in line_styles(curves):
+        groups = axes.settings(curve.line)
+        x = [rows[0].number(key) for rows in groups]
+        end = int(np.argmax(x))
+        looks = {"teacher": ("x", MUTED), "student": (MARKERS[curve.arm], COLOURS[curve.arm])}
+        for who, (marker, colour) in looks.items():
+            y, bars = error_bars(groups, who, axes.answers)
+            look = {"marker": marker, "color": colour, "linestyle": style, "markersize": 5, "elinewidth": 0.8}
+            axis.errorbar(x, y, bars, **look)
             place = {"textcoords": "offset points", "fontsize": 8.5, "color": colour}
             axis.annotate(who, (x[end], y[end]), (7, -3), **place)
     axis.margins(x=0.14)
-    axis.set(xlabel=SYMBOLS[key])
-    percent_axis(axis)
+    axis.set(xlabel=results.SYMBOLS[key])
+    axis.yaxis.set_major_formatter(show_share)
 
 
-def draw_trait(column, label, curves, axis):
+def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> None:
     """A number of the training traces against the teacher's accuracy."""
-    rule = main_rule(curves)
-    for curve, style in zip(curves, line_styles(curves), strict=True):
+    axes = Axes(main_answers(curves))
+    for curve, style in line_styles(curves):
         line = []
-        for rows in by_setting([*curve.start, *curve.points]).values():
-            rows = [row for row in graded(rows, rule) if column in row]
+        for group in axes.settings(curve.line):
+            rows = [row for row in group if number.column in row.columns]
             if rows:
-                value = np.mean([row[column] for row in rows])
-                line.append(
-                    (means(rows, rule)[0], value, bool(rows[0]["lam"]) == (curve.arm != "temperature"))
-                )
+                value = np.mean([row.number(number.column) for row in rows])
+                is_own = bool(rows[0].lam) == (curve.arm != "temperature")
+                line.append((axes.mean_price(rows), value, is_own))
         if line:
-            x, y, is_own = zip(*sorted(line), strict=True)
+            x, y, owned = zip(*sorted(line), strict=True)
             look = {"color": COLOURS[curve.arm], "marker": MARKERS[curve.arm], "linestyle": style}
-            axis.plot(x, y, markersize=5, markevery=list(np.flatnonzero(is_own)), label=curve.label, **look)
-    if column == "train_finished":
-        percent_axis(axis)
+            axis.plot(x, y, markersize=5, markevery=list(np.flatnonzero(owned)), label=curve.label, **look)
+    if number.axis == "share":
+        axis.yaxis.set_major_formatter(show_share)
         axis.set_ylim(top=1.003)
-    if column == "train_one_step_change":
+    if number.column == results.ONE_STEP:
         axis.axhline(0, color=INK, linewidth=1)
     axis.xaxis.set_major_formatter(show_share)
-    axis.set(xlabel=f"teacher accuracy ({RULES[rule]})", ylabel=label)
+    axis.set(xlabel=f"teacher accuracy ({ANSWERS[axes.answers]})", ylabel=number.axis)
 
 
-def main_rule(curves):
+def main_answers(curves: Iterable[Curve]) -> str:
     """Forced answers where there are any."""
-    rows = [point.row for curve in curves for point in curve.points]
-    return next((rule for rule in RULES if graded(rows, rule)), "raw")
+    rows = all_rows(curves)
+    return next((answers for answers in ANSWERS if Axes(answers).graded_rows(rows)), "raw")
 
 
-def loss_lines(curve, part):
+def loss_lines(curve: Curve, part: str) -> list[tuple[float, tuple[int, ...], np.ndarray]]:
     """[(strength 0..1, steps, mean loss over seeds)] of a curve's students; seeds with other steps apart."""
-    lines = {}
-    settings = sorted(by_setting(curve.points), key=lambda knobs: (knobs[0], abs(knobs[1])))
+    settings = sorted(by_setting(curve.points), key=lambda setting: (setting[0], abs(setting[1])))
+    lines: dict[tuple, list[list[float]]] = {}
     for point in curve.points:
         line = point.stages["model"].get("losses", {}).get(part) or []
-        steps = tuple(step for step, _ in line)
-        setting = (point.row["tau"], point.row["lam"])
-        lines.setdefault((settings.index(setting), steps), []).append([loss for _, loss in line])
+        key = settings.index(knobs(point.row)), tuple(step for step, _ in line)
+        lines.setdefault(key, []).append([loss for _, loss in line])
     last = len(settings) - 1
     return [
         (i / last if last else 1.0, steps, np.mean(losses, axis=0))
@@ -285,7 +244,7 @@ def loss_lines(curve, part):
     ]
 
 
-def draw_losses(part, curves, axis):
+def draw_losses(part: str, curves: Iterable[Curve], axis: Any) -> None:
     """Losses of the students during training; the paler, the weaker the arm's knob."""
     for curve in curves:
         for strength, steps, losses in loss_lines(curve, part):
@@ -295,7 +254,7 @@ def draw_losses(part, curves, axis):
     axis.set(xlabel="training step", ylabel="nats/token")
 
 
-def compose(panels, title):
+def compose(panels: Sequence[Panel], title: str) -> Any:
     """A figure of panels side by side, at most two in a row, with the legend of all below."""
     from matplotlib.figure import Figure
 
@@ -304,7 +263,7 @@ def compose(panels, title):
     size = (PANEL_SIZE[0] * num_columns, PANEL_SIZE[1] * num_rows + 0.7)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    legend = {}
+    legend: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=False):
         panel.draw(axis)
         axis.set_title(panel.title)
@@ -315,15 +274,17 @@ def compose(panels, title):
     figure.suptitle(title)
     if legend:
         columns = 1 if max(map(len, legend)) > 50 else 2
-        figure.legend(legend.values(), legend, loc="outside lower center", ncols=columns, frameon=False)
+        figure.legend(
+            list(legend.values()), list(legend), loc="outside lower center", ncols=columns, frameon=False
+        )
     return figure
 
 
-def write_plots(folder, panels, title):
+def write_plots(folder: Path, panels: Panels, title: str) -> None:
     """NAME.png and NAME.svg of every plot that has panels, byte for byte the same for the same data."""
-    import matplotlib
+    from matplotlib import style
 
-    with matplotlib.rc_context(STYLE):
+    with style.context(STYLE):
         for name, drawn in panels.items():
             if drawn:
                 figure = compose(drawn, title)
@@ -333,18 +294,18 @@ def write_plots(folder, panels, title):
                     figure.set_layout_engine("none")  # laid out once: it is half of the time
 
 
-def inline_svgs(panels):
+def inline_svgs(panels: Panels) -> dict[str, list[tuple[str, str]]]:
     """{name: [(title, <svg> text)]}, each panel by itself, for a page that defines the colours."""
-    import matplotlib
+    from matplotlib import style
 
-    with matplotlib.rc_context(STYLE):
+    with style.context(STYLE):
         return {
             name: [(panel.title, inline_svg(panel, f"{name}{i}-")) for i, panel in enumerate(drawn)]
             for name, drawn in panels.items()
         }
 
 
-def inline_svg(panel, prefix):
+def inline_svg(panel: Panel, prefix: str) -> str:
     """One panel as an <svg> without size, header or background; its ids begin with `prefix`."""
     from matplotlib.figure import Figure
 
@@ -363,14 +324,13 @@ def inline_svg(panel, prefix):
     return replace_colours(svg)
 
 
-def replace_colours(svg):
+def replace_colours(svg: str) -> str:
     """The page's colours, which follow the reader's light or dark scheme, for those of the files."""
-    names = {INK: "ink", MUTED: "muted", GRID: "grid"} | {
-        colour: variable(arm) for arm, colour in COLOURS.items()
-    }
+    names = {INK: "ink", MUTED: "muted", GRID: "grid"}
+    names |= {colour: variable(arm) for arm, colour in COLOURS.items()}
     return re.sub("|".join(names), lambda found: f"var(--{names[found[0]]})", svg)
 
 
-def variable(arm):
+def variable(arm: str) -> str:
     """Name of an arm's colour in the page's style sheet."""
     return arm.replace(" ", "-").lower()

@@ -2,10 +2,15 @@
 
 import json
 import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ads.report.curves import SYMBOLS, show_setting
+from ads.report.curves import Point, group_by
+from ads.report.results import ResultRow, show_knob
+from ads.stage import layout
 from ads.stage.errors import UserError
 
 MAX_CONTRAST_POINTS = 8
@@ -13,52 +18,51 @@ MAX_CONTRASTS_PER_ARM = 4
 MAX_CONTRAST_BYTES = 3_000_000
 
 
-def load_contrasts(points):
+def load_contrasts(points: Iterable[Point]) -> dict[str, Any]:
     """{points, scale, first} of a handful of points that stored clean and ADS traces side by side."""
-    chosen = choose_contrasts([(point, contrast_path(point)) for point in points])
+    chosen = choose_contrasts(points)
     budget = MAX_CONTRAST_BYTES // max(1, len(chosen))
-    loaded = [
-        {"label": contrast_label(point), "problems": read_contrast(path, budget)} for point, path in chosen
-    ]
-    loaded = [point for point in loaded if point["problems"]]
+    loaded: list[dict[str, Any]] = []
+    for point in chosen:
+        if problems := read_contrast(contrast_path(point), budget):
+            loaded.append({"label": contrast_label(point.row), "problems": problems})
     shifts = [abs(shift(token)) for point in loaded for token in tokens_of(point)]
     scale = float(np.clip(np.percentile(shifts, 95), 0.3, 4)) if shifts else 1.0
     ads = [i for i, point in enumerate(loaded) if point["label"].startswith("ADS")]
     return {"points": loaded, "scale": round(scale, 3), "first": ads[len(ads) // 2] if ads else 0}
 
 
-def contrast_path(point):
-    path = point.stages["train"]["path"] if "train" in point.stages else None
-    return path and path.with_name(f"{path.stem}.contrast.json")
+def contrast_path(point: Point) -> Path:
+    path = point.stages["train"]["path"]
+    return layout.path_of("contrasts", path.parent.parent, path.stem)
 
 
-def choose_contrasts(found):
-    """At most a handful of (point, path): one seed of a setting, spread over lam, from every arm."""
-    settings = {}
-    for point, path in found:
-        if path and path.is_file():
-            key = [point.row.get(name) for name in ("arm", "tau", "lam", "eps", "data", "teacher")]
-            settings.setdefault(tuple(key), (point, path))
-    arms = {}
-    for key, value in settings.items():
-        arms.setdefault(key[0], []).append(value)
-    spread = [
-        [
-            group[i]
-            for i in sorted({*np.linspace(0, len(group) - 1, MAX_CONTRASTS_PER_ARM).round().astype(int)})
-        ]
-        for group in arms.values()
+def choose_contrasts(points: Iterable[Point]) -> list[Point]:
+    """At most a handful: one seed of a setting, spread over lam, from every arm."""
+    stored = [point for point in points if "train" in point.stages and contrast_path(point).is_file()]
+    firsts = [same[0] for same in group_by(stored, setting).values()]
+    chosen = [
+        point for arm in group_by(firsts, lambda point: point.row.arm).values() for point in spread(arm)
     ]
-    return [value for group in spread for value in group][:MAX_CONTRAST_POINTS]
+    return chosen[:MAX_CONTRAST_POINTS]
 
 
-def contrast_label(point):
+def setting(point: Point) -> tuple:
     row = point.row
-    knobs = [f"{SYMBOLS[key]} {show_setting(row[key])}" for key in ("lam", "tau")]
-    return f"{row['arm']}: {', '.join(knobs)}, seed {row['seed']}"
+    return row.arm, row.tau, row.lam, row.eps, row.data, row.teacher
 
 
-def read_contrast(path, budget):
+def spread(points: Sequence[Point]) -> list[Point]:
+    """A few of the points, the first and the last among them."""
+    places = np.linspace(0, len(points) - 1, MAX_CONTRASTS_PER_ARM).round().astype(int)
+    return [points[i] for i in sorted({*places})]
+
+
+def contrast_label(row: ResultRow) -> str:
+    return f"{row.arm}: {show_knob(row, 'lam')}, {show_knob(row, 'tau')}, seed {row.seed}"
+
+
+def read_contrast(path: Path, budget: int) -> list[dict[str, Any]]:
     """The problems of a file, as many as fit the budget of bytes; ValueError if it is something else."""
     problems = []
     try:
@@ -74,27 +78,23 @@ def read_contrast(path, budget):
     return problems
 
 
-def read_side(side):
+def read_side(side: dict[str, Any]) -> dict[str, Any]:
     tokens = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
     if any(len(token) != 4 for token in tokens):
         raise UserError("a token has other than 3 numbers")
     return {"finished": bool(side["finished"]), "is_correct": bool(side["is_correct"]), "tokens": tokens}
 
 
-def short_float(value):
+def short_float(value: float) -> float:
     """A number in 4 digits; 0 for what is none."""
     return float(f"{value:.4g}") if math.isfinite(value) else 0.0
 
 
-def tokens_of(point):
-    return [
-        token
-        for problem in point["problems"]
-        for side in ("clean", "ads")
-        for token in problem[side]["tokens"]
-    ]
+def tokens_of(point: dict[str, Any]) -> list[list]:
+    sides = [problem[side] for problem in point["problems"] for side in ("clean", "ads")]
+    return [token for side in sides for token in side["tokens"]]
 
 
-def shift(token):
+def shift(token: list) -> float:
     """log(ADS probability / clean probability), either of which may be 0."""
     return math.log(max(token[2], 1e-9) / max(token[1], 1e-9))

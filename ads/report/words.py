@@ -1,102 +1,84 @@
 """What the comparison found, in sentences."""
 
-from ads.arms import ARMS
-from ads.report.compare import PRICES, pair_up
-from ads.report.curves import (
-    RULES,
-    SEEDS,
-    concerns_delta,
-    differing,
-    has_share,
-    interval_kind,
-    mean_row,
-    pooled,
-    show_name,
-    show_number,
-    show_setting,
-)
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ads.arms import LABELS
+from ads.report import results
+from ads.report.compare import Match
+from ads.report.curves import Curve, group_by, pair_up, pooled
+from ads.report.numbers import interval_kind, show_number, show_percent, show_seeds, show_setting
+from ads.report.results import ANSWERS, PRICES, SEEDS, ResultRow, Rows, mean_row
 
 HEADLINE_LEVEL = 0.75  # the finding is about the level nearest to this one
 MARK = "(!)"  # after a number that is in doubt
 
 
-def by_label(baselines, rule=None):
+def mark(found: Any) -> str:
+    """The mark of a Match or a Claim with flags."""
+    return f" {MARK}" if found.flags else ""
+
+
+def join_words(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def by_label(baselines: Rows, answers: str | None = None) -> dict[str, list[ResultRow]]:
     """{label: rows} of undistilled students, a row per seed; what was measured twice is one.
 
     Ways of asking have other lengths, too: these are named only where nothing else tells two apart.
     """
-    names = [name for name in differing(baselines) if name not in SEEDS]
+    names = [name for name in results.differing(baselines) if name not in SEEDS]
     more = [name for name in names if name not in ("student", "student_few_shot", "student_prefill")]
-    short = {}
-    for row in baselines:
-        short.setdefault(ask_label(row, names), set()).add(tuple(row.get(name) for name in more))
-    groups = {}
-    for row in baselines:
-        label = ask_label(row, names)
-        if len(short[label]) > 1:
-            told = [name for name in more if row.get(name) is not None]
-            label = ", ".join([label, *(f"{show_name(name)} {show_setting(row[name])}" for name in told)])
-        if rule is None or has_share(row, f"student_{rule}"):
-            groups.setdefault(label, {}).setdefault(row["seed"], []).append(row)
-    return {label: [mean_row(rows) for rows in seeds.values()] for label, seeds in groups.items()}
+    labels = {}
+    for label, group in group_by(baselines, lambda row: ask_label(row, "student" in names)).items():
+        is_one = len({tuple(map(row.number, more)) for row in group}) == 1
+        for row in group:
+            told = [] if is_one else [name for name in more if row.number(name) is not None]
+            settings = (f"{results.show_name(name)} {show_setting(row.number(name))}" for name in told)
+            labels[id(row)] = ", ".join([label, *settings])
+    kept = [row for row in baselines if answers is None or row.accuracy("student", answers).is_share]
+    return {
+        label: [mean_row(same) for same in group_by(group, lambda row: row.seed).values()]
+        for label, group in group_by(kept, lambda row: labels[id(row)]).items()
+    }
 
 
-def ask_label(row, names):
+def ask_label(row: ResultRow, name_student: bool) -> str:
     """The undistilled student and how it was asked."""
-    way = "prefilled" if row.get("student_prefill") else f"{row['student_few_shot']}-shot"
-    return f"undistilled {row['student'] if 'student' in names else 'student'}, {way}"
+    way = "prefilled" if row.student_prefill else f"{row.student_few_shot}-shot"
+    return f"undistilled {row.student if name_student else 'student'}, {way}"
 
 
-def elicited(baselines, rule):
+def elicited(baselines: Rows, answers: str) -> dict[str, list[ResultRow]]:
     """{label: rows} of the way of asking that gets most out of the undistilled student, of each student and
     dataset: the one with the highest mean over seeds."""
-    best, num_ways = {}, {}
-    for label, rows in by_label(baselines, rule).items():
-        key = tuple(rows[0].get(name) for name in ("student", "data"))
-        mean = pooled(rows, f"student_{rule}")[0]
-        num_ways[key] = num_ways.get(key, 0) + 1
-        if key not in best or mean > best[key][0]:
-            best[key] = mean, label, rows
-    labels = {key: f": best of {num} ways to ask" if num > 1 else "" for key, num in num_ways.items()}
-    return {f"{label}{labels[key]}": rows for key, (_, label, rows) in best.items()}
+    found = {}
+    ways = by_label(baselines, answers).items()
+    for group in group_by(ways, lambda way: (way[1][0].student, way[1][0].data)).values():
+        label, seeds = max(group, key=lambda way: pooled(way[1], "student", answers)[0])
+        found[f"{label}: best of {len(group)} ways to ask" if len(group) > 1 else label] = seeds
+    return found
 
 
-def headline(matches):
+def headline(matches: Iterable[Match]) -> Match | None:
     """The Match that the finding is about: ADS, forced answers if there are any, nearest HEADLINE_LEVEL."""
-    matched = [m for m in matches if m.arm == "ADS" and m.price == "accuracy" and m.difference is not None]
-    order = list(RULES)
     return min(
-        matched,
-        key=lambda m: (order.index(m.rule), abs(m.level - HEADLINE_LEVEL), m.low is None),
+        (m for m in matches if m.arm == "ADS" and m.price == "accuracy" and m.difference is not None),
+        key=lambda m: (list(ANSWERS).index(m.answers), abs(m.level - HEADLINE_LEVEL), m.low is None),
         default=None,
     )
 
 
-def second_finding(matches):
-    """A sentence on the headline's comparison by raw answers, where the headline is about forced ones."""
-    best = headline(matches)
-    rest = [m for m in matches if best and m.name == best.name and m.rule != best.rule]
-    other = headline(rest)
-    if other is None:
-        return ""
-    shares = f"{100 * other.temperature:.0f} % by temperature, {100 * other.student:.0f} % by {other.name}"
-    difference, *ends = in_points(other)
-    return (
-        f"By {RULES[other.rule]} answers, at a teacher accuracy of {100 * other.level:.3g} %: {shares}, "
-        f"a difference of {difference} points{bounds(other, ends)}{f' {MARK}' if other.flags else ''}."
-        f"{doubt(other) if other.flags != best.flags else ''}"
-    )
-
-
-def finding(curves, matches):
+def finding(curves: Sequence[Curve], matches: Iterable[Match]) -> str:
     """One sentence on what the data show, with a mark where it is in doubt."""
     best = headline(matches)
     if best is None:
         return explain_no_finding(curves)
-    temperature, student = (f"{100 * share:.0f} %" for share in (best.temperature, best.student))
     text = (
-        f"At a teacher accuracy of {100 * best.level:.3g} % ({RULES[best.rule]} answers), "
-        f"temperature-sampled traces bring students to {temperature}, {best.name} traces to {student}"
+        f"At a teacher accuracy of {show_percent(best.level)} ({ANSWERS[best.answers]} answers), temperature-"
+        f"sampled traces bring students to {whole_percent(best.temperature)}, {best.name} traces to "
+        f"{whole_percent(best.student)}"
     )
     difference, *ends = in_points(best)
     if best.low is not None and best.low <= 0 <= best.high:
@@ -104,91 +86,102 @@ def finding(curves, matches):
     else:
         text += f": {difference.removeprefix('-')} points {'less' if best.difference > 0 else 'more'}"
         ends = [end.removeprefix("-") for end in (ends if best.difference > 0 else ends[::-1])]
-    return f"{text}{bounds(best, ends)}{f' {MARK}' if best.flags else ''}."
+    return f"{text}{bounds(best, ends)}{mark(best)}."
 
 
-def finding_doubt(matches):
+def explain_no_finding(curves: Sequence[Curve]) -> str:
+    arms = {curve.arm for curve in curves}
+    if missing := [arm for arm in ("temperature", "ADS") if arm not in arms]:
+        return f"No point of {' or '.join(missing)} is complete yet: there is nothing to compare."
+    if not any(curve.arm == "ADS" for _, curve in pair_up(curves)):
+        first = [c.points[0].row for c in curves if c.arm in ("temperature", "ADS")]
+        names = [key for key in results.differing(first) if key not in SEEDS]
+        names = [key for key in names if not results.concerns_defence(key)]
+        what = ", ".join(map(results.show_name, names)) or "what one of them does not name"
+        return f"The temperature and the ADS curve differ in {what}: nothing is compared."
+    return "The temperature and the ADS curve have no teacher accuracy in common: nothing is compared."
+
+
+def finding_doubt(matches: Iterable[Match]) -> str:
     """Why the finding is in doubt, where it is marked."""
     best = headline(matches)
     return doubt(best).strip() if best else ""
 
 
-def in_points(match):
+def second_finding(matches: Iterable[Match]) -> str:
+    """A sentence on the headline's comparison by raw answers, where the headline is about forced ones."""
+    best = headline(matches)
+    other = headline(m for m in matches if best and m.name == best.name and m.answers != best.answers)
+    if best is None or other is None:
+        return ""
+    difference, *ends = in_points(other)
+    return (
+        f"By {ANSWERS[other.answers]} answers, at a teacher accuracy of {show_percent(other.level)}: "
+        f"{whole_percent(other.temperature)} by temperature, {whole_percent(other.student)} by {other.name}, "
+        f"a difference of {difference} points{bounds(other, ends)}{mark(other)}."
+        f"{doubt(other) if other.flags != best.flags else ''}"
+    )
+
+
+def controls(matches: Iterable[Match]) -> str:
+    """A sentence on the other arms, each at the matched level nearest the headline's; empty without any."""
+    best = headline(matches)
+    if best is None:
+        return ""
+    others = [m for m in matches if m.arm != "ADS" and m.difference is not None]
+    others = [m for m in others if (m.answers, m.price) == (best.answers, "accuracy")]
+    nearest = {m.name: m for m in sorted(others, key=lambda m: -abs(m.level - best.level))}
+    chosen = sorted(nearest.values(), key=lambda m: LABELS.index(m.arm))
+    text = [
+        f"{m.name} {whole_percent(m.student)} against {whole_percent(m.temperature)} "
+        f"(teacher {whole_percent(m.level)}, {show_seeds(m.num_seeds)}){mark(m)}"
+        for m in chosen
+    ]
+    if not text:
+        return ""
+    is_doubtful = any(m.flags for m in chosen)
+    doubts = f" {MARK} marks a reading in doubt: why is said in the comparison." if is_doubtful else ""
+    return f"Controls, against temperature at the same teacher accuracy: {', '.join(text)}.{doubts}"
+
+
+def whole_percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def in_points(match: Match) -> list[str]:
     """Texts of a Match's difference and, where it has one, its interval, in percentage points."""
     numbers = [match.difference] + ([] if match.low is None else [match.low, match.high])
     return [f"{100 * number:.{digits_for(numbers[1:], 0)}f}" for number in numbers]
 
 
-def digits_for(ends, digits):
+def digits_for(ends: Iterable[float], digits: int) -> int:
     """The decimals to show: one more where a bound is within a point of 0, so that its sign can be read."""
     return digits + any(abs(end) < 0.01 for end in ends)
 
 
-def bounds(match, ends):
+def bounds(match: Match, ends: Sequence[str]) -> str:
     """[low, high] and what they stand on, or why there are none."""
-    kind = interval_kind(match.num_seeds)
     if not ends:
-        return f" ({match.note}; {match.num_seeds} seed{'' if match.num_seeds == 1 else 's'})"
-    return f" [{', '.join(ends)}] ({kind})"
+        return f" ({match.note}; {show_seeds(match.num_seeds)})"
+    return f" [{', '.join(ends)}] ({interval_kind(match.num_seeds)})"
 
 
-def doubt(match):
+def doubt(match: Match) -> str:
     """The mark of a Match that is in doubt, with why, as a sentence to add; else empty."""
-    return f" {MARK} {'; '.join(match.flags)}." if match.flags else ""
+    return f"{mark(match)} {'; '.join(match.flags)}." if match.flags else ""
 
 
-def explain_no_finding(curves):
-    arms = {curve.arm for curve in curves}
-    if missing := [arm for arm in ("temperature", "ADS") if arm not in arms]:
-        return f"No point of {' or '.join(missing)} is complete yet: there is nothing to compare."
-    if not any(curve.arm == "ADS" for _, curve in pair_up(curves)):
-        rows = [c.points[0].row for c in curves if c.arm in ("temperature", "ADS")]
-        names = [key for key in differing(rows) if key not in SEEDS and not concerns_delta(key)]
-        what = ", ".join(map(show_name, names)) or "what one of them does not name"
-        return f"The temperature and the ADS curve differ in {what}: nothing is compared."
-    return "The temperature and the ADS curve have no teacher accuracy in common: nothing is compared."
-
-
-def controls(matches):
-    """A sentence on the other arms, each at the matched level nearest the headline's; empty without any."""
-    best = headline(matches)
-    others = [m for m in matches if best and m.rule == best.rule and m.price == "accuracy"]
-    others = [m for m in others if m.arm != "ADS" and m.difference is not None]
-    nearest = {m.name: m for m in sorted(others, key=lambda m: -abs(m.level - best.level))}
-    chosen = sorted(nearest.values(), key=lambda m: ARMS.index(m.arm))
-    text = [
-        f"{m.name} {100 * m.student:.0f} % against {100 * m.temperature:.0f} % "
-        f"(teacher {100 * m.level:.0f} %, {show_seeds(m)}){f' {MARK}' if m.flags else ''}"
-        for m in chosen
-    ]
-    if not text:
-        return ""
-    doubts = f" {MARK} marks a reading in doubt: why is said in the comparison." if any_flags(chosen) else ""
-    return f"Controls, against temperature at the same teacher accuracy: {', '.join(text)}.{doubts}"
-
-
-def any_flags(matches):
-    return any(match.flags for match in matches)
-
-
-def show_seeds(match):
-    return f"{match.num_seeds} seed{'' if match.num_seeds == 1 else 's'}"
-
-
-def show_level(match):
-    """The price that a Match is at."""
-    if match.level is None or match.price == "accuracy":
-        return f"teacher {show_number(match.level)}"
-    return f"{PRICES['nll']} {match.level:.3g} nats/token"
-
-
-def show_match(match):
+def show_match(match: Match) -> str:
     """A line for the terminal and the Markdown report."""
-    who = f"{RULES[match.rule]}, {show_level(match)}: temperature"
-    both = f"{show_number(match.temperature)}, {match.name} {show_number(match.student)}"
+    where = f"teacher {show_number(match.level)}"
+    if match.price != "accuracy" and match.level is not None:
+        price = PRICES[match.price]
+        where = f"{price.words} {price.show_with_unit(match.level)}"
+    text = f"{ANSWERS[match.answers]}, {where}: temperature {show_number(match.temperature)}, "
+    text += f"{match.name} {show_number(match.student)}"
     if match.difference is None:
-        return f"{who} {both}; {match.note}"
+        return f"{text}; {match.note}"
     ends = [] if match.low is None else [match.low, match.high]
     digits = digits_for(ends, 3)
     shown = bounds(match, [f"{end:.{digits}f}" for end in ends])
-    return f"{who} {both}, difference {match.difference:.{digits}f}{shown}{doubt(match)}"
+    return f"{text}, difference {match.difference:.{digits}f}{shown}{doubt(match)}"

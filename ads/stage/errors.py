@@ -13,7 +13,7 @@ class NotMadeError(MissingInputError):
     """What a stage reads and another stage is still to make."""
 
 
-def reason(error):
+def reason(error: Exception) -> str:
     """One line on an error that a library raised: its text, and its type where that says more."""
     text = " ".join(str(error).split())[:300]
     is_plain = isinstance(error, OSError | ValueError | ImportError | RuntimeError)

@@ -1,4 +1,4 @@
-"""Files that survive a kill: atomic writes, parts of an unfinished stage, registries, locks."""
+"""Files that survive a kill: atomic writes, rows of an unfinished stage, registries, locks."""
 
 import contextlib
 import errno
@@ -9,10 +9,13 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import yaml
 
+from ads.stage import layout
 from ads.stage.errors import MissingInputError, UserError
 
 UMASK = os.umask(0o077)  # it can only be read by being set
@@ -21,7 +24,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; on success it is flushed to disk and renamed.
 
     Two processes may not write one path at a time: hold the stage's lock.
@@ -41,7 +44,7 @@ def atomic_path(path):
 
 
 @contextlib.contextmanager
-def atomic_folder(path):
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary sibling folder to fill; on success it replaces the folder `path`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -54,28 +57,21 @@ def atomic_folder(path):
     temporary.rename(path)
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def append_jsonl(path, record):
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line to a registry that several processes may be writing to."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def read_jsonl(path):
-    """The records of a JSON-lines file."""
-    with Path(path).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
-def read_yaml(path):
-    """The mapping in a YAML file; ValueError when the file holds something else."""
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError when the file holds something else."""
     path = Path(path)
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist")
@@ -88,8 +84,8 @@ def read_yaml(path):
     return content or {}
 
 
-def differing_keys(before, now, ignore=()):
-    """One 'key: before -> now' string per key in which two mappings differ."""
+def differing_keys(before: dict[str, Any], now: dict[str, Any], ignore: Container[str] = ()) -> list[str]:
+    """One 'key was before, now after' text for each key in which two mappings differ."""
     keys = [key for key in {**before, **now} if key not in ignore]
     return [
         f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
@@ -98,19 +94,19 @@ def differing_keys(before, now, ignore=()):
     ]
 
 
-def write_part(parts_dir, rank, rows):
+def write_part(parts_dir: Path, rank: int, rows: Iterable[dict[str, Any]]) -> None:
     """Store finished rows (dicts with an 'id') as one JSON-lines file that no later call touches.
 
     Its name ends in a checksum of its contents.
     """
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_text(Path(parts_dir) / f"{time.time_ns():020d}-{rank}-{checksum(text.encode())}.jsonl", text)
+    write_text(parts_dir / f"{time.time_ns():020d}-{rank}-{checksum(text.encode())}.jsonl", text)
 
 
-def read_parts(parts_dir):
+def read_parts(parts_dir: Path) -> dict[str, dict[str, Any]]:
     """{id: row} of every row stored so far. A damaged part is said and left out: its rows are made again."""
-    rows = {}
-    for path in sorted(Path(parts_dir).glob("[0-9]*.jsonl")):
+    rows: dict[str, dict[str, Any]] = {}
+    for path in sorted(parts_dir.glob("[0-9]*.jsonl")):
         content = path.read_bytes()
         if path.stem.split("-")[-1] != checksum(content):
             print(f"{path} is damaged: its rows are made again", flush=True)
@@ -119,26 +115,25 @@ def read_parts(parts_dir):
     return rows
 
 
-def checksum(content):
+def checksum(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 @contextlib.contextmanager
-def stage_lock(exp_dir, name):
+def stage_lock(exp_dir: str | Path, name: str) -> Iterator[None]:
     """Hold the lock of one stage, waiting while another process has it; a killed holder lets go."""
-    path = Path(exp_dir) / "locks" / f"{name}.lock"
+    path = layout.path_of("lock", exp_dir, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         take_lock(file, path)
         file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
         file.flush()
         yield
 
 
-def take_lock(file, path):
+def take_lock(file: TextIO, path: Path) -> None:
     """Lock an open file; where its file system has no locks, say what that means and go on."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What identifies code, files and folders; versions and commit."""
+"""What identifies a file, a model, the project's code and its libraries: short hashes, versions, a commit."""
 
 import contextlib
 import hashlib
@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ads.stage.errors import MissingInputError
 from ads.stage.hub import HUB, HUB_FILES, find_folder, locate
@@ -18,27 +20,23 @@ WEIGHTS = (".safetensors", ".bin")
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.model")
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 256
-# what only reads finished stages, or plans them
+# code that makes no stage: it reads finished ones, or plans them
 NO_STAGE = ("grid.py", "report.py", "search.py", "ads/report/")
 
 
-def versions():
-    """Version of every library that can change a result."""
+def versions() -> dict[str, str]:
+    """The version of each library that can change a result, of those installed."""
     names = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "math-verify", "numpy")
     found = {name: metadata.version(name) for name in names if importable(name)}
     return {"python": platform.python_version(), **found}
 
 
-def importable(name):
+def importable(name: str) -> bool:
     """Whether a distribution is installed."""
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+    return any(metadata.distributions(name=name))
 
 
-def git_commit():
+def git_commit() -> str | None:
     """The project's commit, with '+' when the working tree differs from it; None outside a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError):
@@ -47,7 +45,7 @@ def git_commit():
     return None
 
 
-def fingerprint_code():
+def fingerprint_code() -> str:
     """16 hex digits of the project's code that makes stages."""
     paths = [*ROOT.glob("*.py"), *(ROOT / "ads").rglob("*.py"), *(ROOT / "ads").rglob("*.c")]
     names = sorted(path.relative_to(ROOT).as_posix() for path in paths)
@@ -56,13 +54,13 @@ def fingerprint_code():
     )
 
 
-def fingerprint_json(value):
+def fingerprint_json(value: Any) -> str:
     """16 hex digits that identify a JSON-able value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def fingerprint_file(path):
+def fingerprint_file(path: str | Path) -> str:
     """16 hex digits of a file's contents; of weights, their size and evenly spaced blocks."""
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())
@@ -77,16 +75,16 @@ def fingerprint_file(path):
     return digest.hexdigest()[:16]
 
 
-def fingerprint(path):
+def fingerprint(path: str | Path) -> str:
     """16 hex digits of a file's contents or of a model folder's."""
     is_model = Path(path).is_dir()
     return fingerprint_folder(str(path), "model", MODEL_FILES) if is_model else fingerprint_file(path)
 
 
-def fingerprint_folder(name, kind, patterns):
-    """Contents of the files that match, or a repository's name and commit on the hub.
+def fingerprint_folder(name: str, kind: str, patterns: Iterable[str]) -> str:
+    """What identifies the files of a folder that match, or a repository of the hub: its name and commit.
 
-    FileNotFoundError without the first of the kind's HUB_FILES.
+    MissingInputError without the first of the kind's HUB_FILES.
     """
     where, commit = locate(name, kind)
     folder = find_folder(name, kind)

@@ -1,10 +1,9 @@
-"""What is of the hub, at one commit for a whole experiment.
+"""Models, tokenizers and datasets of the Hugging Face hub, each at one commit for a whole experiment.
 
-A branch moves while an experiment runs, so each name is looked up once for an experiment, not for a stage:
-the first stage that needs it records the commit in EXP_DIR/hub.yaml, and all others, of later runs too, take
-that one. So an old gradient never meets new weights, and a sweep of many hours is not cut in two. Names stay
-as they are in settings and records; datasets and stages run by hand take part. `print_moved` says what has
-moved since.
+A branch of the hub may move while an experiment runs. So the first stage that needs a name looks it up and
+records its commit in EXP_DIR/hub.yaml; all later stages take that commit, also in later runs and when run by
+hand. An old gradient never meets new weights, and a sweep of many hours is not cut in two. Settings and
+sidecars keep the name as it was given. `print_moved` says what has moved since.
 """
 
 import functools
@@ -13,9 +12,11 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from ads.stage import layout
 from ads.stage.errors import MissingInputError, UserError, reason
 from ads.stage.files import differing_keys, read_yaml, stage_lock, write_text
 
@@ -27,29 +28,26 @@ HUB_FILES = {
 }
 TOKENIZER_FILES = ("tokenizer*", "chat_template*", "vocab*", "merges*")
 HUB = "hub:"  # begins the fingerprint of what is there
-COMMITS = {}  # {name on the hub: commit} in this process: what is fingerprinted is what is loaded
+COMMITS: dict[
+    str, str
+] = {}  # {name on the hub: commit} in this process: what is fingerprinted is what is loaded
 OF_DATASETS = "datasets/"  # begins their names there
 HUB_SECONDS = 10  # to wait for an answer
 
 
-def record_of_commits(exp_dir):
-    """The file with the commits that an experiment takes; pipeline.sh names a copy for its dry runs."""
-    return Path(os.environ.get("HUB_RECORD") or Path(exp_dir) / "hub.yaml")
-
-
-def recorded_commits(path):
+def recorded_commits(path: Path) -> dict[str, str]:
     return read_yaml(path) if path.is_file() else {}
 
 
-def read_commits(exp_dir):
-    """Take what is of the hub at the commits that an experiment has recorded, if any."""
+def read_commits(exp_dir: str) -> None:
+    """From now on take from the hub the commits that an experiment has recorded, if any."""
     COMMITS.clear()
-    COMMITS.update(recorded_commits(record_of_commits(exp_dir)))
+    COMMITS.update(recorded_commits(layout.hub_record(exp_dir)))
 
 
-def record_commits(exp_dir):
-    """Record the commits that this process takes; ValueError if another has meanwhile recorded other ones."""
-    path = record_of_commits(exp_dir)
+def record_commits(exp_dir: str) -> None:
+    """Record the commits that this process takes; UserError if another has meanwhile recorded other ones."""
+    path = layout.hub_record(exp_dir)
     if COMMITS.items() <= recorded_commits(path).items():
         return
     with stage_lock(path.parent, "hub"):
@@ -59,9 +57,9 @@ def record_commits(exp_dir):
         write_text(path, yaml.safe_dump(commits))
 
 
-def print_moved(exp_dir):
+def print_moved(exp_dir: str) -> None:
     """Say what has moved on the hub since an experiment recorded its commit; nothing without a network."""
-    path = record_of_commits(exp_dir)
+    path = layout.hub_record(exp_dir)
     for name, commit in recorded_commits(path).items():
         try:
             now = ask_hub(name)
@@ -75,26 +73,27 @@ def print_moved(exp_dir):
             )
 
 
-def locate(name, kind):
-    """(what a library is to load, at which commit): of a folder (itself, None).
+def locate(name: str, kind: str) -> tuple[str, str | None]:
+    """(what a library is to load, at which commit); for a folder (the folder, None).
 
-    Anything else is OWNER/NAME or OWNER/NAME@REVISION of the hub: a branch, a tag or a commit.
+    Anything else is a name on the hub, OWNER/NAME or OWNER/NAME@REVISION, with a branch, a tag or a commit as
+    REVISION. kind: model, tokenizer or dataset.
     """
     if Path(name).is_dir():
         return name, None
     return name.partition("@")[0], find_commit(name, kind)
 
 
-def find_folder(name, kind):
-    """A folder, or that of a repository's snapshot, with the kind's HUB_FILES."""
+def find_folder(name: str, kind: str) -> Path:
+    """The folder itself, or for a name on the hub the local snapshot that has the kind's HUB_FILES."""
     where, commit = locate(name, kind)
     return Path(where) if commit is None else find_snapshot(where, commit, kind)
 
 
-def find_commit(name, kind):
-    """The commit of what is of the hub: that of its name, or that in COMMITS, or as it is there now.
+def find_commit(name: str, kind: str) -> str:
+    """The commit to take of a name on the hub: that in the name itself, else in COMMITS, else the hub's now.
 
-    Where the hub does not answer, a commit that the cache has. FileNotFoundError when there is none.
+    Where the hub does not answer, one that the local cache has. MissingInputError when there is none.
     """
     repository, _, revision = name.partition("@")
     if Path(name).is_absolute() or name.startswith(".") or repository.count("/") > 1:
@@ -110,27 +109,29 @@ def find_commit(name, kind):
     return COMMITS[key]
 
 
-def ask_hub(key):
-    """The commit at which something is on the hub now; FileNotFoundError where that cannot be had.
+def ask_hub(key: str) -> str:
+    """The commit at which a key of COMMITS is on the hub now; MissingInputError where the hub does not say.
 
-    The cache's refs, by which others find what is in it, stay where they are.
+    Nothing is downloaded: other programs find what is in the cache by its refs, which must stay as they are.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
     repository, _, revision = key.removeprefix(OF_DATASETS).partition("@")
-    ask = HfApi().dataset_info if key.startswith(OF_DATASETS) else HfApi().model_info
+    api = HfApi()
+    ask: Any = api.dataset_info if key.startswith(OF_DATASETS) else api.model_info
     try:
         return ask(repository, revision=revision or None, timeout=HUB_SECONDS).sha
     except (OSError, ValueError, HTTPError) as error:
         raise MissingInputError(reason(error)) from error
 
 
-def cached_commit(name, kind, why):
-    """The commit at which the cache has a branch or tag, if complete; else, of main, the newest complete one.
+def cached_commit(name: str, kind: str, why: Exception) -> str:
+    """The commit at which the local cache has a branch or tag, if it is complete there.
 
-    Where main has moved, a look at it leaves a few files of the new commit in the cache, without weights.
-    FileNotFoundError when there is none; `why` the hub was of no help.
+    Else, for main, the newest commit that is complete: where main has moved, a look at it left a few files of
+    the new commit in the cache, without weights. MissingInputError when there is none; it says `why` the hub
+    was of no help.
     """
     from huggingface_hub import constants
 
@@ -150,8 +151,8 @@ def cached_commit(name, kind, why):
     return found
 
 
-def is_complete(folder, kind):
-    """Whether a snapshot in the cache holds what is loaded, beyond the HUB_FILES that a look at it leaves."""
+def is_complete(folder: Path, kind: str) -> bool:
+    """Whether a snapshot in the cache holds all that will be loaded; a look at it leaves only HUB_FILES."""
     if kind == "model":
         indexes = [json.loads(path.read_text()) for path in folder.glob("*.safetensors.index.json")]
         parts = {name for index in indexes for name in index["weight_map"].values()}
@@ -162,16 +163,16 @@ def is_complete(folder, kind):
 
 
 @functools.cache  # a commit never changes
-def find_snapshot(repository, commit, kind):
-    """The local folder of a model's or tokenizer's HUB_FILES at a commit; without a network, of those cached.
+def find_snapshot(repository: str, commit: str, kind: str) -> Path:
+    """The local folder with a model's or tokenizer's HUB_FILES at a commit, downloaded if not cached.
 
-    FileNotFoundError when there is none.
+    MissingInputError when it cannot be had; UserError when its owner has not granted access.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HTTPError
 
     try:
-        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=HUB_FILES[kind]))
+        folder = Path(snapshot_download(repository, revision=commit, allow_patterns=[*HUB_FILES[kind]]))
         if not is_complete(folder, kind):
             check_access(repository)
         return folder
@@ -186,11 +187,10 @@ def find_snapshot(repository, commit, kind):
         ) from error
 
 
-def check_access(repository):
-    """GatedRepoError if what is still to be downloaded of a repository may not be.
+def check_access(repository: str) -> None:
+    """GatedRepoError if this account may not download the repository, although HUB_FILES are in the cache.
 
-    HUB_FILES may be in the cache by an account that has access. Whatever else keeps the hub from answering
-    shows when the model is loaded.
+    Whatever else keeps the hub from answering shows when the model is loaded.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HTTPError

@@ -6,28 +6,27 @@ so, and what was measured of it stay, and its stages count as done.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-import yaml
-
+from ads.stage import layout
 from ads.stage.errors import NotMadeError, UserError
-from ads.stage.files import write_text
 from ads.stage.fingerprint import MODEL_FILES, fingerprint_file, fingerprint_folder
 from ads.stage.hub import ADAPTER_FILE, TOKENIZER_FILES, find_folder
-from ads.stage.sidecar import check_output, read_sidecar
+from ads.stage.sidecar import check_output, read_sidecar, write_record
 
 
-def fingerprint_existing(path, remedy):
-    """fingerprint_file of an input; NotMadeError, a FileNotFoundError, that says how to make it.
+def fingerprint_existing(path: str | Path, remedy: str) -> str:
+    """What identifies a file that a stage reads; NotMadeError that says how to make it.
 
-    ValueError if a stage made it and it has changed since.
+    UserError if a stage made it and it has changed since.
     """
     if not Path(path).is_file():
         raise NotMadeError(f"{path} does not exist: {remedy}")
-    check_output(Path(path).with_suffix(".yaml"), path)
+    check_output(layout.sidecar_of(Path(path)), path)
     return fingerprint_file(path)
 
 
-def fingerprint_model(name):
+def fingerprint_model(name: str) -> str:
     """What identifies a model: the contents of a folder, tokenizer included, or the hub's name and commit.
 
     UserError if it is a student that has changed since it was made, or holds an adapter; NotMadeError if it
@@ -36,22 +35,23 @@ def fingerprint_model(name):
     if deleted := deleted_student(name):
         return deleted["model"]
     folder = Path(name).absolute()
-    check_output(student_sidecar(folder), folder)
-    if is_student(folder) and not folder.is_dir():
-        raise NotMadeError(f"{name} does not exist: make it with distill.py")
+    if layout.is_a("student", folder):
+        check_output(layout.sidecar_of(folder), folder)
+        if not folder.is_dir():
+            raise NotMadeError(f"{name} does not exist: make it with distill.py")
     check_no_adapter(name)
     return fingerprint_folder(name, "model", MODEL_FILES)
 
 
-def fingerprint_tokenizer(name):
+def fingerprint_tokenizer(name: str) -> str:
     """What identifies a tokenizer: its files in a local folder, or the hub's name and commit."""
     if deleted := deleted_student(name):
         return deleted["tokenizer"]
     return fingerprint_folder(name, "tokenizer", TOKENIZER_FILES)
 
 
-def check_no_adapter(name):
-    """ValueError for a model with an adapter beside it, which transformers would add without a word."""
+def check_no_adapter(name: str) -> None:
+    """UserError for a model with an adapter beside it, which transformers would add without a word."""
     folder = find_folder(name, "model")
     if (folder / ADAPTER_FILE).is_file():
         is_model = (folder / "config.json").is_file()
@@ -62,37 +62,27 @@ def check_no_adapter(name):
         )
 
 
-DELETED = {}  # {fingerprint: sidecar} of the deleted students that this process has met
+DELETED: dict[str, Path] = {}  # {fingerprint: sidecar} of the deleted students that this process has met
 
 
-def is_student(folder):
-    """Whether a folder is where distill.py puts a student: EXP_DIR/models/NAME/final."""
-    return folder.name == "final" and folder.parent.parent.name == "models"
-
-
-def student_sidecar(folder):
-    return folder.parent.with_name(f"{folder.parent.name}.yaml")
-
-
-def delete_student(name):
-    """Delete a finished student's folder; first its sidecar tells what it was. Again, what a kill left."""
+def delete_student(name: str) -> None:
+    """Delete a finished student's folder, once its sidecar tells what it was; or what a kill left of it."""
     folder = Path(name).absolute()
-    if not is_student(folder):
+    if not layout.is_a("student", folder):
         raise UserError(f"{name} is no student (EXP_DIR/models/NAME/final): not deleted")
     if not deleted_student(name):
         fingerprints = {"model": fingerprint_model(name), "tokenizer": fingerprint_tokenizer(name)}
-        sidecar = student_sidecar(folder)
-        record = {"deleted": fingerprints, **read_sidecar(sidecar)}
-        write_text(sidecar, yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110))
+        sidecar = layout.sidecar_of(folder)
+        write_record(sidecar, {"deleted": fingerprints, **read_sidecar(sidecar)})
     if folder.exists():
         shutil.rmtree(folder)
 
 
-def deleted_student(name):
+def deleted_student(name: str) -> dict[str, str] | None:
     """{"model": fingerprint, "tokenizer": fingerprint} of a student that was deleted, else None."""
     folder = Path(name).absolute()
-    sidecar = student_sidecar(folder)
-    if not (is_student(folder) and sidecar.is_file()):
+    sidecar = layout.sidecar_of(folder)
+    if not (layout.is_a("student", folder) and sidecar.is_file()):
         return None
     found = read_sidecar(sidecar).get("deleted")
     if found:
@@ -100,8 +90,8 @@ def deleted_student(name):
     return found
 
 
-def check_not_deleted(inputs):
-    """ValueError if a stage that is to be done reads a student that was deleted."""
+def check_not_deleted(inputs: dict[str, Any]) -> None:
+    """UserError if a stage that is to be done reads a student that was deleted."""
     for sidecar in [DELETED[made_from] for made_from in inputs.values() if made_from in DELETED]:
         raise UserError(
             f"{sidecar.with_suffix('')}/final was deleted once it had been evaluated (KEEP_STUDENTS=0): "

@@ -1,6 +1,5 @@
 """The demo's generated problems: right, disjoint, the same everywhere."""
 
-import random
 import re
 
 import pytest
@@ -54,36 +53,6 @@ def test_problems_depend_on_split_and_seed_alone():
         "There are 13 stamps in a box . Finn loses 3 of them . The number triples . Finn loses 5 of them . "
         "Now there are twice as many . How many stamps are left ?"
     )
-
-
-def test_slips_are_corrected_and_spans_are_the_results():
-    rng = random.Random(0)
-    for _ in range(100):
-        start, steps = arithmetic.draw_computation(rng, 3)
-        text, spans = arithmetic.work_out(start, steps, rng, slips=0.5)
-        values = [start]
-        for step in steps:
-            values.append(step.apply(values[-1]))
-        assert [text[first:end] for first, end in spans] == [str(value) for value in values[1:]]
-        assert text.endswith(f"\\boxed{{ {values[-1]} }} .")
-
-
-def test_unknown_results_are_random_and_worked_on_with():
-    """Those of the skill alone; a right one is no likelier among them than another."""
-    rng, num_wrong, num_steps = random.Random(0), 0, 0
-    for _ in range(400):
-        start, steps = arithmetic.draw_computation(rng, 3)
-        text, spans = arithmetic.work_out(start, steps, rng, unknown=0.4)
-        equations = re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", text)
-        written = [start, *(int(text[first:end]) for first, end in spans)]
-        assert [int(a) for a, *_ in equations] == written[:-1] and int(equations[-1][3]) == written[-1]
-        assert all(0 <= value <= 59 for value in written)
-        assert text.endswith(f"\\boxed{{ {written[-1]} }} .")
-        made = list(zip(steps, written, written[1:], strict=False))
-        assert all(s.apply(a) == b for s, a, b in made if s.kind not in arithmetic.SKILL)
-        num_wrong += sum(s.apply(a) != b for s, a, b in made)
-        num_steps += sum(s.kind in arithmetic.SKILL for s in steps)
-    assert 0.34 < num_wrong / num_steps < 0.44
 
 
 @pytest.mark.parametrize("split", ("train", "test"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import math_verify  # here, so that no time limit or timing below includes its import
 import pytest
 
-from ads.data import answers, grading
+from ads.data import answers, expressions, grading, notation, quantities
 from ads.data.grading import extract_answer, grade, grade_forced, reference_answer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -293,6 +293,7 @@ EQUAL = [
     ("18 cm\u00b2", "18"),
     (r"18\,\text{cm}^3", "18"),
     (r"18 \text{ m/s}^2", "18"),
+    (r"18\text{ g}", "18"),
     ("18 sq. cm.", "18"),
     ("18 cm2", "18"),
     ("18/hour", "18"),
@@ -432,8 +433,8 @@ def test_text_is_dropped_only_where_it_is_known(answer, reference, correct):
 @pytest.mark.parametrize("text", ["5 \\ldots", "5'", "5_3", r"5 \approx 7", "5 3", "5 \\heartsuit ]"])
 def test_an_expression_is_read_to_its_end_or_not_at_all(text):
     """latex2sympy makes 5 of all of these but the last two (8 of '5 3'), and says nothing."""
-    assert answers.read(text) is None
-    assert answers.read("5 + x") is not None
+    assert expressions.read(text) is None
+    assert expressions.read("5 + x") is not None
 
 
 @pytest.mark.parametrize(
@@ -529,7 +530,7 @@ def test_one_wrong_answer_is_wrong_however_it_could_be_parsed():
     ],
 )
 def test_pathological_answers_are_wrong_within_bounds(answer, monkeypatch):
-    monkeypatch.setattr(answers, "TIME_LIMIT", 2)
+    monkeypatch.setattr(expressions, "TIME_LIMIT", 2)
     start = time.process_time()
     assert not grade(boxed(answer), GSM_18).correct
     assert time.process_time() - start < 6
@@ -576,7 +577,7 @@ def test_extraction_takes_linear_time(text, solution):
 
 
 def test_a_time_out_is_wrong_and_flagged(monkeypatch, caplog):
-    monkeypatch.setattr(answers, "TIME_LIMIT", 1)
+    monkeypatch.setattr(expressions, "TIME_LIMIT", 1)
     slow = "(x+y+z+1)^{200} + 0.1"  # with a decimal, one value that differs does not decide
     assert grade(boxed(slow), boxed("x+y")) == grading.Grade(False, slow, True)
     monkeypatch.undo()
@@ -679,7 +680,7 @@ def test_math_solutions_grade_as_correct(name, without_answer):
 def test_math_answers_equal_themselves_and_no_other_for_math_verify():
     """Past the text comparison: 120 non-numeric answers of MATH, each against itself and against the next."""
     rows = random.Random(0).sample(read_rows("hendrycks_math_test"), 600)
-    texts = sorted({answers.normalize(reference_answer(row["solution"])) for row in rows})
+    texts = sorted({notation.normalize(reference_answer(row["solution"])) for row in rows})
     texts = [text for text in texts if not text.lstrip("-").isdigit()][:120]
     assert len(texts) == 120
     assert [text for text in texts if not answers.same_parts(text, text)] == []
@@ -693,7 +694,8 @@ def test_math500_answer_column_agrees():
 
 def test_words_that_the_grader_knows_are_graded_wherever_they_stand():
     """`16 left` has no noun before the word that follows nouns: an IndexError once, which ended a stage."""
-    words = sorted(set(re.findall("[A-Za-z]+|[^A-Za-z0-9 ]", inspect.getsource(answers))))
+    source = "".join(map(inspect.getsource, (answers, notation, quantities, expressions)))
+    words = sorted(set(re.findall("[A-Za-z]+|[^A-Za-z0-9 ]", source)))
     assert len(words) > 500
     for word in words:
         for form in ("5 {}", "5{}", "{} 5", "5 per {}", "5 {} each", "{0} {0}"):

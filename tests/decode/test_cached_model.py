@@ -6,8 +6,9 @@ import torch
 from families import WINDOW
 
 from ads.decode.cached_model import CachedModel
-from ads.decode.engine import Models, Request, generate
-from ads.dual.model import make_checked, reverse
+from ads.decode.engine import Models, generate
+from ads.decode.rows import Request
+from ads.delta.check import make_checked, reverse
 from ads.sampling import GREEDY
 from ads.trials import CheckedLookups, try_batches
 

@@ -12,12 +12,13 @@ from ads.data import arithmetic
 from ads.decode import corruption
 from ads.decode.cached_model import CachedModel
 from ads.decode.corruption import Corruption
-from ads.decode.engine import Models, Request, generate
+from ads.decode.engine import Models, generate
+from ads.decode.rows import Request
 from ads.loading import load_model
 from ads.sampling import Sampling
 
 TEACHER = str(ROOT / "demo" / "models" / "teacher")
-RULE, SEED = Sampling(tau=0.8), 5
+DISTRIBUTION, SEED = Sampling(tau=0.8), 5
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def decode(demo, share, batch_size=60, **keywords):
     """{id: Completion} with a share of the results corrupted; None: without any corruption."""
     corrupted = None if share is None else Corruption(demo.tokenizer, demo.allowed_V, share)
     models = Models(demo.teacher, None, demo.allowed_V, demo.eos, corrupted)
-    return {c.id: c for c in generate(models, RULE, SEED, demo.requests, batch_size, **keywords)}
+    return {c.id: c for c in generate(models, DISTRIBUTION, SEED, demo.requests, batch_size, **keywords)}
 
 
 def result_spans(text):
@@ -46,14 +47,14 @@ def result_spans(text):
     return [match.span(1) for match in re.finditer(r"= (\d+)", text)]
 
 
-def what_the_rule_would_draw(demo, request, ids):
+def what_plain_sampling_draws(demo, request, ids):
     """The token that plain sampling draws after each prefix of a response, by an uncached pass."""
     inputs = torch.tensor([request.prompt_ids + ids])
     with torch.inference_mode():
         logits_TV = demo.teacher.model(inputs).logits[0, len(request.prompt_ids) - 1 : -1]
     keys_T = torch.full((len(ids),), sampling.row_key(SEED, request.id))
     log_probs_TV = sampling.log_probs(logits_TV, demo.allowed_V)
-    return sampling.sample(log_probs_TV, None, RULE, keys_T, torch.arange(len(ids))).tolist()
+    return sampling.sample(log_probs_TV, None, DISTRIBUTION, keys_T, torch.arange(len(ids))).tolist()
 
 
 @pytest.mark.parametrize("share", (0.4, 1.0))
@@ -63,7 +64,7 @@ def test_nothing_but_results_differs_from_what_the_teacher_would_have_written(de
     corrupted, num_corrupted, num_results = decode(demo, share), 0, 0
     for request in demo.requests:
         ids = corrupted[request.id].ids
-        drawn = what_the_rule_would_draw(demo, request, ids)
+        drawn = what_plain_sampling_draws(demo, request, ids)
         texts = chat.token_texts(demo.tokenizer, ids)
         spans, start = result_spans("".join(texts)), 0
         for k, text in enumerate(texts):
@@ -128,7 +129,7 @@ def test_a_number_is_judged_once_whatever_its_tokens():
     first = len(ids) - 4
     edge, allowed_V = corruption.draw(key, first, 0), torch.ones(272, dtype=torch.bool)
     for share in (edge, edge + 1e-6):
-        rule = Corruption(tokenizer, allowed_V, share)
-        found = [rule.replace(ids[:end], key) for end in range(first + 1, len(ids) + 1)]
+        control = Corruption(tokenizer, allowed_V, share)
+        found = [control.replace(ids[:end], key) for end in range(first + 1, len(ids) + 1)]
         assert (found[0] == ids[first]) == (share == edge) == (found == ids[first:])
         assert tokenizer.decode(found).isdigit()

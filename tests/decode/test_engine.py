@@ -5,69 +5,28 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
+from helpers_models import (
+    EOS,
+    V,
+    ads_models,
+    decode,
+    plain_models,
+    prompts,
+    requests,
+    same,
+    step_with_little_memory,
+    tail_of,
+)
 
-from ads import sampling
-from ads.cpu import native
+from ads import cpu, sampling
 from ads.decode.cached_model import CachedModel
-from ads.decode.engine import Forcing, Models, Request, choose_batch_size, generate
-from ads.delta import gradient
-from ads.delta.central import CentralDifference, perturb_
-from ads.delta.loss import Sequence
+from ads.decode.engine import choose_batch_size, generate
+from ads.decode.rows import Forcing, Request
 from ads.sampling import GREEDY, Sampling
 
 pytestmark = pytest.mark.compiled
 
 KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "mistral")
-V = 97
-EOS = frozenset(range(6))
-
-
-def prompts(num_rows=7, seed=0):
-    """Prompts of unequal length, without eos tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 30, (num_rows,), generator=generator).tolist()
-    return [torch.randint(6, V, (n,), generator=generator).tolist() for n in lengths]
-
-
-def requests(num_new=20, **kwargs):
-    return [Request(f"row{i}", ids, num_new) for i, ids in enumerate(prompts(**kwargs))]
-
-
-def plain_models(kind="qwen2"):
-    return Models(CachedModel(tiny_model(kind)), None, torch.ones(V, dtype=torch.bool), EOS)
-
-
-def proxy_gradient(seed=3):
-    """A proxy with the gradient of a few random sequences."""
-    model = tiny_model("qwen2", seed=seed)
-    sequences = [Sequence(ids + ids[::-1], len(ids)) for ids in prompts(6, seed=9)]
-    gradient.add_gradient_(model, sequences, len(sequences), batch_size=3)
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def perturbed_pair(eps=1e-3):
-    plus, minus = tiny_model("qwen2", seed=3), tiny_model("qwen2", seed=3)
-    perturb_(plus, minus, proxy_gradient().__getitem__, eps)
-    return plus, minus
-
-
-def ads_models(eps=1e-3):
-    shared_V = torch.ones(V, dtype=torch.bool)
-    shared_V[[2, 90]] = False
-    plus, minus = perturbed_pair(eps)
-    return Models(
-        CachedModel(tiny_model("qwen2")), CentralDifference(plus, minus, eps, shared_V), shared_V | True, EOS
-    )
-
-
-def decode(models, rule, rows, batch_size, seed=1):
-    return {c.id: c for c in generate(models, rule, seed, rows, batch_size)}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    assert {i: c.ids for i, c in a.items()} == {i: c.ids for i, c in b.items()}
-    assert {i: c.finished for i, c in a.items()} == {i: c.finished for i, c in b.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,14 +55,14 @@ def test_cached_log_probs_equal_an_uncached_pass(kind):
         assert row.log_prob == pytest.approx(wanted, abs=1e-4)
 
 
-def sample_uncached(model, row, rule, seed):
+def sample_uncached(model, row, distribution, seed):
     """Temperature sampling of one row, written out: full forward, softmax, inverse CDF."""
     ids = list(row.prompt_ids)
     key = torch.tensor([sampling.row_key(seed, row.id)])
     for step in range(row.max_new_tokens):
         with torch.no_grad():
             logits_V = model(torch.tensor([ids])).logits[0, -1]
-        cdf_V = torch.softmax(logits_V / rule.tau, -1).cumsum(-1)
+        cdf_V = torch.softmax(logits_V / distribution.tau, -1).cumsum(-1)
         ids.append(int((cdf_V <= sampling.uniforms(key, torch.tensor([step]))).sum()))
         if ids[-1] in EOS:
             break
@@ -111,36 +70,38 @@ def sample_uncached(model, row, rule, seed):
 
 
 def test_temperature_sampling_equals_a_plain_loop():
-    models, rule = plain_models(), Sampling(0.9)
-    found = decode(models, rule, requests(), batch_size=4, seed=5)
+    models, distribution = plain_models(), Sampling(0.9)
+    found = decode(models, distribution, requests(), batch_size=4, seed=5)
     for row in requests():
-        assert found[row.id].ids == sample_uncached(models.teacher.model, row, rule, seed=5)
+        assert found[row.id].ids == sample_uncached(models.teacher.model, row, distribution, seed=5)
 
 
 def test_traces_do_not_depend_on_batch_size_or_order():
-    for models, rule in (
+    for models, distribution in (
         (plain_models(), Sampling(0.8, 0.0, 30, 0.9)),
         (ads_models(), Sampling(0.8, 0.3, 30, 0.9)),
     ):
         rows = requests(num_rows=20)
-        wanted = decode(models, rule, rows, batch_size=1)
-        same(decode(models, rule, rows, batch_size=3), wanted)
-        same(decode(models, rule, rows[::-1], batch_size=16), wanted)
+        wanted = decode(models, distribution, rows, batch_size=1)
+        same(decode(models, distribution, rows, batch_size=3), wanted)
+        same(decode(models, distribution, rows[::-1], batch_size=16), wanted)
 
 
 def test_lam_zero_needs_no_proxy_and_changes_nothing():
     """With lam = 0 the traces of a run that carries a proxy along equal those of one that has none."""
-    rule = Sampling(0.8, 0.0)
-    same(decode(ads_models(), rule, requests(), 4), decode(plain_models(), rule, requests(), 4))
+    distribution = Sampling(0.8, 0.0)
+    same(
+        decode(ads_models(), distribution, requests(), 4), decode(plain_models(), distribution, requests(), 4)
+    )
 
 
 def test_seed_and_problem_decide_the_trace():
-    models, rule = plain_models(), Sampling(1.0)
-    first = decode(models, rule, requests(), 4, seed=1)
-    second = decode(models, rule, requests(), 4, seed=2)
+    models, distribution = plain_models(), Sampling(1.0)
+    first = decode(models, distribution, requests(), 4, seed=1)
+    second = decode(models, distribution, requests(), 4, seed=2)
     assert any(first[i].ids != second[i].ids for i in first)
     twins = [Request("a", prompts()[0], 20), Request("b", prompts()[0], 20)]
-    found = decode(models, rule, twins, 2)
+    found = decode(models, distribution, twins, 2)
     assert found["a"].ids != found["b"].ids
 
 
@@ -181,18 +142,13 @@ def test_greedy_ads_equals_generate_with_a_logits_processor():
         assert found[row.id].ids == wanted[0, len(row.prompt_ids) :].tolist()
 
 
-def tail_of(request, response_ids):
-    """Ids that differ from row to row, in number too, an eos among them."""
-    return [3, *request.prompt_ids[:2], len(response_ids) % V, 5]
-
-
 @pytest.mark.parametrize("batch_size", (1, 3))
 def test_forced_answers_are_greedy_after_the_response_and_the_given_ids(batch_size):
     """They go through the cache that holds their trace, beside rows that are still sampled with Delta."""
-    models, rule = ads_models(), Sampling(0.8, 0.3)
-    wanted = decode(models, rule, requests(), batch_size)
+    models, distribution = ads_models(), Sampling(0.8, 0.3)
+    wanted = decode(models, distribution, requests(), batch_size)
     forcing = Forcing(tail_of, max_ids=5, max_new_tokens=6)
-    rows = {c.id: c for c in generate(models, rule, 1, requests(), batch_size, forcing)}
+    rows = {c.id: c for c in generate(models, distribution, 1, requests(), batch_size, forcing)}
     same(rows, wanted)
     assert {c.finished for c in wanted.values()} == {True, False}
     plain = models.teacher.model
@@ -227,7 +183,7 @@ def test_batch_size_by_free_memory(monkeypatch):
     positions = max(len(row.prompt_ids) for row in rows) + 20
     # keys of 2 layers, 2 heads of 8 floats and values, which compiled code pads to 16, in three models; 64
     # bytes a logit
-    row_bytes = 3 * positions * 2 * 2 * (8 + (16 if native.library() else 8)) * 4 + 64 * V
+    row_bytes = 3 * positions * 2 * 2 * (8 + (16 if cpu.decodes(torch.zeros(1)) else 8)) * 4 + 64 * V
     for free, wanted in ((10 * row_bytes / 0.8 + 1, 10), (0, 1), (1e12, 64)):
         monkeypatch.setattr("ads.decode.engine.free_bytes", functools.partial(given_bytes, free))
         assert choose_batch_size(models, rows) == wanted
@@ -239,15 +195,6 @@ def test_batch_size_by_free_memory(monkeypatch):
 
 def given_bytes(free, device):
     return free
-
-
-STEP = CachedModel.step
-
-
-def step_with_little_memory(self, tokens_N, *args):
-    if len(tokens_N) > 2:
-        raise torch.OutOfMemoryError("out of memory")
-    return STEP(self, tokens_N, *args)
 
 
 def test_out_of_memory_halves_the_batch_and_changes_no_trace(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer, save_folder, tiny_config, tiny_model
-from test_central import sequences
+from helpers_models import sequences
 
 import distill
 import gentraces

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
-from test_engine import (
+from helpers_models import (
     EOS,
     V,
     ads_models,
@@ -19,7 +19,8 @@ from test_engine import (
 
 from ads.decode import engine, graph
 from ads.decode.cached_model import CachedModel
-from ads.decode.engine import Forcing, Models, Request, generate, static_counts
+from ads.decode.engine import Models, generate, static_counts
+from ads.decode.rows import Forcing, Request
 from ads.defences.scores import permuted
 from ads.delta.exact import ExactDerivative
 from ads.sampling import GREEDY, Sampling
@@ -39,8 +40,8 @@ def exact_models(kind="qwen2"):
     return Models(CachedModel(tiny_model(kind)), exact_proxy(), torch.ones(V) > 0, EOS)
 
 
-def decode(models, rule, rows, batch_size, forcing=None, is_static=False):
-    found = generate(models, rule, 1, rows, batch_size, forcing, cuda_graph=is_static)
+def decode(models, distribution, rows, batch_size, forcing=None, is_static=False):
+    found = generate(models, distribution, 1, rows, batch_size, forcing, cuda_graph=is_static)
     return {completion.id: completion for completion in found}
 
 
@@ -59,14 +60,14 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_static_steps_sample_what_ordinary_ones_do(way, forcing, capsys):
     """With more rows than slots, rows that may have but one token, and rows that an eos ends early."""
-    make, rule = WAYS[way]
+    make, distribution = WAYS[way]
     models = make()
     rows = [Request(r.id, r.prompt_ids, 1 + 7 * k % 23) for k, r in enumerate(requests(num_rows=24))]
-    wanted = decode(models, rule, rows, 24, forcing)
+    wanted = decode(models, distribution, rows, 24, forcing)
     assert {c.finished for c in wanted.values()} == {True, False}
     assert min(len(c.ids) for c in wanted.values() if not c.finished) == 1
     for batch_size in (5, 20):
-        found = decode(models, rule, rows, batch_size, forcing, is_static=True)
+        found = decode(models, distribution, rows, batch_size, forcing, is_static=True)
         same(found, wanted)
         for i, completion in wanted.items():
             assert found[i].forced_ids == completion.forced_ids
@@ -173,6 +174,35 @@ def test_a_capture_is_told_from_another_step():
     assert not graph.are_alike((record, logits * torch.nan, None), (record, logits, None))
 
 
+class Recomputed(graph.Graphs):
+    """Graphs without a GPU: what would be captured is run instead, is_wrong: with another state after it."""
+
+    def __init__(self, is_wrong):
+        self.captured, self.is_wrong = {}, is_wrong
+
+    def capture(self, decoder, sizes, before):
+        found = decoder.advance(*sizes)
+        decoder.state_6B[2] += self.is_wrong
+        return None, found, decoder.state_6B.clone()
+
+
+@pytest.mark.parametrize("is_wrong", (False, True))
+def test_a_first_step_leaves_the_decoder_as_an_uncaptured_one_does(is_wrong, capsys):
+    """A move of modules once made it ask a module for that state, which no test without a GPU saw."""
+    row, pair = requests()[:1], []
+    for graphs in (None, Recomputed(is_wrong)):
+        decoder = engine.Decoder(plain_models(), Sampling(0.9), 1, 1, 60, None, True, False)
+        with torch.inference_mode():
+            list(decoder.admit(row))
+            sizes = 1, decoder.num_positions
+            decoder.graphs = graphs
+            record_41 = graphs.first_step(decoder, sizes) if graphs else decoder.advance(*sizes)[0]
+        pair.append((record_41, decoder.state_6B))
+    assert all(map(torch.equal, *pair))
+    assert (sizes in graphs.captured) == (decoder.graphs is not None) == (not is_wrong)
+    assert ("captured computes something else: steps run uncaptured" in capsys.readouterr().out) == is_wrong
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what is captured runs on one alone")
 @pytest.mark.parametrize("forcing", (None, FORCING), ids=("alone", "forced"))
 def test_captured_steps_sample_what_uncaptured_ones_do(forcing, capsys):
@@ -182,8 +212,10 @@ def test_captured_steps_sample_what_uncaptured_ones_do(forcing, capsys):
         torch.ones(V).cuda() > 0,
         EOS,
     )
-    for rule in (GREEDY, Sampling(0.8, 0.3, 30, 0.9), Sampling(0.8, 0.3, 0, 0.9)):
-        pair = [decode(models, rule, requests(num_rows=45), 40, forcing, is_on) for is_on in (False, True)]
+    for distribution in (GREEDY, Sampling(0.8, 0.3, 30, 0.9), Sampling(0.8, 0.3, 0, 0.9)):
+        pair = [
+            decode(models, distribution, requests(num_rows=45), 40, forcing, is_on) for is_on in (False, True)
+        ]
         same(*pair)
     assert "uncaptured" not in capsys.readouterr().out
 

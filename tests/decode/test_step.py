@@ -3,14 +3,13 @@
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
-from test_llama_step import PROMPTS, random_gradient
+from helpers_models import PROMPTS, random_gradient
 from torch.func import jvp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ads import sampling
-from ads.cpu import native
 from ads.decode.cached_model import CachedModel
-from ads.decode.llama_step import Place, attend_dual, dual_gate, rotations
+from ads.decode.llama_step import Workspace, attend_dual, dual_gate, rotations
 from ads.decode.products import Norm, Stream, make_product
 from ads.defences.scores import contrastive, permuted, poe
 from ads.delta import gradient
@@ -19,13 +18,8 @@ from ads.dual.model import DualCache, DualModel
 from ads.dual.rules import make_weight, softmax
 from ads.sampling import Sampling
 
-pytestmark = pytest.mark.compiled
-
-
-@pytest.fixture(autouse=True)
-def in_torch(monkeypatch):
-    """As on a GPU."""
-    monkeypatch.setattr(native, "library", lambda: None)
+# in torch, as on a GPU
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("without_compiled_code")]
 
 
 def pairs(*sizes, dtype=torch.float64):
@@ -139,10 +133,10 @@ def test_attention(num_groups):
     mask = torch.zeros(3, num_keys, 2 * num_groups, longest + 1, dtype=torch.float64)
     mask[:, :, :num_groups].masked_fill_(hidden_NL[:, None, None], torch.finfo(torch.float64).min)
     rotations = torch.eye(width, dtype=torch.float64).repeat(6, 1, 1)
-    place = Place(cache, lengths_N, longest, {}, rotations, num_heads)
-    place.turned_RHD.copy_(queries.flatten(0, 1))
+    work = Workspace(cache, lengths_N, longest, {}, rotations, num_heads)
+    work.turned_RHD.copy_(queries.flatten(0, 1))
     room = torch.empty(6, num_heads * width + 8, dtype=torch.float64)
-    found = attend_dual(place, 0, num_heads, mask, 0.3, room)[:, : num_heads * width]
+    found = attend_dual(work, 0, num_heads, mask, 0.3, room)[:, : num_heads * width]
 
     def attention(q, k, v):
         k, v = (x[:3, :, : longest + 1].repeat_interleave(num_groups, 1) for x in (k, v))
@@ -153,7 +147,7 @@ def test_attention(num_groups):
 
 
 class Slots64:
-    """Of decoder.Place's interest: what is stored, in two parts."""
+    """Of interest to a Workspace: what is stored, in two parts."""
 
     def __init__(self, num_slots, num_positions, num_parts):
         self.num_parts, self.keys, self.values = num_parts, {}, {}
@@ -193,7 +187,7 @@ def operations(is_dual, num_layers, dtype=torch.bfloat16):
         for name, p in model.named_parameters():
             p.grad = random_gradient(model, name).to(dtype)
         dual_model = DualModel(model, gradient.compress(model, 3, seed=0).__getitem__)
-        cached = CachedModel(dual_model, dual_model.make_cache)
+        cached = CachedModel(dual_model)
     cached.allocate(3, 40)
     cached.prefill(PROMPTS, 0)
     lengths = torch.tensor([len(prompt) for prompt in PROMPTS])
@@ -235,24 +229,24 @@ def test_masks_are_not_copied(is_dual):
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "distribution",
     (
         Sampling(0.0, 0.5), Sampling(0.6, 0.5, 5, 0.9), Sampling(0.6, 0.5, 0, 0.9),
         Sampling(0.6, 0.5, 5), Sampling(1.0), Sampling(0.6, 0.5, 5, 0.9, permuted),
         Sampling(0.6, 0.5, 5, 0.9, poe, max_kl=0.05, keep_top1=True), Sampling(0.8, 2.0, score=contrastive),
     ),
 )  # fmt: skip
-def test_sampling_asks_a_gpu_nothing(rule, monkeypatch):
+def test_sampling_asks_a_gpu_nothing(distribution, monkeypatch):
     """With top_p and no top_k the host once waited for whether rows were flat; it draws the same without."""
     generator = torch.Generator().manual_seed(0)
     logits, delta = (3 * torch.randn(8, 60, generator=generator) for _ in range(2))
     keys, steps = torch.arange(8) * 7919, torch.arange(8)
-    delta = delta[:, :50] if rule.lam else None
+    delta = delta[:, :50] if distribution.lam else None
     log_probs = sampling.log_probs(logits, torch.ones(50, dtype=torch.bool))
-    wanted = sampling.sample(log_probs, delta, rule, keys, steps)
+    wanted = sampling.sample(log_probs, delta, distribution, keys, steps)
     monkeypatch.setattr(sampling, "may_ask", lambda device: False)
     with Questions():
         log_probs = sampling.log_probs(logits, torch.ones(50, dtype=torch.bool))
-        assert torch.equal(sampling.sample(log_probs, delta, rule, keys, steps), wanted)
+        assert torch.equal(sampling.sample(log_probs, delta, distribution, keys, steps), wanted)
     with Questions(), pytest.raises(AssertionError, match="host would wait"):
-        (delta if rule.lam else logits).any().item()
+        (delta if distribution.lam else logits).any().item()

@@ -78,7 +78,7 @@ def decode_uncached(models, settings, row, seed=1):
     key, ids, sums = torch.tensor([sampling.row_key(seed, row.id)]), list(row.prompt_ids), [0.0, 0.0, 0.0]
     for step in range(row.max_new_tokens):
         logits_V, proxy_V = (
-            m.model(torch.tensor([ids])).logits[0, -1] for m in (models.teacher, models.proxy.proxy)
+            m.model(torch.tensor([ids])).logits[0, -1] for m in (models.teacher, models.proxy.models[0])
         )
         log_p_V = torch.log_softmax(logits_V.double(), -1)
         proxy_V = proxy_V.masked_fill(~models.proxy.shared_V, -math.inf)
@@ -128,6 +128,6 @@ def test_lam_zero_is_the_teacher_s_own_sampling(score):
 def test_a_proxy_whose_logits_are_not_finite_is_named():
     models = plain_proxy_models()
     with torch.no_grad():
-        models.proxy.proxy.model.get_input_embeddings().weight.fill_(torch.nan)
+        models.proxy.models[0].model.get_input_embeddings().weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="row., response token 0: the proxy.*not finite"):
         decode(models, POE, requests(), batch_size=3)

@@ -5,6 +5,16 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
+from helpers_models import (
+    V,
+    exact_delta,
+    gradient_of,
+    mean_loss,
+    model_with_gradient,
+    perturbed,
+    sequences,
+    tied_model,
+)
 
 from ads.delta import gradient, gradient_file
 from ads.delta.central import CentralDifference, perturb_, warning
@@ -12,35 +22,6 @@ from ads.delta.loss import Sequence, sequence_losses
 from ads.stage.settings import LEAST_COSINE
 
 pytestmark = pytest.mark.compiled
-
-V = 97
-
-
-def sequences(num_rows=7, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(8, 40, (num_rows,), generator=generator).tolist()
-    return [Sequence(torch.randint(0, V, (n,), generator=generator).tolist(), 1 + n // 4) for n in lengths]
-
-
-def model_with_gradient(kind="qwen2", batch_size=3, rows=None, spread=0.1):
-    model = tiny_model(kind, seed=3, spread=spread)
-    rows = rows or sequences()
-    loss = gradient.add_gradient_(model, rows, len(rows), batch_size)
-    return model, loss
-
-
-def gradient_of(model):
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def mean_loss(model, rows):
-    """The definition, one sequence at a time."""
-    losses = []
-    for s in rows:
-        log_p_TV = torch.log_softmax(model(torch.tensor([s.ids])).logits[0, :-1], -1)
-        nll_T = -log_p_TV.gather(1, torch.tensor(s.ids[1:])[:, None]).squeeze(1)
-        losses.append(nll_T[s.num_prompt_tokens - 1 :].mean())
-    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("kind", ("qwen2", "gemma3_text", "gpt_neox"))
@@ -61,11 +42,6 @@ def test_only_response_tokens_are_in_the_loss():
         row = Sequence(ids, num_prompt_tokens)
         found = sequence_losses(model, [row]).item()
         assert found == pytest.approx(mean_loss(model, [row]).item(), rel=1e-5)
-
-
-def perturbed(model, eps, dtype=torch.float32):
-    plus, minus = (tiny_model("qwen2", seed=3, spread=0.1).to(dtype) for _ in range(2))
-    return plus, minus, perturb_(plus, minus, gradient_of(model).__getitem__, eps)
 
 
 def test_perturbation_is_plus_and_minus_eps_g():
@@ -102,19 +78,6 @@ def central_delta(model, eps, prompts, shared_V):
     pair = CentralDifference(plus, minus, eps, shared_V)
     pair.allocate(len(prompts), 64)
     return pair, pair.prefill(prompts, 0)
-
-
-def next_log_probs(model, ids, parameters):
-    output = torch.func.functional_call(model, parameters, (torch.tensor([ids]),), {"use_cache": False})
-    return torch.log_softmax(output.logits[0, -1], -1)
-
-
-def exact_delta(model, ids):
-    """Directional derivative of every log-probability along g, by forward-mode autograd."""
-    start = {name: p.detach() for name, p in model.named_parameters()}
-    log_probs = functools.partial(next_log_probs, model, ids)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return torch.func.jvp(log_probs, (start,), (gradient_of(model),))[1]
 
 
 def test_delta_is_the_directional_derivative_of_the_log_probabilities():
@@ -216,13 +179,6 @@ def test_tied_embeddings_are_one_parameter_throughout(tmp_path):
     assert realised.cosine > 0.999 and realised.relative_norm == pytest.approx(1, abs=1e-2)
     wanted = model.get_input_embeddings().weight + 1e-3 * model.get_input_embeddings().weight.grad
     assert torch.equal(plus.get_output_embeddings().weight, wanted)
-
-
-def tied_model(config):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def test_a_gradient_that_is_made_again_is_the_same_file(tmp_path):

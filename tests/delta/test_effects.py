@@ -6,8 +6,19 @@ import functools
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from test_central import gradient_of, mean_loss, model_with_gradient, sequences
-from test_engine import EOS, V, ads_models, decode, plain_models, proxy_gradient, requests
+from helpers_models import (
+    EOS,
+    V,
+    ads_models,
+    decode,
+    gradient_of,
+    mean_loss,
+    model_with_gradient,
+    plain_models,
+    proxy_gradient,
+    requests,
+    sequences,
+)
 
 from ads import chat, sampling
 from ads.decode.cached_model import CachedModel
@@ -23,7 +34,7 @@ from ads.stage.world import World
 pytestmark = pytest.mark.compiled
 
 ALONE = World(0, 1, "cpu")
-RULE = Sampling(tau=0.7, lam=0.4)
+DISTRIBUTION = Sampling(tau=0.7, lam=0.4)
 
 
 def test_one_step_is_a_step_of_descent_of_the_length_asked_for():
@@ -69,18 +80,18 @@ def test_random_direction_has_the_gradient_s_norms_and_hangs_on_seed_and_name_al
 
 
 @torch.no_grad()
-def uncached_thoughts(models, rule, row, ids):
+def uncached_thoughts(models, distribution, row, ids):
     """(clean, adjusted, Delta) of each response token, from whole forward passes."""
     whole = torch.tensor([row.prompt_ids + ids])
     response = slice(len(row.prompt_ids) - 1, -1)
     log_p_TV = torch.log_softmax(models.teacher.model(whole).logits[0, response], -1)
     plus_TV, minus_TV = (
         sampling.log_probs(m.model(whole).logits[0, response], models.proxy.shared_V)
-        for m in (models.proxy.plus, models.proxy.minus)
+        for m in models.proxy.models
     )
     delta_TV = torch.where(models.proxy.shared_V, (plus_TV - minus_TV) / (2 * models.proxy.eps), 0.0)
-    clean_TV = (log_p_TV / rule.tau).softmax(-1)
-    adjusted_TV = (log_p_TV / rule.tau + rule.lam * delta_TV).softmax(-1)
+    clean_TV = (log_p_TV / distribution.tau).softmax(-1)
+    adjusted_TV = (log_p_TV / distribution.tau + distribution.lam * delta_TV).softmax(-1)
     index_T1 = torch.tensor(ids)[:, None]
     return torch.cat([values.gather(1, index_T1) for values in (clean_TV, adjusted_TV, delta_TV)], dim=1)
 
@@ -93,7 +104,7 @@ def exact_models():
     return Models(CachedModel(tiny_model("qwen2")), delta, shared_V | True, EOS)
 
 
-def judge_plainly(models, rule, row, ids):
+def judge_plainly(models, distribution, row, ids):
     """Token by token, each with one of the decoder's steps, as replay once did."""
     models.allocate(1, len(row.prompt_ids) + len(ids))
     logits, delta = models.teacher.prefill([row.prompt_ids], 0), models.proxy.prefill([row.prompt_ids], 0)
@@ -105,10 +116,10 @@ def judge_plainly(models, rule, row, ids):
             logits, delta = models.teacher.step(*last), models.proxy.step(*last)
         log_probs = torch.log_softmax(logits.float(), -1)
         given = delta
-        if rule.score is permuted:
+        if distribution.score is permuted:
             key = torch.tensor([sampling.row_key(1, row.id)])
-            given = permuted(Step(log_probs, delta, key, torch.tensor([step]), rule))
-        scores = log_probs / rule.tau, log_probs / rule.tau + rule.lam * given
+            given = permuted(Step(log_probs, delta, key, torch.tensor([step]), distribution))
+        scores = log_probs / distribution.tau, log_probs / distribution.tau + distribution.lam * given
         judged.append([*(s.softmax(-1)[0, token].item() for s in scores), given[0, token].item()])
     return torch.tensor(judged)
 
@@ -116,23 +127,23 @@ def judge_plainly(models, rule, row, ids):
 def sampled(make_models, num_new=12):
     """Requests and their responses."""
     rows = requests(num_new=num_new)
-    return rows, [c.ids for _, c in sorted(decode(make_models(), RULE, rows, 16).items())]
+    return rows, [c.ids for _, c in sorted(decode(make_models(), DISTRIBUTION, rows, 16).items())]
 
 
 @pytest.mark.parametrize("num_at_once", (5, 256))
 @pytest.mark.parametrize("make_models", (exact_models, functools.partial(ads_models, 1e-2)))
-@pytest.mark.parametrize("score", (sampling.delta, permuted))
+@pytest.mark.parametrize("score", (None, permuted))
 def test_replay_is_what_was_thought_token_by_token(num_at_once, make_models, score, monkeypatch):
     """It took a step per token, on one process while the others waited: now a pass per REPLAYED_TOKENS."""
     monkeypatch.setattr("ads.decode.replay.REPLAYED_TOKENS", num_at_once)
     rows, responses = sampled(make_models)
-    rule = dataclasses.replace(RULE, score=score)
+    distribution = dataclasses.replace(DISTRIBUTION, score=score)
     assert len({len(ids) for ids in responses}) > 2
     models, passes = make_models(), []
     models.teacher.model.register_forward_hook(lambda *_: passes.append(1))
     for row, ids in zip(rows, responses, strict=True):
-        found = torch.tensor(replay(models, rule, 1, row, ids))
-        wanted = judge_plainly(make_models(), rule, row, ids)
+        found = torch.tensor(replay(models, distribution, 1, row, ids))
+        wanted = judge_plainly(make_models(), distribution, row, ids)
         assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-3)  # of Delta at eps: 1e-5 / 2 eps
     assert len(passes) == sum(1 + -(-(len(ids) - 1) // num_at_once) for ids in responses)
 
@@ -141,21 +152,21 @@ def test_replay_equals_uncached_passes():
     rows, responses = sampled(functools.partial(ads_models, 1e-2))
     models = ads_models(1e-2)
     for row, ids in zip(rows, responses, strict=True):
-        found = torch.tensor(replay(models, RULE, 1, row, ids))
-        wanted = uncached_thoughts(models, RULE, row, ids)
+        found = torch.tensor(replay(models, DISTRIBUTION, 1, row, ids))
+        wanted = uncached_thoughts(models, DISTRIBUTION, row, ids)
         assert torch.allclose(found, wanted, rtol=2e-3, atol=2e-3)  # of Delta: 1e-5 / 2 eps
 
 
 def test_contrasts_are_the_sampled_traces_beside_clean_ones_of_the_same_random_numbers():
     rows, tokenizer = requests(num_new=12), byte_tokenizer()
-    ads = decode(ads_models(), RULE, rows, 16)
-    clean = decode(plain_models(), Sampling(RULE.tau), rows, 16)
+    ads = decode(ads_models(), DISTRIBUTION, rows, 16)
+    clean = decode(plain_models(), Sampling(DISTRIBUTION.tau), rows, 16)
     table = [
         {"id": r.id, "problem": "p", "solution": "s", "prompt_ids": r.prompt_ids, "max_new_tokens": 12}
         | {"response_ids": ads[r.id].ids, "finished": ads[r.id].finished}
         for r in rows
     ]
-    found = effects.contrasts(ads_models(), RULE, 1, tokenizer, table, is_short, 3)
+    found = effects.contrasts(ads_models(), DISTRIBUTION, 1, tokenizer, table, is_short, 3)
     assert [problem["id"] for problem in found] == [r.id for r in rows]
     for problem in found:
         for side, completions in (("clean", clean), ("ads", ads)):

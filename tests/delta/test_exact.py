@@ -5,14 +5,27 @@ import functools
 import pytest
 import torch
 from conftest import tiny_model
-from test_central import V, exact_delta, gradient_of, model_with_gradient, perturbed, sequences, tied_model
-from test_engine import decode, plain_models, prompts, requests
+from helpers_models import (
+    V,
+    decode,
+    exact_delta,
+    gradient_of,
+    model_with_gradient,
+    perturbed,
+    plain_models,
+    prompts,
+    requests,
+    sequences,
+    tied_model,
+)
 
 from ads import sampling
+from ads.decode.cached_model import CachedModel
 from ads.decode.engine import Models
 from ads.delta import agreement, agreement_table, gradient, gradient_file
 from ads.delta.central import CentralDifference, perturb_
 from ads.delta.exact import ExactDerivative
+from ads.delta.proxy import Proxy
 from ads.dual.attention import ATTENTION, dual_attention
 from ads.dual.factors import Factors, dense, factorise, random_tensor, square_norm
 from ads.dual.norms import find_norms
@@ -212,6 +225,38 @@ def test_zero_and_non_finite_gradients_are_refused():
         g = {name: factor * g for name, g in gradient_of(reference("qwen2")).items()}
         with pytest.raises(ValueError, match=f"gradient is {words}"):
             exact_proxy("qwen2", g.__getitem__)
+
+
+def test_g_is_read_once():
+    """It was once read three times: for its length, for the check of the derivative, and for the weights."""
+    g, names = gradient_of(reference("llama")), []
+    exact_proxy("llama", lambda name: names.append(name) or g[name])
+    assert sorted(names) == sorted(g)
+
+
+class PlainProxy(Proxy):
+    """A kind of proxy is a constructor and a score: here log p of the teacher's own model."""
+
+    def __init__(self):
+        super().__init__(CachedModel(tiny_model("qwen2")))
+
+    def score(self, logits_BR):
+        return sampling.log_probs(logits_BR, ALL)
+
+
+def test_the_engine_takes_any_kind_of_proxy():
+    """log p - 2 log p is highest where the teacher's token is the least likely."""
+    plain = plain_models()
+    models = Models(plain.teacher, PlainProxy(), plain.allowed_V, plain.eos)
+    rows = requests(num_rows=3, num_new=4)
+    found = decode(models, Sampling(0.0, -2.0), rows, batch_size=2)
+    for row in rows:
+        ids = list(row.prompt_ids)
+        for token in found[row.id].ids:
+            with torch.no_grad():
+                logits_V = plain.teacher.model(torch.tensor([ids])).logits[0, -1, :V]
+            assert token == logits_V.argmin()
+            ids.append(token)
 
 
 def change_in_place(x):

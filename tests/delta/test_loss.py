@@ -6,16 +6,17 @@ import shutil
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
-from test_central import sequences
+from helpers_models import sequences
+from helpers_training import config, examples, flat_gradient
 from transformers import AttentionInterface, TrainerCallback
 from transformers.integrations import sdpa_attention
 
-import distill
 import save_grad
 from ads import chat, loading
+from ads.attacks import training
 from ads.delta import gradient, loss
 from ads.delta.loss import Sequence, make_batches, sequence_losses
-from ads.stage.settings import GradConfig, TrainConfig
+from ads.stage.settings import GradConfig
 from ads.stage.world import World
 
 pytestmark = pytest.mark.compiled
@@ -30,10 +31,6 @@ def add_plainly_(model, rows):
         labels_1T = ids_1T.clone()
         labels_1T[0, : s.num_prompt_tokens] = chat.IGNORED_LABEL
         (model(input_ids=ids_1T, labels=labels_1T).loss / len(rows)).backward()
-
-
-def flat_gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,23 +116,11 @@ def test_keys_repeated_for_a_gpu_s_kernel_leave_the_gradient_as_it_is(kind, monk
     assert difference.norm() < 1e-6 * flat_gradient(plain).norm()
 
 
-def examples(num_rows):
-    return [
-        {"input_ids": s.ids, "labels": [chat.IGNORED_LABEL] * (k := s.num_prompt_tokens) + s.ids[k:]}
-        for s in sequences(num_rows)
-    ]
-
-
-def config(tmp_path, **more):
-    settings = {"lr": 1e-2, "batch_size": 4, "num_epochs": 2.0, "lora_r": 4, "report_to": "none"}
-    return TrainConfig(exp_dir=str(tmp_path), train_traces="t", **{**settings, **more})
-
-
 def make_trainer(cfg, model, train):
     from transformers import set_seed
 
     set_seed(cfg.seed)
-    return distill.make_trainer(cfg, model, byte_tokenizer(), train, None, 2, World(0, 1, "cpu"))
+    return training.make_trainer(cfg, model, byte_tokenizer(), train, None, 2, World(0, 1, "cpu"))
 
 
 def losses(trainer):
@@ -146,7 +131,7 @@ def train_plainly(cfg, model, train):
     """The Trainer by itself: its random order, one sequence at a time, the model's own loss."""
     from transformers import Trainer
 
-    arguments = distill.training_arguments(cfg, len(train), False, 1, World(0, 1, "cpu"))
+    arguments = training.training_arguments(cfg, len(train), False, 1, World(0, 1, "cpu"))
     arguments.train_sampling_strategy, arguments.num_train_epochs = "random", cfg.num_epochs
     trainer = Trainer(model=model, args=arguments, train_dataset=train, data_collator=tensors)
     trainer.train()
@@ -162,7 +147,7 @@ def test_sorted_steps_train_as_the_trainer_s_random_ones(tmp_path):
     cfg, train = config(tmp_path, lr=1e-3), examples(9)
     ours, plain = (tiny_model("gemma2", 264, seed=3, spread=0.1) for _ in range(2))
     trainer = make_trainer(cfg, ours, train)
-    distill.train_fast(trainer)
+    training.train_fast(trainer)
     assert losses(trainer) == pytest.approx(train_plainly(cfg, plain, train), rel=1e-5)
     assert len(losses(trainer)) == 6 and losses(trainer)[-1] < losses(trainer)[0]
     for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
@@ -179,7 +164,7 @@ def test_training_stopped_within_an_epoch_goes_on_as_if_it_had_not(tmp_path):
     trainer = make_trainer(cfg, first, train)
     trainer.add_callback(StopAtStep4())
     trainer.train()
-    checkpoint = distill.newest_checkpoint(cfg.model_path)
+    checkpoint = training.newest_checkpoint(cfg.model_path)
     assert checkpoint.endswith("checkpoint-4")
     trainer = make_trainer(cfg, second, train)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -206,13 +191,13 @@ class StopAtStep4(TrainerCallback):
     ),
 )
 def test_a_device_s_batches_make_up_batch_size(batch_size, most, num_processes, wanted):
-    assert distill.per_device_batch(batch_size, most, num_processes) == wanted
+    assert training.per_device_batch(batch_size, most, num_processes) == wanted
 
 
 def test_auto_is_two_sequences_at_once_on_a_cpu(tmp_path):
     world = World(0, 1, "cpu")
-    assert distill.most_per_device(config(tmp_path), None, 4096, world) == 2
-    assert distill.most_per_device(config(tmp_path, per_device_batch_size=8), None, 4096, world) == 8
+    assert training.most_per_device(config(tmp_path), None, 4096, world) == 2
+    assert training.most_per_device(config(tmp_path, per_device_batch_size=8), None, 4096, world) == 8
 
 
 def holdout_loss(model, rows):
@@ -231,13 +216,13 @@ def test_holdout_loss_in_batches_is_the_mean_over_sequences(tmp_path, per_device
     cfg, train, holdout = config(tmp_path, lr=1e-3, batch_size=12), examples(33), examples(10)
     model = tiny_model("gemma2", 264, seed=3, spread=0.1)
     shapes, wanted = [], [holdout_loss(model, holdout)]
-    trainer = distill.make_trainer(
+    trainer = training.make_trainer(
         cfg, model, byte_tokenizer(), train, holdout, per_device, World(0, 1, "cpu")
     )
     model.get_input_embeddings().register_forward_hook(
         lambda module, ids, out: None if module.training else shapes.append(ids[0].shape)
     )
-    distill.train_fast(trainer)
+    training.train_fast(trainer)
     wanted.append(holdout_loss(model, holdout))
     found = [(e["step"], e["eval_loss"]) for e in trainer.state.log_history if "eval_loss" in e]
     assert [step for step, _ in found] == [0, 3, 6]
@@ -255,6 +240,6 @@ def test_holdout_loss_in_batches_is_the_mean_over_sequences(tmp_path, per_device
 def test_holdout_loss_is_taken_at_the_start_between_and_at_the_end(tmp_path, num_epochs, eval_epochs, wanted):
     cfg = config(tmp_path, num_epochs=num_epochs, eval_epochs=eval_epochs)
     world, model = World(0, 1, "cpu"), tiny_model("llama", 264)
-    trainer = distill.make_trainer(cfg, model, byte_tokenizer(), examples(20), examples(2), 4, world)
+    trainer = training.make_trainer(cfg, model, byte_tokenizer(), examples(20), examples(2), 4, world)
     trainer.train()
     assert [e["step"] for e in trainer.state.log_history if "eval_loss" in e] == wanted

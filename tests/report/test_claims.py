@@ -6,11 +6,14 @@ import json
 
 import numpy as np
 import pytest
-from test_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
+from helpers_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
 
 import report
-from ads.report import claims, page, plots
+from ads.report import claims, page, plots, tables
+from ads.report.bootstrap import load_draws
+from ads.report.compare import compare_arms
 from ads.report.curves import by_setting, make_curves
+from ads.report.numbers import show_number
 from ads.report.points import collect_baselines, collect_points, load_experiment
 from ads.stage import files
 
@@ -71,7 +74,7 @@ def load(*exp_dirs):
     curves = make_curves(collect_points(experiments))
     baselines = collect_baselines(experiments)
     found = {}
-    for claim in claims.make_claims(curves, baselines, *report.load_draws(curves)):
+    for claim in claims.make_claims(curves, baselines, load_draws(curves)):
         found.setdefault(claim.key, []).append(claim)
     return found, curves, baselines
 
@@ -92,7 +95,7 @@ def three_seeds_claims(three_seeds):
 
 @functools.cache
 def rows_of(exp_dir):
-    return [point.row for point in collect_points([load_experiment(exp_dir)])]
+    return [point.row.columns for point in collect_points([load_experiment(exp_dir)])]
 
 
 def read_by_hand(exp_dir, arm, price, level):
@@ -135,7 +138,7 @@ def test_every_claim_has_a_verdict_and_what_fails_is_in_the_first_paragraph(thre
     assert text.startswith("On 3 seeds, by raw answers, a, b, c, d and e of the claims a to f hold. Does not")
     worst = min(claim.found for claim in found["f"])
     name = "(f) corrupted results - ADS at a teacher accuracy of 75 %: above 0, found"
-    assert f"{name} {claims.show(worst)} [" in text
+    assert f"{name} {show_number(worst)} [" in text
     assert text.endswith("(corrupted results harm more), and at 1 more price.") and "NLL" not in text
 
 
@@ -163,8 +166,9 @@ def test_without_temperature_there_are_no_claims(tmp_path):
     grid = {key: values for key, values in GRID.items() if key[1]}
     found, _, baselines = load(write_experiment(tmp_path, grid=grid, directions={}))
     assert (found, claims.failures([])) == ({}, "")
-    asked = ("as it was asked", claims.asked_cells(baselines))
-    assert page.claims_section([], asked).count("<tr>") == 1 + 3
+    assert len(tables.asked_cells(baselines)) == 1 + 3
+    report.main([str(tmp_path)])
+    assert "<h2>The undistilled student</h2>" in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_a_level_that_an_arm_does_not_reach_is_not_measured(tmp_path):
@@ -185,8 +189,8 @@ def test_sidecars_without_nll_are_compared_at_equal_accuracy_alone(tmp_path):
     (claim,) = found["c"]
     assert (claim.verdict, claim.note) == ("not measured", "no such price that both arms reach")
     assert [c.verdict for c in found["f"]] == ["does not hold, this seed only"] * 2 + ["not measured"]
-    matches = report.compare_arms(curves, None, report.load_draws(curves))
-    assert {match.price for match in matches} == {"accuracy"} and page.matched_section(matches, "nll") == ""
+    matches = compare_arms(curves, None, load_draws(curves))
+    assert {match.price for match in matches} == {"accuracy"} and page.matched_tables(matches, "nll") == {}
     titles = [panel.title for panel in plots.make_panels(curves, baselines, matches)["tradeoff"]]
     assert titles == ["Forced answers", "Raw answers"]
 
@@ -237,7 +241,7 @@ LEAST, INSIDE = {"least": 0.15}, {"least": -0.07, "most": 0.07}
     ],
 )
 def test_a_claim_holds_only_with_the_whole_of_its_interval(numbers, side, wanted):
-    assert claims.judge("b", "", *numbers, **side).verdict == wanted
+    assert claims.judge(claims.Claim("b", "", **side), *numbers).verdict == wanted
 
 
 # The undistilled student
@@ -256,7 +260,7 @@ def test_the_best_way_of_asking_is_the_line_and_the_claim_and_all_stand_in_the_t
     found, curves, baselines = load(*dirs)
     assert found["a"][0].found == pytest.approx(0.45) and found["a"][0].verdict == "does not hold"
     assert found["a"][0].note == "undistilled student, prefilled: best of 3 ways to ask"
-    assert [line[:2] + line[3:4] for line in claims.asked_cells(baselines)[1:]] == [
+    assert [line[:2] + line[3:4] for line in tables.asked_cells(baselines)[1:]] == [
         ["0-shot", "2", ".050 [.037, .067]"],
         ["2-shot", "2", ".250 [.000, .885]"],
         ["prefilled", "2", ".450 [.000, 1.000]"],
@@ -287,7 +291,7 @@ def test_directions_of_a_seed_are_read_off_one_by_one_and_averaged(tmp_path):
     assert claim.note == "mean of 3 directions a seed" and "86 %" in claim.claim and claim.flags == ()
     (curve,) = [curve for curve in curves if curve.arm == "random direction"]
     ((row,),) = by_setting(curve.points).values()
-    assert row["student_raw_accuracy"] == pytest.approx(0.9) and len(curve.points) == 3
+    assert row.share("student", "raw") == pytest.approx(0.9) and len(curve.points) == 3
 
 
 # The one-step test
@@ -295,7 +299,7 @@ def test_directions_of_a_seed_are_read_off_one_by_one_and_averaged(tmp_path):
 
 def test_one_step_is_set_beside_what_students_lost(tmp_path):
     _, curves, _ = load(write_experiment(tmp_path, directions={}))
-    lines = {line[0]: line[1:] for line in claims.one_step_cells(curves)}
+    lines = {line[0]: line[1:] for line in tables.one_step_cells(curves)}
     assert lines["ADS"][:4] == ["3", "+0.0117", "+0.0050 to +0.0200", "+0.350"]  # .95 - mean(.8, .6, .4)
     assert lines["ADS"][4] == "-1.00 (n 3)" and lines["negative lambda"][4] == "- (n 2)"
     change, student = np.array([(values[3], values[1]) for values in GRID.values()]).T

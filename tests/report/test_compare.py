@@ -6,26 +6,24 @@ import time
 import numpy as np
 import pytest
 
-from ads.report import curves
+from ads.data.traces import wilson_interval
+from ads.report.bootstrap import NUM_DRAWS, Draws, draw_accuracies, resample
 from ads.report.compare import (
     LEVELS,
-    NUM_DRAWS,
     WIDE,
-    WIDE_NLL,
     ZIGZAG,
     Match,
     choose_levels,
     compare,
-    draw_accuracies,
     interpolate,
     num_crossings,
     over_problems,
     over_seeds,
-    pair_up,
-    resample,
     without_gaps,
 )
-from ads.report.curves import NLL, Point, make_curves, pooled_interval, seed_interval
+from ads.report.curves import Axes, Point, make_curves, pair_up
+from ads.report.numbers import pooled_interval, seed_interval
+from ads.report.results import PRICES, read_row
 from ads.report.words import controls, finding, finding_doubt, headline, in_points, second_finding, show_match
 
 
@@ -56,13 +54,18 @@ def test_points_of_equal_teacher_accuracy_are_one_in_interpolation():
 
 def test_pooled_interval_is_wilson_s_with_one_seed_and_widens_with_their_spread():
     one = pooled_interval(np.array([0.7]), np.array([600]))
-    assert one == pytest.approx(curves.wilson_interval(420, 600))
+    assert one == pytest.approx(wilson_interval(420, 600))
     alike = pooled_interval(np.array([0.7] * 3), np.array([600] * 3))
-    assert alike == pytest.approx(curves.wilson_interval(1260, 1800))
+    assert alike == pytest.approx(wilson_interval(1260, 1800))
     low, high = pooled_interval(np.array([0.6, 0.7, 0.8]), np.array([600] * 3))
     assert (high - low) / 2 == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)  # t(0.975, 2)
     assert pooled_interval(np.array([0.2, 0.7]), np.array([600] * 2)) == (0.0, 1.0)
     assert pooled_interval(np.array([1.0, 1.0]), np.array([50, 50]))[1] == 1.0
+
+
+def test_an_interval_of_a_rounded_share_is_that_of_the_answers_it_counts():
+    """Sidecars keep four digits: .0733 of 150 is 11 answers, and [.041, .127] wherever it is shown."""
+    assert pooled_interval(np.array([0.0733]), np.array([150])) == wilson_interval(11, 150)
 
 
 def test_resamples_are_shared_by_tests_and_have_the_binomial_spread():
@@ -77,6 +80,9 @@ def test_resamples_are_shared_by_tests_and_have_the_binomial_spread():
     assert c.mean() == pytest.approx(np.mean(list(other.values())), abs=0.004)
 
 
+ACROSS_ACCURACY = WIDE.format(PRICES["accuracy"].wide)
+ACROSS_NLL = WIDE.format(PRICES["nll"].wide)
+CROSSED = ZIGZAG.format(PRICES["accuracy"].words)
 TEMPERATURE, ADS = ((0.9, 0.9), (0.6, 0.8)), ((0.9, 0.8), (0.6, 0.4))  # (teacher, student) of two settings
 TRUTH = 0.85 - 0.6  # at 0.75
 
@@ -95,7 +101,7 @@ def make_points(rng, num_problems, seed, temperature=TEMPERATURE, ads=ADS):
                 answers[path, "raw"] = correct
                 stages[who] = {"path": path}
                 row |= {f"{who}_raw_accuracy": sum(correct.values()) / num_problems, f"{who}_n": num_problems}
-            points[arm].append(Point(row, stages))
+            points[arm].append(Point(read_row(row), stages))
     return points, answers
 
 
@@ -106,7 +112,7 @@ def match_of(rng, num_problems, seeds=(1,), **settings):
         points += [*found["temperature"], *found["ADS"]]
         answers |= more
     pairs = pair_up(make_curves(points))
-    draws = draw_accuracies(pairs, answers)
+    draws = Draws(draw_accuracies(pairs, answers))
     (match,) = compare(pairs, {"af": (0.75,), "raw": (0.75,)}, draws)
     return match
 
@@ -204,13 +210,13 @@ def plain_points(seed, shares, arm="ADS", num_problems=600):
         row |= {"teacher_raw_accuracy": teacher, "student_raw_accuracy": student}
         row |= {"teacher_n": num_problems, "student_n": num_problems}
         stages = {who: {"path": f"{seed}/{arm}{i}-{who}"} for who in ("teacher", "student")}
-        points.append(Point(row, stages))
+        points.append(Point(read_row(row), stages))
     return points
 
 
 def compared(points, levels=(0.75,)):
     pairs = pair_up(make_curves(points))
-    return compare(pairs, {"af": levels, "raw": levels}, {})
+    return compare(pairs, {"af": levels, "raw": levels}, Draws())
 
 
 def test_a_level_that_few_resamples_reach_has_no_interval():
@@ -236,9 +242,9 @@ def test_a_curve_that_falls_with_its_knob_in_small_steps_is_in_no_doubt():
 def test_a_zigzag_is_said_where_it_is_read_and_nowhere_else():
     """It was sorted by teacher accuracy, and read off as if it were a curve."""
     zigzag = [(0.9, 0.9), (0.81, 0.5), (0.86, 0.8), (0.77, 0.45), (0.7, 0.4)]
-    assert flags_of(zigzag, levels=(0.88, 0.84, 0.75)) == [(), (f"ADS {ZIGZAG}: 3 times",), ()]
+    assert flags_of(zigzag, levels=(0.88, 0.84, 0.75)) == [(), (f"ADS {CROSSED}: 3 times",), ()]
     (flags,) = flags_of(STRAIGHT, temperature=zigzag, levels=(0.84,))
-    assert flags == (f"temperature {ZIGZAG}: 3 times",)
+    assert flags == (f"temperature {CROSSED}: 3 times",)
 
 
 @pytest.mark.parametrize(
@@ -253,9 +259,9 @@ def test_a_wide_bracket_is_said_with_its_settings():
     lam = "\N{GREEK SMALL LETTER LAMDA}"
     wide = [(0.9, 0.9), (0.77, 0.6), (0.66, 0.5)]
     wanted = [
-        (f"ADS {WIDE}: {lam} 1 to {lam} 2",),
+        (f"ADS {ACROSS_ACCURACY}: {lam} 1 to {lam} 2",),
         (),
-        (f"ADS {WIDE}: {lam} 2 to {lam} 3",),
+        (f"ADS {ACROSS_ACCURACY}: {lam} 2 to {lam} 3",),
     ]
     assert flags_of(wide, levels=(0.8, 0.77, 0.7)) == wanted
 
@@ -266,16 +272,18 @@ def test_doubts_of_some_seeds_name_them():
     points += [p for seed in (1, 2, 3) for p in plain_points(seed, STRAIGHT if seed == 2 else wide)]
     (match,) = compared(points)
     # the last settings differ: two curves meet in one name
-    assert match.flags == (f"ADS {WIDE}: {lam} 1 to {lam} 2 (seed 1 and 3)",)
+    assert match.flags == (f"ADS {ACROSS_ACCURACY}: {lam} 1 to {lam} 2 (seed 1 and 3)",)
 
 
 def test_levels_are_the_usual_ones_or_lie_in_the_common_range():
     points, _ = make_points(np.random.default_rng(0), 500, 1)
     curves = make_curves([*points["temperature"], *points["ADS"]])
-    assert choose_levels(pair_up(curves), "raw") == LEVELS
-    for point in (p for arm in points.values() for p in arm):
-        point.row["teacher_raw_accuracy"] -= 0.3
-    levels = choose_levels(pair_up(curves), "raw")
+    assert choose_levels(pair_up(curves), Axes("raw")) == LEVELS
+    cheaper = [
+        edited(point, teacher_raw_accuracy=point.row.share("teacher", "raw") - 0.3)
+        for point in (*points["temperature"], *points["ADS"])
+    ]
+    levels = choose_levels(pair_up(make_curves(cheaper)), Axes("raw"))
     assert len(levels) == 4 and all(0.25 < level < 0.63 for level in levels)
     assert np.ptp(np.diff(levels)) < 0.005
 
@@ -283,10 +291,16 @@ def test_levels_are_the_usual_ones_or_lie_in_the_common_range():
 # Equal teacher NLL
 
 
+NLL = PRICES["nll"].column
+
+
+def edited(point, **columns):
+    return Point(read_row({**point.row.columns, **columns}), point.stages)
+
+
 def priced(points, *nlls):
     """The points with the NLL of their teacher's test traces."""
-    rows = [{**point.row, NLL: nll} for point, nll in zip(points, nlls, strict=True)]
-    return [Point(row, point.stages) for row, point in zip(rows, points, strict=True)]
+    return [edited(point, **{NLL: nll}) for point, nll in zip(points, nlls, strict=True)]
 
 
 def priced_curves(ads_nlls=(0.02, 0.2, 0.5), seed=1):
@@ -297,7 +311,7 @@ def priced_curves(ads_nlls=(0.02, 0.2, 0.5), seed=1):
 
 def compare_nll(points, levels, draws=()):
     pairs = pair_up(make_curves(points))
-    return compare(pairs, {"af": (), "raw": levels}, dict(draws), "", "nll")
+    return compare(pairs, {"af": (), "raw": levels}, Draws(dict(draws)), "nll")
 
 
 def test_students_at_equal_nll_are_read_off_lines_against_nll():
@@ -315,23 +329,24 @@ def test_students_at_equal_nll_are_read_off_lines_against_nll():
 
 def test_levels_of_nll_are_round_and_inside_the_common_range():
     temperature, ads = priced_curves()
-    pairs = pair_up(make_curves([*temperature, *ads]))
-    assert choose_levels(pairs, "raw", "nll") == (0.11, 0.18, 0.26, 0.33)
-    for point in (*temperature, *ads):
-        point.row[NLL] /= 1000
-    assert choose_levels(pairs, "raw", "nll") == (0.00011, 0.00018, 0.00026, 0.00033)
-    for point in ads:
-        point.row[NLL] += 10  # nothing in common
-    assert choose_levels(pairs, "raw", "nll") == ()
+    assert levels_of_nll([*temperature, *ads]) == (0.11, 0.18, 0.26, 0.33)
+    small = [edited(point, **{NLL: point.row.number(NLL) / 1000}) for point in (*temperature, *ads)]
+    assert levels_of_nll(small) == (0.00011, 0.00018, 0.00026, 0.00033)
+    apart = [edited(point, **{NLL: point.row.number(NLL) + 10}) for point in ads]
+    assert levels_of_nll([*temperature, *apart]) == ()
+
+
+def levels_of_nll(points):
+    return choose_levels(pair_up(make_curves(points)), Axes("raw", "nll"))
 
 
 def test_a_reading_at_equal_nll_is_flagged_by_rules_of_its_own():
     """The common range is .03 to .41: a bracket wider than .095 is in doubt, however close the accuracies."""
     temperature, ads = priced_curves()
     first, second = compare_nll([*temperature, *ads], (0.06, 0.26))
-    assert first.flags == (f"ADS {WIDE_NLL}: \u03bb 1 to \u03bb 2",)
+    assert first.flags == (f"ADS {ACROSS_NLL}: \u03bb 1 to \u03bb 2",)
     assert [flag.split(":")[0] for flag in second.flags] == [
-        f"{arm} {WIDE_NLL}" for arm in ("temperature", "ADS")
+        f"{arm} {ACROSS_NLL}" for arm in ("temperature", "ADS")
     ]
     temperature, ads = priced_curves(ads_nlls=(0.1, 0.5, 0.02))
     (match,) = compare_nll([*temperature, *ads], (0.2,))
@@ -353,7 +368,8 @@ def test_problems_are_resampled_for_students_alone_and_nll_is_held():
 def test_seeds_at_equal_nll_have_the_t_interval():
     points = [p for seed in (1, 2, 3) for side in priced_curves(seed=seed) for p in side]
     for i, point in enumerate(points):
-        point.row["student_raw_accuracy"] += 0.01 * (i % 4)
+        share = point.row.share("student", "raw") + 0.01 * (i % 4)
+        points[i] = edited(point, student_raw_accuracy=share)
     (match,) = compare_nll(points, (0.26,))
     gaps = [compare_nll(points[i : i + 6], (0.26,))[0].difference for i in (0, 6, 12)]
     half = 4.302653 * np.std(gaps, ddof=1) / 3**0.5  # t(0.975, 2) of a table
@@ -405,7 +421,9 @@ def test_raw_answers_are_not_passed_over_in_silence():
 
 def test_a_doubt_is_marked_in_every_sentence_and_explained_once():
     forced = Match("af", "ADS", "ADS", 0.75, 0.86, 0.57, 0.29, 0.25, 0.33, 3, "", ("ADS x",))
-    raw, other = (dataclasses.replace(forced, rule="raw", flags=flags) for flags in (("ADS x",), ("ADS y",)))
+    raw, other = (
+        dataclasses.replace(forced, answers="raw", flags=flags) for flags in (("ADS x",), ("ADS y",))
+    )
     control = dataclasses.replace(forced, arm="permuted", name="permuted")
     assert finding([], [forced]).endswith(" (t interval over 3 seeds) (!).")
     assert finding_doubt([forced]) == "(!) ADS x." and finding_doubt([]) == ""

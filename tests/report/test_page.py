@@ -6,11 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from test_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
+from helpers_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
+from markupsafe import escape
 
 import report
-from ads.report import page, reader
+from ads.arms import ARMS
+from ads.report import page, plots, reader, tables
 from ads.report.curves import Point, make_curves
+from ads.report.results import read_row
 from ads.stage import files
 from ads.stage.inputs import fingerprint_model
 
@@ -385,10 +388,10 @@ def test_page_of_an_experiment_that_has_just_begun(browser, tmp_path):
 
 def test_an_experiment_of_which_nothing_more_is_known_has_the_usual_note(demo, tmp_path):
     known = report.DEMO_NOTES.read_text().splitlines()
-    assert all(page.escape(line) in demo.read_text() for line in known)
+    assert all(str(escape(line)) in demo.read_text() for line in known)
     report.main([str(write_both_arms(tmp_path / "x"))])
     text = (tmp_path / "x" / "report" / "report.html").read_text()
-    assert page.escape(known[0]) not in text and page.escape(page.ANY_NOTE[0]) in text
+    assert str(escape(known[0])) not in text and str(escape(page.ANY_NOTE[0])) in text
     assert "65 to 56 %" in text
 
 
@@ -398,9 +401,23 @@ def test_page_has_the_same_bytes_again(demo):
     assert demo.read_bytes() == before
 
 
+def test_every_arm_has_a_colour_on_a_light_and_on_a_dark_page(demo):
+    text = demo.read_text()
+    assert [text.count(f"--{plots.variable(arm)}: #") for arm in ARMS] == [2] * len(ARMS)
+
+
+def test_names_are_never_parts_of_the_template(tmp_path):
+    """They are inserted as text, in one pass: braces in them stay braces."""
+    exp_dir = tmp_path / "x"
+    write_point(exp_dir, "1", 0.6, 0.0, (0.9, 0.9), (0.6, 0.6), teacher="{{ script_hash }}<b>'\"&amp;")
+    report.main([str(exp_dir)])
+    text = (exp_dir / "report" / "report.html").read_text()
+    assert "teacher {{ script_hash }}&lt;b&gt;&#39;&#34;&amp;amp;" in text and "<b>&#39;" not in text
+
+
 def points_with(*paths):
     rows = [{"arm": "ADS", "tau": 0.4, "lam": 0.1 * i, "seed": 1} for i in range(len(paths))]
-    return [Point(row, {"train": {"path": path}}) for row, path in zip(rows, paths, strict=True)]
+    return [Point(read_row(row), {"train": {"path": path}}) for row, path in zip(rows, paths, strict=True)]
 
 
 def test_contrasts_are_few_spread_and_small(tmp_path, monkeypatch):
@@ -411,7 +428,7 @@ def test_contrasts_are_few_spread_and_small(tmp_path, monkeypatch):
     assert lams == ["0", "0.3", "0.5", "0.8"]
     monkeypatch.setattr(reader, "MAX_CONTRAST_BYTES", 40_000)
     loaded = reader.load_contrasts(points)
-    assert 20_000 < len(page.embed_json(loaded)) <= 40_000
+    assert 20_000 < len(embedded(loaded)) <= 40_000
     assert all(0 < len(point["problems"]) < 40 for point in loaded["points"])
 
 
@@ -428,16 +445,21 @@ def test_contrasts_with_odd_numbers_and_files_that_are_none(tmp_path):
             reader.load_contrasts(points_with(path.with_name("a.yaml")))
 
 
+def embedded(value):
+    """A value as the page embeds it for its script."""
+    return str(page.make_environment().from_string("{{ value | tojson }}").render(value=value))
+
+
 @pytest.mark.parametrize("text", ["</script>", "<!--<script>", "]]>", "\u2028", "&lt;", "\ud800"])
 def test_embedded_json_cannot_end_its_element(text):
-    embedded = page.embed_json({"x": text})
-    assert embedded.isascii() and not set("<>&") & set(embedded)
-    assert json.loads(embedded) == {"x": text}
+    found = embedded({"x": text})
+    assert found.isascii() and not set("<>&") & set(found)
+    assert json.loads(found) == {"x": text}
 
 
 def test_losses_and_traits_are_those_of_the_sidecars(demo):
     rows, _ = rows_of(demo.parents[1])
-    cells = page.setting_cells(make_curves([Point(row, {}) for row in rows]))
+    cells = tables.setting_cells(make_curves([Point(read_row(row), {}) for row in rows]))
     by_knobs = {tuple(line[:3]): dict(zip(cells[0], line, strict=True)) for line in cells[1:]}
     assert len(by_knobs) == len(DEMO)
     row = next(row for row in rows if row["lam"] == 0.35)

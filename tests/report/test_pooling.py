@@ -6,12 +6,13 @@ import math
 import pytest
 import yaml
 from conftest import ROOT
-from test_report import (
+from helpers_report import (
     PROXY,
     STUDENT,
     curves_of,
     draw,
     drawn_points,
+    is_complete,
     rows_of,
     write_answers,
     write_both_arms,
@@ -21,12 +22,17 @@ from test_report import (
     write_student_test,
     write_traces,
 )
+from markupsafe import escape
 
 import report
 from ads.report import page
-from ads.report.curves import NO_SHARE, ONE_SEED, POOLED, by_setting, is_complete, point_name, pooled
+from ads.report.bootstrap import load_draws
+from ads.report.compare import compare_arms
+from ads.report.curves import by_setting, pooled
 from ads.report.doubts import unpaired_lines, warning_lines
-from ads.report.points import collect_points, load_experiments, settings_of
+from ads.report.numbers import ONE_SEED
+from ads.report.points import collect_baselines, collect_points, load_experiments, settings_of
+from ads.report.results import NO_SHARE, POOLED, row_name
 from ads.report.words import MARK, by_label, finding
 from ads.stage import files
 from ads.stage.inputs import fingerprint_model
@@ -40,12 +46,12 @@ def matches_of(*exp_dirs, levels=LEVELS):
 
 
 def compare_accuracies(curves, levels=LEVELS):
-    matches = report.compare_arms(curves, levels, report.load_draws(curves))
+    matches = compare_arms(curves, levels, load_draws(curves))
     return [match for match in matches if match.price == "accuracy"]
 
 
 def forced(matches, arm="ADS"):
-    (match,) = [m for m in matches if m.rule == "af" and m.arm == arm]
+    (match,) = [m for m in matches if m.answers == "af" and m.arm == arm]
     return match
 
 
@@ -114,7 +120,7 @@ def test_recipes_of_several_folders_are_told_apart_and_compared_each_by_itself(t
         *[("temperature", 2, 0)] * 2,
         *[("ADS", 2, 1)] * 2,
     ]
-    students = {m.name.split(", ")[-1]: m.student for m in compare_accuracies(curves) if m.rule == "af"}
+    students = {m.name.split(", ")[-1]: m.student for m in compare_accuracies(curves) if m.answers == "af"}
     assert students == {
         "lr 0.0005)": pytest.approx(0.4557, abs=1e-4),
         "lr 0.0001)": pytest.approx(0.2557, abs=1e-4),
@@ -191,17 +197,17 @@ def test_undistilled_students_of_two_seeds_with_equal_numbers_are_two(tmp_path):
     base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test"}
     for seed, share in ((1, 0.02), (2, 0.02), (3, 0.05)):
         write_traces(tmp_path, f"base{seed}", share, share, seed=seed, **base)
-    _, baselines = rows_of(tmp_path)
-    assert [row["seed"] for row in baselines] == [1, 2, 3]
+    baselines = collect_baselines(load_experiments([tmp_path]))
+    assert [row.seed for row in baselines] == [1, 2, 3]
     ((label, rows),) = by_label(baselines, "af").items()
-    assert label == "undistilled student, 0-shot" and pooled(rows, "student_af")[0] == pytest.approx(0.03)
+    assert label == "undistilled student, 0-shot" and pooled(rows, "student", "af")[0] == pytest.approx(0.03)
 
 
 def test_undistilled_students_that_are_unlike_are_two_lines(tmp_path):
     base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test"}
     write_traces(tmp_path, "short", 0.1, 0.1, max_length=99, **base)
     write_traces(tmp_path, "long", 0.3, 0.3, **base)
-    groups = by_label(rows_of(tmp_path)[1], "af")
+    groups = by_label(collect_baselines(load_experiments([tmp_path])), "af")
     assert sorted(groups) == [f"undistilled student, 0-shot, student test max_length {n}" for n in (1024, 99)]
 
 
@@ -344,7 +350,7 @@ def test_points_measured_twice_are_pooled_named_and_flagged(tmp_path, capsys):
     exp_dir = write_both_arms(tmp_path / "x", parquet=True)
     write_copy_of_ads(exp_dir)
     (ads,) = [curve for curve in curves_of(exp_dir) if curve.arm == "ADS"]
-    assert [point.row["student_af_accuracy"] for point in ads.points] == [0.49, pytest.approx(0.27)]
+    assert [point.row.share("student", "af") for point in ads.points] == [0.49, pytest.approx(0.27)]
     match = forced(matches_of(exp_dir))
     weight = (0.84 - 0.82) / (0.84 - 0.70)
     assert match.student == pytest.approx(0.49 + weight * (0.27 - 0.49))
@@ -354,7 +360,7 @@ def test_points_measured_twice_are_pooled_named_and_flagged(tmp_path, capsys):
     report.main([str(exp_dir), "--at", "0.82"])
     output = capsys.readouterr().out
     (point,) = [point for point in ads.points if point.copies]
-    assert f"WARNING: {POOLED}: {point_name(point.row)} (2 times)" in output
+    assert f"WARNING: {POOLED}: {row_name(point.row)} (2 times)" in output
     for name in ("report.md", "report.html", "comparisons.csv"):
         text = (exp_dir / "report" / name).read_text()
         assert flag in text, name
@@ -372,7 +378,7 @@ def test_a_copy_whose_accuracy_is_none_is_not_pooled(tmp_path):
     for value in (math.nan, 8.4):
         edit(exp_dir / "traces" / "e.yaml", af__accuracy=value)
         (ads,) = [curve for curve in curves_of(exp_dir) if curve.arm == "ADS"]
-        assert [point.row["student_af_accuracy"] for point in ads.points] == [0.49, 0.25]
+        assert [point.row.share("student", "af") for point in ads.points] == [0.49, 0.25]
         assert f"ADS {NO_SHARE}: \N{GREEK SMALL LETTER LAMDA} 0.03" in forced(matches_of(exp_dir)).flags
 
 
@@ -380,7 +386,7 @@ def test_a_teacher_tested_twice_is_pooled_too(tmp_path):
     exp_dir = write_both_arms(tmp_path / "x")
     write_traces(exp_dir, "d9", 0.86, 0.86, tau=1.4, data_split="gsm8k_test")
     (temperature, _) = curves_of(exp_dir)
-    assert [point.row["teacher_af_accuracy"] for point in temperature.points] == [0.9, pytest.approx(0.83)]
+    assert [point.row.share("teacher", "af") for point in temperature.points] == [0.9, pytest.approx(0.83)]
     assert [len(point.copies) for point in temperature.points] == [0, 2]
 
 
@@ -392,7 +398,7 @@ def test_copies_count_as_one_seed(tmp_path):
     write_student_test(tmp_path / "x", "e", "again", 0.7, 0.7)
     (curve,) = curves_of(tmp_path / "x")
     (rows,) = by_setting(curve.points).values()
-    assert len(rows) == 2 and pooled(rows, "student_af")[0] == pytest.approx((0.4 + 0.65) / 2)
+    assert len(rows) == 2 and pooled(rows, "student", "af")[0] == pytest.approx((0.4 + 0.65) / 2)
 
 
 @pytest.mark.parametrize(
@@ -460,7 +466,7 @@ def test_an_interval_says_what_it_stands_on_wherever_it_is(tmp_path, capsys):
         text = (folder / "report.md").read_text()
         assert text.count(f"({kind})") == len(lines) + 2
         markup = (folder / "report.html").read_text()
-        shown = page.escape(kind)
+        shown = str(escape(kind))
         assert markup.count(f"({shown})") == 2 and markup.count(f">{shown}</span>") == len(lines)
         with (folder / "comparisons.csv").open(newline="") as file:
             kinds = {row["interval"] for row in csv.DictReader(file)}
@@ -511,8 +517,8 @@ def test_what_is_known_of_the_demo_is_said_of_it_alone(tmp_path):
         write_traces(exp_dir, "base", 0.03, 0.03, inputs={"teacher": fingerprint}, **base)
         report.main([str(exp_dir)])
         text = (exp_dir / "report" / "report.html").read_text()
-        assert [page.escape(note) in text for note in notes] == [name == "demo"] * len(notes)
-        assert (page.escape(page.ANY_NOTE[0]) in text) == (name == "other")
+        assert [str(escape(note)) in text for note in notes] == [name == "demo"] * len(notes)
+        assert (str(escape(page.ANY_NOTE[0])) in text) == (name == "other")
 
 
 def test_answers_behind_copies_are_read(tmp_path):

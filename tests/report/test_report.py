@@ -1,160 +1,45 @@
 """report.py on folders of sidecars, as gentraces.py, save_grad.py and distill.py write them."""
 
 import csv
+import dataclasses
 import html
 import json
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
+from helpers_report import (
+    PROXY,
+    ROOT,
+    STUDENT,
+    N,
+    accuracy,
+    curves_of,
+    draw,
+    drawn_points,
+    is_complete,
+    rows_of,
+    run,
+    write_answers,
+    write_both_arms,
+    write_model,
+    write_point,
+    write_stage_1_and_2,
+    write_student_test,
+    write_traces,
+)
 
 import report
-from ads.report import plots
-from ads.report.curves import by_setting, is_complete, make_curves, wilson_interval
+from ads.data.traces import wilson_interval
+from ads.report import plots, results
+from ads.report.curves import by_setting
 from ads.report.doubts import warning_lines
-from ads.report.points import collect_baselines, collect_points, load_experiments
+from ads.report.numbers import show_number, show_percent
+from ads.report.points import load_experiments
+from ads.report.results import read_row
 from ads.stage import files, fingerprint
-from ads.stage.config import to_dict
-from ads.stage.settings import GenConfig, GradConfig, TrainConfig
-from ads.stage.sidecar import write_sidecar
-
-ROOT = Path(report.__file__).parent
-N = 1200
-TEACHER, STUDENT, PROXY = "owner/teacher-7B", "owner/student-3B", "owner/proxy-1B"
-COMMIT = "c" * 40
-PERTURBATION = {"share_changed": 0.99, "cosine": 0.9995, "relative_norm": 1.0}
-
-
-def write_traces(
-    exp_dir, name, forced, raw, n=N, more_stats=(), perturbation=None, parquet=False, inputs=(), **config
-):
-    """A trace sidecar, and perhaps its answers; forced and raw are shares (forced may be None: no answer
-    forcing)."""
-    cfg = GenConfig(exp_dir=str(exp_dir), trace_name=name, **{"teacher": TEACHER, **config})
-    stats = {
-        "n": n,
-        "num_prompts_too_long": 0,
-        "raw": accuracy(raw, n),
-        "af": None if forced is None else accuracy(forced, n),
-        "finished": 0.975,
-        "num_tokens": {"p10": 90, "p50": 214, "p90": 430, "p100": 1000},
-        "teacher_nll": 0.31234,
-        "num_grader_timeouts": 0,
-        "tokens_per_second": 1234.5,
-        **dict(more_stats),
-    }
-    notes = {"perturbation": perturbation or PERTURBATION} if cfg.lam else {}
-    made_from = {"teacher": f"hub:{cfg.teacher}@{COMMIT}", **dict(inputs)}
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), made_from, stats, 360, **notes)
-    if parquet:
-        write_answers(cfg.parquet_path, stats)
-
-
-def write_answers(path, stats):
-    """id and is_*_correct of each problem: the easy ones are right, by a difficulty that all tests share."""
-    n, columns = stats["n"], {}
-    noise = np.random.default_rng(sum(path.stem.encode())).normal(size=n)
-    order = np.argsort(np.random.default_rng(0).normal(size=n) + 0.5 * noise)
-    for rule in ("raw", "af"):
-        num_correct = stats[rule]["num_correct"] if stats[rule] else 0
-        correct = np.isin(np.arange(n), order[:num_correct])
-        columns[f"is_{rule}_correct"] = correct.tolist() if stats[rule] else [None] * n
-    table = {"id": [f"gsm8k/test/{i}" for i in range(n)], **columns}
-    pyarrow.parquet.write_table(pyarrow.table(table), path)
-
-
-def accuracy(share, n):
-    num_correct = round(share * n)
-    low, high = wilson_interval(num_correct, n)
-    numbers = {"accuracy": num_correct / n, "low": low, "high": high}
-    return {key: round(value, 4) for key, value in numbers.items()} | {"num_correct": num_correct}
-
-
-def write_model(exp_dir, name, train_name, student=STUDENT, losses=None, inputs=(), **config):
-    path = f"{exp_dir}/traces/{train_name}.parquet"
-    cfg = TrainConfig(exp_dir=str(exp_dir), model_name=name, student=student, train_traces=path, **config)
-    stats = {"n": 5231, "num_cut": 0, "num_steps": 981, "train_loss": 0.21, "holdout_loss_start": 0.9}
-    stats["holdout_loss"] = 0.4567
-    losses = losses or {"train": [[1, 0.5]], "holdout": []}
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), dict(inputs), stats, 720, losses=losses)
-
-
-def write_student_test(exp_dir, name, model, forced, raw, **more):
-    made = {"teacher": f"{exp_dir}/models/{model}/final", "data_split": "gsm8k_test", "tau": 0.0}
-    write_traces(exp_dir, name, forced, raw, is_teacher=False, **made | more)
-
-
-def write_point(
-    exp_dir, name, tau, lam, teacher_shares, student_shares, stages=4, dataset="gsm8k", losses=None, **more
-):
-    """The first `stages` stages of a grid point; shares are (forced, raw)."""
-    if lam:
-        more |= {"grad_path": f"{exp_dir}/student_grads.safetensors", "proxy_student": PROXY}
-    sampled = {"tau": tau, "lam": lam, **more}
-    write_traces(exp_dir, f"a{name}", *teacher_shares, **sampled | {"data_split": f"{dataset}_train"})
-    test = {"data_split": f"{dataset}_test"}
-    test |= {key: more[key] for key in ("parquet", "n") if key in more}
-    if stages >= 2:
-        write_model(exp_dir, f"b{name}", f"a{name}", seed=more.get("seed", 42), losses=losses)
-    if stages >= 3:
-        write_student_test(exp_dir, f"c{name}", f"b{name}", *student_shares, **test)
-    if stages >= 4:
-        stats = {k: v for k, v in dict(more.get("more_stats", ())).items() if k != "one_step"}
-        write_traces(exp_dir, f"d{name}", *teacher_shares, **sampled | test | {"more_stats": stats})
-
-
-def agreement(correlation):
-    return {"correlation": correlation, "correlation_p10": 0.9, "sine": 0.1, "relative_error": 0.2}
-
-
-DIAGNOSTICS = {
-    "num_positions": 382, "dtype": "bfloat16", "rank": 16, "exact": agreement(0.99851),
-    "central": {"0.001": agreement(0.5917), "0.01": agreement(0.9617)}, "best_eps": "0.01",
-    "split_half": agreement(0.974), "delta_std": 53.42, "lam_of_spread": {"0.1": 0.001872, "0.3": 0.005616},
-}  # fmt: skip
-
-
-def write_stage_1_and_2(exp_dir, baseline=(0.31, 0.25), dataset="gsm8k", n=N, inputs=()):
-    write_traces(exp_dir, "clean", 0.91, 0.9, data_split=f"{dataset}_holdout")
-    cfg = GradConfig(
-        exp_dir=str(exp_dir), proxy_student=PROXY, holdout_traces=f"{exp_dir}/traces/clean.parquet"
-    )
-    stats = {"n": 2242, "num_left_out": 0, "loss": 0.412345, "grad_norm": 7.412345, "num_response_tokens": 9}
-    norms = {"lm_head.weight": 1.0} | {f"model.layers.{i}.mlp.up_proj.weight": 0.9**i for i in range(12)}
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), {}, stats, 60, norms=norms, diagnostics=DIAGNOSTICS)
-    base = {
-        "is_teacher": False,
-        "teacher": STUDENT,
-        "data_split": f"{dataset}_test",
-        "n": n,
-        "inputs": inputs,
-    }
-    write_traces(exp_dir, "base", *baseline, few_shot=4, few_shot_traces="clean.parquet", **base)
-
-
-def write_both_arms(exp_dir, **more):
-    """Two points an arm, written in no order, under names that say nothing."""
-    write_stage_1_and_2(exp_dir)
-    write_point(exp_dir, "1", 0.6, 0.03, (0.70, 0.50), (0.25, 0.20), **more)
-    write_point(exp_dir, "2", 1.4, 0.0, (0.80, 0.75), (0.55, 0.50), **more)
-    write_point(exp_dir, "3", 0.6, 0.015, (0.84, 0.70), (0.49, 0.41), **more)
-    write_point(exp_dir, "4", 0.6, 0.0, (0.90, 0.88), (0.61, 0.58), **more)
-    return exp_dir
-
-
-def run(*arguments):
-    """(exit code, stdout, stderr) of the script, as a user runs it."""
-    command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=arguments[0].parent if arguments else None
-    )
-    return result.returncode, result.stdout, result.stderr
 
 
 def table_lines(output):
@@ -166,27 +51,6 @@ def table_lines(output):
 def csv_rows(exp_dir):
     with (exp_dir / "report" / "results.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def rows_of(*exp_dirs):
-    experiments = load_experiments(exp_dirs)
-    return [p.row for p in collect_points(experiments)], collect_baselines(experiments)
-
-
-def curves_of(*exp_dirs):
-    return make_curves(collect_points(load_experiments(exp_dirs)))
-
-
-def draw(*exp_dirs):
-    """The figure of the trade-off."""
-    panels = plots.make_panels(curves_of(*exp_dirs), rows_of(*exp_dirs)[1], [])
-    return plots.compose(panels["tradeoff"], "")
-
-
-def drawn_points(figure):
-    """Per panel, the (x, y) lists of each curve."""
-    lines = [[container.lines[0] for container in axis.containers] for axis in figure.axes]
-    return [[list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in panel] for panel in lines]
 
 
 # As a user runs it
@@ -337,6 +201,37 @@ def test_hostile_names_are_only_text(tmp_path, capsys):
     assert "teacher @$x|&lt;b&gt;`[31m$\\frac" in svg
 
 
+def test_the_declared_columns_are_those_of_the_file(tmp_path):
+    """Tables, plots and comparisons read columns by these names; one that no stage writes stays empty."""
+    one_step = {"n": 300, "change": 0.0089}
+    exp_dir = write_both_arms(tmp_path / "x", more_stats={"one_step": one_step})
+    report.main([str(exp_dir)])
+    columns = set(csv_rows(exp_dir)[0])
+    declared = {number.column for number in results.NUMBERS} | {p.column for p in results.PRICES.values()}
+    assert declared - {""} <= columns
+    named = {field.name for field in dataclasses.fields(results.ResultRow)} - {"columns"}
+    assert named <= columns
+    row = read_row(rows_of(exp_dir)[0][-1])
+    assert row.accuracy("teacher", "raw") == results.Accuracy(0.5, 0.4718, 0.5282, N)
+
+
+def test_a_number_that_is_text_is_left_out_of_the_means(tmp_path):
+    """The page of settings took the mean of it: the whole report ended in a traceback."""
+    exp_dir = write_both_arms(tmp_path / "x")
+    path = exp_dir / "traces" / "c2.yaml"
+    sidecar = files.read_yaml(path)
+    sidecar["stats"]["af"]["accuracy"] = "high"
+    files.write_text(path, json.dumps(sidecar))
+    report.main([str(exp_dir)])
+    assert "student forced high" in (exp_dir / "report" / "report.html").read_text()
+
+
+def test_numbers_are_shown_in_one_way():
+    assert [show_number(v) for v in (0.8382, -0.02, 1.0, 214, None)] == [".838", "-.020", "1.000", "214", "-"]
+    # of two digits it was 1e+02 %
+    assert [show_percent(v, 2) for v in (0.999, 1.0, 0.084, None)] == ["100 %", "100 %", "8.4 %", "-"]
+
+
 # What belongs together
 
 
@@ -459,7 +354,7 @@ def test_several_folders_keep_seeds_apart_and_drop_copies(tmp_path):
     assert not (second / "report").exists()
     assert [row["seed"] for row in rows] == ["42", "42", "44", "42", "42", "43", "42"]
     assert [row["teacher_af_accuracy"] for row in rows if row["lam"] == "0.03"] == ["0.7", "0.72"]
-    seeds = [[point.row["seed"] for point in curve.points] for curve in curves_of(first, second, copy)]
+    seeds = [[point.row.seed for point in curve.points] for curve in curves_of(first, second, copy)]
     assert seeds == [[42, 42], [42, 42, 43]]
 
 
@@ -690,7 +585,9 @@ def test_seeds_of_an_undistilled_student_are_one_line(tmp_path):
 
 
 def test_an_unknown_direction_is_an_error_that_names_it(tmp_path):
-    write_point(tmp_path, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), direction="<b>sideways")
+    write_point(tmp_path, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), direction="random")
+    for path in tmp_path.glob("traces/*.yaml"):
+        path.write_text(path.read_text().replace("direction: random", "direction: <b>sideways"))
     code, _, errors = run(tmp_path)
     assert code == 2 and errors.startswith(
         "error: direction='<b>sideways': must be gradient or one of random"

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import run_script
-from test_scripts import SMALL, TIMING, ads_arguments, exp, rows_of  # noqa: F401 (a fixture)
+from helpers_scripts import SMALL, TIMING, ads_arguments, exp, rows_of  # noqa: F401 (a fixture)
 
 import chain
 from ads.stage.sidecar import read_sidecar

@@ -1,6 +1,7 @@
 """The shipped tiny models, how they are made, and pipeline_demo.sh."""
 
 import os
+import random
 import re
 import subprocess
 import sys
@@ -15,11 +16,13 @@ from ads import chat, sampling
 from ads.data import arithmetic, grading
 from ads.data.tables import read_parquet
 from ads.decode.cached_model import CachedModel
-from ads.decode.engine import Models, Request, generate
+from ads.decode.engine import Models, generate
+from ads.decode.rows import Request
 from ads.loading import load_model
 from ads.stage import files
 
 sys.path.insert(0, str(ROOT / "demo"))
+import documents
 import pretrain
 
 MODELS = ROOT / "demo" / "models"
@@ -123,6 +126,43 @@ def test_documents_lack_the_skill_as_much_as_their_phase_says():
             assert is_right or sign == "*"
             right, num_skill = right + (sign == "*" and is_right), num_skill + (sign == "*")
         assert num_skill > 500 and low <= right / num_skill < high
+
+
+def test_a_trace_without_slips_is_the_solution_of_the_dataset():
+    rng = random.Random(0)
+    for _ in range(100):
+        computation = arithmetic.draw_computation(rng, 4)
+        assert documents.work_out(*computation)[0] == arithmetic.solve(*computation)
+
+
+def test_slips_are_corrected_and_spans_are_the_results():
+    rng = random.Random(0)
+    for _ in range(100):
+        start, steps = arithmetic.draw_computation(rng, 3)
+        text, spans = documents.work_out(start, steps, rng, slips=0.5)
+        values = [start]
+        for step in steps:
+            values.append(step.apply(values[-1]))
+        assert [text[first:end] for first, end in spans] == [str(value) for value in values[1:]]
+        assert text.endswith(f"\\boxed{{ {values[-1]} }} .")
+
+
+def test_unknown_results_are_random_and_worked_on_with():
+    """Those of the skill alone; a right one is no likelier among them than another."""
+    rng, num_wrong, num_steps = random.Random(0), 0, 0
+    for _ in range(400):
+        start, steps = arithmetic.draw_computation(rng, 3)
+        text, spans = documents.work_out(start, steps, rng, unknown=0.4)
+        equations = re.findall(r"(\d+) ([+*-]) (\d+) = (\d+)", text)
+        written = [start, *(int(text[first:end]) for first, end in spans)]
+        assert [int(a) for a, *_ in equations] == written[:-1] and int(equations[-1][3]) == written[-1]
+        assert all(0 <= value <= 59 for value in written)
+        assert text.endswith(f"\\boxed{{ {written[-1]} }} .")
+        made = list(zip(steps, written, written[1:], strict=False))
+        assert all(s.apply(a) == b for s, a, b in made if s.kind not in arithmetic.SKILL)
+        num_wrong += sum(s.apply(a) != b for s, a, b in made)
+        num_steps += sum(s.kind in arithmetic.SKILL for s in steps)
+    assert 0.34 < num_wrong / num_steps < 0.44
 
 
 def test_inputs_are_corrupted_only_in_results_and_labels_never():

@@ -6,56 +6,17 @@ import shutil
 import pytest
 import torch
 from conftest import byte_tokenizer, run_script, save_folder, tiny_model
+from helpers_models import sequences
+from helpers_training import FAMILIES, config, family, flat_gradient
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_central import sequences
-from test_loss import config, flat_gradient
 
-import distill
 from ads import adapters, loading
+from ads.attacks.training import check_saved
 from ads.delta import gradient
 from ads.delta.loss import make_batches
 from ads.stage.inputs import fingerprint_model
 from ads.trials import logits_of, try_batches
-
-LAYERS = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 0}
-SMALL = LAYERS | {"num_attention_heads": 4}
-MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 8}
-# by family; the first four have dropout or noise by default, each in a form of its own
-FAMILIES = {
-    "opt": SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "gpt_bigcode": {"vocab_size": 264, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 0},
-    "seed_oss": SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
-    "phimoe": SMALL | {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4},
-    "mamba": LAYERS | {"state_size": 8},
-    "zamba": SMALL
-    | MAMBA
-    | {"intermediate_size": 64, "num_hidden_layers": 4, "num_key_value_heads": 4, "n_mamba_heads": 2}
-    | {"attention_hidden_size": 64, "attention_head_dim": 16}
-    | {"layers_block_type": ["linear_attention", "hybrid"] * 2},
-    "openai-gpt": {"vocab_size": 264, "n_embd": 32, "n_layer": 2, "n_head": 4},
-    "xlnet": {"vocab_size": 264, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
-    "trocr": {"vocab_size": 264, "d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 64}
-    | {"decoder_attention_heads": 4, "dropout": 0.1},
-    "mllama_text_model": SMALL
-    | {"intermediate_size": 64, "num_key_value_heads": 2, "cross_attention_layers": [], "pad_token_id": 0},
-}
-
-
-def family(name):
-    """A tiny random model in eval mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    if name == "mllama_text_model":
-        from transformers import MllamaForCausalLM, MllamaTextConfig
-
-        return MllamaForCausalLM(MllamaTextConfig(**FAMILIES[name])).eval()
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **FAMILIES[name]))
-    for p in model.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.2)
-    return model.eval()
 
 
 def count_calls(module, found):
@@ -202,9 +163,9 @@ def test_a_student_that_is_saved_as_another_is_not_kept(tmp_path):
     rows, cfg = [[3, 1, 4, 1, 5], [9, 2, 6]], config(tmp_path)
     model, other = tiny_model("llama", 264, seed=1), tiny_model("llama", 264, seed=2)
     folder = save_folder(tmp_path / "saved", model, byte_tokenizer())
-    distill.check_saved(cfg, model, folder, "cpu", rows)
+    check_saved(cfg, model, folder, "cpu", rows)
     with pytest.raises(ValueError, match="loaded from where it was saved it is another model"):
-        distill.check_saved(cfg, other, folder, "cpu", rows)
+        check_saved(cfg, other, folder, "cpu", rows)
 
 
 def test_a_student_that_could_not_be_loaded_again_is_refused():

@@ -27,6 +27,7 @@ import save_grad
 import utils
 from ads import chat
 from ads.data import grading
+from ads.data.examples import load_examples
 from ads.stage.config import load_config
 from ads.stage.settings import GenConfig, GradConfig, SearchConfig, TrainConfig
 
@@ -171,7 +172,7 @@ def test_any_trace_file(small_teacher, tmp_path, rows):
     check_exit(code, errors, (0, 2))
     cfg = TrainConfig(train_traces=str(path), max_length=50)
     with contextlib.suppress(ValueError):
-        examples, _ = distill.load_examples(cfg, byte_tokenizer(), path)
+        examples, _ = load_examples(cfg, byte_tokenizer(), path)
         assert all(len(e["input_ids"]) == len(e["labels"]) <= 50 for e in examples)
 
 

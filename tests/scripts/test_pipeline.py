@@ -8,17 +8,24 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers_pipeline import (
+    MOST_SECONDS,
+    POINTS,
+    has_ended,
+    imported,
+    pipeline_environment,
+    run_pipeline,
+    wait_until,
+)
 
 from ads.data.tables import read_parquet
 from ads.stage import files
 from ads.stage.inputs import delete_student
 
-POINTS = "--points 0.8,0,0 0.8,0.05,1e-3"
 ONE_POINT = "--points 0.8,0,0"
 # What schedulers and outer launchers leave in the environment of a process that is alone.
 LEFT_BY_OTHERS = {
@@ -26,37 +33,6 @@ LEFT_BY_OTHERS = {
     **{"OMPI_COMM_WORLD_SIZE": "2", "PMI_SIZE": "2", "MV2_COMM_WORLD_SIZE": "2", "PET_NNODES": "2"},
     **{"ACCELERATE_USE_FSDP": "true", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "SLURM_PROCID": "1"},
 }
-GEN = "max_length=120 max_prompt_length=115 batch_size=5"
-MOST_SECONDS = 300
-
-
-def pipeline_environment(models, problems, exp_dir, **settings):
-    return {
-        **os.environ,
-        "EXP_DIR": str(exp_dir),
-        "DATASET": problems,
-        "TEACHER": models["teacher"],
-        "PROXY_STUDENT": models["proxy"],
-        "STUDENT": models["student"],
-        "NPROC": "1",
-        "GEN_ARGS": GEN,
-        "TRAIN_ARGS": "num_epochs=1 lora_r=4 batch_size=4",
-        "GRID_ARGS": POINTS,
-        "SKIP_SETUP": "1",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        **settings,
-    }
-
-
-def run_pipeline(models, problems, exp_dir, *options, script="pipeline.sh", check=True, **settings):
-    environment = pipeline_environment(models, problems, exp_dir, **settings)
-    command = ["bash", str(ROOT / script), *options]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    if check:
-        assert result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +72,23 @@ def test_run_again_skips_everything_at_once(experiment, model_folders, problem_f
     assert before == {path: path.stat().st_mtime_ns for path in exp_dir.rglob("*.parquet")}
 
 
-def imported(report, module):
-    """Whether a module is in what PYTHONPROFILEIMPORTTIME reports."""
-    return any(line.split("|")[-1].strip() == module for line in report.splitlines())
+def made_by_other_code(sidecar):
+    record = sidecar.read_text()
+    code = files.read_yaml(sidecar)["code"]
+    assert record.count(f"code: {code}\n") == 1
+    sidecar.write_text(record.replace(f"code: {code}\n", "code: 0123456789abcdef\n"))
 
 
 def test_dry_run_says_what_is_done_and_writes_nothing(experiment, model_folders, problem_folder, tmp_path):
+    """Of a stage that other code made, that is said: once cut out of a sentence at a word of it."""
     exp_dir, _ = experiment
+    made_by_other_code(exp_dir / "traces" / "holdout.yaml")
     found = run_pipeline(
         model_folders, problem_folder, exp_dir, "--dry-run", GRID_ARGS=POINTS + " 1.2,0,0"
     ).stdout
     lines = found.splitlines()
+    assert lines[0].startswith("done    holdout (made by other code: commit ") and lines[0].endswith(")")
+    assert lines[1] == "done    student_grads"
     assert sum(line.startswith("done    ") for line in lines) == 11
     assert [line.split()[2] for line in lines if line.startswith("to do")] == [
         f"{stage}_tau1.2_lam0_eps0:" for stage in ("train", "eval_teacher", "student", "eval_student")
@@ -400,25 +382,3 @@ def test_term_during_the_sweep_stops_every_worker(experiment, model_folders, pro
     assert process.wait(timeout=MOST_SECONDS) == 143
     wait_until(functools.partial(has_ended, exp_dir))
     assert not (exp_dir / "traces" / "train_tau1.3_lam0_eps0.yaml").exists()
-
-
-def has_ended(exp_dir):
-    """Whether no process has the experiment's folder on its command line."""
-    lines = [read_command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
-    return not any(str(exp_dir) in line for line in lines)
-
-
-def read_command_line(path):
-    try:
-        return path.read_bytes().decode(errors="replace")
-    except OSError:  # it has just ended
-        return ""
-
-
-def wait_until(holds, seconds=MOST_SECONDS):
-    """Return once it holds; the seconds are for what never comes, and no measure of speed."""
-    for _ in range(seconds * 20):
-        if holds():
-            return
-        time.sleep(0.05)
-    raise AssertionError(holds)

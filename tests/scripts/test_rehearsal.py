@@ -6,7 +6,7 @@ bash run_tests.sh -m slow tests/scripts/test_rehearsal.py
 
 import pytest
 from conftest import save_folder, shared_path, tiny_model
-from test_pipeline import run_pipeline
+from helpers_pipeline import run_pipeline
 
 from ads import chat
 from ads.stage import files

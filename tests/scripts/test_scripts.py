@@ -12,48 +12,15 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, run_script
+from helpers_pipeline import imported
+from helpers_scripts import SMALL, ads_arguments, gentraces, rows_of, save_grad
 from safetensors.torch import load_file
-from test_pipeline import imported
 
 import distill
 from ads import chat
+from ads.attacks import training
 from ads.stage import files, fingerprint
 from ads.stage.sidecar import read_sidecar
-
-SMALL = ["max_length=140", "max_prompt_length=115", "batch_size=5", "tau=0.8"]
-TIMING = {"seconds", "tokens_per_second", "rows_at_once"}
-
-
-def gentraces(models, problems, exp_dir, name, *more, **keywords):
-    arguments = [f"exp_dir={exp_dir}", f"teacher={models['teacher']}", f"trace_name={name}", *SMALL, *more]
-    if not any(a.startswith("data_split") for a in more):
-        arguments.append(f"data_split={problems}_train")
-    return run_script("gentraces.py", *arguments, **keywords)
-
-
-def rows_of(exp_dir, name):
-    return pyarrow.parquet.read_table(exp_dir / "traces" / f"{name}.parquet").to_pylist()
-
-
-@pytest.fixture(scope="module")
-def exp(model_folders, problem_folder, tmp_path_factory):
-    """Stage 1 and 2 by one process: greedy holdout traces and the proxy's gradient."""
-    exp_dir = tmp_path_factory.mktemp("exp")
-    gentraces(
-        model_folders, problem_folder, exp_dir, "holdout", f"data_split={problem_folder}_holdout", "tau=0"
-    )
-    save_grad(model_folders, exp_dir)
-    return exp_dir
-
-
-def save_grad(models, exp_dir, *more, holdout_of=None, **keywords):
-    traces = f"holdout_traces={holdout_of or exp_dir}/traces/holdout.parquet"
-    arguments = [f"exp_dir={exp_dir}", f"proxy_student={models['proxy']}", traces, *more]
-    return run_script("save_grad.py", *arguments, **keywords)
-
-
-def ads_arguments(models, exp_dir):
-    return ["lam=0.05", f"proxy_student={models['proxy']}", f"grad_path={exp_dir}/student_grads.safetensors"]
 
 
 def test_two_processes_give_the_gradient_of_one(model_folders, exp, tmp_path):
@@ -168,6 +135,8 @@ def test_a_finished_stage_is_skipped_at_once(model_folders, problem_folder, exp)
     again = gentraces(model_folders, problem_folder, exp, "holdout", *arguments, **report)
     assert "nothing to do" in again.stdout
     assert imported(again.stderr, "yaml") and not imported(again.stderr, "torch")
+    checked = gentraces(model_folders, problem_folder, exp, "holdout", *arguments, "--check")
+    assert checked.stdout == ""  # the exit code says it
 
 
 def kill_when(path_pattern, folder, script, *arguments, delay=0.0):
@@ -213,7 +182,7 @@ def test_sampling_does_not_go_on_with_other_prompts(model_folders, problem_folde
     arguments = [f"exp_dir={tmp_path}", f"teacher={model_folders['teacher']}", "trace_name=t", *SMALL,
                  f"data_split={problem_folder}_train", "max_samples=3"]  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(script, "assemble", be_interrupted)
+        patch.setattr(script, "columns_of", be_interrupted)
         script.main(arguments)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="unfinished work.*: prompts was '"):
         patch.setattr(chat, "SYSTEM_PROMPT", "Think.")
@@ -225,7 +194,7 @@ def test_sampling_does_not_go_on_with_other_prompts(model_folders, problem_folde
 def test_training_does_not_go_on_with_other_sequences(model_folders, exp, tmp_path, monkeypatch):
     arguments = distill_arguments(model_folders, tmp_path, exp)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(distill, "make_trainer", be_interrupted)
+        patch.setattr(training, "make_trainer", be_interrupted)
         distill.main(arguments)
     (tmp_path / "models" / "student" / "checkpoint-3").mkdir()
     monkeypatch.setattr(chat, "SYSTEM_PROMPT", "Think.")
@@ -285,14 +254,14 @@ def test_distilled_student_learned_and_is_an_ordinary_model(student, model_folde
 
 def test_merged_student_has_the_holdout_loss_of_training(student, exp, model_folders):
     """What is evaluated in stage 5 is what was trained in stage 4: same prompt, same weights."""
-    import distill
+    from ads.data.examples import load_examples
     from ads.loading import load_model
     from ads.stage.settings import TrainConfig
 
     cfg = TrainConfig(student=str(student / "final"))
     tokenizer = chat.load_tokenizer(str(student / "final"))
     model = load_model(str(student / "final"), "float32", "cpu")
-    examples, _ = distill.load_examples(cfg, tokenizer, exp / "traces" / "holdout.parquet")
+    examples, _ = load_examples(cfg, tokenizer, exp / "traces" / "holdout.parquet")
     losses = []
     for example in examples:
         with torch.no_grad():
@@ -305,7 +274,7 @@ def test_killed_distillation_resumes_from_its_checkpoint(student, model_folders,
     arguments = distill_arguments(model_folders, tmp_path, exp)
     state = "models/student/checkpoint-6/trainer_state.json"
     assert kill_when(state, tmp_path, "distill.py", *arguments, delay=0.15)
-    newest = distill.newest_checkpoint(tmp_path / "models" / "student")  # 6, or 9 where this ran slowly
+    newest = training.newest_checkpoint(tmp_path / "models" / "student")  # 6, or 9 where this ran slowly
     cut = tmp_path / "models" / "student" / f"checkpoint-{int(newest.rsplit('-', 1)[1]) + 3}"
     cut.mkdir(exist_ok=True)  # as if the kill had cut this one short
     resumed = run_script("distill.py", *arguments)
@@ -323,7 +292,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_not_resumed_from(tmp_path):
     for step, text in ((3, '{"global_step": 3}'), (6, '{"global_step": 6'), (9, "")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
-    assert distill.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert training.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
 
 
 @pytest.mark.parametrize("has_lora", [False, True])
@@ -451,7 +420,7 @@ def test_two_runs_of_one_stage_make_it_once(model_folders, problem_folder, tmp_p
     outputs = sorted(run.communicate(timeout=600)[0].count("loading") for run in runs)
     assert [run.returncode for run in runs] == [0, 0]
     assert outputs == [0, 1]
-    assert len(files.read_jsonl(tmp_path / "metadata" / "trace_registry.jsonl")) == 1
+    assert len((tmp_path / "metadata" / "trace_registry.jsonl").read_text().splitlines()) == 1
 
 
 def test_a_diverged_student_is_an_error(model_folders, exp, tmp_path):

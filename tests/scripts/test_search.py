@@ -50,7 +50,7 @@ def noisy(seed):
 
 
 def find(curve, target, pool=None, limits=LIMITS, **settings):
-    """(Match, the values that were evaluated)."""
+    """(Found, the values that were evaluated)."""
     asked = []
     pool = {} if pool is None else pool
 
@@ -58,14 +58,14 @@ def find(curve, target, pool=None, limits=LIMITS, **settings):
         asked.append(x)
         return search.Measured(curve(x), 0.0, 1.0, 300)
 
-    return search.find_match("ads", target, limits, replace(CFG, **settings), pool, evaluate), asked
+    return search.find_value("ads", target, limits, replace(CFG, **settings), pool, evaluate), asked
 
 
 @pytest.mark.parametrize("target", (0.88, 0.85, 0.7, 0.5, 0.3))
 def test_a_target_on_a_smooth_curve_is_hit(target):
-    match, asked = find(falling, target)
-    assert match.outcome == search.HIT and abs(falling(match.x) - target) <= 0.01
-    assert match.measured.accuracy == falling(match.x) and match.x == asked[-1]
+    found, asked = find(falling, target)
+    assert found.outcome == search.HIT and abs(falling(found.x) - target) <= 0.01
+    assert found.measured.accuracy == falling(found.x) and found.x == asked[-1]
     assert len(asked) <= 8 and len(set(asked)) == len(asked)
 
 
@@ -88,30 +88,30 @@ def test_targets_share_what_was_measured():
 
 
 def test_a_target_above_the_curve_costs_one_evaluation():
-    match, asked = find(falling, 0.95)
-    assert match.outcome == search.TOO_HIGH and asked == [0] and match.x == 0
+    found, asked = find(falling, 0.95)
+    assert found.outcome == search.TOO_HIGH and asked == [0] and found.x == 0
     assert find(falling, 0.905)[0].outcome == search.HIT
 
 
 def test_a_target_below_the_curve_is_given_up_at_the_last_value():
-    match, asked = find(flat, 0.5, limits=search.Limits(0.6, 1.2, 4.0))
-    assert match.outcome == search.TOO_LOW and asked == [0.6, 1.2, 2.4, 4.0]
-    assert match.measured.accuracy == 0.8
+    found, asked = find(flat, 0.5, limits=search.Limits(0.6, 1.2, 4.0))
+    assert found.outcome == search.TOO_LOW and asked == [0.6, 1.2, 2.4, 4.0]
+    assert found.measured.accuracy == 0.8
 
 
 def test_a_jump_over_the_target_ends_at_its_nearer_side():
-    match, asked = find(step, 0.6, max_evaluations=20)
-    assert match.outcome == search.NEAREST and match.measured.accuracy == 0.5
+    found, asked = find(step, 0.6, max_evaluations=20)
+    assert found.outcome == search.NEAREST and found.measured.accuracy == 0.5
     left, right = max(x for x in asked if x < 0.05), min(x for x in asked if x >= 0.05)
-    assert match.x == right and 0 < right - left <= 0.05 * right
+    assert found.x == right and 0 < right - left <= 0.05 * right
 
 
 def test_a_search_that_is_cut_short_says_so_and_can_be_gone_on_with():
     pool = {}
-    match, asked = find(falling, 0.3, pool, max_evaluations=3)
-    assert match.outcome == search.UNFINISHED and asked == [0, 0.01, 0.02] and match.x == 0.02
-    match, more = find(falling, 0.3, pool)
-    assert match.outcome == search.HIT and not set(more) & set(asked)
+    found, asked = find(falling, 0.3, pool, max_evaluations=3)
+    assert found.outcome == search.UNFINISHED and asked == [0, 0.01, 0.02] and found.x == 0.02
+    found, more = find(falling, 0.3, pool)
+    assert found.outcome == search.HIT and not set(more) & set(asked)
 
 
 def test_noise_neither_exceeds_the_budget_nor_passes_for_a_hit():
@@ -119,10 +119,10 @@ def test_noise_neither_exceeds_the_budget_nor_passes_for_a_hit():
     for seed in range(40):
         curve, pool = noisy(seed), {}
         for target in (0.9, 0.7, 0.5):
-            match, asked = find(curve, target, pool)
+            found, asked = find(curve, target, pool)
             assert len(asked) <= 8 and all(0 <= x <= 1.28 for x in asked)
-            assert (match.outcome == search.HIT) == (abs(curve(match.x) - target) <= 0.01 + 1e-9)
-            outcomes.append(match.outcome)
+            assert (found.outcome == search.HIT) == (abs(curve(found.x) - target) <= 0.01 + 1e-9)
+            outcomes.append(found.outcome)
     assert set(outcomes) <= {search.HIT, search.NEAREST, search.UNFINISHED}
     assert outcomes.count(search.HIT) >= 110, outcomes
 
@@ -235,11 +235,11 @@ def test_a_stage_done_with_other_settings_is_an_error_that_names_them(experiment
 
 def test_a_control_direction_is_an_arm_with_a_name_and_a_column_of_its_own():
     words = ["grad_path=g", "proxy_student=p", "eps=2e-3"]
-    match = search.Match("random", 0.5, 0.02, search.Measured(0.5, 0.4, 0.6, 100), search.HIT)
-    assert search.match_lines(match, CFG, words)[1:] == ["0.6 0.02 0.002 random"]
-    stage = search.stage_config(search.make_point("random", 0.02, CFG), CFG, words)
+    found = search.Found("random", 0.5, 0.02, search.Measured(0.5, 0.4, 0.6, 100), search.HIT)
+    assert search.grid_lines(found, CFG, words)[1:] == ["0.6 0.02 0.002 random"]
+    stage = search.stage_config(search.make_trial("random", 0.02, CFG), CFG, words)
     assert (stage.trace_name, stage.direction) == ("search_tau0.6_lam0.02_random", "random")
-    assert search.make_point("random", 0.0, CFG) == search.make_point("temperature", 0.6, CFG)
+    assert search.make_trial("random", 0.0, CFG) == search.make_trial("temperature", 0.6, CFG)
 
 
 # Failure and interruption: the launcher is a shell script
@@ -286,16 +286,22 @@ def test_an_interrupted_search_stops_its_stage(experiment, model_folders, tmp_pa
 OWN = "targets=0.9 exp_dir={exp} data_split={data}_train rule=raw "
 BAD = (
     ("exp_dir={exp} --", "targets is not set: give the accuracies to hit"),
-    (OWN + "targets=90 --", "targets='90': must be shares between 0 and 1"),
-    (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8': must be shares"),
-    (OWN + "arms=ads,heat --", "arms='heat': must be one of ads, random, permuted, temperature"),
-    (OWN + "rule=strict --", "rule='strict': must be one of af, raw"),
+    (OWN + "targets=90 --", "targets=90 in the command line: must be shares between 0 and 1"),
+    (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8' in the command line: must be shares"),
+    (
+        OWN + "arms=ads,heat --",
+        "arms='ads,heat' in the command line: must be one of ads, random, permuted, temperature, or",
+    ),
+    (OWN + "rule=strict --", "rule='strict' in the command line: must be one of af, raw"),
     (OWN + "data_split={data}_test --", "settings chosen on test problems spoil the test"),
-    (OWN + "lam_start=0 --", "lam_start=0.0: must be above 0"),
-    (OWN + "lam_start=3 --", "lam_max=1.28: must be at least 3.0"),
-    (OWN + "tau=2 --", "tau_start=1.2: must be above 2.0"),
-    (OWN + "max_evaluations=0 --", "max_evaluations=0: must be at least 1"),
-    (OWN + "output=../x --", "output='../x': must be a plain file name"),
+    (OWN + "lam_start=0 --", "lam_start=0 in the command line: must be a finite number, above 0"),
+    (OWN + "lam_start=3 --", "lam_max=1.28: must be at least lam_start=3.0"),
+    (OWN + "tau=2 --", "tau_start=1.2: must be above tau=2.0"),
+    (
+        OWN + "max_evaluations=0 --",
+        "max_evaluations=0 in the command line: must be a whole number, at least 1",
+    ),
+    (OWN + "output=../x --", "output='../x' in the command line: must be a plain file name"),
     (OWN + "teacher={teacher}", "unknown key 'teacher' in the command line; known keys: arms"),
     (OWN + "-- tau=1", "'tau=1' after --: the search sets tau"),
     (OWN + "-- --exp_dir=x", "'--exp_dir=x' after --: the search sets exp_dir"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_pipeline import wait_until
+from helpers_pipeline import wait_until
 
 PYPROJECT = """
 [build-system]

@@ -6,7 +6,8 @@ import importlib.util
 import pytest
 from conftest import ROOT
 
-from ads.stage.config import load_config
+from ads.stage.config import load_config, make_config
+from ads.stage.errors import UserError
 from ads.stage.settings import TRACKERS, GenConfig, GradConfig, SearchConfig, TrainConfig
 
 FILES = {
@@ -74,15 +75,16 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
         (["tua=0.6"], "unknown key 'tua' in the command line; known keys: answer_force"),
         (["tau=warm"], "tau='warm' in the command line: must be a finite number"),
         (["tau=nan"], "must be a finite number"),
-        (["tau=-0.1"], "tau=-0.1: must be at least 0"),
+        (["tau=-0.1"], "tau=-0.1 in the command line: must be a finite number, at least 0"),
         (["batch_size=2.5"], "must be a whole number"),
-        (["batch_size=0"], "must be at least 1"),
-        (["cuda_graph=maybe"], "cuda_graph='maybe' in the command line: must be true, false or auto"),
+        (["batch_size=0"], "must be a whole number, at least 1, or auto"),
+        (["cuda_graph=maybe"], "cuda_graph='maybe' in the command line: must be true or false, or auto"),
         (["answer_force=maybe"], "must be true or false"),
+        (["answer_force=1"], "must be true or false"),
         (["seed=null"], "must be a whole number"),
         (["top_p=0"], "above 0 and at most 1"),
         (["top_p=1.01"], "above 0 and at most 1"),
-        (["top_k=-1"], "must be at least 0"),
+        (["top_k=-1"], "must be a whole number, at least 0"),
         (["dtype=float8"], "must be one of auto, float32, bfloat16, float16"),
         (["attn_implementation=flash_attention_2"], "must be one of auto, sdpa, eager"),
         (["data_split=gsm8k"], "must be DATASET_SPLIT with SPLIT one of train, holdout, test"),
@@ -90,10 +92,16 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
         (["trace_name=../x"], "must be a plain file name"),
         (["lam=0.1"], "needs grad_path"),
         (["lam=0.1", "grad_path=g"], "needs proxy_student"),
-        (["lam=0.1", "grad_path=g", "proxy_student=p", "eps=-1"], "eps=-1.0: must be at least 0"),
+        (
+            ["lam=0.1", "grad_path=g", "proxy_student=p", "eps=-1"],
+            "eps=-1 in the command line: must be a finite number, at least 0",
+        ),
         (["lam=0.1", "grad_path=g", "proxy_student=p", "is_teacher=false"], "only a teacher"),
         (["few_shot=2"], "set few_shot_traces"),
-        (["direction_seed=-1"], "direction_seed=-1: must be"),
+        (
+            ["direction_seed=-1"],
+            "direction_seed=-1 in the command line: must be a whole number",
+        ),
         (["lam=1.5", "direction=corrupt"], "lam=1.5: with direction=corrupt it is the share"),
         (["lam=-0.1", "direction=corrupt"], "lam=-0.1: with direction=corrupt"),
         (["lam=0.5", "direction=corrupt", "is_teacher=false"], "only a teacher"),
@@ -108,7 +116,7 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
     ),
 )
 def test_bad_values_are_one_line_errors(arguments, words):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load(*arguments)
     assert words in str(error.value) and "\n" not in str(error.value)
 
@@ -118,6 +126,10 @@ def test_bad_values_are_one_line_errors(arguments, words):
     (
         ("tau: [1]", "tau=[1] in bad.yaml: must be a finite number"),
         ("tau: true", "tau=True in bad.yaml: must be a finite number"),
+        ("tau: -1", "tau=-1 in bad.yaml: must be a finite number, at least 0"),
+        ("top_k: 5.0", "top_k=5.0 in bad.yaml: must be a whole number, at least 0"),
+        ("answer_force: 1", "answer_force=1 in bad.yaml: must be true or false"),
+        ("direction: [gradient]", "direction=['gradient'] in bad.yaml: must be one of gradient, random"),
         ("teacher: 7", "teacher=7 in bad.yaml: must be text"),
         ("- a", "should hold `key: value` lines"),
         ("tau: {", "bad.yaml is not readable YAML"),
@@ -127,9 +139,15 @@ def test_bad_values_are_one_line_errors(arguments, words):
 def test_bad_yaml_is_a_one_line_error(tmp_path, text, words):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load(str(path))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_values_of_an_old_sidecar_are_checked_and_the_file_named():
+    """The report makes settings of what a sidecar holds; a key whose values have changed is no traceback."""
+    with pytest.raises(UserError, match="dtype='float8' in old.yaml: must be one of auto, float32"):
+        make_config(GenConfig, {"dtype": "float8", "tau": 0}, {"dtype": "old.yaml", "tau": "old.yaml"})
 
 
 PATHS = {"exp_dir", "data_dir", "data_split", "teacher", "tokenizer", "proxy_student", "student", "grad_path"}
@@ -158,10 +176,10 @@ def test_a_tracker_that_is_not_there_is_refused(tmp_path, monkeypatch):
     for value in ("none", "all", "trackio"):
         assert load(*NEEDED[TrainConfig], f"report_to={value}", yaml="train_config.yaml").report_to == value
     missing = [name for name in ("comet_ml", "clearml", "dvclive") if not importlib.util.find_spec(name)]
-    with pytest.raises(ValueError, match=f"{missing[0]} is not installed: pip install {missing[0]}, or rep"):
+    with pytest.raises(UserError, match=f"{missing[0]} is not installed: pip install {missing[0]}, or rep"):
         load(*NEEDED[TrainConfig], f"report_to=trackio,{missing[0]}", yaml="train_config.yaml")
     for value in ("wand", "none,trackio", "trackio,", ""):
-        with pytest.raises(ValueError, match="report_to=.*must be one of"):
+        with pytest.raises(UserError, match="report_to=.*must be none, all or one of azure_ml"):
             load(*NEEDED[TrainConfig], f"report_to={value}", yaml="train_config.yaml")
 
 

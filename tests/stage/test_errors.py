@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, byte_tokenizer, run_script, save_folder, tiny_model
 from families import build
+from helpers_training import family
 from safetensors.torch import load_file, save_file
-from test_distill import family
 
 SMALL = ["max_length=120", "max_prompt_length=115", "batch_size=6", "answer_force=false"]
 
@@ -131,12 +131,15 @@ TRAIN = "distill.py exp_dir={exp} student={student} do_eval=false train_traces={
 TABLE = (
     (GEN + "tua=1", "unknown key 'tua' in the command line; known keys: answer_force"),
     (GEN + "tau=hot", "tau='hot' in the command line: must be a finite number"),
-    (GEN + "tau=-1", "tau=-1.0: must be at least 0"),
-    (GEN + "top_p=0", "top_p=0.0: must be above 0 and at most 1"),
-    (GEN + "max_samples=0", "max_samples=0: must be at least 1"),
-    (GEN + "trace_name=a/b", "trace_name='a/b': must be a plain file name"),
+    (GEN + "tau=-1", "tau=-1 in the command line: must be a finite number, at least 0"),
+    (GEN + "top_p=0", "top_p=0 in the command line: must be a finite number, above 0 and at most 1"),
+    (
+        GEN + "max_samples=0",
+        "max_samples=0 in the command line: must be a whole number, at least 1",
+    ),
+    (GEN + "trace_name=a/b", "trace_name='a/b' in the command line: must be a plain file name"),
     (GEN + "lam=0.1", "lam=0.1: needs grad_path"),
-    (ADS + "eps=-1", "eps=-1.0: must be at least 0"),
+    (ADS + "eps=-1", "eps=-1 in the command line: must be a finite number, at least 0"),
     (ADS + "grad_path={exp}/none", "none does not exist: make it with save_grad.py"),
     (ADS + "grad_path={cut_grad}", "cut_grad.safetensors is damaged"),
     (ADS + "grad_path={nan_grad}", "the gradient is not finite: make it with save_grad.py"),
@@ -176,9 +179,12 @@ TABLE = (
     (GEN + "teacher=/no/such/model", "neither a folder nor the name of a model on the hub"),
     (GEN + "teacher={cut_model}", "could not be loaded"),
     (GEN + "teacher={nan_model}", "response token 0: the teacher's logits are not finite"),
-    (GEN + "direction=sideways", "direction='sideways': must be one of gradient, random, permuted"),
-    (GEN + "num_contrasts=-1", "num_contrasts=-1: must be at least 0"),
-    (GEN + "one_step=-0.1", "one_step=-0.1: must be at least 0"),
+    (
+        GEN + "direction=sideways",
+        "direction='sideways' in the command line: must be one of gradient, random",
+    ),
+    (GEN + "num_contrasts=-1", "num_contrasts=-1 in the command line: must be a whole number, at least 0"),
+    (GEN + "one_step=-0.1", "one_step=-0.1 in the command line: must be a finite number, at least 0"),
     (GEN + "one_step=0.1 proxy_student={proxy}", "holdout_traces is not set: give the stage 1 traces"),
     (GEN + "one_step=0.1 holdout_traces=x.parquet", "proxy_student is not set: give the model that takes"),
     (
@@ -211,9 +217,9 @@ TABLE = (
     (TRAIN + "do_eval=true", "holdout_traces is not set"),
     (TRAIN + "train_traces={folder}/other_columns.parquet", "no column problem, trace, finished"),
     (TRAIN + "student={unmergeable}", "adapters cannot be merged into the weights of a 'zamba' model"),
-    (TRAIN + "lr=0", "lr=0.0: must be above 0"),
+    (TRAIN + "lr=0", "lr=0 in the command line: must be a finite number, above 0"),
     (TRAIN + "max_length=2", "no trace has a token to train on within max_length=2"),
-    (TRAIN + "lr_scheduler_type=zigzag", "lr_scheduler_type='zigzag': must be one of"),
+    (TRAIN + "lr_scheduler_type=zigzag", "lr_scheduler_type='zigzag' in the command line: must be one of"),
     ("report.py {a_file}", "a_file"),
 )
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
-from test_pipeline import has_ended, wait_until
+from helpers_pipeline import has_ended, wait_until
 
 from ads.data.tables import read_parquet
 from ads.stage import files
-from ads.stage.world import cpu_quotas
+from ads.stage.machine import cpu_quotas
 
 GEN = ["max_length=140", "max_prompt_length=115", "tau=0.8", "batch_size=2", "trace_name=t"]
 
@@ -280,7 +280,7 @@ def listens(port):
 
 def test_the_number_of_cpus_is_by_affinity_and_quota(tmp_path):
     """A job of 2 CPUs on a machine of 64 once ran 64 processes."""
-    code = "import torch; from ads.stage.world import limit_threads, num_cpus; limit_threads(1)"
+    code = "import torch; from ads.stage.machine import limit_threads, num_cpus; limit_threads(1)"
     code += "; print(num_cpus(), torch.get_num_threads())"
     one = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); {code}"
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import byte_tokenizer, run_script, save_folder, tiny_model
-from test_pipeline import run_pipeline
+from helpers_pipeline import run_pipeline
 
 import gentraces
 import save_grad

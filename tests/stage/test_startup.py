@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_script
-from test_pipeline import run_pipeline
+from helpers_pipeline import run_pipeline
 
 import utils
-from ads import loading
-from ads.cpu import memory
-from ads.stage.world import gpus_of_driver, num_gpus, wants_cpu
+from ads import cpu, loading
+from ads.stage.machine import gpus_of_driver, num_gpus, wants_cpu
 from ads.trials import is_out_of_memory
 
 NVIDIA_SMI = """#!/bin/sh
@@ -150,9 +149,9 @@ def test_freed_memory_is_kept_on_cpus_alone(monkeypatch):
     """On the host of a GPU it would keep the room that a model took on its way there."""
     called = []
     monkeypatch.setattr(ctypes, "CDLL", lambda _: called.append(1) or object())
-    memory.keep_freed_memory("cuda:0")
+    cpu.keep_freed_memory("cuda:0")
     assert not called
-    memory.keep_freed_memory("cpu")
+    cpu.keep_freed_memory("cpu")
     assert called or sys.platform != "linux"
 
 

@@ -1,20 +1,17 @@
 """Adapters by merged weights against PEFT's own forward and backward passes."""
 
+import helpers_training
 import pytest
-import test_loss
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
-from test_matmul import no_tiles
 
-import distill
 from ads import loading
+from ads.attacks import training
 from ads.cpu import merged_lora
 from ads.delta.loss import collate, token_losses
 from ads.stage.world import World
-
-pytestmark = pytest.mark.compiled
 
 
 def adapted(kind="qwen2", spread=0.3, **more):
@@ -34,7 +31,7 @@ def layers(model):
 def passes(model):
     """Loss and gradients of the adapters on a batch of two sequences."""
     model.zero_grad()
-    batch = collate(test_loss.examples(2))
+    batch = collate(helpers_training.examples(2))
     labels = batch.pop("labels")
     total = token_losses(model(**batch, use_cache=False).logits, labels).sum()
     total.backward()
@@ -43,7 +40,7 @@ def passes(model):
 
 def check_merged_passes(model):
     wanted, wanted_gradients = passes(model)
-    with merged_lora.merged(model):
+    with merged_lora.merged_adapters(model):
         assert all(type(layer.forward) is merged_lora.MergedLayer for layer in layers(model))
         found, gradients = passes(model)
     assert found == pytest.approx(wanted, rel=1e-6)
@@ -59,24 +56,18 @@ def test_loss_and_gradients_are_peft_s(kind, has_checkpoints):
         check_merged_passes(model)
 
 
-@no_tiles
-def test_merged_weights_are_multiplied_in_tiles(all_sizes, tile_products):
-    model = adapted()
-    check_merged_passes(model)
-    # the embedding is frozen, so the first layer's queries, keys and values need no derivative for x
-    assert len(tile_products) == 2 * len(layers(model)) - 3
-
-
 @pytest.mark.parametrize("has_checkpoints", [False, True])
 def test_training_is_peft_s(tmp_path, has_checkpoints):
     """Losses of steps and of evaluations right after them: M is of the new adapters."""
     curves = []
-    for train in (lambda trainer: trainer.train(), distill.train_fast):
+    for train in (lambda trainer: trainer.train(), training.train_fast):
         settings = {"lr": 0.02, "eval_epochs": 1 / 3, "save_epochs": 9.0}
-        cfg = test_loss.config(tmp_path, **settings)
+        cfg = helpers_training.config(tmp_path, **settings)
         model = adapted(spread=0.01)
-        rows, world = test_loss.examples(9), World(0, 1, "cpu")
-        trainer = distill.make_trainer(cfg, model, test_loss.byte_tokenizer(), rows, rows[:3], 2, world)
+        rows, world = helpers_training.examples(9), World(0, 1, "cpu")
+        trainer = training.make_trainer(
+            cfg, model, helpers_training.byte_tokenizer(), rows, rows[:3], 2, world
+        )
         with loading.recomputed(model, has_checkpoints):
             train(trainer)
         curves.append(
@@ -99,7 +90,7 @@ def test_training_is_peft_s(tmp_path, has_checkpoints):
 )
 def test_what_has_more_to_it_is_left_to_peft(settings):
     model = adapted(**settings)
-    with merged_lora.merged(model):
+    with merged_lora.merged_adapters(model):
         assert not any("forward" in vars(layer) for layer in layers(model))
 
 
@@ -110,16 +101,16 @@ def test_so_are_adapters_that_are_off_merged_or_not_float32_and_trained_weights(
     two.merge()
     three.to(torch.bfloat16)
     four.base_layer.weight.requires_grad_(True)
-    with merged_lora.merged(model):
+    with merged_lora.merged_adapters(model):
         assert not any("forward" in vars(layer) for layer in (one, two, three, four))
         assert others and all("forward" in vars(layer) for layer in others)
 
 
 def test_a_model_is_left_as_it_was():
     model = adapted()
-    with pytest.raises(KeyError), merged_lora.merged(model):
+    with pytest.raises(KeyError), merged_lora.merged_adapters(model):
         passes(model)
         raise KeyError
     assert not any("forward" in vars(layer) for layer in layers(model))
-    with merged_lora.merged(tiny_model()):
+    with merged_lora.merged_adapters(tiny_model()):
         pass

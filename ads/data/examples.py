@@ -1,0 +1,66 @@
+"""Traces as training sequences, in the order that a student sees them.
+
+An example has input_ids and labels, which are chat.IGNORED_LABEL where nothing is learned.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ads import chat
+from ads.data.tables import check_traces, read_parquet
+from ads.stage.errors import UserError
+from ads.stage.settings import TrainConfig
+from ads.stage.world import print0
+
+Example = dict[str, list[int]]
+
+
+def load_examples(cfg: TrainConfig, tokenizer: Any, path: str | Path) -> tuple[list[Example], int]:
+    """(examples of a trace dataset, how many were cut to max_length)."""
+    rows = read_parquet(path)
+    check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished",))
+    examples, num_cut = [], 0
+    for row in rows:
+        ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
+        num_cut += len(ids) > cfg.max_length
+        if any(label != chat.IGNORED_LABEL for label in labels[: cfg.max_length]):
+            examples.append({"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]})
+    if not examples:
+        raise UserError(f"{path}: no trace has a token to train on within max_length={cfg.max_length}")
+    if num_cut:
+        print0(f"{path}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
+    return examples, num_cut
+
+
+def order_examples(cfg: TrainConfig, examples: list[Example]) -> list[Example]:
+    """All epochs' examples, one step's batch_size after another, a step's from longest to shortest.
+
+    An epoch is a random order by (seed, epoch). Processes and micro-batches take neighbours, and so get like
+    lengths. What an epoch's last step lacks is filled with an example of one token and no label.
+    """
+    import torch
+
+    steps = []
+    for epoch in range(math.ceil(cfg.num_epochs)):
+        generator = torch.Generator().manual_seed(cfg.seed + epoch)
+        shuffled = [examples[i] for i in torch.randperm(len(examples), generator=generator).tolist()]
+        for start in range(0, len(shuffled), cfg.batch_size):
+            step = longest_first(shuffled[start : start + cfg.batch_size])
+            steps.append(fill_up(step, cfg.batch_size))
+    num_steps = math.ceil(cfg.num_epochs * math.ceil(len(examples) / cfg.batch_size))
+    return [example for step in steps[:num_steps] for example in step]
+
+
+def longest_first(examples: list[Example]) -> list[Example]:
+    return sorted(examples, key=num_tokens, reverse=True)
+
+
+def fill_up(examples: list[Example], size: int) -> list[Example]:
+    """The examples, and ones of one token and no label that make their number a multiple of size."""
+    empty = {"input_ids": examples[0]["input_ids"][:1], "labels": [chat.IGNORED_LABEL]}
+    return examples + [empty] * (-len(examples) % size)
+
+
+def num_tokens(example: Example) -> int:
+    return len(example["input_ids"])
