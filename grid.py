@@ -16,7 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ads.arms import DEFENCES
+from ads.stage.config import make_config
+from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig
 
 # The paper's models reach 70 % teacher accuracy on GSM8K at lam of about 0.03.
@@ -24,8 +25,7 @@ EPS = "0"  # the exact derivative (docs/delta.md); above 0: central difference
 TEMPERATURES = [(f"{0.6 + 0.2 * i:.1f}", "0", "0") for i in range(13)]
 STRENGTHS = [("0.6", f"{0.003 * i:.3f}", EPS) for i in range(1, 21)]
 POINTS = TEMPERATURES + STRENGTHS
-KEYS = frozenset(GenConfig.__annotations__)
-SET_BY_PIPELINE = (
+SET_BY_PIPELINE = {
     "exp_dir",
     "trace_name",
     "data_split",
@@ -35,7 +35,8 @@ SET_BY_PIPELINE = (
     "eps",
     "seed",
     "is_teacher",
-)
+}
+KEYS = GenConfig.__annotations__.keys() - SET_BY_PIPELINE
 SHUFFLE_SEED = 42  # both arms fill up evenly, so that a sweep that is cut short can be plotted
 
 
@@ -74,29 +75,32 @@ def point(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: write tau,lam,eps") from None
     if not (0 <= tau < float("inf") and abs(lam) < float("inf") and 0 <= eps < float("inf")):
         raise argparse.ArgumentTypeError(f"{text!r}: tau and eps must be at least 0, all three finite")
-    return (*values[:3], *map(checked, named(values[3:]), itertools.repeat(text)))
+    return (*values[:3], *checked(values[3:], text))
 
 
-def named(words: Sequence[str]) -> tuple[str, ...]:
-    """The words as key=value; `random 1`, of earlier versions, is defence=random direction_seed=1."""
-    keys = ("defence", "direction_seed")
-    return tuple(
-        word if "=" in word else f"{key}={word}" for key, word in zip(keys, words, strict=False)
-    ) + tuple(words[2:])
+def checked(words: Sequence[str], text: str) -> list[str]:
+    """Words that gentraces.py takes, and that can be part of a file name.
 
-
-def checked(word: str, text: str) -> str:
-    """A word that gentraces.py can take and a file name can hold."""
-    key, equals, value = word.partition("=")
-    if not equals or key not in KEYS:
-        raise argparse.ArgumentTypeError(f"{text!r}: {word} is no key=value with a key of gentraces.py")
-    if key in SET_BY_PIPELINE:
-        raise argparse.ArgumentTypeError(f"{text!r}: {key} is set by the pipeline, for all points alike")
-    if key == "defence" and value not in DEFENCES:
-        raise argparse.ArgumentTypeError(f"{text!r}: the defence must be one of {', '.join(DEFENCES)}")
-    if not value or any(c in value for c in "/\\ \t"):
-        raise argparse.ArgumentTypeError(f"{text!r}: {word} becomes part of a file name: no blank, no slash")
-    return word
+    `random 1`, as in earlier versions, is defence=random direction_seed=1.
+    """
+    settings = {}
+    for key, word in itertools.zip_longest(("defence", "direction_seed"), words):
+        if word is not None:
+            name, equals, value = word.partition("=") if "=" in word else (key or word, "=", word)
+            settings[name] = value
+    if wrong := [name for name in settings if name not in KEYS]:
+        raise argparse.ArgumentTypeError(f"{text!r}: {wrong[0]} is no key of gentraces.py to be swept")
+    if wrong := [
+        f"{name}={value}" for name, value in settings.items() if not value or set(value) & set("/\\ ")
+    ]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: {wrong[0]} becomes part of a file name: no blank, no slash"
+        )
+    try:
+        make_config(GenConfig, settings, dict.fromkeys(settings, "the grid"))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return [f"{name}={value}" for name, value in settings.items()]
 
 
 def points_in(path: str) -> list[tuple[str, ...]]:

@@ -33,6 +33,8 @@ def write_traces(
 ):
     """A trace sidecar, and perhaps its answers; forced and raw are shares (forced may be None: no answer
     forcing)."""
+    if direction := config.pop("direction", None):
+        config["defence"] = "ads" if direction == "gradient" else direction
     cfg = GenConfig(exp_dir=str(exp_dir), trace_name=name, **{"teacher": TEACHER, **config})
     stats = {
         "n": n,

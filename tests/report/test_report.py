@@ -484,7 +484,22 @@ def test_arm_of_a_point(tmp_path, lam, direction, arm):
     write_point(tmp_path, "1", 0.6, lam, (0.7, 0.5), (0.25, 0.2), **more)
     if direction is None:
         for path in tmp_path.glob("traces/*.yaml"):
-            files.write_text(path, path.read_text().replace("  direction: gradient\n", ""))
+            files.write_text(path, path.read_text().replace("  defence: ads\n", ""))
+    ((row,), _) = rows_of(tmp_path)
+    assert row["arm"] == arm and is_complete(row)
+
+
+@pytest.mark.parametrize(
+    "lam,direction,arm", ((0.03, "gradient", "ADS"), (0.5, "corrupt", "corrupted results"))
+)
+def test_sidecars_from_when_defences_were_directions_are_read(tmp_path, lam, direction, arm):
+    write_point(tmp_path, "1", 0.6, lam, (0.7, 0.5), (0.25, 0.2), direction=direction)
+    for path in tmp_path.glob("traces/*.yaml"):
+        lines = [
+            line for line in path.read_text().splitlines() if "keep_top1" not in line and "max_kl" not in line
+        ]
+        text = "\n".join(lines).replace("  defence: ads", "  direction: gradient")
+        files.write_text(path, text.replace("  defence: corrupt", "  direction: corrupt") + "\n")
     ((row,), _) = rows_of(tmp_path)
     assert row["arm"] == arm and is_complete(row)
 
@@ -587,11 +602,9 @@ def test_seeds_of_an_undistilled_student_are_one_line(tmp_path):
 def test_an_unknown_direction_is_an_error_that_names_it(tmp_path):
     write_point(tmp_path, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), direction="random")
     for path in tmp_path.glob("traces/*.yaml"):
-        path.write_text(path.read_text().replace("direction: random", "direction: <b>sideways"))
+        path.write_text(path.read_text().replace("defence: random", "defence: <b>sideways"))
     code, _, errors = run(tmp_path)
-    assert code == 2 and errors.startswith(
-        "error: direction='<b>sideways': must be gradient or one of random"
-    )
+    assert code == 2 and "defence='<b>sideways': must be one of ads, random" in errors
 
 
 def test_agreement_of_delta_is_shown_and_warned_of(tmp_path):

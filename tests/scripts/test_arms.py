@@ -2,11 +2,12 @@
 
 import pytest
 
-from ads.arms import ARMS, DIRECTIONS, arm_of
+from ads.arms import ARMS, DEFENCES, arm_of
 from ads.data.traces import fingerprint_inputs
 from ads.stage.settings import GenConfig
 
 DELTA = ["proxy_student", "gradient"]
+PROXY = ["proxy_student"]
 STEP = ["proxy_student", "holdout_traces"]
 
 
@@ -14,15 +15,17 @@ STEP = ["proxy_student", "holdout_traces"]
     "settings,name,inputs",
     (
         ({"tau": 1.0}, "temperature", []),
-        ({"direction": "random"}, "temperature", []),
+        ({"defence": "random"}, "temperature", []),
         ({"lam": 0.03}, "ads", DELTA),
         ({"lam": -0.03}, "negative", DELTA),
-        ({"lam": 0.03, "direction": "random"}, "random", DELTA),
-        ({"lam": -0.03, "direction": "random"}, "random", DELTA),
-        ({"lam": 0.03, "direction": "permuted", "eps": 1e-3}, "permuted", DELTA),
-        ({"lam": 0.5, "direction": "corrupt"}, "corrupt", []),
+        ({"lam": 0.03, "defence": "random"}, "random", DELTA),
+        ({"lam": -0.03, "defence": "random"}, "random", DELTA),
+        ({"lam": 0.03, "defence": "permuted", "eps": 1e-3}, "permuted", DELTA),
+        ({"lam": 0.5, "defence": "corrupt"}, "corrupt", []),
+        ({"lam": 0.5, "defence": "poe"}, "poe", PROXY),
+        ({"lam": 0.5, "defence": "contrastive", "max_kl": 0.1}, "contrastive", PROXY),
         ({"one_step": 0.1}, "temperature", STEP),
-        ({"lam": 0.5, "direction": "corrupt", "one_step": 0.1}, "corrupt", STEP),
+        ({"lam": 0.5, "defence": "corrupt", "one_step": 0.1}, "corrupt", STEP),
         ({"lam": 0.03, "one_step": 0.1, "few_shot": 2}, "ads", [*DELTA, "holdout_traces", "few_shot_traces"]),
     ),
 )
@@ -46,7 +49,7 @@ def test_no_two_arms_look_alike():
         assert len({getattr(arm, column) for arm in ARMS}) == len(ARMS), column
 
 
-def test_settings_of_old_sidecars_and_unknown_ones():
-    assert arm_of({"lam": 0.03}).label == "ADS" and "sideways" not in DIRECTIONS
+def test_an_unknown_defence_has_no_arm():
+    assert "sideways" not in DEFENCES
     with pytest.raises(KeyError, match="sideways"):
-        arm_of({"lam": 0.03, "direction": "sideways"})
+        arm_of({"lam": 0.03, "defence": "sideways"})

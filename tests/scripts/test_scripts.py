@@ -371,10 +371,10 @@ def test_corrupted_results_need_no_proxy_and_random_directions_have_seeds(
     model_folders, problem_folder, exp, tmp_path
 ):
     """A direction's seed makes another direction; without one it is the run's own seed."""
-    gentraces(model_folders, problem_folder, tmp_path, "corrupt", "lam=0.5", "direction=corrupt")
+    gentraces(model_folders, problem_folder, tmp_path, "corrupt", "lam=0.5", "defence=corrupt")
     record = files.read_yaml(tmp_path / "traces" / "corrupt.yaml")
     assert "proxy_student" not in record["inputs"] and record["config"]["lam"] == 0.5
-    random = [*ads_arguments(model_folders, exp), "direction=random"]
+    random = [*ads_arguments(model_folders, exp), "defence=random"]
     for name, more in (("own", []), ("named", ["direction_seed=42"]), ("other", ["direction_seed=43"])):
         gentraces(model_folders, problem_folder, tmp_path, name, *random, "lam=2", *more)
     own, named, other = (rows_of(tmp_path, name) for name in ("own", "named", "other"))

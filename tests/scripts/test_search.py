@@ -236,9 +236,9 @@ def test_a_stage_done_with_other_settings_is_an_error_that_names_them(experiment
 def test_a_control_direction_is_an_arm_with_a_name_and_a_column_of_its_own():
     words = ["grad_path=g", "proxy_student=p", "eps=2e-3"]
     found = search.Found("random", 0.5, 0.02, search.Measured(0.5, 0.4, 0.6, 100), search.HIT)
-    assert search.grid_lines(found, CFG, words)[1:] == ["0.6 0.02 0.002 random"]
+    assert search.grid_lines(found, CFG, words)[1:] == ["0.6 0.02 0.002 defence=random"]
     stage = search.stage_config(search.make_trial("random", 0.02, CFG), CFG, words)
-    assert (stage.trace_name, stage.direction) == ("search_tau0.6_lam0.02_random", "random")
+    assert (stage.trace_name, stage.defence) == ("search_tau0.6_lam0.02_random", "random")
     assert search.make_trial("random", 0.0, CFG) == search.make_trial("temperature", 0.6, CFG)
 
 
@@ -335,15 +335,25 @@ POINTS = "# found\n\n0.6 0 0\n  0.6 0.03 1e-3  \n# again\n0.6 0 0\n0.6 0.03 1e-3
 
 def test_grid_of_a_file(tmp_path):
     (tmp_path / "points.txt").write_text(POINTS)
-    points = ["0.6 0 0", "0.6 0.03 1e-3", "0.6 0.03 1e-3 random"]
+    points = ["0.6 0 0", "0.6 0.03 1e-3", "0.6 0.03 1e-3 defence=random"]
     assert grid_of(tmp_path / "points.txt") == points
     assert grid_of(tmp_path / "points.txt", "--shard", "1/2") == points[1:2]
 
 
-def test_a_point_may_name_a_direction():
-    arguments = ["--points", "0.6,0.03,1e-3,permuted", "0.6,0.03,1e-3,random,7", "0.6,0,0"]
-    lines = run_script("grid.py", *arguments).stdout.splitlines()
-    assert lines == ["0.6 0.03 1e-3 permuted", "0.6 0.03 1e-3 random 7", "0.6 0 0"]
+def test_a_point_may_name_a_defence_and_any_other_key():
+    """The fourth and fifth word were once the direction and its seed."""
+    points = [
+        "0.6,0.03,1e-3,permuted",
+        "0.6,0.03,1e-3,random,7",
+        "0.6,0,0",
+        "0.6,1,0,defence=poe,max_kl=0.08,top_p=1",
+    ]
+    assert run_script("grid.py", "--points", *points).stdout.splitlines() == [
+        "0.6 0.03 1e-3 defence=permuted",
+        "0.6 0.03 1e-3 defence=random direction_seed=7",
+        "0.6 0 0",
+        "0.6 1 0 defence=poe max_kl=0.08 top_p=1",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -352,10 +362,16 @@ def test_a_point_may_name_a_direction():
         ("0.6 0 0\n\n0.6 0.03\n", "points.txt, line 3: '0.6,0.03': write tau,lam,eps"),
         ("0.6 x 0\n", "points.txt, line 1: '0.6,x,0': write tau,lam,eps"),
         ("0.6 0 inf\n", "points.txt, line 1: '0.6,0,inf': tau and eps must be at least 0, all three finite"),
-        ("0.6 1 1e-3 uphill\n", "line 1: '0.6,1,1e-3,uphill': the fourth must be one of gradient, random"),
-        ("0.6 1 1e-3 permuted 5\n", "line 1: '0.6,1,1e-3,permuted,5': a fifth is the seed of a random"),
-        ("0.6 1 1e-3 random -5\n", "line 1: '0.6,1,1e-3,random,-5': a fifth is the seed of a random"),
-        ("0.6 1 1e-3 random 5 6\n", "line 1: '0.6,1,1e-3,random,5,6': a fifth is the seed of a random"),
+        (
+            "0.6 1 1e-3 uphill\n",
+            "line 1: '0.6,1,1e-3,uphill': defence='uphill' in the grid: must be one of ads, random",
+        ),
+        ("0.6 1 1e-3 max_kl=-1\n", "line 1: '0.6,1,1e-3,max_kl=-1': max_kl=-1 in the grid: must be"),
+        ("0.6 1 1e-3 foo=1\n", "line 1: '0.6,1,1e-3,foo=1': foo is no key of gentraces.py to be swept"),
+        ("0.6 1 1e-3 seed=1\n", "line 1: '0.6,1,1e-3,seed=1': seed is no key of gentraces.py to be swept"),
+        ("0.6 1 1e-3 prefill=a/b\n", "prefill=a/b becomes part of a file name: no blank, no slash"),
+        ("0.6 1 1e-3 random -5\n", "line 1: '0.6,1,1e-3,random,-5': direction_seed=-5 in the grid: must be"),
+        ("0.6 1 1e-3 random 5 6\n", "line 1: '0.6,1,1e-3,random,5,6': 6 is no key of gentraces.py"),
         ("# nothing was reachable\n", "points.txt: holds no point"),
         (None, "points.txt: cannot be read"),
     ),

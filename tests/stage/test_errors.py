@@ -180,8 +180,8 @@ TABLE = (
     (GEN + "teacher={cut_model}", "could not be loaded"),
     (GEN + "teacher={nan_model}", "response token 0: the teacher's logits are not finite"),
     (
-        GEN + "direction=sideways",
-        "direction='sideways' in the command line: must be one of gradient, random",
+        GEN + "defence=sideways",
+        "defence='sideways' in the command line: must be one of ads, random",
     ),
     (GEN + "num_contrasts=-1", "num_contrasts=-1 in the command line: must be a whole number, at least 0"),
     (GEN + "one_step=-0.1", "one_step=-0.1 in the command line: must be a finite number, at least 0"),
