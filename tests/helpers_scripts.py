@@ -1,7 +1,6 @@
 """Stages run as scripts on tiny models."""
 
 import pyarrow.parquet
-import pytest
 from conftest import run_script
 
 SMALL = ["max_length=140", "max_prompt_length=115", "batch_size=5", "tau=0.8"]
@@ -18,17 +17,6 @@ def gentraces(models, problems, exp_dir, name, *more, **keywords):
 
 def rows_of(exp_dir, name):
     return pyarrow.parquet.read_table(exp_dir / "traces" / f"{name}.parquet").to_pylist()
-
-
-@pytest.fixture(scope="module")
-def exp(model_folders, problem_folder, tmp_path_factory):
-    """Stage 1 and 2 by one process: greedy holdout traces and the proxy's gradient."""
-    exp_dir = tmp_path_factory.mktemp("exp")
-    gentraces(
-        model_folders, problem_folder, exp_dir, "holdout", f"data_split={problem_folder}_holdout", "tau=0"
-    )
-    save_grad(model_folders, exp_dir)
-    return exp_dir
 
 
 def save_grad(models, exp_dir, *more, holdout_of=None, **keywords):

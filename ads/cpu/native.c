@@ -95,8 +95,7 @@ static void begin_tiles(const StepStruct *);
 static void end_tiles(const StepStruct *);
 
 /* Logits of the token after the one that each slot is given, whose embeddings are in step->x. */
-void ads_step(const ModelStruct *m, const StepStruct *step, int num_threads)
-{
+void ads_step(const ModelStruct *m, const StepStruct *step, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
     {
         begin_tiles(step);
@@ -131,8 +130,7 @@ static inline vec load(const float *p) { return *(const vec *)p; }
 
 /* RMS norm of one row: y = x / sqrt(mean x^2 + eps) scale, and its derivative; y may be x, and dy dx. dx is
 NULL outside dual numbers. */
-static void normalise(const NormStruct *n, size width, const float *x, const float *dx, float *y, float *dy)
-{
+static void normalise(const NormStruct *n, size width, const float *x, const float *dx, float *y, float *dy) {
     float squares = 0, products = 0;
 #pragma omp simd reduction(+ : squares)
     for (size i = 0; i < width; i++)
@@ -153,8 +151,7 @@ static void normalise(const NormStruct *n, size width, const float *x, const flo
 }
 
 /* normed = the norm of x, by all threads. */
-static void normalise_rows(const NormStruct *n, const ModelStruct *m, const StepStruct *step)
-{
+static void normalise_rows(const NormStruct *n, const ModelStruct *m, const StepStruct *step) {
     size width = m->hidden, next = step->rows * width;
 #pragma omp for schedule(static)
     for (size row = 0; row < step->rows; row++) {
@@ -164,8 +161,7 @@ static void normalise_rows(const NormStruct *n, const ModelStruct *m, const Step
 }
 
 /* Rotary position embedding (Su et al., 2021) of one head, (width) floats, times a factor. */
-static void rotate(float *x, size width, const float *cos, const float *sin, float factor)
-{
+static void rotate(float *x, size width, const float *cos, const float *sin, float factor) {
     size half = width / 2;
     for (size d = 0; d < half; d++) {
         float a = x[d], b = x[d + half];
@@ -177,8 +173,7 @@ static void rotate(float *x, size width, const float *cos, const float *sin, flo
 /* What one slot does between the product with qkv and attention, in `wide`: queries and keys are normalised
 where the model has norms of heads, then rotated (queries also scaled, in place of the scores); key and value
 go into the cache, at the slot's next position. */
-static void enter(const ModelStruct *m, const LayerStruct *l, const StepStruct *step, size row)
-{
+static void enter(const ModelStruct *m, const LayerStruct *l, const StepStruct *step, size row) {
     size heads = m->heads, kv_heads = m->kv_heads, width = m->width, stride = l->qkv.outs;
     const float *cos = step->cos + row * width, *sin = step->sin + row * width;
     for (size head = 0; head < heads + kv_heads; head++) {
@@ -208,8 +203,7 @@ static void mix(const float *p, size p_stride, size rows, const float *v, size v
     columns, const float *ahead, float *y, size y_stride, int add);
 
 /* exp to 2e-7: 2^n times a Taylor series about 0. Outside of -87..88 the result of the nearest of these. */
-static inline float exponential(float x)
-{
+static inline float exponential(float x) {
     x = x < -87 ? -87 : x;
     x = x > 88 ? 88 : x;
     float n = rintf(x * 1.44269504f);
@@ -221,8 +215,7 @@ static inline float exponential(float x)
 }
 
 /* In place. */
-static void softmax(float *scores, size count)
-{
+static void softmax(float *scores, size count) {
     float highest = scores[0], sum = 0;
 #pragma omp simd reduction(max : highest)
     for (size i = 0; i < count; i++)
@@ -236,8 +229,7 @@ static void softmax(float *scores, size count)
 
 /* The derivative of softmax, where p is its result and dp holds the scores' derivatives ds: dp = p (ds - sum
 of p ds). */
-static void change_of_softmax(const float *p, float *dp, size count)
-{
+static void change_of_softmax(const float *p, float *dp, size count) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (size i = 0; i < count; i++)
@@ -251,8 +243,7 @@ static void change_of_softmax(const float *p, float *dp, size count)
 `mixed`. With q the group's queries: p = softmax(q k^T), y = p v, and dp from dq k^T + q dk^T, dy = dp v + p
 dv. Keys and values are read page by page, and what is read next is fetched meanwhile (`then`). The group's
 rows lie together in head_rows, values of all heads and then derivatives, so that one product serves both. */
-static void attend(const ModelStruct *m, const LayerStruct *l, const StepStruct *step, size row, size head)
-{
+static void attend(const ModelStruct *m, const LayerStruct *l, const StepStruct *step, size row, size head) {
     size width = m->width, group = m->heads / m->kv_heads, p_stride = step->slot_pages * PAGE;
     size v_stride = step->v_stride, count = step->is_dual ? 2 * group : group, thread = omp_get_thread_num();
     float *p = step->scores + thread * 2 * group * p_stride, *dp = p + group * p_stride;
@@ -299,8 +290,7 @@ static void attend(const ModelStruct *m, const LayerStruct *l, const StepStruct 
 }
 
 /* mixed = silu(gate) up of one slot, from `wide`: (gates, ups). */
-static void gate(const ModelStruct *m, const StepStruct *step, size row)
-{
+static void gate(const ModelStruct *m, const StepStruct *step, size row) {
     size inner = m->inner;
     const float *gates = step->wide + row * 2 * inner, *ups = gates + inner;
     const float *d_gates = gates + step->rows * 2 * inner, *d_ups = d_gates + inner;
@@ -322,8 +312,7 @@ static void gate(const ModelStruct *m, const StepStruct *step, size row)
 
 /* Of 16 vectors one, whose lane i is the sum of the lanes of a[i]: in four rounds, each halving what is left.
 */
-static inline vec sum_lanes(const vec *a)
-{
+static inline vec sum_lanes(const vec *a) {
     vec b[8], c[4], d[2];
     for (int i = 0; i < 8; i++)
         b[i] = PICK(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
@@ -343,8 +332,7 @@ for num_rows rows and num_outs outputs, at most TILE of each (constants where it
 stay in registers). Each turn takes LANES inputs of every row, and fetches one line of what is needed next:
 the first at `ahead`, each further one `stride` floats on. */
 static inline __attribute__((always_inline)) void tile(size num_rows, size num_outs, const float *w, const
-    float *x, size ins, const float *ahead, size stride, float *y, size y_stride, int add)
-{
+    float *x, size ins, const float *ahead, size stride, float *y, size y_stride, int add) {
     vec sums[TILE * TILE] = {{0}};
     size i = 0;
     for (; i + LANES <= ins; i += LANES, ahead += stride) {
@@ -371,8 +359,7 @@ static inline __attribute__((always_inline)) void tile(size num_rows, size num_o
 }
 
 /* bfloat16 to float32, of which it is the upper half. */
-static void widen(const uint16_t *halves, float *floats, size count)
-{
+static void widen(const uint16_t *halves, float *floats, size count) {
     for (size i = 0; i < count; i++) {
         union { uint32_t bits; float value; } wide = {(uint32_t)halves[i] << 16};
         floats[i] = wide.value;
@@ -383,8 +370,7 @@ static void widen(const uint16_t *halves, float *floats, size count)
 y_stride. W is bfloat16 if there is a panel, which then gets these rows as float32. Meanwhile as many rows of
 W after these are fetched, each tile its `share` of them. */
 static void multiply(const void *weight, size first, size outs, size ins, const float *x, size rows, float *y,
-    size y_stride, int add, float *panel)
-{
+    size y_stride, int add, float *panel) {
     const float *w = (const float *)weight + first * ins, *ahead = w + outs * ins;
     size num_floats = outs * ins;
     if (panel) {
@@ -417,8 +403,7 @@ static void multiply(const void *weight, size first, size outs, size ins, const 
 constants where it is called. For each row of v `lines` lines of `ahead` are fetched. */
 static inline __attribute__((always_inline)) void mix_columns(size num_vecs, size num_rows, const float *p,
     size p_stride, const float *v, size v_stride, size length, const float *ahead, size lines, float *y, size
-    y_stride, int add)
-{
+    y_stride, int add) {
     vec sums[TILE][TILE] = {{{0}}};
     for (size l = 0; l < length; l++) {
         for (size k = 0; k < lines; k++, ahead += LANES)
@@ -443,8 +428,7 @@ static inline __attribute__((always_inline)) void mix_columns(size num_vecs, siz
 /* All columns of y (+)= p v in num_rows rows: by TILE vectors, then single vectors, then single floats. */
 static inline __attribute__((always_inline)) void mix_rows(size num_rows, const float *p, size p_stride, const
     float *v, size v_stride, size length, size columns, const float *ahead, size lines, float *y, size
-    y_stride, int add)
-{
+    y_stride, int add) {
     size c = 0;
     for (; c + TILE * LANES <= columns; c += TILE * LANES, ahead += length * lines * LANES)
         mix_columns(TILE, num_rows, p, p_stride, v + c, v_stride, length, ahead, lines, y + c, y_stride, add);
@@ -462,8 +446,7 @@ static inline __attribute__((always_inline)) void mix_rows(size num_rows, const 
 /* y (+)= p v by one thread: p (rows, length), v (length, columns), y (rows, columns), each with its stride.
 Meanwhile as much of `ahead` is fetched as v has, by those columns that come in TILE vectors. */
 static void mix(const float *p, size p_stride, size rows, const float *v, size v_stride, size length, size
-    columns, const float *ahead, float *y, size y_stride, int add)
-{
+    columns, const float *ahead, float *y, size y_stride, int add) {
     size passes = (rows + TILE - 1) / TILE, lines = (TILE + passes - 1) / passes;
     size share = lines * LANES * length * (columns / (TILE * LANES));
     for (; rows >= TILE; rows -= TILE, p += TILE * p_stride, y += TILE * y_stride, ahead += share)
@@ -483,14 +466,12 @@ enum { SIDE = 16, DEPTH = 32, PIECE = SIDE * DEPTH };
 
 #ifdef __AMX_BF16__
 /* Whether the system lets this process use them. */
-int ads_has_tiles(void)
-{
+int ads_has_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 
-static void begin_tiles(const StepStruct *step)
-{
+static void begin_tiles(const StepStruct *step) {
     if (!step->packed)
         return;
     struct { uint8_t palette, unused[15]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
@@ -500,15 +481,13 @@ static void begin_tiles(const StepStruct *step)
     _tile_loadconfig(&shape);
 }
 
-static void end_tiles(const StepStruct *step)
-{
+static void end_tiles(const StepStruct *step) {
     if (step->packed)
         _tile_release();
 }
 
 /* The upper half of a float's bits, and that of what it leaves of the float. */
-static inline void split(float x, uint16_t *upper, uint16_t *rest)
-{
+static inline void split(float x, uint16_t *upper, uint16_t *rest) {
     union { float value; uint32_t bits; } whole = {x}, head = whole;
     head.bits &= 0xffff0000;
     whole.value -= head.value;
@@ -518,8 +497,7 @@ static inline void split(float x, uint16_t *upper, uint16_t *rest)
 /* x (rows, ins) as contents of registers, by all threads: for every SIDE rows (zeros below the last) and
 DEPTH inputs first the upper halves and then the rests, each (DEPTH / 2, SIDE, 2), pairs of inputs beside each
 other. */
-static void pack(const float *x, size rows, size ins, uint16_t *packed)
-{
+static void pack(const float *x, size rows, size ins, uint16_t *packed) {
     size pieces = ins / DEPTH;
 #pragma omp for schedule(static) collapse(2)
     for (size block = 0; block < (rows + SIDE - 1) / SIDE; block++)
@@ -534,8 +512,7 @@ static void pack(const float *x, size rows, size ins, uint16_t *packed)
 }
 
 /* y[r][o] (+)= sums[o][r] for SIDE outputs: a register holds outputs by rows. */
-static void put(const float *sums, size rows, float *y, size y_stride, int add)
-{
+static void put(const float *sums, size rows, float *y, size y_stride, int add) {
     const __m512i steps = _mm512_mullo_epi32(
         _mm512_set1_epi32(SIDE), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (size r = 0; r < rows; r++) {
@@ -550,8 +527,7 @@ static void put(const float *sums, size rows, float *y, size y_stride, int add)
 /* y (+)= x W^T for SIDE or 2 SIDE outputs, x packed. Registers 0 to 3 hold sums, of two SIDEs of outputs by
 two of rows; 4 and 5 weights, 6 and 7 rows of x. Meanwhile as many rows of w after these are fetched. */
 static void multiply_tiles(const uint16_t *w, size outs, size ins, const uint16_t *packed, size rows, float
-    *y, size y_stride, int add)
-{
+    *y, size y_stride, int add) {
     float sums[4][SIDE * SIDE];
     size pieces = ins / DEPTH, stride = ins * sizeof *w;
     for (size first = 0; first < rows; first += 2 * SIDE, packed += 4 * pieces * PIECE) {
@@ -604,8 +580,7 @@ static void multiply_tiles(const uint16_t *w, size outs, size ins, const uint16_
 /* y (+)= x W^T for outputs first, ..., first + count - 1, by one thread; y begins at the first of these.
 packed: x as the matrix registers take it, which then do all outputs but the last count % SIDE; or NULL. */
 static void some_outputs(const void *w, size first, size count, size ins, const float *x, const uint16_t
-    *packed, size rows, float *y, size y_stride, int add, float *panel)
-{
+    *packed, size rows, float *y, size y_stride, int add, float *panel) {
     size tiled = packed ? count / SIDE * SIDE : 0;
     if (tiled)
         multiply_tiles((const uint16_t *)w + first * ins, tiled, ins, packed, rows, y, y_stride, add);
@@ -616,8 +591,7 @@ static void some_outputs(const void *w, size first, size count, size ins, const 
 }
 
 /* Of outputs first, ..., first + count - 1 of y (rows, outs); bias may be NULL. */
-static void add_bias(const float *bias, size first, size count, float *y, size outs, size rows)
-{
+static void add_bias(const float *bias, size first, size count, float *y, size outs, size rows) {
     for (size r = 0; bias && r < rows; r++)
         for (size o = first; o < first + count; o++)
             y[r * outs + o] += bias[o];
@@ -626,8 +600,7 @@ static void add_bias(const float *bias, size first, size count, float *y, size o
 /* y (+)= W x + b by all threads, (R, outs) of (R, ins); of derivatives W dx + dW x + db. With factors of g dW
 x = left^T (right x): right lies below W, and left^T follows once all threads have done their part of right x.
 */
-static void apply(const ProductStruct *p, const StepStruct *step, const float *x, float *y, int add)
-{
+static void apply(const ProductStruct *p, const StepStruct *step, const float *x, float *y, int add) {
     size outs = p->outs, ins = p->ins, rank = p->rank, rows = step->rows;
     size all_rows = step->is_dual ? 2 * rows : rows;
     float *dy = y + rows * outs;
@@ -663,14 +636,12 @@ static void apply(const ProductStruct *p, const StepStruct *step, const float *x
 
 /* y = p v by one thread, for derivatives of embeddings: p (rows, depth), v (depth, columns). A row is added
 up in one order, whatever the number of rows, as a BLAS does not promise. */
-void ads_mix(const float *p, const float *v, float *y, size rows, size depth, size columns)
-{
+void ads_mix(const float *p, const float *v, float *y, size rows, size depth, size columns) {
     mix(p, depth, rows, v, columns, depth, columns, v, y, columns, 0);
 }
 
 /* One product alone, y = W x + b: for benchmarks, and tests of rounding. */
-void ads_product(const ProductStruct *p, const StepStruct *step, const float *x, float *y, int num_threads)
-{
+void ads_product(const ProductStruct *p, const StepStruct *step, const float *x, float *y, int num_threads) {
 #pragma omp parallel num_threads(num_threads)
     {
         begin_tiles(step);

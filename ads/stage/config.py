@@ -63,6 +63,8 @@ def load_config(cls: type[Config], default_yaml: str | Path, arguments: Iterable
         if not equals:
             raise UserError(f"argument {word!r}: write key=value")
         check_keys(cls, [key], "the command line")
+        if sources.get(key) == "the command line":  # the later word counts, but a typo in the first is one
+            make_config(cls, {key: values[key]}, sources)
         values[key] = None if text in NULL_WORDS and is_optional(cls, key) else text
         sources[key] = "the command line"
     config = make_config(cls, values, sources)

@@ -3,7 +3,7 @@
 import helpers_training
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 
@@ -65,9 +65,7 @@ def test_training_is_peft_s(tmp_path, has_checkpoints):
         cfg = helpers_training.config(tmp_path, **settings)
         model = adapted(spread=0.01)
         rows, world = helpers_training.examples(9), World(0, 1, "cpu")
-        trainer = training.make_trainer(
-            cfg, model, helpers_training.byte_tokenizer(), rows, rows[:3], 2, world
-        )
+        trainer = training.make_trainer(cfg, model, byte_tokenizer(), rows, rows[:3], 2, world)
         with loading.recomputed(model, has_checkpoints):
             train(trainer)
         curves.append(

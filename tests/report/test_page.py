@@ -10,7 +10,7 @@ from helpers_report import rows_of, write_both_arms, write_point, write_stage_1_
 from markupsafe import escape
 
 import report
-from ads.arms import ARMS
+from ads.arms import LABELS
 from ads.report import page, plots, reader, tables
 from ads.report.curves import Point, make_curves
 from ads.report.results import read_row
@@ -403,7 +403,7 @@ def test_page_has_the_same_bytes_again(demo):
 
 def test_every_arm_has_a_colour_on_a_light_and_on_a_dark_page(demo):
     text = demo.read_text()
-    assert [text.count(f"--{plots.variable(arm)}: #") for arm in ARMS] == [2] * len(ARMS)
+    assert [text.count(f"--{plots.variable(label)}: #") for label in LABELS] == [2] * len(LABELS)
 
 
 def test_names_are_never_parts_of_the_template(tmp_path):

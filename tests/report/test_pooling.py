@@ -149,7 +149,8 @@ def test_what_is_no_part_of_the_recipe_tells_no_curves_apart(tmp_path):
 def test_every_key_of_the_training_settings_is_part_of_the_recipe_or_left_out_for_a_reason(tmp_path):
     """A key that is added later is part of it, unless somebody says otherwise."""
     write_model(tmp_path, "b", "a")
-    sidecar = files.read_yaml(tmp_path / "models" / "b.yaml")
+    path = tmp_path / "models" / "b.yaml"
+    sidecar = files.read_yaml(path) | {"path": path}
     left_out = sidecar["config"].keys() - settings_of(sidecar, TrainConfig).keys()
     places = {"exp_dir", "model_name", "train_traces", "holdout_traces", "student", "tokenizer"}
     places |= {"report_to", "keep_checkpoints", "save_epochs", "do_eval", "eval_epochs", "seed"}
