@@ -15,9 +15,11 @@ import time
 
 import utils
 from ads import chat
+from ads.arms import TEXTS
 from ads.data import grading
 from ads.data.problems import take_subset
 from ads.data.prompts import make_rows
+from ads.data.published import answer_only, truncated
 from ads.data.traces import columns_of, compute_stats, fingerprint_inputs, grade, save_traces
 from ads.stage import files, layout
 from ads.stage.config import ignored_keys, to_dict
@@ -108,7 +110,8 @@ def sample_rows(cfg, models, tokenizer, rows, world):
         print0(f"batch_size: {batch_size} rows at once, by free memory")
     to_columns = functools.partial(grade, cfg, tokenizer, models.eos, by_id)
     start = time.time()
-    num_sampled = decode_to_parts(cfg, models, forcing, requests, to_columns, world, batch_size)
+    decode = functools.partial(decode_rows, cfg, models, tokenizer, by_id, forcing, batch_size)
+    num_sampled = decode_to_parts(cfg, decode, requests, to_columns, world, batch_size)
     num_tokens, seconds = world.sum(num_sampled), time.time() - start  # of all, as the sum waits for them
     sampled = world.ask_main(read_rows, cfg.parts_dir / "traces", by_id.keys(), world)
     for row in rows:
@@ -149,26 +152,43 @@ def force_ids(tokenizer, eos, by_id, request, response_ids):
     return chat.force_ids(tokenizer, prompt_ids, row.opening + response_ids, eos)
 
 
-def decode_to_parts(cfg, models, forcing, requests, to_columns, world, batch_size):
+def decode_rows(cfg, models, tokenizer, by_id, forcing, batch_size, requests):
+    """The Completions of requests: sampled, or of a text that is published in the place of what was."""
+    from ads.decode.engine import generate
+    from ads.decode.replay import complete
+    from ads.delta.arm_models import sampling_of
+
+    has_graphs = cfg.cuda_graph is True  # auto: not before a GPU has run them
+    given = models, sampling_of(cfg, models.shared_V), cfg.seed, requests, batch_size
+    if cfg.defence not in TEXTS:
+        return generate(*given, forcing, has_graphs)
+    sampled = {} if cfg.defence == "external" else {c.id: c for c in generate(*given, None, has_graphs)}
+    responses = []
+    for request in requests:
+        row = by_id[request.id]
+        text = row.published
+        if cfg.defence != "external":
+            cut = answer_only if cfg.defence == "answer_only" else truncated
+            trace = chat.response_text(tokenizer, row.opening + sampled[row.id].ids, models.eos)
+            text = cut(trace, row.problem["solution"])
+        ids = [*chat.encode_next(tokenizer, text), tokenizer.eos_token_id]
+        responses.append(ids[: request.max_new_tokens])
+    return complete(models, cfg.seed, requests, responses, forcing, batch_size)
+
+
+def decode_to_parts(cfg, decode, requests, to_columns, world, batch_size):
     """Decode this process's requests that are in no part, and write in parts what ends; tokens sampled."""
     from tqdm import tqdm
-
-    from ads.decode.engine import generate
-    from ads.delta.arm_models import sampling_of
 
     folder = cfg.parts_dir / "traces"
     done = world.share(set(files.read_parts(folder)) if world.is_main else None)
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
     if len(mine) < len(requests) // world.size:
         print0(f"{len(done)} of {len(requests)} rows are there from an earlier run")
-    has_graphs = cfg.cuda_graph is True  # auto: not before a GPU has run them
-    completions = generate(
-        models, sampling_of(cfg, models.shared_V), cfg.seed, mine, batch_size, forcing, has_graphs
-    )
     progress = tqdm(total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2)
     rows, num_tokens, start, written = [], 0, time.time(), time.monotonic()
     try:
-        for completion in completions:
+        for completion in decode(mine):
             rows.append(to_columns(completion))
             num_tokens += len(completion.ids)
             progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)

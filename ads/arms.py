@@ -12,6 +12,7 @@ from typing import Any
 PROXY = ("proxy_student",)  # inputs of an arm that reads a proxy's log-probabilities
 DELTA = ("proxy_student", "gradient")  # of one that reads their derivative along the gradient
 SCORES = "ads.defences.scores"
+TEXTS = ("external", "answer_only", "truncated")  # defences that publish another text than was sampled
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ ARMS = (
         "*",
     ),
     Arm("corrupt", "corrupted results", "corrupt", (), None, None, "#56b4e9", "#f0e442", "P"),
+    Arm("external", "made elsewhere", "external", ("published",), None, None, "#777700", "#cccc66", "<"),
+    Arm("answer_only", "answer only", "answer_only", (), None, None, "#994455", "#ee99aa", ">"),
+    Arm("truncated", "truncated", "truncated", (), None, None, "#004488", "#6699cc", "d"),
     Arm("undistilled", "undistilled", None, (), None, None, "#595f69", "#a4acb8", "_"),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -61,10 +65,12 @@ SEARCHED = tuple(arm.name for knob in ("lam", "tau") for arm in ARMS if arm.knob
 
 
 def arm_of(settings: Mapping[str, Any]) -> Arm:
-    """The arm of a trace dataset's settings; without lam the defence has no effect.
+    """The arm of a trace dataset's settings; without lam a defence by scores has no effect.
 
     A defence that is not among DEFENCES is a KeyError.
     """
+    if settings["defence"] in TEXTS:
+        return BY_NAME[settings["defence"]]
     if not settings["lam"]:
         return BY_NAME["temperature"]
     if settings["defence"] == "ads" and settings["lam"] < 0:

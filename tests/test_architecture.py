@@ -16,7 +16,7 @@ from conftest import ROOT
 FLOORS = (
     {"arms"},
     {"stage"},
-    {"chat", "kv_cache", "sampling"},
+    {"chat", "defences", "kv_cache", "sampling"},
     {"data"},
     {"cpu"},
     {"dual"},

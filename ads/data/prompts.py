@@ -6,6 +6,7 @@ from typing import Any
 from ads import chat
 from ads.data import grading
 from ads.data.problems import load_problems
+from ads.data.published import read_published
 from ads.data.tables import check_traces, read_parquet
 from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig
@@ -19,6 +20,7 @@ class Row:
     problem: dict[str, Any]  # id, problem, solution and the dataset's other columns
     prompt_ids: list[int]  # what the model reads; they end in the opening
     opening: list[int]  # what the response is made to begin with: graded, but not sampled
+    published: str | None = None  # a trace made elsewhere
     sampled: dict[str, Any] | None = None  # the columns of its completion and their grades (traces.grade)
 
     @property
@@ -29,9 +31,16 @@ class Row:
 def make_rows(cfg: GenConfig, tokenizer: Any) -> tuple[list[Row], dict[str, int]]:
     """The rows of a split in the order of its problems, and how many problems were left out for what."""
     found = load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
+    if cfg.defence == "external":
+        found = read_published(cfg.published or "", cfg.data_split.rpartition("_")[2], found)
     problems = leave_out_unanswered(found)
     examples, opening = few_shot_examples(cfg), opening_ids(cfg, tokenizer)
-    rows = [Row(p, chat.prompt_ids(tokenizer, p["problem"], examples) + opening, opening) for p in problems]
+    rows = [
+        Row(
+            p, chat.prompt_ids(tokenizer, p["problem"], examples) + opening, opening, p.pop("published", None)
+        )
+        for p in problems
+    ]
     kept = leave_out_long(cfg, rows)
     return kept, {
         "num_without_answer": len(found) - len(problems),

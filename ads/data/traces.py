@@ -2,13 +2,15 @@
 
 import statistics
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from ads import chat
 from ads.data import grading
-from ads.data.problems import fingerprint_data
+from ads.data.problems import fingerprint_data, folder_file
 from ads.data.prompts import Row
 from ads.stage import files
+from ads.stage.fingerprint import fingerprint_file
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import GenConfig
 
@@ -32,6 +34,8 @@ def fingerprint_inputs(cfg: GenConfig) -> dict[str, str]:
 def fingerprint_needed(cfg: GenConfig, name: str) -> str:
     if name == "proxy_student":
         return fingerprint_model(cfg.proxy_student or "")
+    if name == "published":
+        return fingerprint_file(folder_file(Path(cfg.published or ""), cfg.data_split.rpartition("_")[2]))
     key, maker = ("grad_path", "save_grad.py") if name == "gradient" else (name, "gentraces.py")
     return fingerprint_existing(getattr(cfg, key), f"make it with {maker}")
 

@@ -3,6 +3,8 @@
 import torch
 
 from ads import sampling
+from ads.decode.engine import Models, generate
+from ads.decode.rows import Completion, Request
 
 REPLAYED_TOKENS = 256  # at once: their logits over the vocabulary are held some ten times
 
@@ -37,3 +39,46 @@ def judge(models, distribution, seed, request, ids, first, logits_TR, delta_TV):
     index_T1 = tokens_T[:, None]
     found = clean.log_q_BV.softmax(-1), adjusted.log_q_BV.softmax(-1), adjusted.score_BV
     return torch.cat([values.gather(1, index_T1) for values in found], dim=1)
+
+
+@torch.inference_mode()
+def complete(models, seed, requests, responses, forcing, batch_size):
+    """Yield a Completion per request whose response (ids) is given: its log-probability, and with Forcing the
+    ids that follow it and the teacher's greedy ones after those."""
+    given = {}
+    if forcing:
+        given = {r.id: forcing.ids_of(r, ids) for r, ids in zip(requests, responses, strict=True)}
+    forced = force_after(models, seed, requests, responses, given, forcing, batch_size) if forcing else {}
+    for request, ids in zip(requests, responses, strict=True):
+        log_prob = log_prob_of(models, request, ids)
+        is_finished = ids[-1] in models.eos
+        yield Completion(
+            request.id, ids, is_finished, log_prob, None, given.get(request.id), forced.get(request.id)
+        )
+
+
+def force_after(models, seed, requests, responses, given, forcing, batch_size):
+    """{id: greedy ids} after each response, less its eos, and the ids given after it."""
+    plain = Models(models.teacher, None, models.allowed_V, models.eos)
+    longer = []
+    for request, ids in zip(requests, responses, strict=True):
+        kept = ids[:-1] if ids[-1] in models.eos else ids
+        longer.append(
+            Request(request.id, request.prompt_ids + kept + given[request.id], forcing.max_new_tokens)
+        )
+    return {c.id: c.ids for c in generate(plain, sampling.GREEDY, seed, longer, batch_size)}
+
+
+def log_prob_of(models, request, ids):
+    """The sum of log p_T (nats) of a response."""
+    models.teacher.allocate(1, len(request.prompt_ids) + len(ids))
+    logits = [models.teacher.prefill([request.prompt_ids], 0)]
+    for first in range(0, len(ids) - 1, REPLAYED_TOKENS):
+        chunk = ids[first : min(first + REPLAYED_TOKENS, len(ids) - 1)]
+        logits.append(models.teacher.extend(chunk, len(request.prompt_ids) + first))
+    total, first = 0.0, 0
+    for logits_TR in logits:
+        tokens_T1 = torch.tensor(ids[first : first + len(logits_TR)], device=logits_TR.device)[:, None]
+        total += sampling.log_probs(logits_TR, models.allowed_V).gather(1, tokens_T1).sum().item()
+        first += len(logits_TR)
+    return total

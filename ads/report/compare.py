@@ -85,8 +85,9 @@ def compare_arms(curves: Sequence[Curve], levels: Levels | None, draws: Draws) -
 
 def choose_levels(pairs: Pairs, axes: Axes) -> Levels:
     """Where to compare: LEVELS of teacher accuracy; or, for NLL and where no ADS curve reaches one of them,
-    four rounded values inside the range that it has in common with temperature."""
-    ranges = [common_range(pair, axes) for pair in pairs if pair[1].arm == "ADS"]
+    four rounded values inside the range that it has in common with temperature. Without ADS: any other."""
+    of_ads = [pair for pair in pairs if pair[1].arm == "ADS"]
+    ranges = [common_range(pair, axes) for pair in of_ads or pairs]
     ranges = [(low, high) for low, high in ranges if low < high]
     usual = LEVELS if axes.price == "accuracy" else ()
     if not ranges or any(low <= level <= high for low, high in ranges for level in usual):

@@ -20,7 +20,14 @@ from ads.report.results import ANSWERS, PRICES, Rows
 TEMPLATE = Path(__file__).with_suffix(".html")
 # whose functions the template calls
 MODULES = (agreement_table, claims, findings, numbers, plots, tables, words)
-GLYPHS = dict(zip("osvD^P_", (*"\u25cf\u25a0\u25bc\u25c6\u25b2\u271a", ""), strict=True))  # of markers
+# of markers
+GLYPHS = dict(
+    zip(
+        "osvD^PXp*h<>d_",
+        (*"\u25cf\u25a0\u25bc\u25c6\u25b2\u271a\u2716\u2b1f\u2605\u2b22\u25c0\u25b6\u2666", ""),
+        strict=True,
+    )
+)
 BORDERS = dict(zip(plots.CURVE_STYLES, ("solid", "dashed", "dotted", "double"), strict=True))
 ANY_NOTE = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",

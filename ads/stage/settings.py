@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic.dataclasses import dataclass
 
-from ads.arms import DEFENCES, DELTA, SEARCHED, Arm, arm_of
+from ads.arms import DEFENCES, DELTA, SEARCHED, TEXTS, Arm, arm_of
 from ads.stage import layout
 from ads.stage.errors import MissingInputError, UserError
 from ads.stage.world import world_size
@@ -120,6 +120,7 @@ class GenConfig:
     plausibility: float = Field(default=0.1, gt=0, le=1)
     max_kl: float | None = Field(default=None, gt=0)
     keep_top1: Flag = False
+    published: PathText | None = not_compared(None)
     top_k: int = Field(default=50, ge=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
     proxy_student: PathText | None = not_compared(None)
@@ -161,7 +162,7 @@ class GenConfig:
     @property
     def has_proxy(self) -> bool:
         """Whether a proxy adjusts what is sampled: corrupted results need none."""
-        return bool(self.arm.inputs)
+        return "proxy_student" in self.arm.inputs
 
     @property
     def has_delta(self) -> bool:
@@ -172,7 +173,7 @@ class GenConfig:
     def idle_keys(self) -> set[str]:
         """Keys without effect under these settings."""
         without_tau = set() if self.tau else {"top_k", "top_p"}
-        without_lam = set() if self.lam else {"defence"}
+        without_lam = set() if self.lam or self.defence in TEXTS else {"defence"}
         without_proxy = set() if self.has_proxy else {"proxy_dtype", "num_contrasts", "max_kl", "keep_top1"}
         without_delta = set() if self.has_delta else {"eps"}
         without_seed = set() if self.lam and self.defence == "random" else {"direction_seed"}
@@ -186,6 +187,12 @@ class GenConfig:
             raise UserError(f"trace_colname={self.trace_colname!r}: is the name of another column")
         if self.few_shot and not self.few_shot_traces:
             raise UserError(f"few_shot={self.few_shot}: set few_shot_traces to the traces to show")
+        if self.defence in TEXTS and self.lam:
+            raise UserError(f"lam={self.lam}: defence={self.defence} has no strength; set lam=0")
+        if self.defence in TEXTS and self.prefill:
+            raise UserError(f"prefill={self.prefill!r}: defence={self.defence} publishes whole texts")
+        if self.defence == "external":
+            check_given(self, "published", "the folder of the traces made elsewhere")
         if self.lam:
             self.check_defence()
         if self.one_step:

@@ -1,0 +1,128 @@
+"""Traces made elsewhere, and texts cut out of the teacher's own, on the demo's models."""
+
+import json
+
+import pytest
+from conftest import ROOT, run_script
+from helpers_scripts import rows_of
+
+from ads.data.published import answer_only, truncated
+from ads.stage import files
+
+MODELS = ROOT / "demo" / "models"
+SMALL = ["max_samples=40", "max_length=200", "max_prompt_length=100", "batch_size=40", "tau=1.0", "top_k=0"]
+
+
+def gentraces(exp_dir, name, *words, **keywords):
+    given = [f"exp_dir={exp_dir}", f"trace_name={name}", f"teacher={MODELS / 'teacher'}", *SMALL]
+    if not any(word.startswith("data_split") for word in words):
+        given.append("data_split=arithmetic_test")
+    return run_script("gentraces.py", *given, *words, **keywords)
+
+
+def stats_of(exp_dir, name):
+    return files.read_yaml(exp_dir / "traces" / f"{name}.yaml")["stats"]
+
+
+@pytest.fixture(scope="module")
+def exp(tmp_path_factory):
+    exp_dir = tmp_path_factory.mktemp("published")
+    gentraces(exp_dir, "native")
+    return exp_dir
+
+
+def publish(folder, rows, split="test"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"published={folder}"
+
+
+def test_our_own_traces_read_back_are_the_native_arm(exp, tmp_path):
+    """Texts, ids, grades, NLL and forced answers; with the same random numbers or without any."""
+    native = rows_of(exp, "native")
+    given = publish(
+        tmp_path / "own", [{"problem": r["problem"], "trace": r["trace"]} for r in native if r["finished"]]
+    )
+    gentraces(exp, "back", "defence=external", given, "tau=0")
+    back = {row["id"]: row for row in rows_of(exp, "back")}
+    assert len(back) == sum(row["finished"] for row in native) > 20
+    for row in filter(lambda row: row["finished"], native):
+        ours = back[row["id"]]
+        for key in (
+            "problem",
+            "solution",
+            "trace",
+            "response_ids",
+            "is_raw_correct",
+            "finished",
+            "trace_af",
+            "is_af_correct",
+        ):
+            assert ours[key] == row[key], key
+        assert ours["teacher_nll"] == pytest.approx(row["teacher_nll"], abs=1e-4)
+    found = stats_of(exp, "back")
+    assert found["n"] == len(back) and found["raw"]["num_correct"] == sum(
+        r["is_raw_correct"] for r in back.values()
+    )
+
+
+def test_problems_of_one_s_own_are_graded_by_their_answer(exp, tmp_path):
+    rows = [
+        {"problem": "What is 2 + 3 ?", "trace": "the answer is \\boxed{ 5 } .", "answer": "5"},
+        {"problem": "What is 2 + 4 ?", "trace": "the answer is \\boxed{ 5 } .", "answer": "6"},
+    ]
+    gentraces(exp, "mine", "defence=external", publish(tmp_path / "mine", rows), "answer_force=false")
+    assert [row["is_raw_correct"] for row in rows_of(exp, "mine")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "rows,words,error",
+    (
+        (
+            [{"problem": "?", "trace": "x"}],
+            [],
+            "row 0: the problem is not one of the data split's and has no answer",
+        ),
+        ([{"problem": "?", "answer": "1"}], [], "line 1: no column trace"),
+        ([{"problem": "?", "trace": 5, "answer": "1"}], [], "line 1: trace must be text, but is 5"),
+        ([], [], "holds no trace"),
+        (
+            [{"problem": "?", "trace": "x", "answer": "1"}],
+            ["lam=0.5"],
+            "defence=external has no strength; set lam=0",
+        ),
+        (
+            [{"problem": "?", "trace": "x", "answer": "1"}],
+            ["prefill=so"],
+            "publishes whole texts",
+        ),
+    ),
+)
+def test_what_cannot_be_published_is_one_line(tmp_path, rows, words, error):
+    result = gentraces(
+        tmp_path, "x", "defence=external", publish(tmp_path / "bad", rows), *words, check=False
+    )
+    assert result.returncode == 2 and error in result.stderr and "Traceback" not in result.stderr
+    assert "loading" not in result.stdout
+
+
+def test_texts_are_cut_down():
+    trace = "start with 3 . double : 3 * 2 = 6 . the answer is \\boxed{ 6 } ."
+    assert answer_only(trace, "#### 6") == "\\boxed{6}"
+    assert truncated(trace, "#### 6") == "start with 3 . double : 3 * 2\n\n\\boxed{6}"
+    assert answer_only("I do not know", "#### 6") == ""
+
+
+@pytest.mark.parametrize("defence", ("answer_only", "truncated"))
+def test_the_teacher_s_own_traces_are_cut_down(exp, defence):
+    """Of the same random numbers: the same answers, in fewer tokens."""
+    gentraces(exp, defence, f"defence={defence}", "answer_force=false")
+    native = {row["id"]: row for row in rows_of(exp, "native")}
+    rows = rows_of(exp, defence)
+    assert len(rows) == len(native)
+    for row in rows:
+        whole = native[row["id"]]
+        assert row["num_tokens"] < whole["num_tokens"]
+        if whole["is_raw_correct"]:
+            assert row["raw_answer"] == whole["raw_answer"] and row["is_raw_correct"]
+    assert sum(row["is_raw_correct"] for row in rows) >= 20
