@@ -13,7 +13,7 @@ from typing import Any
 from ads.arms import DEFENCES, DELTA, LABELS, arm_of
 from ads.report.curves import Point
 from ads.report.numbers import short_name
-from ads.report.results import FILES, STAGES, ResultRow, read_row
+from ads.report.results import FILES, SPEED, STAGES, ResultRow, read_row
 from ads.stage import files, fingerprint, hub, layout
 from ads.stage.config import ignored_keys, make_config, to_dict
 from ads.stage.errors import MissingInputError, UserError
@@ -211,7 +211,7 @@ def collect_baselines(experiments: Iterable[Experiment]) -> list[ResultRow]:
 
 
 def in_order(points: Iterable[Point]) -> list[Point]:
-    unique = {repr(point.row.columns): point for point in reversed(list(points))}.values()
+    unique = {repr({**p.row.columns, SPEED: None}): p for p in reversed(list(points))}.values()
     return sorted(reversed(unique), key=lambda p: (LABELS.index(p.row.arm), p.row.tau, p.row.lam, p.row.seed))
 
 
@@ -265,6 +265,8 @@ def make_point(stages: Mapping[str, Sidecar]) -> Point:
         columns.setdefault("seed", student["config"]["seed"])
     if model:
         columns |= {"student": model_name(model, "student"), "student_seed": model["config"]["seed"]}
+    if train and (speed := train["stats"].get("tokens_per_second")):
+        columns[SPEED] = round(1000 / speed, 3)
     columns |= setting_columns(found)
     found.pop("gradient", None)
     for stage, sidecar in found.items():

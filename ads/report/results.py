@@ -27,6 +27,7 @@ DEFENCE_SETTINGS = (  # without lam they play no part
 SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
 POOLED = "same settings and seed more than once, pooled"
 NO_SHARE = "left out, an accuracy that is no number from 0 to 1"
+SPEED = "train_ms_per_token"  # which depends on the machine
 ONE_STEP = "train_one_step_change"
 STEP_UNIT = "change of holdout loss, nats/token"
 
@@ -80,11 +81,6 @@ class Number:
     is_always: bool = True  # else only where a row has it
 
 
-def show_milliseconds(tokens_per_second: float | None) -> str:
-    """Milliseconds per token of a stage that samples so many a second."""
-    return "-" if not tokens_per_second else f"{1000 / tokens_per_second:.3g}"
-
-
 NUMBERS = (
     Number("teacher_finished", "t.fin"),
     Number("student_finished", "s.fin"),
@@ -95,7 +91,7 @@ NUMBERS = (
     Number("train_num_tokens_p50", "tokens", "tokens", "Length of the traces", "median tokens", show_count),
     Number("train_finished", "", "finished", "Traces that finished", "share"),
     Number("train_num_models", "models", "models", show=show_count, is_always=False),
-    Number("train_tokens_per_second", "ms", "ms/token", show=show_milliseconds, is_always=False),
+    Number(SPEED, "ms", "ms/token", is_always=False),
     Number("model_holdout_loss", "loss", "student's loss"),
     Number(
         ONE_STEP, "step", "one step", "One step of the proxy on the traces", STEP_UNIT, show_signed, False
