@@ -20,6 +20,7 @@ from ads.stage.sidecar import is_finished, made_at_unknown_commits, made_by_othe
 from ads.stage.world import (
     World,
     check_launcher,
+    exit_at_once,
     is_main_process,
     leave_world,
     print0,
@@ -125,6 +126,8 @@ def run_script(main: Callable[[list[str]], object]) -> None:
     try:
         main(sys.argv[1:])
         leave_world()
+        if world_size() > 1:
+            exit_at_once()
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -200,3 +200,15 @@ def warm_python():
 
 def differing(a, b):
     return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
+
+
+@pytest.fixture(scope="module")
+def exp(model_folders, problem_folder, tmp_path_factory):
+    """Stage 1 and 2 by one process: greedy holdout traces and the proxy's gradient."""
+    from helpers_scripts import gentraces, save_grad
+
+    exp_dir = tmp_path_factory.mktemp("exp")
+    holdout = [f"data_split={problem_folder}_holdout", "tau=0"]
+    gentraces(model_folders, problem_folder, exp_dir, "holdout", *holdout)
+    save_grad(model_folders, exp_dir)
+    return exp_dir

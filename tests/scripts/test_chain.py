@@ -2,13 +2,13 @@
 
 import pytest
 from conftest import run_script
-from helpers_scripts import SMALL, TIMING, ads_arguments, exp, rows_of  # noqa: F401 (a fixture)
+from helpers_scripts import SMALL, TIMING, ads_arguments, rows_of
 
 import chain
 from ads.stage.sidecar import read_sidecar
 
 
-def stages(models, problems, exp, exp_dir):  # noqa: F811
+def stages(models, problems, exp, exp_dir):
     """{name: words} of a grid point."""
     given = [f"exp_dir={exp_dir}", *SMALL]
     teacher = [*given, f"teacher={models['teacher']}", *ads_arguments(models, exp)]
@@ -37,7 +37,7 @@ def chained(words, **keywords):
 
 
 @pytest.mark.parametrize("num_processes", (1, 2))
-def test_a_chain_makes_what_its_stages_make(num_processes, model_folders, problem_folder, exp, tmp_path):  # noqa: F811
+def test_a_chain_makes_what_its_stages_make(num_processes, model_folders, problem_folder, exp, tmp_path):
     """To the last bit, with the teacher and the proxy loaded once for two stages; again, nothing is done.
 
     With two processes the student is trained by them, and differs by rounding.
@@ -61,7 +61,7 @@ def test_a_chain_makes_what_its_stages_make(num_processes, model_folders, proble
     assert again.stdout.count("nothing to do") == 4 and "loading" not in again.stdout
 
 
-def test_a_stage_that_fails_ends_the_chain_with_its_exit_code(model_folders, problem_folder, exp, tmp_path):  # noqa: F811
+def test_a_stage_that_fails_ends_the_chain_with_its_exit_code(model_folders, problem_folder, exp, tmp_path):
     words = stages(model_folders, problem_folder, exp, tmp_path)
     words["test"].append("top_p=2")
     done = chained(words, check=False)

@@ -23,17 +23,6 @@ from ads.stage import files, fingerprint
 from ads.stage.sidecar import read_sidecar
 
 
-@pytest.fixture(scope="module")
-def exp(model_folders, problem_folder, tmp_path_factory):
-    """Stage 1 and 2 by one process: greedy holdout traces and the proxy's gradient."""
-    exp_dir = tmp_path_factory.mktemp("exp")
-    gentraces(
-        model_folders, problem_folder, exp_dir, "holdout", f"data_split={problem_folder}_holdout", "tau=0"
-    )
-    save_grad(model_folders, exp_dir)
-    return exp_dir
-
-
 def test_two_processes_give_the_gradient_of_one(model_folders, exp, tmp_path):
     """The reference threw its all-reduce away: the scale of g depended on the number of GPUs."""
     folders = tmp_path / "one", tmp_path / "two"
