@@ -85,17 +85,17 @@ NUMBERS = (
     Number("teacher_finished", "t.fin"),
     Number("student_finished", "s.fin"),
     Number("train_teacher_nll", "nll", "nll", "How unlikely the traces are", "nats/token under the teacher"),
-    Number("train_kl", "kl", "KL", is_always=False),
-    Number("train_lam", "lam_t", "lam_t", is_always=False),
-    Number("train_capped", "capped", "at a cap", is_always=False),
     Number("train_num_tokens_p50", "tokens", "tokens", "Length of the traces", "median tokens", show_count),
     Number("train_finished", "", "finished", "Traces that finished", "share"),
-    Number("train_num_models", "models", "models", show=show_count, is_always=False),
-    Number(SPEED, "ms", "ms/token", is_always=False),
     Number("model_holdout_loss", "loss", "student's loss"),
     Number(
         ONE_STEP, "step", "one step", "One step of the proxy on the traces", STEP_UNIT, show_signed, False
     ),
+    Number("train_kl", "kl", "KL", is_always=False),
+    Number("train_lam", "lam_t", "lam_t", is_always=False),
+    Number("train_capped", "capped", "at a cap", is_always=False),
+    Number("train_num_models", "models", "models", show=show_count, is_always=False),
+    Number(SPEED, "ms", "ms/token", is_always=False),
 )
 
 
