@@ -36,6 +36,7 @@ from ads import chat, sampling
 from ads.data.problems import load_problems
 from ads.decode import engine
 from ads.decode.cached_model import CachedModel
+from ads.decode.rows import Request
 from ads.delta import gradient, gradient_file
 from ads.delta.central import CentralDifference, perturb_
 from ads.delta.exact import ExactDerivative
@@ -172,7 +173,7 @@ def decode_ours(model, teacher, delta, allowed_V, args, prompts, eos, limits=Non
     """limits: {id: most new tokens}; None: what max_length leaves."""
     models = engine.Models(teacher, delta, allowed_V, frozenset(eos))
     limits = limits or dict(zip(prompts, max_new_tokens(list(prompts.values()), args), strict=True))
-    requests = [engine.Request(i, ids, limits[i]) for i, ids in prompts.items()]
+    requests = [Request(i, ids, limits[i]) for i, ids in prompts.items()]
     rule = sampling.Sampling(0.0, args.lam if delta else 0.0)
     timed = TimedDecoder.steps = []
     engine.Decoder = TimedDecoder

@@ -43,6 +43,7 @@ import utils
 from ads import sampling
 from ads.decode import engine, memory_plan
 from ads.decode.cached_model import CachedModel
+from ads.decode.rows import Request
 from ads.delta import gradient
 from ads.delta.central import CentralDifference, perturb_
 from ads.delta.exact import ExactDerivative
@@ -219,7 +220,7 @@ def measure_steps(scale, device):
 def step_seconds(ours, scale, graph, device):
     seconds = []
     for num_new in (scale.steps[1], *scale.steps):  # the first run warms up, and tries the length
-        requests = [engine.Request(str(k), draw_ids(k, scale.context), num_new) for k in range(scale.batch)]
+        requests = [Request(str(k), draw_ids(k, scale.context), num_new) for k in range(scale.batch)]
         rule = sampling.Sampling(0.6, LAM if ours.proxy else 0.0, 50, 0.95)
         start = now(device)
         list(engine.generate(ours, rule, 0, requests, scale.batch, cuda_graph=graph))

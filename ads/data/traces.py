@@ -60,7 +60,8 @@ def grade(
         "teacher_nll": -completion.log_prob / len(completion.ids),
     }
     if cfg.has_proxy:
-        kl, lam, num_capped = (total / len(completion.ids) for total in completion.price)
+        # four digits: the last ones hang on how rows were batched
+        kl, lam, num_capped = (float(f"{total / len(completion.ids):.4g}") for total in completion.price)
         columns |= {"kl": kl, "lam": lam, "capped": num_capped}
     if not cfg.answer_force:
         return columns

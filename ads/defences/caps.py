@@ -56,8 +56,8 @@ def kl_of(tilted_BV, score_BV, lam_B):
     q_BV = torch.softmax(tilted_BV, -1)
     likeliest_B1 = q_BV.argmax(-1, keepdim=True)
     log_z_B1 = tilted_BV.gather(-1, likeliest_B1) - q_BV.gather(-1, likeliest_B1).log()
-    mean_B1 = torch.bmm(q_BV[:, None], score_BV[:, :, None]).squeeze(-1)
-    return lam_B * mean_B1.squeeze(-1) - log_z_B1.squeeze(-1), q_BV
+    mean_B = (q_BV * score_BV).sum(-1)  # not bmm, by which a row's sum would hang on the number of rows
+    return lam_B * mean_B - log_z_B1.squeeze(-1), q_BV
 
 
 def log_normaliser(log_p_BV):
@@ -113,6 +113,5 @@ def solve(log_p_BV, score_BV, most_B, kl_B, max_kl, may_ask):
 
 def variance(q_BV, score_BV):
     """Var_q(s) (B,)."""
-    q_B1V, score_BV1 = q_BV[:, None], score_BV[:, :, None]
-    distance_BV1 = score_BV1 - torch.bmm(q_B1V, score_BV1)
-    return torch.bmm(q_B1V, distance_BV1.square_()).flatten()
+    distance_BV = score_BV - (q_BV * score_BV).sum(-1, keepdim=True)
+    return distance_BV.square_().mul_(q_BV).sum(-1)

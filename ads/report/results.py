@@ -95,7 +95,7 @@ NUMBERS = (
     Number("train_lam", "lam_t", "lam_t", is_always=False),
     Number("train_capped", "capped", "at a cap", is_always=False),
     Number("train_num_models", "models", "models", show=show_count, is_always=False),
-    Number(SPEED, "ms", "ms/token", is_always=False),
+    Number(SPEED, "", "ms/token", is_always=False),
 )
 
 

@@ -64,7 +64,7 @@ def read_sidecar(path: Path) -> Record:
 
 def upgraded(config: Record) -> Record:
     """Settings of an earlier version by today's names: `defence` was `direction`, and lacked caps."""
-    if "tau" not in config or "defence" in config:
+    if "is_teacher" not in config or "defence" in config:  # no traces
         return config
     direction = config.get("direction", "gradient")
     defence = {"defence": "ads" if direction == "gradient" else direction}

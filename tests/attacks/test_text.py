@@ -4,6 +4,7 @@ import pytest
 
 from ads.attacks.text import has_loop, is_foreign, num_equations, repair
 from ads.data import arithmetic
+from demo.documents import work_out
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,8 @@ def test_corrupted_traces_of_the_demo_become_the_clean_ones():
     for _ in range(300):
         start, steps = arithmetic.draw_computation(rng, 4)
         clean, broken = (
-            arithmetic.work_out(start, steps)[0],
-            arithmetic.work_out(start, steps, rng, unknown=0.6)[0],
+            work_out(start, steps)[0],
+            work_out(start, steps, rng, unknown=0.6)[0],
         )
         assert repair(clean) == (clean, 0)
         assert repair(broken)[0] == clean

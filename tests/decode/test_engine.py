@@ -214,7 +214,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_problem():
         decode(models, Sampling(1.0), requests(), 3)
     models = ads_models()
     models.proxy.plus.model.get_output_embeddings().weight.data[3, 0] = float("inf")
-    with pytest.raises(ValueError, match="proxy's Delta"):
+    with pytest.raises(ValueError, match="proxy's scores"):
         decode(models, Sampling(1.0, 0.1), requests(), 3)
 
 

@@ -139,7 +139,7 @@ def test_what_is_not_finite_later_on_names_its_problem_and_step(is_static):
         decode(models, GREEDY, rows, 9, is_static=is_static)
     models = ads_models()
     models.proxy.plus.model.get_output_embeddings().weight.data[3, 0] = torch.inf
-    with pytest.raises(ValueError, match="response token 0: the proxy's Delta"):
+    with pytest.raises(ValueError, match="response token 0: the proxy's scores"):
         decode(models, Sampling(1.0, 0.1), requests(), 3, is_static=is_static)
 
 

@@ -213,7 +213,7 @@ def test_corrupted_results_are_one_point_though_the_one_step_test_read_the_proxy
     exp_dir = write_experiment(tmp_path)
     for path in exp_dir.glob("traces/a*.yaml"):
         sidecar = files.read_yaml(path)
-        if sidecar["config"]["direction"] == "corrupt":
+        if sidecar["config"]["defence"] == "corrupt":
             sidecar["inputs"]["proxy_student"] = "hub:proxy"
             files.write_text(path, json.dumps(sidecar))
     found, curves, _ = load(exp_dir)

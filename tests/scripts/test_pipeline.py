@@ -312,7 +312,7 @@ def test_a_failing_point_does_not_stop_the_sweep(experiment, model_folders, prob
     points = "--points 0.8,0.1,1e30 0.8,0,0"
     result = run_pipeline(model_folders, problem_folder, exp_dir, GRID_ARGS=points, check=False)
     assert result.returncode == 1
-    assert "the proxy's Delta are not finite" in result.stderr + result.stdout
+    assert "the proxy's scores are not finite" in result.stderr + result.stdout
     assert (
         "FAILED (1 of 2 points" in result.stderr and "tau0.8_lam0.1_eps1e30" in result.stderr.splitlines()[-1]
     )

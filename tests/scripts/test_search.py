@@ -290,7 +290,7 @@ BAD = (
     (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8' in the command line: must be shares"),
     (
         OWN + "arms=ads,heat --",
-        "arms='ads,heat' in the command line: must be one of ads, random, permuted, temperature, or",
+        "arms='ads,heat' in the command line: must be one of ads, random, permuted, poe",
     ),
     (OWN + "rule=strict --", "rule='strict' in the command line: must be one of af, raw"),
     (OWN + "data_split={data}_test --", "settings chosen on test problems spoil the test"),
