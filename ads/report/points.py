@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ads.arms import DEFENCES, DELTA, LABELS, arm_of
+from ads.arms import DEFENCES, DELTA, LABELS, TEXTS, arm_of
 from ads.report.curves import Point
 from ads.report.numbers import short_name
 from ads.report.results import FILES, SPEED, STAGES, ResultRow, read_row
@@ -21,6 +21,7 @@ from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 from ads.stage.sidecar import upgraded
 
 Sidecar = dict[str, Any]
+CAP_KEYS = ("max_kl", "keep_top1", "plausibility")  # of a defence by scores
 SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")
 TRACE_KEYS = ("exp_dir", "teacher", "is_teacher", "data_split", "few_shot", *SAMPLING_KEYS)
 POINT_STAGES = ("teacher", "student", "train", "model")  # whose numbers a point has
@@ -135,7 +136,8 @@ def load_sidecar(path: Path, config_keys: Iterable[str]) -> Sidecar:
 def sampling(trace: Sidecar) -> Sidecar:
     """The settings that all traces of one grid point share; without lam eps and defence play no part."""
     values = {key: trace["config"][key] for key in SAMPLING_KEYS}
-    defence = trace["config"]["defence"] if values["lam"] else None
+    defence = trace["config"]["defence"]
+    defence = defence if values["lam"] or defence in TEXTS else None
     number = trace["config"].get("direction_seed") if defence == "random" else None
     eps = values["eps"] if has_delta(trace) else None
     return values | {"eps": eps, "defence": defence, "direction_seed": number}
@@ -149,7 +151,9 @@ def has_delta(trace: Sidecar) -> bool:
 
 def sampled_from(trace: Sidecar) -> tuple[dict, dict]:
     """The settings and the files that traces of one grid point are sampled with."""
-    return sampling(trace), files_of(trace, "teacher", *arm_of(trace["config"]).inputs)
+    config, inputs = trace["config"], arm_of(trace["config"]).inputs
+    caps = {key: config.get(key) for key in CAP_KEYS} if "proxy_student" in inputs else {}
+    return sampling(trace) | caps, files_of(trace, "teacher", *inputs)
 
 
 def files_of(sidecar: Sidecar, *names: str) -> dict[str, Any]:

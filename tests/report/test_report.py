@@ -505,6 +505,18 @@ def test_sidecars_from_when_defences_were_directions_are_read(tmp_path, lam, dir
     assert row["arm"] == arm and is_complete(row)
 
 
+def test_points_that_differ_in_a_cap_or_a_text_are_not_joined_crosswise(tmp_path):
+    """Training traces of one cap once met the teacher's tests of all others."""
+    write_stage_1_and_2(tmp_path)
+    write_point(tmp_path, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2))
+    write_point(tmp_path, "2", 0.6, 0.03, (0.8, 0.6), (0.35, 0.3), max_kl=0.1)
+    write_point(tmp_path, "3", 0.6, 0.03, (0.9, 0.7), (0.45, 0.4), keep_top1=True)
+    write_point(tmp_path, "4", 0.6, 0.0, (0.95, 0.9), (0.6, 0.6))
+    write_point(tmp_path, "5", 0.6, 0.0, (0.96, 0.9), (0.1, 0.1), defence="answer_only")
+    found = sorted((row["teacher_af_accuracy"], row["student_af_accuracy"]) for row in rows_of(tmp_path)[0])
+    assert found == [(0.7, 0.25), (0.8, 0.35), (0.9, 0.45), (0.95, 0.6), (0.96, 0.1)]
+
+
 def test_a_teacher_test_in_another_direction_is_another_point(tmp_path):
     settings = {"tau": 0.6, "lam": 0.03, "grad_path": "g", "proxy_student": PROXY}
     write_traces(tmp_path, "a", 0.9, 0.9, data_split="gsm8k_train", **settings)
