@@ -98,11 +98,12 @@ def curve_of(point: Point) -> tuple:
 
 
 def find_start(points: Points, first: ResultRow) -> list[Point]:
-    """The lam = 0 points that share tau and all else with a curve of another arm."""
+    """The temperature points that share tau and all else with a curve of another arm."""
     if not first.lam:
         return []
     wanted = first.tau, results.identity(first, with_defence=False)
-    return [p for p in points if not p.row.lam and (p.row.tau, results.identity(p.row, False)) == wanted]
+    plain = [point for point in points if point.row.arm == "temperature"]
+    return [p for p in plain if (p.row.tau, results.identity(p.row, False)) == wanted]
 
 
 def curve_label(points: Points, names: Iterable[str]) -> str:

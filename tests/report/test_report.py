@@ -515,6 +515,8 @@ def test_points_that_differ_in_a_cap_or_a_text_are_not_joined_crosswise(tmp_path
     write_point(tmp_path, "5", 0.6, 0.0, (0.96, 0.9), (0.1, 0.1), defence="answer_only")
     found = sorted((row["teacher_af_accuracy"], row["student_af_accuracy"]) for row in rows_of(tmp_path)[0])
     assert found == [(0.7, 0.25), (0.8, 0.35), (0.9, 0.45), (0.95, 0.6), (0.96, 0.1)]
+    starts = [point.row.arm for curve in curves_of(tmp_path) for point in curve.start]
+    assert starts == ["temperature"] * 3, "a text published at lam = 0 is no start of a curve"
 
 
 def test_a_teacher_test_in_another_direction_is_another_point(tmp_path):
