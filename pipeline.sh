@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The whole experiment: holdout traces, proxy gradient, then for each grid point training traces, a distilled
-# student, and the evaluation of student and teacher. Run it again after any interruption: what is done is skipped.
+# The whole experiment: holdout traces, proxy gradient, then for each grid point training traces, for each attack a
+# distilled student, and the evaluation of student and teacher. Run it again after any interruption: what is done is
+# skipped.
 #
-#   bash pipeline.sh              run (the paper's models need GPUs)
-#   bash pipeline.sh --dry-run    print every stage, its command and whether it is done, to do or refused
+#   bash pipeline.sh                                 run (the paper's models need GPUs)
+#   bash pipeline.sh --dry-run                       print every stage, its command and whether it is done, to do or refused
+#   ATTACKS="naive correct mix25" bash pipeline.sh   a student for each of these attacks (attacks/, docs/attackers.md)
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -42,6 +44,10 @@ FEW_SHOT_ARGS="${FEW_SHOT_ARGS:-}"   # the undistilled student again, with few_s
 PREFILL="${PREFILL:-}"               # the undistilled student again, made to begin with these words
 GRAD_ARGS="${GRAD_ARGS:-}"           # for save_grad.py
 TRAIN_ARGS="${TRAIN_ARGS:-}"         # for distill.py
+ATTACKS="${ATTACKS:-naive}"          # recipes of attacks/, or paths of one's own: each grid point gets a student of each
+ATTACK_ARGS="${ATTACK_ARGS:-}"       # for attack.py
+CLEAN_ARGS="${CLEAN_ARGS:-tau=0}"    # for the clean training traces that some attacks hold
+SOLO_ARGS="${SOLO_ARGS:-tau=1 num_samples=4}" # for the undistilled student's own answers, of the attack solo
 GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,lam,eps ...
 
 # What a scheduler or an outer launcher left: a stage would wait for processes that never come. LAUNCH may need it.
@@ -152,7 +158,7 @@ choose_commits() {
 
 # in_python FUNCTION WORDS...: one of ads/stage/; what it gives is printed.
 in_python() {
-  PYTHONPATH="$here" python -c "import utils; from ads.stage import hub, inputs, machine
+  PYTHONPATH="$here" python -c "import utils; from ads.attacks import recipes; from ads.stage import hub, inputs, machine
 utils.run_script(lambda words: (found := $1(*words)) is None or print(found))" "${@:2}"
 }
 
@@ -164,6 +170,10 @@ split_words() {
   read -r -d '' -a few_shot_args <<<"$FEW_SHOT_ARGS" || true
   read -r -d '' -a grad_args <<<"$GRAD_ARGS" || true
   read -r -d '' -a train_args <<<"$TRAIN_ARGS" || true
+  read -r -d '' -a attacks <<<"$ATTACKS" || true
+  read -r -d '' -a attack_args <<<"$ATTACK_ARGS" || true
+  read -r -d '' -a clean_args <<<"$CLEAN_ARGS" || true
+  read -r -d '' -a solo_args <<<"$SOLO_ARGS" || true
   read -r -d '' -a grid_args <<<"$GRID_ARGS" || true
 }
 
@@ -174,12 +184,41 @@ run_experiment() {
   holdout="$EXP_DIR/traces/holdout.parquet"
   gradient="$EXP_DIR/student_grads.safetensors"
   common=("exp_dir=$EXP_DIR" "seed=$SEED")
+  same_problems=(${trace_args[@]+"${trace_args[@]}"} num_contrasts=0 one_step=0) # as the training traces, without diagnostics
   problems=("${common[@]}" ${DATA_DIR:+"data_dir=$DATA_DIR"} ${gen_args[@]+"${gen_args[@]}"})
+  read_recipes
 
   check_settings
   run_shared_stages
   run_grid
   finish_experiment
+}
+
+# What each attack of ATTACKS asks of attack.py, distill.py and gentraces.py, and what it needs besides the published
+# traces: a line NAME, stage or "needs", and a word, parted by tabs. The attacks that need no such traces are `own`.
+read_recipes() {
+  local recipe attack keep=()
+  [[ "$dry_run" == 1 ]] || keep=("--keep=$EXP_DIR") # where the report looks them up
+  recipes="$(in_python recipes.print_recipes ${keep[@]+"${keep[@]}"} "${attacks[@]}")" || exit 2
+  on_traces=() own=()
+  for recipe in "${attacks[@]}"; do
+    attack="$(basename "$recipe" .yaml)"
+    if has_need own "$attack"; then own+=("$attack"); else on_traces+=("$attack"); fi
+  done
+}
+
+# words_of ATTACK STAGE: into `words`, what the attack asks of a stage.
+words_of() {
+  local attack stage word
+  words=()
+  while IFS=$'\t' read -r attack stage word; do
+    [[ "$attack" != "$1" || "$stage" != "$2" ]] || words+=("$word")
+  done <<<"$recipes"
+}
+
+# has_need WHAT [ATTACK]: whether the attack, or any, needs it.
+has_need() {
+  grep -q -x "${2:-[^	]*}	needs	$1" <<<"$recipes"
 }
 
 # JOBS workers take grid points, the next one each, until none is left. A point is taken by making its folder,
@@ -238,12 +277,13 @@ check_settings() {
   [[ "$dry_run" == 0 ]] || return 0
   local dry_run=1 checking=1 tau lam eps more point
   {
-    read_point <<<"$grid" && run_shared_stages && distil_student &&
+    read_point <<<"$grid" && run_shared_stages && want_students ${on_traces[@]+"${on_traces[@]}"} &&
       tau=0 lam=0 eps=0 more=() point=settings && sample_training_traces
   } >/dev/null || exit 2
 }
 
-# Stage 1: clean holdout traces. Stage 2: the proxy's gradient on them. Then the student before distillation.
+# Stage 1: clean holdout traces. Stage 2: the proxy's gradient on them. Then the student before distillation, and what
+# attacks need that hangs on no grid point.
 run_shared_stages() {
   want_stage holdout gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_holdout" tau=0 \
     trace_name=holdout ${holdout_args[@]+"${holdout_args[@]}"} || return
@@ -252,7 +292,15 @@ run_shared_stages() {
   sample_base student_base || return
   [[ -z "$FEW_SHOT_ARGS" ]] || sample_base student_base_few_shot "${few_shot_args[@]}" || return
   [[ -z "$PREFILL" ]] || sample_base student_base_prefill "prefill=$PREFILL" || return
-  run_wanted shared
+  if has_need clean_traces; then
+    want_stage train_clean gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_train" \
+      trace_name=train_clean "${same_problems[@]}" ${clean_args[@]+"${clean_args[@]}"} || return
+  fi
+  if [[ ${#own[@]} -gt 0 ]]; then
+    sample_base train_own "data_split=${DATASET}_train" "${same_problems[@]}" ${solo_args[@]+"${solo_args[@]}"} || return
+  fi
+  run_wanted shared || return
+  [[ ${#own[@]} == 0 ]] || make_students shared "${own[@]}"
 }
 
 # sample_base NAME key=value...: the student before distillation.
@@ -276,35 +324,111 @@ report_progress() {
   echo "--- $((num_ended)) of $num_points points ($point), $(duration "$SECONDS") so far, at most $left left"
 }
 
-# Stage 3: training traces. Stage 6, with the same models: the teacher on the test problems. Stage 4: the student.
-# Stage 5: the student on the test problems.
+# Stage 3: training traces. Stage 6, with the same models: the teacher on the test problems. Then a student for each
+# attack.
 run_point() {
-  local student="$EXP_DIR/models/student_$point/final"
   wanted=()
   sample_training_traces || return
   want_stage "eval_teacher_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_test" \
     "trace_name=eval_teacher_$point" || return
-  distil_student || return
-  want_stage "eval_student_$point" gentraces.py "${problems[@]}" is_teacher=false "teacher=$student" \
-    "data_split=${DATASET}_test" tau=0 "trace_name=eval_student_$point" || return
-  run_wanted "$point" || return
-  # a launcher may leave with 0 although a stage failed
-  if [[ "$KEEP_STUDENTS" == 0 && "$dry_run" == 0 && -d "$student" && -f "$EXP_DIR/traces/eval_student_$point.yaml" ]]; then
-    in_python inputs.delete_student "$student"
-  fi
+  make_students "$point" ${on_traces[@]+"${on_traces[@]}"}
 }
 
+# With the samples of a problem that some attack asks for, where one does.
 sample_training_traces() {
+  local most
   teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps"
     ${more[@]+"${more[@]}"} "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
   want_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
-    "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"}
+    "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"} || return
+  most="$(sed -n 's/^[^	]*	needs	samples //p' <<<"$recipes" | sort -n | tail -n 1)"
+  [[ -z "$most" ]] || is_greedy ||
+    want_stage "samples_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
+      "trace_name=samples_$point" "${same_problems[@]}" "num_samples=$most"
 }
 
-distil_student() {
-  want_stage "student_$point" distill.py "${common[@]}" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
-    "train_traces=$EXP_DIR/traces/train_$point.parquet" "holdout_traces=$holdout" "model_name=student_$point" \
-    ${train_args[@]+"${train_args[@]}"}
+is_greedy() { [[ "$tau" =~ ^0*\.?0*$ ]]; }
+
+# make_students LOG ATTACK...: run what is wanted, and for each attack what it trains on, its student, and that on the
+# test problems. An attack that fails leaves the others to be made; one that finds nothing to train on is no failure.
+make_students() {
+  local log="$1" left=("${@:2}") kept=() attack broken stage result=0 status
+  while :; do
+    want_students ${left[@]+"${left[@]}"} || return
+    status=0
+    run_wanted "$log" || status=$?
+    [[ "$status" != 0 ]] || break
+    stage="$(sed -n 's/^run     \([^ ]*\) .*/\1/p' "$EXP_DIR/logs/$log.log" | tail -n 1)" broken="" kept=()
+    for attack in ${left[@]+"${left[@]}"}; do
+      case "$stage" in
+        "attack_$(name_of "$attack")" | "student_$(student_of "$attack")" | "eval_student_$(name_of "$attack")") broken=1 ;;
+        *) kept+=("$attack") ;;
+      esac
+    done
+    [[ -n "$broken" ]] || return "$status" # a stage that all need
+    left=(${kept[@]+"${kept[@]}"})
+    [[ "$status" == 4 ]] || result="$status"
+  done
+  [[ "$result" == 0 ]] || return "$result"
+  [[ "$KEEP_STUDENTS" == 1 || "$dry_run" == 1 ]] || delete_students ${left[@]+"${left[@]}"}
+}
+
+# name_of ATTACK: what its stages at this point are called; naive is the point's own.
+name_of() {
+  if has_need own "$1"; then echo "$1"; elif [[ "$1" == naive ]]; then echo "$point"; else echo "${point}_$1"; fi
+}
+
+# student_of ATTACK: as name_of, of its student: that of naive where it is neither trained on other rows nor otherwise.
+student_of() {
+  if [[ "$recipes" =~ (^|$'\n')"$1"$'\t'(attack|distill)$'\t' ]]; then name_of "$1"; else name_of naive; fi
+}
+
+# Stages 4 and 5 of each attack: what it trains on, its student, and the student on the test problems.
+want_students() {
+  local attack status
+  for attack in "$@"; do
+    status=0
+    want_student "$attack" || status=$?
+    [[ "$status" == 0 || "$status" == 4 ]] || return "$status" # 4: there is nothing to train on
+  done
+}
+
+want_student() {
+  local attack="$1" name student published words
+  name="$(name_of "$attack")" student="$(student_of "$attack")"
+  published="$EXP_DIR/traces/train_$point.parquet"
+  ! has_need own "$attack" || published="$EXP_DIR/traces/train_own.parquet"
+  words_of "$attack" attack
+  if is_greedy && has_need "samples [0-9]*" "$attack"; then
+    echo "empty   attack_$name: greedy traces have no second sample"
+    return 4
+  elif [[ ${#words[@]} -gt 0 ]]; then
+    want_stage "attack_$name" attack.py "${common[@]}" "traces=$published" "trace_name=attack_$name" \
+      "samples=$EXP_DIR/traces/samples_${point:-}.parquet" "clean_traces=$EXP_DIR/traces/train_clean.parquet" \
+      "holdout_traces=$holdout" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
+      ${attack_args[@]+"${attack_args[@]}"} "${words[@]}" || return
+    published="$EXP_DIR/traces/attack_$name.parquet"
+  fi
+  words_of "$attack" distill
+  want_stage "student_$student" distill.py "${common[@]}" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
+    "train_traces=$published" "holdout_traces=$holdout" "model_name=student_$student" \
+    ${train_args[@]+"${train_args[@]}"} ${words[@]+"${words[@]}"} || return
+  words_of "$attack" gentraces
+  [[ "$attack" == naive ]] || words+=("attacker=$attack" "few_shot_traces=$holdout")
+  want_stage "eval_student_$name" gentraces.py "${problems[@]}" is_teacher=false \
+    "teacher=$EXP_DIR/models/student_$student/final" "data_split=${DATASET}_test" tau=0 \
+    "trace_name=eval_student_$name" ${words[@]+"${words[@]}"}
+}
+
+delete_students() {
+  local attack folder
+  for attack in "$@"; do
+    folder="$EXP_DIR/models/student_$(student_of "$attack")/final"
+    # a launcher may leave with 0 although a stage failed
+    if [[ -d "$folder" && -f "$EXP_DIR/traces/eval_student_$(name_of "$attack").yaml" ]]; then
+      in_python inputs.delete_student "$folder" || return
+    fi
+  done
 }
 
 # want_stage NAME SCRIPT key=value...: skip the stage if its sidecar says that it is done with these settings, refuse
@@ -318,6 +442,9 @@ want_stage() {
   if [[ "$status" == 0 ]]; then
     echo "done    $name${check:+ $check}"
     return 0
+  elif [[ "$status" == 4 ]]; then
+    echo "empty   $name: nothing to train on"
+    return 4
   elif [[ "$status" != 3 ]]; then # bad settings, or done with others, or changed since
     [[ "$dry_run" == 1 && -z "${checking:-}" ]] || return "$status"
     echo "refused $name: see the error"
