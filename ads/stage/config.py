@@ -17,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from ads.stage import files
 from ads.stage.errors import UserError
-from ads.stage.settings import GenConfig, GradConfig, SearchConfig, TrainConfig, expand_home
+from ads.stage.fields import expand_home
+from ads.stage.settings import GenConfig, GradConfig, SearchConfig, TrainConfig
 
 Config = TypeVar("Config", GenConfig, GradConfig, TrainConfig, SearchConfig)
 NULL_WORDS = ("", "null", "None")  # on the command line, of keys that may be unset

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 from ads.stage.config import load_config, make_config
 from ads.stage.errors import UserError
-from ads.stage.settings import TRACKERS, GenConfig, GradConfig, SearchConfig, TrainConfig
+from ads.stage.fields import TRACKERS
+from ads.stage.settings import GenConfig, GradConfig, SearchConfig, TrainConfig
 
 FILES = {
     "gen_config.yaml": GenConfig,
