@@ -190,6 +190,45 @@ class GradConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class AttackConfig:
+    """attack.py: from published traces to what an attacker trains on."""
+
+    exp_dir: PathText = not_compared("runs/default")
+    attack: FileName = "correct"
+    traces: PathText | None = not_compared(None)
+    trace_name: FileName = "attack"
+    trace_colname: FileName = "trace"
+    clean_traces: PathText | None = not_compared(None)
+    samples: PathText | None = not_compared(None)
+    holdout_traces: PathText | None = not_compared(None)
+    student: PathText | None = not_compared(None)
+    tokenizer: PathText | None = not_compared(None)
+    share: float | None = Field(default=None, ge=0, le=1)
+    num_samples: int | None = Field(default=None, ge=2)
+    beta: float | None = None
+    max_length: int = Field(default=4096, ge=2)
+    dtype: Dtype = "auto"
+    attn_implementation: Attention = "auto"
+    batch_size: int = not_compared(8, ge=1)
+    batch_tokens: int = not_compared(2048, ge=1)
+    seed: Seed = 42
+
+    traces_path = stage_path("traces", "trace_name")
+    parquet_path = stage_path("traces_table", "trace_name")
+    sidecar_path = stage_path("traces_sidecar", "trace_name")
+    parts_dir = stage_path("parts", "trace_name")
+    idle_keys = frozenset[str]()
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """Folders that a finished stage no longer needs."""
+        return [self.parts_dir]
+
+    def check(self) -> None:
+        check_given(self, "traces", "the traces that are published, EXP_DIR/traces/NAME.parquet")
+
+
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """distill.py: fine-tune a student on traces (stage 4)."""
 
