@@ -26,19 +26,20 @@ def repair(text: str) -> tuple[str, int]:
     """(the text with every equation `a op b = c` put right, how many were wrong).
 
     What is put right is worked on with: where a later equation or the final box repeats the wrong result, it
-    gets the right one. Chains such as 2 + 3 * 4 = 14 are left as they are.
+    gets the right one, unless the text goes on from the right result by itself. Chains such as
+    2 + 3 * 4 = 14 are left as they are.
     """
     parts, end, num_wrong = [], 0, 0
     renamed: dict[str, str] = {}  # {result as it stands: as it should}
     for match in equations(text):
         first, gap, sign, space, second, equals, stated = match.groups()
-        # one of the two numbers is an earlier result, if any: the first, more often
-        left, right = renamed.get(first, first), second if first in renamed else renamed.get(second, second)
+        left, right = worked_on(renamed, first, second)
         value, written = compute(left, sign, right), compute(first, sign, second)
         if value is None or written is None:
             continue
         num_wrong += not holds(written, stated)
         result = stated if holds(value, stated) else show(value, stated)
+        renamed.pop(stated, None)  # the last one stands last
         renamed[stated] = result
         parts += [text[end : match.start()], left, gap, sign, space, right, equals, result]
         end = match.end()
@@ -46,8 +47,22 @@ def repair(text: str) -> tuple[str, int]:
     return "".join([*parts, rest]), num_wrong
 
 
+def worked_on(renamed: dict[str, str], first: str, second: str) -> tuple[str, str]:
+    """The two numbers of an equation, with the earlier result among them, if any, put right: more often the
+    first.
+    """
+    right = as_it_should(renamed, first)
+    return right, second if first in renamed or first in renamed.values() else renamed.get(second, second)
+
+
+def as_it_should(renamed: dict[str, str], number: str) -> str:
+    """A number that may be an earlier result: the last one, or else as it stands if that is a right one."""
+    is_last = number == next(reversed(renamed), None)
+    return number if number in renamed.values() and not is_last else renamed.get(number, number)
+
+
 def put_right(renamed: dict[str, str], box: re.Match[str]) -> str:
-    return box[1] + renamed.get(box[2], box[2]) + box[3]
+    return box[1] + as_it_should(renamed, box[2]) + box[3]
 
 
 def equations(text: str) -> list[re.Match[str]]:

@@ -58,6 +58,13 @@ def test_parts_of_longer_equations_are_left_as_they_are(text):
     assert repair(text) == (text, 0) and num_equations(text) == (0, 0)
 
 
+def test_what_goes_on_from_the_right_results_is_not_put_wrong():
+    """A teacher that recovers: 4 * 2 = 3 made 1 * 2 of a later step 1 * 1, and lost the right answer."""
+    text = "4 * 2 = 3 . 8 - 7 = 2 . 1 * 2 = 6 . 2 + 7 = 7 . \\boxed{ 9 }"
+    assert repair(text) == ("4 * 2 = 8 . 8 - 7 = 1 . 1 * 2 = 2 . 2 + 7 = 9 . \\boxed{ 9 }", 4)
+    assert repair("12 - 3 = 2 . 9 * 2 = 46 . \\boxed{18}")[0] == "12 - 3 = 9 . 9 * 2 = 18 . \\boxed{18}"
+
+
 def test_nearly_all_equations_of_real_solutions_hold():
     path = shared_path("data", "gsm8k_platinum_test.jsonl.gz")
     rows = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
