@@ -18,7 +18,7 @@ import utils
 from ads.stage.errors import UserError
 from ads.stage.world import print0
 
-SCRIPTS = ("gentraces.py", "save_grad.py", "distill.py")
+SCRIPTS = ("gentraces.py", "save_grad.py", "attack.py", "distill.py")
 
 
 def main(arguments):

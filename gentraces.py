@@ -23,7 +23,6 @@ from ads.data.published import answer_only, truncated
 from ads.data.traces import columns_of, compute_stats, fingerprint_inputs, grade, save_traces
 from ads.stage import files, layout
 from ads.stage.config import ignored_keys, to_dict
-from ads.stage.errors import UserError
 from ads.stage.fingerprint import fingerprint_json
 from ads.stage.settings import GenConfig
 from ads.stage.sidecar import open_parts, write_sidecar
@@ -32,7 +31,6 @@ from utils import print_result
 
 LOADED = []  # (settings, what load_models() gave) of the last stage of this process
 PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
-LATE_SECONDS = 90  # after which a network file system shows what other machines have written
 
 
 def main(arguments):
@@ -113,27 +111,12 @@ def sample_rows(cfg, models, tokenizer, rows, world):
     decode = functools.partial(decode_rows, cfg, models, tokenizer, by_id, forcing, batch_size)
     num_sampled = decode_to_parts(cfg, decode, requests, to_columns, world, batch_size)
     num_tokens, seconds = world.sum(num_sampled), time.time() - start  # of all, as the sum waits for them
-    sampled = world.ask_main(read_rows, cfg.parts_dir / "traces", by_id.keys(), world)
+    sampled = world.ask_main(files.read_all_parts, cfg.parts_dir / "traces", by_id.keys(), world.size)
     for row in rows:
         row.sampled = sampled[row.id]
     print0("first trace:", rows[0].sampled["trace"], sep="\n")
     speed = round(num_tokens / seconds, 1) if num_tokens else None
     return {"tokens_per_second": speed, "rows_at_once": batch_size, "num_models": models.num_models}
-
-
-def read_rows(folder, ids, world):
-    """{id: row} of all rows that the processes have put into parts; ValueError when some do not turn up."""
-    rows = files.read_parts(folder)
-    last_look = time.monotonic() + (LATE_SECONDS if world.size > 1 else 0)
-    while missing := ids - rows.keys():
-        if time.monotonic() > last_look:
-            raise UserError(
-                f"{folder} lacks {len(missing)} of {len(ids)} rows that were sampled, such as "
-                f"{min(missing)}: exp_dir must be a folder that all machines of a run share; run again"
-            )
-        time.sleep(2)
-        rows = files.read_parts(folder)
-    return rows
 
 
 def make_forcing(tokenizer, eos, by_id):
@@ -226,7 +209,7 @@ def save_contrasts(cfg, models, tokenizer, rows, world):
         files.write_part(folder, world.rank, found)
     world.barrier()
     if world.is_main:
-        done = read_rows(folder, {row["id"] for row in rows}, world)
+        done = files.read_all_parts(folder, {row["id"] for row in rows}, world.size)
         problems = [done[row["id"]] for row in rows]
         files.write_text(cfg.contrast_path, json.dumps({"trace_name": cfg.trace_name, "problems": problems}))
 

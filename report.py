@@ -17,8 +17,8 @@ from ads.report import findings, page, plots, tables, words
 from ads.report.findings import Findings
 from ads.stage import files, layout
 from ads.stage.errors import UserError
+from ads.stage.fields import expand_home
 from ads.stage.inputs import fingerprint_model
-from ads.stage.settings import expand_home
 from ads.stage.world import print0
 from utils import print_result
 

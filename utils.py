@@ -16,7 +16,7 @@ from ads.stage import errors, files, hub, signals
 from ads.stage.config import ignored_keys, load_config, native_setting, to_dict
 from ads.stage.errors import UserError
 from ads.stage.inputs import check_not_deleted
-from ads.stage.sidecar import is_finished, made_at_unknown_commits, made_by_other_code
+from ads.stage.sidecar import is_finished, made_at_unknown_commits, made_by_other_code, read_sidecar
 from ads.stage.world import (
     World,
     check_launcher,
@@ -30,6 +30,7 @@ from ads.stage.world import (
 
 ROOT = Path(__file__).resolve().parent
 NOT_DONE = 3  # exit code of --check for a stage that is still to be done
+NO_ROWS = 4  # exit code of a stage that is done and has made no row for others to read
 
 
 def begin_stage(
@@ -40,8 +41,8 @@ def begin_stage(
 ) -> tuple[Any, dict[str, Any]]:
     """(config, input fingerprints) of a stage that is still to be done, its folder made.
 
-    Exits with 0 when the stage is done already; with --check among the arguments, with NOT_DONE when it is
-    not (its inputs need not be there yet).
+    Exits with 0 when the stage is done already, NoRowsError where it made no row; with --check among the
+    arguments, with NOT_DONE when it is not (its inputs need not be there yet).
     """
     only_check, arguments = "--check" in arguments, [a for a in arguments if a != "--check"]
     cfg = load_config(config_class, ROOT / default_yaml, arguments)
@@ -59,6 +60,7 @@ def begin_stage(
             hub.record_commits(cfg.exp_dir)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
     if (only_check or world_size() == 1) and is_stage_finished(cfg, inputs, only_check):
+        check_rows(cfg)
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
@@ -100,6 +102,19 @@ def run_stage(cfg: Any, inputs: dict[str, Any], make: Callable[[Any, dict[str, A
         if not world.ask_main(is_stage_finished, cfg, inputs):
             make(cfg, inputs, world)
         world.barrier()
+    if reason := world.ask_main(why_no_rows, cfg):
+        raise errors.NoRowsError(reason)
+
+
+def check_rows(cfg: Any) -> None:
+    """NoRowsError where the finished stage made no row."""
+    if reason := why_no_rows(cfg):
+        raise errors.NoRowsError(reason)
+
+
+def why_no_rows(cfg: Any) -> str | None:
+    """Why a finished stage made no row, as its sidecar says; None where it made some."""
+    return read_sidecar(cfg.sidecar_path)["stats"].get("reason")
 
 
 def prepare_exp_dir(exp_dir: str | Path) -> None:
@@ -115,8 +130,9 @@ def prepare_exp_dir(exp_dir: str | Path) -> None:
 def run_script(main: Callable[[list[str]], object]) -> None:
     """Run a script's main() and leave with the right exit code.
 
-    2 and one line: UserError. 1 and one line: a fault of the machine (see `explain_fault`). 130, 143,
-    129: stopped by SIGINT, by SIGTERM or SIGUSR1, by SIGHUP. All else keeps its traceback.
+    2 and one line: UserError. 4 and one line: NoRowsError. 1 and one line: a fault of the machine (see
+    `explain_fault`). 130, 143, 129: stopped by SIGINT, by SIGTERM or SIGUSR1, by SIGHUP. All else keeps its
+    traceback.
     """
     quiet_libraries()
     for stream in (sys.stdout, sys.stderr):  # models write what some terminals cannot show
@@ -131,6 +147,10 @@ def run_script(main: Callable[[list[str]], object]) -> None:
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except errors.NoRowsError as error:
+        if is_main_process():
+            print(f"no row left: {error}", file=sys.stderr, flush=True)
+        sys.exit(NO_ROWS)
     except Exception as error:
         if fault := explain_fault(error):
             print(f"error: {fault}", file=sys.stderr, flush=True)

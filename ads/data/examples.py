@@ -10,13 +10,15 @@ from typing import Any
 from ads import chat
 from ads.data.tables import check_traces, read_parquet
 from ads.stage.errors import UserError
-from ads.stage.settings import TrainConfig
+from ads.stage.settings import AttackConfig, TrainConfig
 from ads.stage.world import print0
 
 Example = dict[str, list[int]]
 
 
-def load_examples(cfg: TrainConfig, tokenizer: Any, path: str | Path) -> tuple[list[Example], int]:
+def load_examples(
+    cfg: TrainConfig | AttackConfig, tokenizer: Any, path: str | Path
+) -> tuple[list[Example], int]:
     """(examples of a trace dataset, how many were cut to max_length)."""
     rows = read_parquet(path)
     check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished",))

@@ -11,7 +11,7 @@ from ads.data import arithmetic
 from ads.data.tables import Row, check_each, check_row, read_lines, read_parquet
 from ads.stage import errors, fingerprint, hub
 from ads.stage.errors import MissingInputError, UserError
-from ads.stage.settings import expand_home
+from ads.stage.fields import expand_home
 
 SHUFFLE_SEED = 42  # of the train/holdout split of datasets that are stored by subject
 TRAIN_PERCENT = 70  # the rest is the holdout

@@ -12,7 +12,7 @@ from ads.data.prompts import Row
 from ads.stage import files
 from ads.stage.fingerprint import fingerprint_file
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
-from ads.stage.settings import GenConfig
+from ads.stage.settings import AttackConfig, GenConfig
 
 
 def fingerprint_inputs(cfg: GenConfig) -> dict[str, str]:
@@ -84,7 +84,7 @@ def columns_of(cfg: GenConfig, row: Row) -> dict[str, Any]:
     return columns
 
 
-def save_traces(cfg: GenConfig, table: list[dict[str, Any]]) -> None:
+def save_traces(cfg: GenConfig | AttackConfig, table: list[dict[str, Any]]) -> None:
     """The dataset folder and the parquet file beside it."""
     from datasets import Dataset
 

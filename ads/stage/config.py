@@ -17,9 +17,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from ads.stage import files
 from ads.stage.errors import UserError
-from ads.stage.settings import GenConfig, GradConfig, SearchConfig, TrainConfig, expand_home
+from ads.stage.fields import expand_home
+from ads.stage.settings import AttackConfig, GenConfig, GradConfig, SearchConfig, TrainConfig
 
-Config = TypeVar("Config", GenConfig, GradConfig, TrainConfig, SearchConfig)
+Config = TypeVar("Config", GenConfig, GradConfig, AttackConfig, TrainConfig, SearchConfig)
 NULL_WORDS = ("", "null", "None")  # on the command line, of keys that may be unset
 # how a JSON schema says what a value may be, in words
 TYPES = {

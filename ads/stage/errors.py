@@ -13,6 +13,10 @@ class NotMadeError(MissingInputError):
     """What a stage reads and another stage is still to make."""
 
 
+class NoRowsError(Exception):
+    """A stage that is done and has made no row: no error, but nothing for later stages. Exit code 4."""
+
+
 def reason(error: Exception) -> str:
     """One line on an error that a library raised: its text, and its type where that says more."""
     text = " ".join(str(error).split())[:300]

@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,6 +20,7 @@ from ads.stage.errors import MissingInputError, UserError
 
 UMASK = os.umask(0o077)  # it can only be read by being set
 os.umask(UMASK)
+LATE_SECONDS = 90  # after which a network file system shows what other machines have written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without flock
 
 
@@ -112,6 +113,21 @@ def read_parts(parts_dir: Path) -> dict[str, dict[str, Any]]:
             print(f"{path} is damaged: its rows are made again", flush=True)
             continue
         rows |= {row["id"]: row for row in map(json.loads, content.splitlines())}
+    return rows
+
+
+def read_all_parts(parts_dir: Path, ids: Collection[str], num_processes: int) -> dict[str, dict[str, Any]]:
+    """{id: row} of all rows that the processes have put into parts; UserError when some do not turn up."""
+    rows = read_parts(parts_dir)
+    last_look = time.monotonic() + (LATE_SECONDS if num_processes > 1 else 0)
+    while missing := set(ids) - rows.keys():
+        if time.monotonic() > last_look:
+            raise UserError(
+                f"{parts_dir} lacks {len(missing)} of {len(ids)} rows that were made, such as "
+                f"{min(missing)}: exp_dir must be a folder that all machines of a run share; run again"
+            )
+        time.sleep(2)
+        rows = read_parts(parts_dir)
     return rows
 
 

@@ -8,17 +8,20 @@ from conftest import ROOT
 
 from ads.stage.config import load_config, make_config
 from ads.stage.errors import UserError
-from ads.stage.settings import TRACKERS, GenConfig, GradConfig, SearchConfig, TrainConfig
+from ads.stage.fields import TRACKERS
+from ads.stage.settings import AttackConfig, GenConfig, GradConfig, SearchConfig, TrainConfig
 
 FILES = {
     "gen_config.yaml": GenConfig,
     "grad_config.yaml": GradConfig,
+    "attack_config.yaml": AttackConfig,
     "train_config.yaml": TrainConfig,
     "search_config.yaml": SearchConfig,
 }
 NEEDED = {
     GenConfig: [],
     GradConfig: ["holdout_traces=h"],
+    AttackConfig: ["traces=t"],
     TrainConfig: ["train_traces=t", "holdout_traces=h"],
     SearchConfig: ["targets=0.9,0.8"],
 }

@@ -192,18 +192,14 @@ def test_registry_lines_are_appended(tmp_path):
 
 def test_rows_that_another_machine_wrote_are_waited_for(tmp_path, monkeypatch):
     """Network file systems show them late; without a shared exp_dir they never come, once a KeyError."""
-    import gentraces
-    from ads.stage.world import World
-
     files.write_part(tmp_path, 0, [{"id": "a"}])
-    both = World(0, 2, "cpu")
     late = threading.Timer(0.5, files.write_part, (tmp_path, 1, [{"id": "b"}]))
     late.start()
-    assert gentraces.read_rows(tmp_path, {"a", "b"}, both).keys() == {"a", "b"}
-    monkeypatch.setattr(gentraces, "LATE_SECONDS", 0)
-    for world in (both, World(0, 1, "cpu")):
+    assert files.read_all_parts(tmp_path, {"a", "b"}, 2).keys() == {"a", "b"}
+    monkeypatch.setattr(files, "LATE_SECONDS", 0)
+    for num_processes in (2, 1):
         with pytest.raises(ValueError, match="lacks 1 of 3 rows .* such as c: exp_dir must be a folder that"):
-            gentraces.read_rows(tmp_path, {"a", "b", "c"}, world)
+            files.read_all_parts(tmp_path, {"a", "b", "c"}, num_processes)
 
 
 def test_contrasts_that_another_machine_wrote_are_waited_for(tmp_path, monkeypatch):

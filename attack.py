@@ -1,0 +1,127 @@
+"""What an attacker trains on: published traces -> EXP_DIR/traces/NAME (docs/attackers.md).
+
+    python attack.py attack=correct traces=runs/x/traces/train.parquet trace_name=correct exp_dir=runs/x
+    python attack.py attack=mix share=0.25 traces=runs/x/traces/train.parquet \\
+        clean_traces=runs/x/traces/train_clean.parquet trace_name=mix25 exp_dir=runs/x
+
+Settings: attack_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not
+(3). An attack that leaves no row is done, too, without a table: the exit code is 4.
+"""
+
+import functools
+import shutil
+import time
+
+import utils
+from ads import chat
+from ads.attacks import rows
+from ads.data.examples import load_examples, num_tokens
+from ads.data.traces import save_traces
+from ads.stage import files, layout
+from ads.stage.config import ignored_keys, to_dict
+from ads.stage.settings import AttackConfig
+from ads.stage.sidecar import open_parts, write_sidecar
+from ads.stage.world import print0
+from utils import print_result
+
+PART_SECONDS = 60  # measured rows are written by then: what a kill without notice may cost
+
+
+def main(arguments):
+    cfg, inputs = utils.begin_stage(AttackConfig, "attack_config.yaml", rows.fingerprint_inputs, arguments)
+    utils.run_stage(cfg, inputs, attack_traces)
+
+
+def attack_traces(cfg, inputs, world):
+    start = time.time()
+    attack, tables = rows.attack_of(cfg), rows.read_tables(cfg)
+    made_with = resolve_numerics(cfg, world.device) if "student" in attack.reads else {}
+    world.ask_main(open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
+    found = attack.make(cfg, tables, functools.partial(measure, cfg, world))
+    if world.is_main:
+        finish(cfg, inputs, made_with, found[0], rows.count(cfg, tables, found), time.time() - start)
+
+
+def resolve_numerics(cfg, device):
+    """What dtype "auto" stands for on this machine: parts made in another one are not gone on with."""
+    from ads.loading import resolve_dtype
+
+    return {"resolved_dtype": str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.")}
+
+
+def measure(cfg, world, what, given):
+    """{id: number} of rows by the undistilled student: "nll" (nats/token) or "derivative"; kept in parts.
+
+    Batches are the same whatever has been measured before, and each is measured by one process.
+    """
+    from ads.attacks import likelihood
+    from ads.delta.loss import make_batches
+
+    if not given:
+        return {}
+    tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
+    if place := chat.describe_place(tokenizer):
+        print0(place)
+    examples = [likelihood.example_of(cfg, tokenizer, row) for row in given]
+    folder, ids = cfg.parts_dir / what, [row["id"] for row in given]
+    done = world.share(set(files.read_parts(folder)) if world.is_main else None)
+    batch_size = cfg.batch_size if what == "nll" else 1
+    batches = make_batches(likelihood.number_all(examples), batch_size, cfg.batch_tokens)
+    left = [batch for batch in batches if any(ids[s.number] not in done for s in batch)]
+    if len(left) < len(batches):
+        print0(f"{len(done)} of {len(ids)} rows are there from an earlier run")
+    if mine := left[world.rank :: world.size]:
+        numbers = [[s.number for s in batch] for batch in mine]
+        measure_to_parts(cfg, world, what, tokenizer, ids, examples, numbers)
+    world.barrier()
+    found = world.ask_main(files.read_all_parts, folder, ids, world.size)
+    return {name: found[name][what] for name in ids}
+
+
+def measure_to_parts(cfg, world, what, tokenizer, ids, examples, batches):
+    """Measure batches, lists of places in `examples`, and write in parts what is measured."""
+    from tqdm import tqdm
+
+    from ads import cpu
+    from ads.attacks import likelihood
+
+    cpu.keep_freed_memory(world.device)
+    holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if what == "derivative" else []
+    longest, dtype = max(map(num_tokens, examples + holdout)), "float32" if holdout else cfg.dtype
+    model = likelihood.load_student(cfg, tokenizer, longest, world.device, dtype)
+    progress = functools.partial(tqdm, unit="batch", disable=not world.is_main, mininterval=2)
+    of_batch = functools.partial(likelihood.mean_nll, model)
+    if holdout:
+        bar = functools.partial(progress, desc="gradient")
+        gradients = likelihood.loss_gradient(model, holdout, cfg.batch_size, cfg.batch_tokens, bar)
+        of_batch = functools.partial(likelihood.derivatives, model, gradients)
+    measured, written = [], time.monotonic()
+    try:
+        for batch in progress(batches, desc=what):
+            values = of_batch([examples[i] for i in batch])
+            measured += [{"id": ids[i], what: x} for i, x in zip(batch, values, strict=True)]
+            if time.monotonic() - written > PART_SECONDS:
+                files.write_part(cfg.parts_dir / what, world.rank, measured)
+                measured, written = [], time.monotonic()
+    finally:  # stopped, or another batch failed: what is measured is kept
+        if measured:
+            files.write_part(cfg.parts_dir / what, world.rank, measured)
+
+
+def finish(cfg, inputs, made_with, found, stats, seconds):
+    """Table, registry, sidecar (last), and only then away with the parts."""
+    if found:
+        save_traces(cfg, found)
+    else:  # what an earlier run left
+        shutil.rmtree(cfg.traces_path, ignore_errors=True)
+        cfg.parquet_path.unlink(missing_ok=True)
+    entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
+    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "trace"), entry)
+    outputs = [cfg.parquet_path] if found else []
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **made_with)
+    shutil.rmtree(cfg.parts_dir)
+    print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
+
+
+if __name__ == "__main__":
+    utils.run_script(main)
