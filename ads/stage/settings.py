@@ -290,11 +290,14 @@ class TrainConfig:
     per_device_batch_size: RowsAtOnce = not_compared("auto")
     gradient_checkpointing: Flag = not_compared(False)
     num_epochs: float = Field(default=3.0, gt=0)
+    mask_share: float = Field(default=0.0, ge=0, lt=1)
+    weights: Flag = False
     keep_checkpoints: Flag = not_compared(False)
     report_to: Trackers = not_compared("none")
     seed: Seed = 42
 
     model_path = stage_path("model", "model_name")
+    mask_path = stage_path("mask", "model_name")
     student_path = stage_path("student", "model_name")
     sidecar_path = stage_path("model_sidecar", "model_name")
 
