@@ -44,26 +44,28 @@ def fingerprint_inputs(cfg):
 
 
 def distil(cfg, inputs, world):
-    from ads.attacks import training
+    from ads.attacks import training, weighting
 
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
     if place := chat.describe_place(tokenizer):
         print0(place)
-    train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces)
+    train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces, cfg.weights)
+    weighting.count_masked(cfg.mask_share, train)  # which leaves some
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
     made_with = training.resolve_numerics(cfg, world.device)
     made_with |= {"sequences": fingerprint_json([train, holdout])}
     world.ask_main(open_parts, cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
-    trainer = training.train_student(cfg, tokenizer, train, holdout, world)
+    trainer, trained = training.train_student(cfg, tokenizer, train, holdout, world)
     if world.is_main:
         rows = [example["input_ids"][:COMPARED_TOKENS] for example in train[:NUM_COMPARED]]
         training.save_student(cfg, training.unwrap_model(trainer), tokenizer, world.device, rows)
-        finish(cfg, inputs, made_with, trainer, len(train), num_cut, time.time() - start)
+        counts = {"n": len(trained), "num_cut": num_cut, **weighting.describe(cfg, train, trained)}
+        finish(cfg, inputs, made_with, trainer, counts, time.time() - start)
 
 
-def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
+def finish(cfg, inputs, made_with, trainer, counts, seconds):
     """Registry, sidecar (last), and only then away with the checkpoints."""
     history = trainer.state.log_history
     curves = {
@@ -72,8 +74,7 @@ def finish(cfg, inputs, made_with, trainer, num_examples, num_cut, seconds):
     }
     train, holdout = ([loss for _, loss in curve] or [None] for curve in curves.values())
     stats = {
-        "n": num_examples,
-        "num_cut": num_cut,
+        **counts,
         "num_steps": trainer.state.global_step,
         "train_loss": train[-1],
         "holdout_loss_start": holdout[0],

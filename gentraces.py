@@ -18,7 +18,7 @@ from ads import chat
 from ads.arms import TEXTS
 from ads.data import grading
 from ads.data.problems import take_subset
-from ads.data.prompts import make_rows
+from ads.data.prompts import choose_prefill, make_rows
 from ads.data.published import answer_only, truncated
 from ads.data.traces import columns_of, compute_stats, fingerprint_inputs, grade, save_traces
 from ads.stage import files, layout
@@ -43,16 +43,19 @@ def generate_traces(cfg, inputs, world):
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
     if place := chat.describe_place(tokenizer):
         print0(place)
-    rows, num_left_out = make_rows(cfg, tokenizer)
+    prefill = choose_prefill(cfg)
+    rows, num_left_out = make_rows(cfg, tokenizer, prefill)
     prompts = fingerprint_json({row.id: row.prompt_ids for row in rows})
     made_with = resolve_numerics(cfg, world.device) | {"prompts": prompts}
+    made_with |= {"resolved_prefill": prefill} if cfg.prefill == "auto" else {}
     world.ask_main(open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
 
     models, notes = models_of(cfg, inputs, tokenizer, world)
     speed = sample_rows(cfg, models, tokenizer, rows, world)
     table = [columns_of(cfg, row) for row in rows]
     if models.proxy and cfg.num_contrasts:
-        save_contrasts(cfg, models, tokenizer, table[: cfg.num_contrasts], world)
+        firsts = table[:: cfg.num_samples]  # one trace a problem
+        save_contrasts(cfg, models, tokenizer, firsts[: cfg.num_contrasts], world)
     models = None
     if cfg.one_step:  # which needs the room
         LOADED.clear()

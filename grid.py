@@ -35,6 +35,8 @@ SET_BY_PIPELINE = {
     "eps",
     "seed",
     "is_teacher",
+    "num_samples",
+    "attacker",
 }
 KEYS = GenConfig.__annotations__.keys() - SET_BY_PIPELINE
 SHUFFLE_SEED = 42  # both arms fill up evenly, so that a sweep that is cut short can be plotted

@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, Trainer, TrainingArguments, set_seed
 
 from ads import adapters, chat, cpu
+from ads.attacks.weighting import weighted
 from ads.data.examples import fill_up, longest_first, num_tokens, order_examples
 from ads.decode import memory_plan
 from ads.delta.loss import collate, token_losses
@@ -29,11 +30,12 @@ SHARE_OF_FREE_MEMORY = 0.8  # the rest is for what the allocator cannot use
 
 
 def train_student(cfg, tokenizer, train, holdout, world):
-    """The Trainer that has trained the student, from its newest checkpoint on."""
+    """(the Trainer that has trained the student, from its newest checkpoint on; the weighted examples)."""
     memory_plan.check_distillation(cfg, train, memory_plan.room(world.device), world.size)
     model = load_student(cfg, tokenizer, world.device)
     longest = max(map(num_tokens, train + (holdout or [])))
     try_batches(model, longest, resolve_dtype(cfg.dtype, world.device))
+    train = weighted(cfg, model, train, world)
     if checkpoint := world.ask_main(newest_checkpoint, cfg.model_path) or cfg.checkpoint:
         print0(f"resuming from {checkpoint}")
     with recomputed(model, cfg.gradient_checkpointing):
@@ -45,7 +47,7 @@ def train_student(cfg, tokenizer, train, holdout, world):
         result = train_fast(trainer, checkpoint)
     if not math.isfinite(result.training_loss):
         raise UserError(f"training loss is {result.training_loss}: lower lr={cfg.lr:g} or use dtype=float32")
-    return trainer
+    return trainer, train
 
 
 def load_student(cfg, tokenizer, device):
@@ -112,18 +114,27 @@ def per_device_batch(batch_size, most, num_processes):
     return next(size for size in sizes if batch_size % (size * num_processes) == 0)
 
 
+class RowTrainer(Trainer):
+    """transformers.Trainer on batches that may have `weights` (B,): how much each row's loss counts."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights_B = inputs.pop("weights", None)  # which is no input of the model
+        self.compute_loss_func = functools.partial(self.compute_loss_func, weights_B=weights_B)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
 def make_trainer(cfg, model, tokenizer, train, holdout, per_device, world):
-    """transformers.Trainer with completion-only loss: token mean over each step's sequences."""
+    """A Trainer with completion-only loss: token mean over each step's sequences."""
     evaluated, scale = None, 1.0
     if holdout is not None:
         evaluated = fill_up(longest_first(holdout), per_device * world.size)
         scale = len(evaluated) / len(holdout)  # of means over sequences, some of which are there to fill up
-    return Trainer(
+    return RowTrainer(
         model=model,
         args=training_arguments(cfg, len(train), holdout is not None, per_device, world),
         train_dataset=order_examples(cfg, train),
         eval_dataset=evaluated,
-        data_collator=functools.partial(collate, pad_id=tokenizer.eos_token_id),
+        data_collator=functools.partial(collate_rows, pad_id=tokenizer.eos_token_id),
         compute_loss_func=functools.partial(mean_loss, num_processes=world.size, scale=scale),
     )
 
@@ -175,14 +186,22 @@ def training_arguments(cfg, num_examples, is_evaluated, per_device, world):
     )
 
 
-def mean_loss(outputs, labels, num_items_in_batch, num_processes, scale=1.0):
-    """The Trainer's loss (nats/token): over a whole step's labels; in evaluation, the mean over sequences of
-    their token means, as in stage 2, times `scale`.
+def collate_rows(examples, pad_id):
+    """What a model takes of the examples, and `weights` (B,), float32, where they have one."""
+    weights = [example["weight"] for example in examples if "weight" in example]
+    return collate(examples, pad_id) | ({"weights": torch.tensor(weights)} if weights else {})
 
-    The Trainer counts num_items_in_batch on all processes, and multiplies what it is given by their number.
+
+def mean_loss(outputs, labels, num_items_in_batch, num_processes, scale=1.0, weights_B=None):
+    """The Trainer's loss (nats/token): over a whole step's labels, each times its row's weight; in
+    evaluation, the mean over sequences of their token means, as in stage 2, times `scale`.
+
+    The Trainer counts num_items_in_batch, the labels, on all processes, and multiplies what it is given by
+    their number. Weights do not count there: over the dataset their mean is 1.
     """
     losses_BC = token_losses(outputs.logits, labels)
     if torch.is_grad_enabled():
+        losses_BC = losses_BC if weights_B is None else losses_BC * weights_B[:, None]
         return losses_BC.sum() / num_items_in_batch
     counts_B = (labels != chat.IGNORED_LABEL).sum(1).clamp(min=1)
     return (losses_BC.sum(1) / counts_B).mean() * scale / num_processes

@@ -1,6 +1,6 @@
 """Traces as training sequences, in the order that a student sees them.
 
-An example has input_ids and labels, which are chat.IGNORED_LABEL where nothing is learned.
+An example has input_ids and labels, which are chat.IGNORED_LABEL where nothing is learned; perhaps a weight.
 """
 
 import math
@@ -8,31 +8,45 @@ from pathlib import Path
 from typing import Any
 
 from ads import chat
-from ads.data.tables import check_traces, read_parquet
+from ads.data.tables import check_each, check_traces, read_parquet
 from ads.stage.errors import UserError
 from ads.stage.settings import AttackConfig, TrainConfig
 from ads.stage.world import print0
 
-Example = dict[str, list[int]]
+Example = dict[str, Any]
 
 
 def load_examples(
-    cfg: TrainConfig | AttackConfig, tokenizer: Any, path: str | Path
+    cfg: TrainConfig | AttackConfig, tokenizer: Any, path: str | Path, with_weights: bool = False
 ) -> tuple[list[Example], int]:
-    """(examples of a trace dataset, how many were cut to max_length)."""
+    """(examples of a trace dataset, how many were cut to max_length); their weights are those of the rows."""
     rows = read_parquet(path)
     check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished",))
+    if with_weights:
+        check_each(path, rows, check_weight)
     examples, num_cut = [], 0
     for row in rows:
         ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
         num_cut += len(ids) > cfg.max_length
         if any(label != chat.IGNORED_LABEL for label in labels[: cfg.max_length]):
-            examples.append({"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]})
+            weight = {"weight": float(row["weight"])} if with_weights else {}
+            examples.append(
+                {"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length], **weight}
+            )
     if not examples:
         raise UserError(f"{path}: no trace has a token to train on within max_length={cfg.max_length}")
     if num_cut:
         print0(f"{path}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
     return examples, num_cut
+
+
+def check_weight(row: Example) -> None:
+    """ValueError unless a row has a weight that a loss can be multiplied by."""
+    if "weight" not in row:
+        raise UserError("no column weight, which weights=true needs (attack=reweight makes one)")
+    weight = row["weight"]
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise UserError(f"weight must be a finite number above 0, but is {ascii(weight)[:50]}")
 
 
 def order_examples(cfg: TrainConfig, examples: list[Example]) -> list[Example]:
@@ -60,7 +74,7 @@ def longest_first(examples: list[Example]) -> list[Example]:
 
 def fill_up(examples: list[Example], size: int) -> list[Example]:
     """The examples, and ones of one token and no label that make their number a multiple of size."""
-    empty = {"input_ids": examples[0]["input_ids"][:1], "labels": [chat.IGNORED_LABEL]}
+    empty = examples[0] | {"input_ids": examples[0]["input_ids"][:1], "labels": [chat.IGNORED_LABEL]}
     return examples + [empty] * (-len(examples) % size)
 
 

@@ -1,6 +1,7 @@
 """From the problems of a split to rows with prompts that a model can be sampled on."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ads import chat
@@ -28,13 +29,16 @@ class Row:
         return self.problem["id"]
 
 
-def make_rows(cfg: GenConfig, tokenizer: Any) -> tuple[list[Row], dict[str, int]]:
-    """The rows of a split in the order of its problems, and how many problems were left out for what."""
+def make_rows(cfg: GenConfig, tokenizer: Any, prefill: str) -> tuple[list[Row], dict[str, int]]:
+    """The rows of a split in the order of its problems, and how many problems were left out for what.
+
+    prefill: what each response is made to begin with (choose_prefill).
+    """
     found = load_problems(cfg.data_split, cfg.data_dir, cfg.max_samples, cfg.seed)
     if cfg.defence == "external":
         found = read_published(cfg.published or "", cfg.data_split.rpartition("_")[2], found)
     problems = leave_out_unanswered(found)
-    examples, opening = few_shot_examples(cfg), opening_ids(cfg, tokenizer)
+    examples, opening = few_shot_examples(cfg), opening_ids(tokenizer, prefill)
     rows = [
         Row(
             p, chat.prompt_ids(tokenizer, p["problem"], examples) + opening, opening, p.pop("published", None)
@@ -42,7 +46,7 @@ def make_rows(cfg: GenConfig, tokenizer: Any) -> tuple[list[Row], dict[str, int]
         for p in problems
     ]
     kept = leave_out_long(cfg, rows)
-    return kept, {
+    return repeated(cfg, kept), {
         "num_without_answer": len(found) - len(problems),
         "num_prompts_too_long": len(problems) - len(kept),
     }
@@ -84,24 +88,77 @@ def leave_out_long(cfg: GenConfig, rows: list[Row]) -> list[Row]:
     return kept
 
 
-def opening_ids(cfg: GenConfig, tokenizer: Any) -> list[int]:
+def repeated(cfg: GenConfig, rows: list[Row]) -> list[Row]:
+    """num_samples rows of each problem, one after another; UserError where names are taken already.
+
+    The first keeps the problem's id, and with it its random numbers: it is what a run of one sample has.
+    """
+    if cfg.num_samples == 1:
+        return rows
+    if "problem_id" in rows[0].problem:
+        raise UserError(
+            f"num_samples={cfg.num_samples}: {cfg.data_split} has a column problem_id of its own; rename it"
+        )
+    found = {
+        sample_id: replace(row, problem={**row.problem, "id": sample_id, "problem_id": row.id})
+        for row in rows
+        for sample_id in (row.id, *(f"{row.id}#{k}" for k in range(2, cfg.num_samples + 1)))
+    }
+    if len(found) < cfg.num_samples * len(rows):
+        raise UserError(
+            f"num_samples={cfg.num_samples}: {cfg.data_split} has ids that end in # and a number, as those "
+            "of further samples do; rename them"
+        )
+    return list(found.values())
+
+
+def opening_ids(tokenizer: Any, prefill: str) -> list[int]:
     """The ids of what each response is made to begin with."""
-    ids = chat.encode_next(tokenizer, cfg.prefill or "")
+    ids = chat.encode_next(tokenizer, prefill)
     if tokenizer.eos_token_id in ids:
-        raise UserError(f"prefill={cfg.prefill!r}: holds the token that ends a response; leave it out")
+        raise UserError(f"prefill={prefill!r}: holds the token that ends a response; leave it out")
     return ids
+
+
+def choose_prefill(cfg: GenConfig) -> str:
+    """cfg.prefill; of "auto" the word that most of the correct, finished few_shot_traces begin with.
+
+    A think block does not count. Of words that are as frequent, it is the one that occurs first.
+    """
+    if cfg.prefill != "auto":
+        return cfg.prefill or ""
+    shown = [after_thinking(row[cfg.trace_colname]) for row in correct_traces(cfg)]
+    words = [text.split(maxsplit=1)[0] for text in shown if text]
+    if not words:
+        raise UserError(f"prefill=auto: {cfg.few_shot_traces} has no correct, finished trace of any words")
+    word, num_times = Counter(words).most_common(1)[0]
+    print0(f"prefill=auto: {word!r}, as {num_times} of {len(words)} correct, finished traces begin")
+    return word
 
 
 def few_shot_examples(cfg: GenConfig) -> list[tuple[str, str]]:
     """(problem, worked solution) of the first correct, finished traces: what follows their think block."""
-    if not cfg.few_shot or cfg.few_shot_traces is None:
+    if not cfg.few_shot:
         return []
-    rows = read_parquet(cfg.few_shot_traces)
-    texts, flags = ("problem", cfg.trace_colname), ("finished", "is_raw_correct")
-    check_traces(cfg.few_shot_traces, rows, text=texts, flags=flags)
-    rows = [row for row in rows if row["finished"] and row["is_raw_correct"]]
+    by_problem: dict[Any, dict[str, Any]] = {}
+    for i, row in enumerate(correct_traces(cfg)):
+        by_problem.setdefault(row.get("problem_id") or i, row)  # of several samples the first
+    rows = list(by_problem.values())
     if len(rows) < cfg.few_shot:
         raise UserError(
-            f"few_shot={cfg.few_shot}: {cfg.few_shot_traces} has {len(rows)} correct, finished traces"
+            f"few_shot={cfg.few_shot}: {cfg.few_shot_traces} has correct, finished traces of {len(rows)} "
+            "problems"
         )
-    return [(r["problem"], r[cfg.trace_colname].split("</think>")[-1].strip()) for r in rows[: cfg.few_shot]]
+    return [(row["problem"], after_thinking(row[cfg.trace_colname])) for row in rows[: cfg.few_shot]]
+
+
+def correct_traces(cfg: GenConfig) -> list[dict[str, Any]]:
+    """The rows of few_shot_traces that are finished and right."""
+    path = cfg.few_shot_traces or ""
+    rows = read_parquet(path)
+    check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished", "is_raw_correct"))
+    return [row for row in rows if row["finished"] and row["is_raw_correct"]]
+
+
+def after_thinking(trace: str) -> str:
+    return trace.split("</think>")[-1].strip()

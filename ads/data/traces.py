@@ -1,6 +1,8 @@
 """A trace dataset: what it depends on, the columns of its rows, its statistics, the files it is kept in."""
 
+import math
 import statistics
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from ads import chat
 from ads.data import grading
 from ads.data.problems import fingerprint_data, folder_file
 from ads.data.prompts import Row
+from ads.data.text import has_loop
 from ads.stage import files
 from ads.stage.fingerprint import fingerprint_file
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
@@ -21,7 +24,7 @@ def fingerprint_inputs(cfg: GenConfig) -> dict[str, str]:
     All that is loaded for a setting is decided by the names here: the proxy, its gradient, other traces.
     """
     one_step = ("proxy_student", "holdout_traces") if cfg.one_step else ()
-    few_shot = ("few_shot_traces",) if cfg.few_shot else ()
+    few_shot = ("few_shot_traces",) if cfg.few_shot or cfg.prefill == "auto" else ()
     needed = dict.fromkeys((*cfg.arm.inputs, *one_step, *few_shot))
     return {
         "teacher": fingerprint_model(cfg.teacher),
@@ -96,13 +99,15 @@ def save_traces(cfg: GenConfig | AttackConfig, table: list[dict[str, Any]]) -> N
 
 
 def compute_stats(cfg: GenConfig, table: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the report needs of a trace dataset."""
+    """What the report needs of a trace dataset; n is the number of problems."""
     lengths = sorted(row["num_tokens"] for row in table)
     return {
-        "n": len(table),
-        "raw": accuracy(table, "is_raw_correct"),
-        "af": accuracy(table, "is_af_correct") if cfg.answer_force else None,
+        "n": len(table) // cfg.num_samples,
+        "raw": accuracy(table, "is_raw_correct", cfg.num_samples),
+        "af": accuracy(table, "is_af_correct", cfg.num_samples) if cfg.answer_force else None,
+        **(samples_stats(cfg, table) if cfg.num_samples > 1 else {}),
         "finished": round(statistics.fmean(row["finished"] for row in table), 4),
+        "loops": round(statistics.fmean(has_loop(row[cfg.trace_colname]) for row in table), 4),
         "num_tokens": {f"p{q}": lengths[(len(lengths) - 1) * q // 100] for q in (10, 50, 90, 100)},
         "teacher_nll": round(statistics.fmean(row["teacher_nll"] for row in table), 5),
         "num_grader_timeouts": sum(row["raw_timed_out"] + row.get("af_timed_out", 0) for row in table),
@@ -117,19 +122,47 @@ def price(table: list[dict[str, Any]]) -> dict[str, float]:
     return {key: round(total / num_tokens, 5) for key, total in sums.items()}
 
 
-def accuracy(table: list[dict[str, Any]], column: str) -> dict[str, Any]:
-    """Share of correct rows with its 95 % Wilson interval."""
+def accuracy(table: list[dict[str, Any]], column: str, num_samples: int) -> dict[str, Any]:
+    """Share of correct rows, which is the mean over problems of theirs, with a 95 % Wilson interval.
+
+    The interval is that of one answer a problem, so that it is never too narrow: samples of one problem are
+    not independent, and their mean varies from problem to problem by no more than a single answer does. Where
+    problems are alike it is up to sqrt(num_samples) times as wide as need be.
+    """
     num_correct = sum(row[column] for row in table)
-    share, bounds = num_correct / len(table), wilson_interval(num_correct, len(table))
-    numbers = dict(zip(("accuracy", "low", "high"), (share, *bounds), strict=True))
+    bounds = wilson_interval(num_correct / num_samples, len(table) // num_samples)
+    numbers = dict(zip(("accuracy", "low", "high"), (num_correct / len(table), *bounds), strict=True))
     return {key: round(number, 4) for key, number in numbers.items()} | {"num_correct": num_correct}
 
 
-def wilson_interval(num_correct: int, num_total: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion, as (low, high)."""
-    from scipy import stats  # half a second
+def samples_stats(cfg: GenConfig, table: list[dict[str, Any]]) -> dict[str, Any]:
+    """What there is to say of several samples a problem."""
+    found: dict[str, dict[int, float]] = {}
+    for answers in ("raw", "af") if cfg.answer_force else ("raw",):
+        num_correct = Counter[str]()
+        for row in table:
+            num_correct[row["problem_id"]] += row[f"is_{answers}_correct"]
+        counts = num_correct.values()
+        found[answers] = {k: round(pass_at(k, cfg.num_samples, counts), 4) for k in (1, cfg.num_samples)}
+    return {"num_traces": len(table), "pass_at": found}
 
+
+def pass_at(k: int, num_samples: int, num_correct: Collection[int]) -> float:
+    """pass@k: the chance that of k samples of a problem, out of num_samples, one is correct; of problems with
+    so many correct ones, the mean.
+
+    The unbiased estimator of Chen et al. (2021, arXiv 2107.03374), 1 - C(n - c, k) / C(n, k).
+    """
+    subsets = math.comb(num_samples, k)
+    return statistics.fmean(1 - math.comb(num_samples - c, k) / subsets for c in num_correct)
+
+
+def wilson_interval(num_correct: float, num_total: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion, as (low, high)."""
     if not num_total:
         return 0.0, 1.0
-    interval = stats.binomtest(num_correct, num_total).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
+    share, z = num_correct / num_total, statistics.NormalDist().inv_cdf(0.975)
+    centre = share + z**2 / (2 * num_total)
+    half = z * math.sqrt(share * (1 - share) / num_total + z**2 / (4 * num_total**2))
+    low, high = ((centre + sign * half) / (1 + z**2 / num_total) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)

@@ -12,7 +12,7 @@ from ads.report.results import ANSWERS, TESTS
 
 NUM_DRAWS = 2000
 BLOCK = 250  # draws resampled at once: bounds the memory for large test sets
-Test = Mapping[str, bool]  # {problem id: whether its answer is right}
+Test = Mapping[str, float]  # {problem id: whether its answer is right, of several samples the share that is}
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ def read_answers(stage: Mapping[str, Any]) -> tuple[dict[str, Test], str]:
     name = f"{path.parent.name}/{path.name}"
     if not path.is_file():
         return {}, f"{name} is not there"
+    problem = "problem_id" if stage["config"].get("num_samples", 1) > 1 else "id"
     try:
-        table = read_columns(path, ("id", *(f"is_{answers}_correct" for answers in ANSWERS)))
+        table = read_columns(path, (problem, *(f"is_{answers}_correct" for answers in ANSWERS)))
     except ValueError as error:
         return {}, str(error)
     tests: dict[str, Test] = {}
@@ -63,8 +64,16 @@ def read_answers(stage: Mapping[str, Any]) -> tuple[dict[str, Test], str]:
         if stage["stats"].get(answers) and None not in correct:
             if sum(correct) != stage["stats"][answers]["num_correct"]:
                 return {}, f"{name} does not hold the answers that its sidecar counts"
-            tests[answers] = dict(zip(table["id"], correct, strict=True))
+            tests[answers] = share_by_problem(table[problem], correct)
     return tests, ""
+
+
+def share_by_problem(problems: Sequence[str], correct: Sequence[bool]) -> Test:
+    """{problem: share of its answers that are right}."""
+    found: dict[str, list[bool]] = {}
+    for problem, is_correct in zip(problems, correct, strict=True):
+        found.setdefault(problem, []).append(is_correct)
+    return {problem: sum(answers) / len(answers) for problem, answers in found.items()}
 
 
 def draw_accuracies(

@@ -15,6 +15,7 @@ PATHS = {
     "gradient": "student_grads.safetensors",  # the proxy's
     "gradient_sidecar": "student_grads.yaml",
     "model": "models/NAME",  # checkpoint-STEP while a student is trained, then final
+    "mask": "models/NAME/mask.json",  # which tokens a student is not trained on (mask_share)
     "student": "models/NAME/final",
     "model_sidecar": "models/NAME.yaml",
     "search": "search",  # an EXP_DIR in itself, of what search.py evaluated

@@ -83,9 +83,11 @@ class GenConfig:
     max_length: int = Field(default=1024, ge=2)
     max_prompt_length: int = Field(default=512, ge=1)
     answer_force: Flag = True
+    num_samples: int = Field(default=1, ge=1)
     prefill: str | None = None
     few_shot: int = Field(default=0, ge=0)
     few_shot_traces: PathText | None = not_compared(None)
+    attacker: FileName = "naive"
     batch_size: RowsAtOnce = not_compared("auto")
     cuda_graph: Flag | Literal["auto"] = not_compared("auto")
     seed: Seed = 42
@@ -126,14 +128,19 @@ class GenConfig:
         without_seed = set() if self.lam and self.defence == "random" else {"direction_seed"}
         without_set = set() if self.lam and self.defence == "contrastive" else {"plausibility"}
         without_step = set() if self.one_step else {"one_step_samples"}
+        without_student = {"attacker"} if self.is_teacher else set()
         of_lam = without_lam | without_proxy | without_delta | without_seed | without_set
-        return without_tau | of_lam | without_step
+        return without_tau | of_lam | without_step | without_student
 
     def check(self) -> None:
         if self.trace_colname in ("id", "problem", "solution", "prompt_ids", "response_ids"):
             raise UserError(f"trace_colname={self.trace_colname!r}: is the name of another column")
         if self.few_shot and not self.few_shot_traces:
             raise UserError(f"few_shot={self.few_shot}: set few_shot_traces to the traces to show")
+        if self.prefill == "auto" and not self.few_shot_traces:
+            raise UserError("prefill=auto: set few_shot_traces to the traces whose first word to take")
+        if self.num_samples > 1:
+            self.check_samples()
         if self.defence in TEXTS and self.lam:
             raise UserError(f"lam={self.lam}: defence={self.defence} has no strength; set lam=0")
         if self.defence in TEXTS and self.prefill:
@@ -145,6 +152,16 @@ class GenConfig:
         if self.one_step:
             check_given(self, "holdout_traces", "the stage 1 traces that one_step is measured on")
             check_given(self, "proxy_student", "the model that takes the step of one_step")
+
+    def check_samples(self) -> None:
+        asked = f"num_samples={self.num_samples}"
+        if self.tau == 0 or self.top_k == 1:
+            cause = "tau=0" if self.tau == 0 else "top_k=1"
+            raise UserError(f"{asked}: with {cause} all samples of a problem are the same; raise it")
+        if self.defence == "external":
+            raise UserError(f"{asked}: defence=external publishes one text a problem")
+        if self.trace_colname == "problem_id":
+            raise UserError(f"{asked}: trace_colname='problem_id' is the name of another column")
 
     def check_defence(self) -> None:
         if not self.is_teacher:
@@ -259,11 +276,14 @@ class TrainConfig:
     per_device_batch_size: RowsAtOnce = not_compared("auto")
     gradient_checkpointing: Flag = not_compared(False)
     num_epochs: float = Field(default=3.0, gt=0)
+    mask_share: float = Field(default=0.0, ge=0, lt=1)
+    weights: Flag = False
     keep_checkpoints: Flag = not_compared(False)
     report_to: Trackers = not_compared("none")
     seed: Seed = 42
 
     model_path = stage_path("model", "model_name")
+    mask_path = stage_path("mask", "model_name")
     student_path = stage_path("student", "model_name")
     sidecar_path = stage_path("model_sidecar", "model_name")
 

@@ -18,6 +18,11 @@ from ads.stage.hub import HUB
 from ads.stage.world import world_size
 
 Record = dict[str, Any]  # a sidecar, or its part `config` or `inputs`
+# keys that settings of earlier versions lacked, and what stood for them; by a key that tells the stage
+LACKED: dict[str, Record] = {
+    "is_teacher": {"keep_top1": False, "num_samples": 1, "attacker": "naive"},
+    "model_name": {"mask_share": 0.0, "weights": False},
+}
 
 
 def write_sidecar(
@@ -63,13 +68,15 @@ def read_sidecar(path: Path) -> Record:
 
 
 def upgraded(config: Record) -> Record:
-    """Settings of an earlier version by today's names: `defence` was `direction`, and lacked caps."""
-    if "is_teacher" not in config or "defence" in config:  # no traces
+    """Settings of an earlier version by today's names, with what stood for keys that it lacked."""
+    for name, lacked in LACKED.items():
+        config = lacked | config if name in config else config
+    if "is_teacher" not in config or "defence" in config:
         return config
-    direction = config.get("direction", "gradient")
+    direction = config.get("direction", "gradient")  # what `defence` was called
     defence = {"defence": "ads" if direction == "gradient" else direction}
     found = {key: value for key, value in config.items() if key != "direction"}
-    return found | defence | {"direction_seed": config.get("direction_seed"), "keep_top1": False}
+    return found | defence | {"direction_seed": config.get("direction_seed")}
 
 
 def is_finished(path: Path, config: Record, inputs: Record, ignore: Container[str] = ()) -> bool:

@@ -98,6 +98,17 @@ def test_two_processes_and_other_batches_give_the_same_traces(model_folders, pro
         assert one == two
 
 
+def test_of_several_samples_one_a_problem_is_stored_beside_a_clean_trace(
+    model_folders, problem_folder, exp, tmp_path
+):
+    more = [*ads_arguments(model_folders, exp), "num_contrasts=3", "num_samples=2", "max_samples=4"]
+    gentraces(model_folders, problem_folder, tmp_path, "t", *more)
+    found = json.loads((tmp_path / "traces" / "t.contrast.json").read_text())["problems"]
+    rows = rows_of(tmp_path, "t")
+    assert [problem["id"] for problem in found] == [row["id"] for row in rows[:6:2]]
+    assert len(rows) == 8 and rows[1]["id"] == rows[0]["id"] + "#2"
+
+
 def test_trace_columns(exp, problem_folder):
     rows = rows_of(exp, "holdout")
     assert [r["id"] for r in rows] == [f"{problem_folder.split('/')[-1]}/holdout/{i}" for i in range(12)]

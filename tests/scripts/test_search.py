@@ -369,6 +369,8 @@ def test_a_point_may_name_a_defence_and_any_other_key():
         ("0.6 1 1e-3 max_kl=-1\n", "line 1: '0.6,1,1e-3,max_kl=-1': max_kl=-1 in the grid: must be"),
         ("0.6 1 1e-3 foo=1\n", "line 1: '0.6,1,1e-3,foo=1': foo is no key of gentraces.py to be swept"),
         ("0.6 1 1e-3 seed=1\n", "line 1: '0.6,1,1e-3,seed=1': seed is no key of gentraces.py to be swept"),
+        ("0.6 1 0 num_samples=4\n", "num_samples is no key of gentraces.py to be swept"),
+        ("0.6 1 0 attacker=full\n", "attacker is no key of gentraces.py to be swept"),
         ("0.6 1 1e-3 prefill=a/b\n", "prefill=a/b becomes part of a file name: no blank, no slash"),
         ("0.6 1 1e-3 random -5\n", "line 1: '0.6,1,1e-3,random,-5': direction_seed=-5 in the grid: must be"),
         ("0.6 1 1e-3 random 5 6\n", "line 1: '0.6,1,1e-3,random,5,6': 6 is no key of gentraces.py"),

@@ -101,6 +101,13 @@ def test_yaml_floats_without_a_dot_are_numbers(tmp_path):
         ),
         (["lam=0.1", "grad_path=g", "proxy_student=p", "is_teacher=false"], "only a teacher"),
         (["few_shot=2"], "set few_shot_traces"),
+        (["prefill=auto"], "prefill=auto: set few_shot_traces"),
+        (["num_samples=0"], "num_samples=0 in the command line: must be a whole number, at least 1"),
+        (["num_samples=4"], "num_samples=4: with tau=0 all samples of a problem are the same"),
+        (["num_samples=4", "tau=1", "top_k=1"], "num_samples=4: with top_k=1 all samples"),
+        (["num_samples=4", "tau=1", "defence=external", "published=x"], "publishes one text a problem"),
+        (["num_samples=4", "tau=1", "trace_colname=problem_id"], "is the name of another column"),
+        (["attacker=a/b"], "attacker='a/b' in the command line: must be a plain file name"),
         (
             ["direction_seed=-1"],
             "direction_seed=-1 in the command line: must be a whole number",
