@@ -194,23 +194,25 @@ run_experiment() {
   finish_experiment
 }
 
-# What each attack of ATTACKS asks of attack.py, distill.py and gentraces.py, and what it needs besides the published
-# traces: a line NAME, stage or "needs", and a word, parted by tabs. The attacks that need no such traces are `own`.
+# The recipes of ATTACKS, as lines NAME, what, value parted by tabs: what it asks of attack.py, distill.py and
+# gentraces.py, and what it needs besides the published traces. An attack that needs no such traces is `own`.
 read_recipes() {
-  local recipe attack keep=()
-  [[ "$dry_run" == 1 ]] || keep=("--keep=$EXP_DIR") # where the report looks them up
-  recipes="$(in_python recipes.print_recipes ${keep[@]+"${keep[@]}"} "${attacks[@]}")" || exit 2
+  local attack what value
+  recipes="$(in_python recipes.print_recipe ${attacks[@]+"${attacks[@]}"})" || exit 2
   on_traces=() own=()
-  for recipe in "${attacks[@]}"; do
-    attack="$(basename "$recipe" .yaml)"
+  [[ "$dry_run" == 1 ]] || mkdir -p "$EXP_DIR/attacks"
+  while IFS=$'\t' read -r attack what value; do
+    [[ "$what" == file ]] || continue
     if has_need own "$attack"; then own+=("$attack"); else on_traces+=("$attack"); fi
-  done
+    [[ "$dry_run" == 1 ]] || cp "$value" "$EXP_DIR/attacks/$attack.yaml" # where the report looks it up
+  done <<<"$recipes"
 }
 
 # words_of ATTACK STAGE: into `words`, what the attack asks of a stage.
 words_of() {
   local attack stage word
   words=()
+  [[ "$2" != gentraces || "$1" == naive ]] || words=("attacker=$1" "few_shot_traces=$holdout")
   while IFS=$'\t' read -r attack stage word; do
     [[ "$attack" != "$1" || "$stage" != "$2" ]] || words+=("$word")
   done <<<"$recipes"
@@ -396,10 +398,10 @@ want_students() {
 want_student() {
   local attack="$1" name student published words
   name="$(name_of "$attack")" student="$(student_of "$attack")"
-  published="$EXP_DIR/traces/train_$point.parquet"
+  published="$EXP_DIR/traces/train_${point:-own}.parquet"
   ! has_need own "$attack" || published="$EXP_DIR/traces/train_own.parquet"
   words_of "$attack" attack
-  if is_greedy && has_need "samples [0-9]*" "$attack"; then
+  if has_need "samples [0-9]*" "$attack" && is_greedy; then
     echo "empty   attack_$name: greedy traces have no second sample"
     return 4
   elif [[ ${#words[@]} -gt 0 ]]; then
@@ -414,7 +416,6 @@ want_student() {
     "train_traces=$published" "holdout_traces=$holdout" "model_name=student_$student" \
     ${train_args[@]+"${train_args[@]}"} ${words[@]+"${words[@]}"} || return
   words_of "$attack" gentraces
-  [[ "$attack" == naive ]] || words+=("attacker=$attack" "few_shot_traces=$holdout")
   want_stage "eval_student_$name" gentraces.py "${problems[@]}" is_teacher=false \
     "teacher=$EXP_DIR/models/student_$student/final" "data_split=${DATASET}_test" tau=0 \
     "trace_name=eval_student_$name" ${words[@]+"${words[@]}"}
@@ -500,7 +501,7 @@ find_reason() {
   tr '\r' '\n' | LC_ALL=C awk '
     /^run     / { error = last = signal = ""; seen = inside = linked = 0 }
     { sub(/^.*\]error: /, "error: ") }
-    /^error: / && error == "" { error = $0 }
+    /^(error|no row left): / && error == "" { error = $0 }
     / traceback : / { signal = /: Signal / ? substr($0, index($0, "Signal")) : "" }
     {
       rank = match($0, /^\[rank[0-9]+\]: ?/) ? substr($0, 1, RLENGTH) : ""

@@ -20,7 +20,7 @@ def recipe(tmp_path_factory):
     """An attacker of one's own is one file."""
     path = tmp_path_factory.mktemp("recipes") / "words.yaml"
     threat = "{labels: false, clean_traces: 0, queries: 1, models: none}"
-    path.write_text(f"label: begins with a digit\nthreat: {threat}\ngentraces: {{prefill: '1 + '}}\n")
+    path.write_text(f"label: begins with a digit\nthreat: {threat}\ngentraces: {{prefill: '1'}}\n")
     return path
 
 
@@ -32,23 +32,23 @@ def attacked(model_folders, problem_folder, recipe, tmp_path_factory):
     return exp_dir, result, attacks
 
 
-def tests_of(exp_dir):
+def evaluated(exp_dir):
     return {path.stem.removeprefix("eval_student_") for path in exp_dir.glob("traces/eval_student_*.yaml")}
 
 
 def test_each_attack_has_a_student_and_its_test(attacked):
     exp_dir, _, _ = attacked
-    assert tests_of(exp_dir) == {POINT, f"{POINT}_mix50", f"{POINT}_mask20", f"{POINT}_words"}
+    assert evaluated(exp_dir) == {POINT, f"{POINT}_mix50", f"{POINT}_mask20", f"{POINT}_words"}
     students = {path.name for path in exp_dir.glob("models/student_*") if path.is_dir()}
     assert students == {f"student_{POINT}{end}" for end in ("", "_mix50", "_mask20")}, (
         "words asks naive's student"
     )
     configs = {
         name: files.read_yaml(exp_dir / "traces" / f"eval_student_{name}.yaml")["config"]
-        for name in tests_of(exp_dir)
+        for name in evaluated(exp_dir)
     }
     assert {config["attacker"] for config in configs.values()} == {"naive", "mix50", "mask20", "words"}
-    assert configs[f"{POINT}_words"]["prefill"] == "1 + "
+    assert configs[f"{POINT}_words"]["prefill"] == "1"
     assert {path.stem for path in exp_dir.glob("attacks/*.yaml")} == {*SHIPPED, "words"}
 
 
@@ -64,8 +64,8 @@ def test_mixed_traces_are_the_published_and_the_clean_ones(attacked):
 
 def test_an_attack_without_a_row_is_said_and_no_failure(attacked):
     _, result, _ = attacked
-    assert result.stderr.count("error: attack=correct: ") == 1
-    assert result.stderr.count("error: attack=solo: ") == 1
+    assert result.stderr.count("no row left: attack=correct: ") == 1
+    assert result.stderr.count("no row left: attack=solo: ") == 1
     assert "FAILED" not in result.stderr
 
 
@@ -125,7 +125,7 @@ def test_an_attack_that_fails_leaves_the_others(attacked, model_folders, problem
     result = run_pipeline(model_folders, problem_folder, exp_dir, check=False, **settings)
     assert result.returncode == 1 and f"FAILED (1 of 1 points" in result.stderr
     assert "training loss is" in result.stderr + result.stdout
-    assert f"{POINT}_mask10" in tests_of(exp_dir) and f"{POINT}_wild" not in tests_of(exp_dir)
+    assert f"{POINT}_mask10" in evaluated(exp_dir) and f"{POINT}_wild" not in evaluated(exp_dir)
 
 
 def test_students_of_attacks_are_deleted_on_request(attacked, model_folders, problem_folder, tmp_path):
