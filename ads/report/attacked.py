@@ -3,10 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ads.report.attackers import Attacker, Cell, defence_of, find_attackers, make_matrix, of_main_attack
+from ads.report.attackers import (
+    Attacker,
+    Cell,
+    Defence,
+    defence_of,
+    find_attackers,
+    find_defences,
+    make_matrix,
+    of_main_attack,
+)
 from ads.report.bootstrap import Draws, draw_accuracies, read_tests
 from ads.report.compare import Levels, Match, compare_arms, levels_at
-from ads.report.curves import Axes, Curve, Point, Points, make_curves, pair_up
+from ads.report.curves import Axes, Curve, Points, make_curves, pair_up
+from ads.report.details import Line, attacker_lines, own_lines
 from ads.report.gap import Gap, measure_gap
 from ads.report.recipes import Recipe
 from ads.report.results import PRICES, answers_of
@@ -17,17 +27,19 @@ from ads.report.worst import WORST, Choice, worst_students
 class Attacked:
     """Empty where an experiment has one attack alone.
 
-    `own`: students that were trained on no published trace; `curves`, `matches`: of the worst students.
+    `curves`, `matches`: of the worst students; `lines`: all attackers at each setting, the worst student
+    among them; `own_lines`: students that were trained on no published trace.
     """
 
     attackers: Sequence[Attacker] = ()
-    own: Sequence[Point] = ()
+    defences: Sequence[Defence] = ()
     cells: Sequence[Cell] = ()
     gaps: Mapping[str, Gap] = field(default_factory=dict)
     choices: Sequence[Choice] = ()
     curves: Sequence[Curve] = ()
     matches: Sequence[Match] = ()
-    missing: str = ""
+    lines: Sequence[Line] = ()
+    own_lines: Sequence[Line] = ()
 
     @property
     def attacks(self) -> list[str]:
@@ -53,6 +65,6 @@ def gather_attacked(
     axes = [Axes(answers, price) for answers in answered for price in PRICES]
     gaps = {answers: measure_gap(main, undistilled, answers, draws) for answers in answered}
     cells = make_matrix(attackers, {a: levels_at(pairs, a, levels) for a in axes}, draws, gaps)
-    return Attacked(
-        attackers[1:], own, cells, gaps, choices, worst, compare_arms(worst, levels, draws), missing
-    )
+    matches, lines = compare_arms(worst, levels, draws), attacker_lines(attackers, recipes)
+    found = attackers[1:], find_defences(attackers), cells, gaps, choices, worst, matches, lines
+    return Attacked(*found, own_lines(own, recipes))

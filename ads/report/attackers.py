@@ -27,7 +27,7 @@ from ads.report.compare import (
 from ads.report.curves import Axes, Curve, Point, Points, curve_label, group_by, make_curves
 from ads.report.gap import Gap
 from ads.report.numbers import seed_interval, show_setting
-from ads.report.recipes import NAIVE, Recipe
+from ads.report.recipes import NAIVE, Recipe, title_of
 from ads.report.results import ResultRow, show_knob
 
 ATTACKERS = ("attack", "student", "student_few_shot")  # settings of the attacker, with those of these stages:
@@ -128,7 +128,7 @@ def find_attackers(points: Points, recipes: Mapping[str, Recipe]) -> list[Attack
         found = list(groups.get(name, {}).values()) or [{}]
         rows = [curve.points[0].row for curves in found for curve in curves.values()]
         differing = [key for key in results.differing(rows) if is_attackers(key) and key not in results.SEEDS]
-        label = recipes[name].label if name in recipes else name
+        label = title_of(recipes, name)
         for curves in found:
             told = [curve.points[0].row for curve in curves.values()][:1] if len(found) > 1 else []
             parts = [

@@ -1,6 +1,6 @@
 """The recipes of attacks that an experiment kept: what each is called, takes, and asks of attack.py."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,17 @@ class Recipe:
 def read_recipes(exp_dir: Path) -> dict[str, Recipe]:
     """{name: recipe} of EXP_DIR/attacks/."""
     return {path.stem: read_recipe(path) for path in layout.all_of("recipe", exp_dir)}
+
+
+def title_of(recipes: Mapping[str, Recipe], attack: str) -> str:
+    """An attack by its name, and its label where there is one."""
+    label = recipes[attack].label if attack in recipes else attack
+    return attack if label == attack else f"{attack}: {label}"
+
+
+def all_recipes(experiments: Iterable[Any]) -> dict[str, Recipe]:
+    """The recipes of several experiments; of one name, the first."""
+    return {name: recipe for e in reversed(list(experiments)) for name, recipe in e.recipes.items()}
 
 
 def read_recipe(path: Path) -> Recipe:
