@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from ads.report import findings, page, plots, tables, words
+from ads.report import attack_plots, attack_tables, findings, page, plots, tables
 from ads.report.findings import Findings
 from ads.stage import files, layout
 from ads.stage.errors import UserError
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     print0(*(f"{name}: {path}" for name, path in paths.items()), sep="\n")
     print_result(
         **paths,
-        finding=words.finding(found.curves, found.matches),
+        finding=findings.headline(found),
         num_points=len(found.rows),
         num_complete=sum(row.is_complete for row in found.rows),
     )
@@ -46,11 +46,18 @@ def main(arguments: Sequence[str]) -> None:
 def write_report(folder: Path, exp_dirs: Sequence[Path], found: Findings) -> None:
     """All files of EXP_DIR/report/."""
     files.write_text(
-        folder / "results.csv", tables.to_csv(tables.result_lines(found.points, found.baselines))
+        folder / "results.csv",
+        tables.to_csv(tables.result_lines([*found.points, *found.own], found.baselines)),
     )
     files.write_text(folder / "comparisons.csv", tables.to_csv(map(tables.match_line, found.matches)))
     files.write_text(folder / "claims.csv", tables.to_csv(map(tables.claim_line, found.claims)))
+    if found.attacked.lines:
+        attacked = [*found.attacked.lines, *found.attacked.own_lines]
+        files.write_text(folder / "attackers.csv", tables.to_csv(attacked))
+        lines = map(attack_tables.matrix_line, found.attacked.cells)
+        files.write_text(folder / "matrix.csv", tables.to_csv(lines))
     panels = plots.make_panels(found.curves, found.baselines, found.matches)
+    panels |= attack_plots.make_panels(found.attacked, found.baselines)
     plots.write_plots(folder, panels, findings.title(found))
     drawn = [name for name, shown in panels.items() if shown]
     files.write_text(folder / "report.md", findings.to_markdown(found, exp_dirs, drawn))

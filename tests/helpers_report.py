@@ -11,7 +11,8 @@ import report
 from ads.data.traces import wilson_interval
 from ads.report import plots
 from ads.report.curves import make_curves
-from ads.report.points import collect_baselines, collect_points, load_experiments
+from ads.report.experiments import load_experiments
+from ads.report.points import collect_baselines, collect_points
 from ads.report.results import read_row
 from ads.stage.config import to_dict
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig

@@ -36,15 +36,22 @@ class Draws:
 def load_draws(curves: Sequence[Curve]) -> Draws:
     """The draws of all tests whose answers lie beside their sidecars; none where nothing is compared."""
     pairs = pair_up(curves)
-    points = [part for curve in curves for point in curve.line for part in point.parts]
-    stages = {point.stages[who]["path"]: point.stages[who] for point in points for who in TESTS}
+    if not pairs:
+        return Draws()
+    tests, missing = read_tests(part for curve in curves for point in curve.line for part in point.parts)
+    return Draws(draw_accuracies(pairs, tests), missing)
+
+
+def read_tests(points: Iterable[Point]) -> tuple[dict[tuple, Test], str]:
+    """({(path of the sidecar, answers): test} of points' tests, why one is not there)."""
+    stages = {stage["path"]: stage for point in points for who in TESTS if (stage := point.stages.get(who))}
     tests: dict[tuple, Test] = {}
     missing: list[str] = []
-    for path, stage in stages.items() if pairs else ():
+    for path, stage in stages.items():
         found, problem = read_answers(stage)
         tests |= {(path, answers): test for answers, test in found.items()}
         missing += [problem] if problem else []
-    return Draws(draw_accuracies(pairs, tests), missing[0] if missing else "")
+    return tests, missing[0] if missing else ""
 
 
 def read_answers(stage: Mapping[str, Any]) -> tuple[dict[str, Test], str]:
@@ -77,17 +84,20 @@ def share_by_problem(problems: Sequence[str], correct: Sequence[bool]) -> Test:
 
 
 def draw_accuracies(
-    pairs: Iterable[tuple[Curve, Curve]], tests: Mapping[tuple, Test]
+    pairs: Iterable[tuple[Curve, ...]], tests: Mapping[tuple, Test], others: Iterable[tuple] = ()
 ) -> dict[tuple, np.ndarray]:
     """{(replicate, path, answers): accuracies (B,)} of tests by (path, answers).
 
-    All stages of a replicate see the same resamples: they were tested on the same problems.
+    All stages of a replicate see the same resamples: they were tested on the same problems; and so do
+    `others`, tests that are set beside those of every replicate.
     """
     seen: dict[tuple, dict[tuple, None]] = {}
     for curve in {id(curve): curve for pair in pairs for curve in pair}.values():
         for point in [part for pooled in curve.line for part in pooled.parts]:
             keys = [(point.stages[who]["path"], answers) for who in TESTS for answers in ANSWERS]
             seen.setdefault(point.row.replicate, {}).update(dict.fromkeys(k for k in keys if k in tests))
+    for found in seen.values():
+        found.update(dict.fromkeys(others))
     draws: dict[tuple, np.ndarray] = {}
     for seed, (replicate, found) in enumerate(seen.items()):
         drawn = resample([tests[key] for key in found], np.random.default_rng(seed))

@@ -77,10 +77,15 @@ def compare_arms(curves: Sequence[Curve], levels: Levels | None, draws: Draws) -
     """The arms at equal teacher accuracies, those given or else the usual ones, and at each other price."""
     pairs, matches = pair_up(curves), []
     for price in PRICES:
-        given = levels if price == "accuracy" else None
-        chosen = {answers: given or choose_levels(pairs, Axes(answers, price)) for answers in ANSWERS}
+        chosen = {answers: levels_at(pairs, Axes(answers, price), levels) for answers in ANSWERS}
         matches += compare(pairs, chosen, draws, price)
     return matches
+
+
+def levels_at(pairs: Pairs, axes: Axes, levels: Levels | None) -> Levels:
+    """Where to compare: at the given teacher accuracies, if there are any, or the usual ones."""
+    given = levels if axes.price == "accuracy" else None
+    return given or choose_levels(pairs, axes)
 
 
 def choose_levels(pairs: Pairs, axes: Axes) -> Levels:
@@ -131,12 +136,11 @@ def compare_pair(
     axes: Axes, first: Curve, other: Curve, name: str, levels: Levels, draws: Draws
 ) -> list[Match]:
     """Matches of two curves at the levels, or at the other's own price where it is one setting."""
-    is_lone = len(by_setting(other.points)) == 1 and not (other.arm == "ADS" and other.start)
-    points, at = (other.points, [None]) if is_lone else (other.line, levels)
+    points, at = (other.points, [None]) if is_lone(other) else (other.line, levels)
     if not axes.graded(points):
         return []
     sides = [group_by(side, lambda point: point.row.replicate) for side in (first.line, points)]
-    measured, drawn = read_sides(axes, sides, None if is_lone else levels, draws)
+    measured, drawn = read_sides(axes, sides, None if is_lone(other) else levels, draws)
     matches = []
     for i, level in enumerate(at):
         found, resampled = ({key: values[..., i] for key, values in r.items()} for r in (measured, drawn))
@@ -144,6 +148,11 @@ def compare_pair(
         flags = flags_of(axes, (first.arm, name), sides, found)
         matches.append(replace(fill(blank, found, resampled, draws.missing), flags=flags))
     return matches
+
+
+def is_lone(curve: Curve) -> bool:
+    """Whether a curve is one setting, to be read at its own price."""
+    return len(by_setting(curve.points)) == 1 and not (curve.arm == "ADS" and curve.start)
 
 
 def read_sides(axes: Axes, sides: Sides, levels: Levels | None, draws: Draws) -> tuple[Readings, Readings]:
@@ -238,11 +247,15 @@ def over_problems(drawn: np.ndarray | None, missing: str) -> Interval:
     """
     if drawn is None:
         return None, None, f"no interval: {missing}"
-    differences = drawn[1] - drawn[2]
-    reached = np.isfinite(differences)
+    return percentiles(drawn[1] - drawn[2])
+
+
+def percentiles(drawn: np.ndarray) -> Interval:
+    """The 95 % percentile interval of what was read under resampled problems (B,)."""
+    reached = np.isfinite(drawn)
     if reached.mean() < LEAST_BRACKETED:
         return None, None, "no interval: too near the end of a curve"
-    low, high = np.percentile(differences[reached], (2.5, 97.5))
+    low, high = np.percentile(drawn[reached], (2.5, 97.5))
     return float(low), float(high), ""
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ads.delta import agreement_table
 from ads.report.curves import Curve, Point, group_by, pair_up, pool_copies
+from ads.report.experiments import Experiment, has_changed, without_commit
 from ads.report.numbers import short_name, show_number
-from ads.report.points import Experiment, has_changed, without_commit
 from ads.report.results import NO_SHARE, POOLED, lost_shares, row_name
 from ads.stage.settings import LEAST_COSINE
 

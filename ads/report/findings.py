@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ads.delta import agreement_table
-from ads.report import claims, tables, words
+from ads.report import attack_tables, claims, tables, words
+from ads.report.attacked import Attacked, gather_attacked
+from ads.report.attackers import of_main_attack
 from ads.report.bootstrap import load_draws
 from ads.report.compare import Levels, Match, compare_arms
 from ads.report.curves import Curve, Point, all_rows, by_setting, make_curves
 from ads.report.doubts import unpaired_lines, warning_lines
+from ads.report.experiments import Experiment, Sidecar, load_experiments
 from ads.report.numbers import ONE_SEED, short_name, show_number
-from ads.report.points import Experiment, Sidecar, collect_baselines, collect_points, load_experiments
+from ads.report.points import collect_own, collect_points, collect_undistilled
+from ads.report.recipes import all_recipes
 from ads.report.results import PRICES, ResultRow, answers_of, show_accuracy, values_of
 from ads.stage.errors import UserError
 
@@ -32,15 +36,18 @@ MATCHED = (
 class Findings:
     experiments: list[Experiment]
     points: list[Point]
+    own: list[Point]
     baselines: list[ResultRow]
     curves: list[Curve]
     matches: list[Match]
     claims: list[claims.Claim]
     notes: list[str]
+    attacked: Attacked
 
     @property
     def rows(self) -> list[ResultRow]:
-        return [point.row for point in self.points]
+        """Of the points, with the students of one attack."""
+        return [point.row for point in of_main_attack(self.points)]
 
     @property
     def tested(self) -> list[ResultRow]:
@@ -61,15 +68,17 @@ def gather(exp_dirs: Sequence[Path], levels: Levels | None) -> Findings:
     experiments = load_experiments(exp_dirs)
     if not any(experiment.sidecars for experiment in experiments):
         raise UserError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
-    points, baselines = collect_points(experiments), collect_baselines(experiments)
-    curves = make_curves(points)
+    points, undistilled, own = (f(experiments) for f in (collect_points, collect_undistilled, collect_own))
+    baselines, recipes = [point.row for point in undistilled], all_recipes(experiments)
+    curves = make_curves(of_main_attack(points))
     draws = load_draws(curves)
     notes = [*map(baseline_line, baselines)] or ["undistilled student: -"]
     gradients = (gradient for experiment in experiments for gradient in experiment.gradients.values())
     notes += dict.fromkeys(map(gradient_line, gradients)) or ["gradient: -"]
     notes += [*warning_lines(experiments, points), *unpaired_lines(curves)]
     matches, claimed = compare_arms(curves, levels, draws), claims.make_claims(curves, baselines, draws)
-    return Findings(experiments, points, baselines, curves, matches, claimed, notes)
+    attacked = gather_attacked(points, undistilled, own, recipes, levels)
+    return Findings(experiments, points, own, baselines, curves, matches, claimed, notes, attacked)
 
 
 def baseline_line(row: ResultRow) -> str:
@@ -97,12 +106,36 @@ def gradient_line(gradient: Sidecar) -> str:
 def sentences(findings: Findings) -> list[str]:
     """What was found, in the order of its weight."""
     matches = findings.matches
-    found = [words.finding(findings.curves, matches), claims.failures(findings.claims)]
+    found = [
+        headline(findings),
+        headline_doubt(findings),
+        main_finding(findings),
+        claims.failures(findings.claims),
+    ]
     found += [sentence(matches) for sentence in (words.finding_doubt, words.second_finding, words.controls)]
-    return list(filter(None, found))
+    found += [attack_tables.gap_sentence(findings.attacked), *attack_tables.own_sentences(findings.attacked)]
+    return list(dict.fromkeys(filter(None, found)))
 
 
-def small_tables(findings: Findings) -> dict[str, tables.Cells]:
+def headline(findings: Findings) -> str:
+    """The finding: what the best attacker is left with, or the students of the one attack there is."""
+    return attack_tables.headline(findings.attacked) or words.finding(findings.curves, findings.matches)
+
+
+def headline_doubt(findings: Findings) -> str:
+    """Why the finding is in doubt, where it is marked."""
+    matches = findings.attacked.matches
+    return words.finding_doubt(matches if words.headline(matches) else findings.matches)
+
+
+def main_finding(findings: Findings) -> str:
+    """The finding on the students of one attack, where it is not the headline."""
+    finding = words.finding(findings.curves, findings.matches)
+    is_second = headline(findings) != finding
+    return attack_tables.main_alone(findings.attacked, finding) if is_second else ""
+
+
+def small_tables(findings: Findings, is_brief: bool = False) -> dict[str, tables.Cells]:
     """{caption: cells} of the tables besides that of all points; those without lines are left out."""
     found = {
         f"Claims. {' '.join(claims.VERDICTS.split())}".removesuffix("."): claims.cells(findings.claims),
@@ -110,6 +143,7 @@ def small_tables(findings: Findings) -> dict[str, tables.Cells]:
         f"One step of the proxy on the traces and what it says of students, {ONE_STEP}": (
             tables.one_step_cells(findings.curves)
         ),
+        **attack_tables.small_tables(findings.attacked, is_brief),
     }
     return {caption: cells for caption, cells in found.items() if len(cells) > 1}
 
@@ -122,7 +156,7 @@ def terminal_lines(findings: Findings) -> Iterable[str]:
         yield from (header, "-" * len(header), *lines, *tables.legend_of(findings.rows))
     yield from findings.notes
     yield from map(words.show_match, findings.matches)
-    for caption, cells in small_tables(findings).items():
+    for caption, cells in small_tables(findings, is_brief=True).items():
         yield from (f"{caption}:", *tables.aligned(cells, str.ljust))
     yield from sentences(findings)
 

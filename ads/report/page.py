@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ads.delta import agreement_table
-from ads.report import claims, findings, numbers, plots, reader, tables, words
+from ads.report import attack_tables, claims, findings, numbers, plots, reader, tables, words
 from ads.report.compare import Match
 from ads.report.curves import Curve
 from ads.report.numbers import NBSP
@@ -19,7 +19,7 @@ from ads.report.results import ANSWERS, PRICES, Rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # whose functions the template calls
-MODULES = (agreement_table, claims, findings, numbers, plots, tables, words)
+MODULES = (agreement_table, attack_tables, claims, findings, numbers, plots, tables, words)
 # of markers
 GLYPHS = dict(
     zip(
@@ -40,12 +40,16 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
     than of any."""
     asked, one_step = tables.asked_cells(found.baselines), tables.one_step_cells(found.curves)
     comparisons = {name: matched_tables(found.matches, name) for name in PRICES}
+    matrix, cards = attack_tables.matrix_tables(found.attacked), attack_tables.card_cells(found.attacked)
     svgs, contrasts = plots.inline_svgs(panels), reader.load_contrasts(found.points)
     gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
     sections = {  # with whether there is anything in it
         "Trade-off": True,
+        "Worst student": svgs.get("worst"),
+        "Attackers": matrix,
         "Claims": found.claims or asked,
         **{f"Equal {price.words}": comparisons[name] for name, price in PRICES.items()},
+        "Threat cards": cards,
         "Trace reader": contrasts["points"],
         "Knobs": svgs["knobs"],
         "Traces": svgs["traces"],
@@ -66,6 +70,9 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             legend=legend(found.curves, found.baselines),
             arms=legend(found.curves, []),
             asked=asked,
+            matrix=matrix,
+            cards=cards,
+            worst_legend=legend(found.attacked.curves, found.baselines),
             comparisons=comparisons,
             prices=PRICES,
             one_step=one_step,

@@ -44,7 +44,7 @@ class Panel:
 Panels = Mapping[str, Sequence[Panel]]  # by the name of the plot
 
 
-def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Match]) -> Panels:
+def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Match]) -> dict[str, list[Panel]]:
     """{name of the plot: its panels}; plots without data have none, but the trade-off is always there."""
     gap, rows = headline(matches), all_rows(curves)
     panels: dict[str, list[Panel]] = {"tradeoff": [], "knobs": [], "traces": [], "losses": []}

@@ -16,9 +16,10 @@ Columns = Mapping[str, Any]
 ANSWERS = {"af": "forced", "raw": "raw"}  # the answers of a test that are graded, in the columns and in words
 TESTS = ("teacher", "student")  # who is tested
 SEEDS = ("seed", "student_seed", "direction_seed")
-SETTINGS = ("data", "teacher", "student", "student_few_shot", *SEEDS, "eps", "top_k", "top_p")
+SETTINGS = ("data", "teacher", "student", "student_few_shot", *SEEDS, "eps", "top_k", "top_p", "attack")
 STAGES = dict(  # what a column STAGE.SETTING is called by
-    model="", train="traces ", teacher="teacher test ", student="student test ", gradient="gradient "
+    **dict(model="", train="traces ", teacher="teacher test ", student="student test "),
+    **dict(gradient="gradient ", attack="attack "),
 )
 FILES = " files"  # ends the name of a setting that is the fingerprint of files
 DEFENCE_SETTINGS = (  # without lam they play no part
@@ -135,6 +136,7 @@ class ResultRow:
     student: str | None = None
     student_few_shot: int | None = None
     student_prefill: str | None = None
+    attack: str | None = None
     teacher_n: int | None = None
     student_n: int | None = None
     student_finished: float | None = None

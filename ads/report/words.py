@@ -80,13 +80,18 @@ def finding(curves: Sequence[Curve], matches: Iterable[Match]) -> str:
         f"sampled traces bring students to {whole_percent(best.temperature)}, {best.name} traces to "
         f"{whole_percent(best.student)}"
     )
-    difference, *ends = in_points(best)
-    if best.low is not None and best.low <= 0 <= best.high:
-        text += f": a difference of {difference} points, whose 95 % interval includes 0"
+    return f"{text}: {how_much_less(best)}."
+
+
+def how_much_less(match: Match) -> str:
+    """A Match's difference with its interval, as points less or more where 0 is not in it."""
+    difference, *ends = in_points(match)
+    if match.low is not None and match.low <= 0 <= match.high:
+        text = f"a difference of {difference} points, whose 95 % interval includes 0"
     else:
-        text += f": {difference.removeprefix('-')} points {'less' if best.difference > 0 else 'more'}"
-        ends = [end.removeprefix("-") for end in (ends if best.difference > 0 else ends[::-1])]
-    return f"{text}{bounds(best, ends)}{mark(best)}."
+        text = f"{difference.removeprefix('-')} points {'less' if match.difference > 0 else 'more'}"
+        ends = [end.removeprefix("-") for end in (ends if match.difference > 0 else ends[::-1])]
+    return f"{text}{bounds(match, ends)}{mark(match)}"
 
 
 def explain_no_finding(curves: Sequence[Curve]) -> str:

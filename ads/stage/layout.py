@@ -23,6 +23,7 @@ PATHS = {
     "registry": "metadata/NAME_registry.jsonl",  # a line for each stage that ended; NAME: trace or model
     "log": "logs/NAME.log",
     "lock": "locks/NAME.lock",
+    "recipe": "attacks/NAME.yaml",  # of each attack, as it was when students were made by it
     "hub": "hub.yaml",  # the commits that the experiment takes from the hub
 }
 

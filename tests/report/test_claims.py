@@ -13,8 +13,9 @@ from ads.report import claims, page, plots, tables
 from ads.report.bootstrap import load_draws
 from ads.report.compare import compare_arms
 from ads.report.curves import by_setting, make_curves
+from ads.report.experiments import load_experiment
 from ads.report.numbers import show_number
-from ads.report.points import collect_baselines, collect_points, load_experiment
+from ads.report.points import collect_baselines, collect_points
 from ads.stage import files
 
 # (tau, lam, direction): (teacher, student, NLL of the teacher's traces, one-step change)

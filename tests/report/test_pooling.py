@@ -30,8 +30,9 @@ from ads.report.bootstrap import load_draws
 from ads.report.compare import compare_arms
 from ads.report.curves import by_setting, pooled
 from ads.report.doubts import unpaired_lines, warning_lines
+from ads.report.experiments import load_experiments
 from ads.report.numbers import ONE_SEED
-from ads.report.points import collect_baselines, collect_points, load_experiments, settings_of
+from ads.report.points import collect_baselines, collect_points, settings_of
 from ads.report.results import NO_SHARE, POOLED, row_name
 from ads.report.words import MARK, by_label, finding
 from ads.stage import files

@@ -36,8 +36,8 @@ from ads.data.traces import wilson_interval
 from ads.report import plots, results
 from ads.report.curves import by_setting
 from ads.report.doubts import warning_lines
+from ads.report.experiments import load_experiments
 from ads.report.numbers import show_number, show_percent
-from ads.report.points import load_experiments
 from ads.report.results import read_row
 from ads.stage import files, fingerprint
 

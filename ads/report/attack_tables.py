@@ -1,0 +1,239 @@
+"""Tables and sentences of the attackers, as cells of text and as the lines of CSV files."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ads.report import words
+from ads.report.attacked import Attacked
+from ads.report.attackers import Cell, defence_of
+from ads.report.curves import group_by
+from ads.report.details import MADE_OF, SPENT, THREAT, Line, card_lines
+from ads.report.numbers import (
+    ONE_SEED,
+    interval_kind,
+    show_count,
+    show_interval,
+    show_number,
+    show_percent,
+    show_seeds,
+    show_setting,
+)
+from ads.report.results import ANSWERS, PRICES, SYMBOLS
+from ads.report.worst import WORST
+
+Cells = list[list[str]]
+HOW_WORST = (
+    "that of the attacker who gets most out of a point's traces, chosen on one half of the test problems "
+    "and reported on the other, both ways, in each seed"
+)
+MATRIX = (
+    "accuracy [95 % interval], share of the gap recovered; intervals over seeds (t) or, of one seed, over "
+    "its problems only (bootstrap)"
+)
+MADE_OF_WORDS = (
+    "by raw answers: accuracy = finished x right of finished + right unfinished; loops: share of answers "
+    "that repeat themselves"
+)
+CARDS = (
+    "what each attacker takes, and what either side spends on a point, means over points and seeds: the "
+    "teacher's tokens and seconds of sampling what is published; the tokens that a student is trained on, "
+    "once over, and the seconds of attack.py, its samples and the training"
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The matrix at one price, a row an attacker: `cells` holds (attacker, its Cells by defence)."""
+
+    answers: str
+    price: str
+    level: float | None
+    defences: Sequence[str]
+    cells: Sequence[tuple[str, Sequence[Cell | None]]]
+
+    @property
+    def title(self) -> str:
+        price = PRICES[self.price]
+        at = f"at a {price.words} of {price.show_with_unit(self.level)}" if self.level is not None else ""
+        return f"Students by {ANSWERS[self.answers]} answers, {at or 'each defence at its own price'}"
+
+
+def matrix_tables(attacked: Attacked) -> list[Table]:
+    """The matrix at each price where any student is read; the prices nearest the headline's first."""
+    tables = []
+    for answers in ANSWERS:
+        for price in PRICES:
+            cells = [cell for cell in attacked.cells if (cell.answers, cell.price) == (answers, price)]
+            levels = dict.fromkeys(c.level for c in cells if c.student is not None and not c.is_own)
+            tables += [matrix_table(cells, level) for level in levels or ([None] if cells else [])]
+    return sorted(tables, key=far_from_headline)
+
+
+def far_from_headline(table: Table) -> tuple:
+    """Accuracies before other prices, and of them the one that the finding is about first."""
+    is_accuracy = table.price == "accuracy"
+    distance = abs((table.level or 0) - words.HEADLINE_LEVEL) if is_accuracy else 0
+    return list(ANSWERS).index(table.answers), not is_accuracy, distance
+
+
+def matrix_table(cells: Sequence[Cell], level: float | None) -> Table:
+    shown = {(c.attacker, c.defence): c for c in cells if c.is_own or c.level == level}
+    defences = list(dict.fromkeys(cell.defence for cell in cells))
+    attackers = dict.fromkeys(cell.attacker for cell in cells)
+    lines = [(name, [shown.get((name, defence)) for defence in defences]) for name in attackers]
+    return Table(cells[0].answers, cells[0].price, level, defences, lines)
+
+
+def matrix_cells(table: Table) -> Cells:
+    """Header and lines of text."""
+    lines = [["attacker", *table.defences]]
+    return lines + [
+        [name, *(" ".join(filter(None, cell_text(cell))) for cell in row)] for name, row in table.cells
+    ]
+
+
+def cell_text(cell: Cell | None) -> tuple[str, str, str]:
+    """(accuracy, interval or why there is none, share of the gap) of a cell."""
+    if cell is None:
+        return "-", "", ""
+    if cell.student is None:
+        return cell.note, "", ""
+    own = f", at {PRICES[cell.price].show(cell.level)}" if cell.is_own else ""
+    below = show_interval(cell.low, cell.high) if cell.low is not None else ""
+    below = "; ".join(filter(None, (below, cell.note)))
+    gap = f"gap {show_number(cell.gap, 2)}" if cell.gap is not None else ""
+    if cell.gap_low is not None:
+        gap += f" [{show_number(cell.gap_low, 2)}, {show_number(cell.gap_high, 2)}]"
+    return show_number(cell.student) + own, below, gap
+
+
+def worst_cells(attacked: Attacked) -> Cells:
+    """The worst student at each setting, and whose it is."""
+    names = ["seeds", "teacher", WORST, "95 % interval", "chosen on halves", attacked.attacks[0]]
+    cells = [["defence", *SYMBOLS.values(), *names]]
+    naive = {setting_of(line): line for line in attacked.lines if line["attack"] == attacked.attacks[0]}
+    for line in (line for line in attacked.lines if line["attack"] == WORST):
+        answers = next((a for a in ANSWERS if f"student_{a}_accuracy" in line), "raw")
+        taught, share, *ends = (
+            line.get(f"{who}_{answers}_{name}")
+            for who, name in (
+                ("teacher", "accuracy"),
+                *(("student", end) for end in ("accuracy", "low", "high")),
+            )
+        )
+        other = naive.get(setting_of(line), {}).get(f"student_{answers}_accuracy")
+        knob = [show_setting(line["tau"]), show_setting(line["lam"]), str(line["seeds"])]
+        numbers = [show_number(taught), show_number(share), show_interval(*ends)]
+        cells.append(
+            [line["defence"], *knob, *numbers, show_chosen(attacked, line, answers), show_number(other)]
+        )
+    return cells if len(cells) > 1 else []
+
+
+def setting_of(line: Line) -> tuple:
+    return line["defence"], line["tau"], line["lam"]
+
+
+def show_chosen(attacked: Attacked, line: Line, answers: str) -> str:
+    """The attackers that were chosen at a setting, each with how often."""
+    labels = {defence.key: defence.label for defence in attacked.defences}
+    found = Counter[str]()
+    for choice in attacked.choices:
+        row = choice.point.row
+        if (labels.get(defence_of(row)), row.tau, row.lam) == setting_of(line):
+            found.update(choice.attacks.get(answers, ()))
+    return ", ".join(f"{name} {num}" for name, num in found.most_common())
+
+
+def made_of_cells(attacked: Attacked) -> Cells:
+    """What each attacker's students are made of, at each setting."""
+    lines = [line for line in attacked.lines if line["attack"] != WORST]
+    shown = [key for key in MADE_OF if any(key in line for line in lines)]
+    shown += dict.fromkeys(key for line in lines for key in line if key.startswith("pass_at_"))
+    names = [key.replace("_", " ") for key in shown]
+    cells = [["defence", *SYMBOLS.values(), "attacker", "seeds", "accuracy", *names]]
+    for line in lines:
+        knob = [show_setting(line["tau"]), show_setting(line["lam"])]
+        numbers = [show_number(line.get(key)) for key in ("student_raw_accuracy", *shown)]
+        cells.append([line["defence"], *knob, line["attacker"], str(line["seeds"]), *numbers])
+    return cells if lines else []
+
+
+def own_sentences(attacked: Attacked) -> list[str]:
+    """Students that hang on no published trace: what defended traces have to beat."""
+    found = []
+    for line in attacked.own_lines:
+        answers = next((a for a in ANSWERS if f"student_{a}_accuracy" in line), None)
+        text = line.get("note", "not tested")
+        if answers:
+            share, *ends = (line[f"student_{answers}_{name}"] for name in ("accuracy", "low", "high"))
+            where = f"by {ANSWERS[answers]} answers, {show_seeds(line['seeds'])}"
+            text = f"{show_number(share)} {show_interval(*ends)} ({where})"
+        found.append(f"Without any published trace, {line['attacker']}: {text}.")
+    return found
+
+
+def card_cells(attacked: Attacked) -> Cells:
+    """The threat cards, a line an attacker."""
+    lines = [line for line in attacked.lines if line["attack"] != WORST]
+    cells = [["attacker", *(name.replace("_", " ") for name in (*THREAT, *SPENT))]]
+    for card in card_lines([*lines, *attacked.own_lines]):
+        taken = [show_threat(card[name]) for name in THREAT]
+        cells.append([card["attacker"], *taken, *(show_count(card[name]) for name in SPENT)])
+    return cells if len(cells) > 1 else []
+
+
+def show_threat(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return show_percent(value) if isinstance(value, float) and 0 < value < 1 else show_setting(value)
+
+
+def matrix_line(cell: Cell) -> dict[str, Any]:
+    """A line of matrix.csv."""
+    kind = "" if cell.low is None else interval_kind(cell.num_seeds)
+    found = {"rule": cell.answers, **dataclasses.asdict(cell)}
+    del found["answers"]
+    return found | {"interval": f"problem bootstrap, {kind}" if kind == ONE_SEED else kind}
+
+
+def headline(attacked: Attacked) -> str:
+    """What the best attacker is left with, in one sentence; empty where nothing is compared."""
+    best = words.headline(attacked.matches)
+    if best is None:
+        return ""
+    return (
+        f"At a teacher accuracy of {show_percent(best.level)} ({ANSWERS[best.answers]} answers), the best of "
+        f"{len(attacked.attacks)} attackers brings students to {words.whole_percent(best.temperature)} with "
+        f"temperature-sampled traces, to {words.whole_percent(best.student)} with {best.name} traces: "
+        f"{words.how_much_less(best)}."
+    )
+
+
+def gap_sentence(attacked: Attacked) -> str:
+    """What shares of the gap are shares of."""
+    found = dict.fromkeys(gap.words for gap in attacked.gaps.values())
+    return f"The gap reaches {'; '.join(found)}" if found else ""
+
+
+def small_tables(attacked: Attacked, is_brief: bool) -> dict[str, Cells]:
+    """{caption: cells}, those with anything in them; is_brief: the matrix at one level of each price alone."""
+    tables = matrix_tables(attacked)
+    if is_brief:
+        tables = [same[0] for same in group_by(tables, lambda table: table.price).values()]
+    found = {f"{table.title}, {MATRIX}": matrix_cells(table) for table in tables}
+    found[f"The worst student at each setting, {HOW_WORST}"] = worst_cells(attacked)
+    if not is_brief:
+        found[f"What students are made of, {MADE_OF_WORDS}"] = made_of_cells(attacked)
+    found[f"Threat cards, {CARDS}"] = card_cells(attacked)
+    return {caption: cells for caption, cells in found.items() if cells}
+
+
+def main_alone(attacked: Attacked, finding: str) -> str:
+    """A finding on the students of the main attack, where the first finding is about the best attacker."""
+    if not attacked.attacks:
+        return finding
+    return f"The attack {attacked.attacks[0]} alone: {finding[:1].lower()}{finding[1:]}"
