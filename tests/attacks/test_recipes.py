@@ -1,10 +1,13 @@
 """attacks/NAME.yaml: those that are there, one of a user's own, and one line for each mistake."""
 
+import pyarrow.parquet
 import pytest
 from conftest import ROOT
+from helpers_scripts import rows_of
 
 from ads.attacks.recipes import print_recipe, read_recipe
-from ads.attacks.rows import ATTACKS
+from ads.attacks.rows import ATTACKS, Attack
+from ads.stage import files
 from ads.stage.errors import UserError
 
 NAMES = sorted(path.stem for path in (ROOT / "attacks").glob("*.yaml"))
@@ -131,3 +134,27 @@ def test_names_that_are_none_or_would_be_mixed_up(tmp_path):
 
 def test_a_path_to_a_recipe_that_is_there_is_that_recipe():
     assert lines(str(ROOT / "attacks" / "mix25.yaml"))[1:] == lines("mix25")[1:]
+
+
+def shortest(cfg, tables, measure):
+    """An attack of one's own: the shorter half of the traces."""
+    rows = sorted(tables["traces"], key=lambda row: row["num_tokens"])
+    return rows[: len(rows) // 2], {"longest": rows[len(rows) // 2 - 1]["num_tokens"]}
+
+
+def test_an_attacker_of_one_s_own_is_a_function_a_row_and_a_file(tmp_path, monkeypatch):
+    """From the recipe's words to the table that distill.py reads."""
+    import attack
+
+    monkeypatch.setitem(ATTACKS, "shortest", Attack(shortest))
+    text = RIGHT + "attack: {attack: shortest}\ndistill: {num_epochs: 6}\n"
+    printed = lines(write(tmp_path, text, "short"))
+    assert printed[1:] == [["short", "attack", "attack=shortest"], ["short", "distill", "num_epochs=6"]]
+    row = {"problem": "1 + 1 = ?", "solution": "\\boxed{2}", "trace": "2", "finished": True}
+    rows = [row | {"id": f"p/{i}", "num_tokens": 9 - i, "is_raw_correct": True} for i in range(6)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    words = [word for _, section, word in printed if section == "attack"]
+    attack.main([*words, f"traces={tmp_path}/train.parquet", f"exp_dir={tmp_path}", "trace_name=a"])
+    assert [row["id"] for row in rows_of(tmp_path, "a")] == ["p/5", "p/4", "p/3"]
+    stats = files.read_yaml(tmp_path / "traces" / "a.yaml")["stats"]
+    assert (stats["n"], stats["longest"]) == (3, 6)
