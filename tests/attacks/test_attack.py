@@ -117,6 +117,25 @@ def test_fluent_drops_what_the_student_finds_unlikely(exp):
     assert inputs.keys() == {"traces", "student", "tokenizer"}
 
 
+def test_resample_takes_of_two_samples_the_right_and_likelier_one(exp):
+    """The second sample of a problem, here its clean trace, is right and the first is as it was published."""
+    train, clean = rows_of(exp, "train"), rows_of(exp, "clean")
+    rows = [row | {"problem_id": row["id"]} for row in train]
+    rows += [row | {"id": f"{row['id']}#2", "problem_id": row["id"]} for row in clean]
+    columns = ("id", "problem_id", "problem", "solution", "trace", "finished", "is_raw_correct", "num_tokens")
+    samples = exp / "traces" / "samples.parquet"
+    table = pyarrow.Table.from_pylist([{key: row[key] for key in columns} for row in rows])
+    pyarrow.parquet.write_table(table, samples)
+    attack(exp, "resample", "num_samples=2", f"samples={samples}", STUDENT)
+    wrong = {row["id"] for row in train if not row["is_raw_correct"]}
+    chosen = {row["id"]: row for row in rows_of(exp, "resample")}
+    assert len(chosen) == NUM and all(row["is_raw_correct"] for row in chosen.values())
+    assert all(chosen[name]["sample_id"] == f"{name}#2" for name in wrong)
+    assert len(wrong) < sum(row["sample_id"].endswith("#2") for row in chosen.values()) < NUM
+    stats = stats_of(exp, "resample")
+    assert stats["tokens_read"] == sum(row["num_tokens"] for row in rows) > stats["tokens"]
+
+
 def reweight(exp_dir):
     return ("reweight", "beta=-0.5", STUDENT, f"holdout_traces={exp_dir}/traces/holdout.parquet")
 
