@@ -24,7 +24,7 @@ from ads.stage.sidecar import open_parts, write_sidecar
 from ads.stage.world import print0
 from utils import print_result
 
-PART_SECONDS = 60  # measured rows are written by then: what a kill without notice may cost
+PART_ROWS, PART_SECONDS = 32, 60  # measured rows are written by then: what a kill without notice may cost
 
 
 def main(arguments):
@@ -100,7 +100,8 @@ def measure_to_parts(cfg, world, what, tokenizer, ids, examples, batches):
         for batch in progress(batches, desc=what):
             values = of_batch([examples[i] for i in batch])
             measured += [{"id": ids[i], what: x} for i, x in zip(batch, values, strict=True)]
-            if time.monotonic() - written > PART_SECONDS:
+            is_full = len(measured) >= min(PART_ROWS, cfg.batch_size)
+            if is_full or time.monotonic() - written > PART_SECONDS:
                 files.write_part(cfg.parts_dir / what, world.rank, measured)
                 measured, written = [], time.monotonic()
     finally:  # stopped, or another batch failed: what is measured is kept
