@@ -220,7 +220,7 @@ def gap_sentence(attacked: Attacked) -> str:
 
 
 def small_tables(attacked: Attacked, is_brief: bool) -> dict[str, Cells]:
-    """{caption: cells}, those with anything in them; is_brief: the matrix at one level of each price alone."""
+    """{caption: cells}, those with anything in them; is_brief: the matrix at one level of each price."""
     tables = matrix_tables(attacked)
     if is_brief:
         tables = [same[0] for same in group_by(tables, lambda table: table.price).values()]

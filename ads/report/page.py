@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ads.delta import agreement_table
-from ads.report import attack_tables, claims, findings, numbers, plots, reader, tables, words
+from ads.report import attack_tables, claims, detect, findings, numbers, plots, reader, tables, words
 from ads.report.compare import Match
 from ads.report.curves import Curve
 from ads.report.numbers import NBSP
@@ -19,7 +19,7 @@ from ads.report.results import ANSWERS, PRICES, Rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # whose functions the template calls
-MODULES = (agreement_table, attack_tables, claims, findings, numbers, plots, tables, words)
+MODULES = (agreement_table, attack_tables, claims, detect, findings, numbers, plots, tables, words)
 # of markers
 GLYPHS = dict(
     zip(
@@ -50,6 +50,7 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
         "Claims": found.claims or asked,
         **{f"Equal {price.words}": comparisons[name] for name, price in PRICES.items()},
         "Threat cards": cards,
+        "Detectability": found.detections,
         "Trace reader": contrasts["points"],
         "Knobs": svgs["knobs"],
         "Traces": svgs["traces"],
