@@ -6,7 +6,7 @@ Clean are the traces of the same seed without a defence, at the lowest temperatu
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,9 @@ class Detection:
     low: float | None
     high: float | None
     num_seeds: int
-    num_traces: int
-    feature: str
-    alone: float
+    num_traces: int = 0
+    feature: str = ""
+    alone: float = 0.5
 
 
 def detect(points: Points, labels: Mapping[Any, str]) -> list[Detection]:
@@ -60,9 +60,9 @@ def detect(points: Points, labels: Mapping[Any, str]) -> list[Detection]:
 
     labels: of defences, by their keys.
     """
-    points = one_each(points)
-    found = {id(point): read_traces(point.stages["train"]) for point in points}
-    points = [point for point in points if found[id(point)] is not None]
+    read = [(point, read_traces(point.stages["train"])) for point in one_each(points)]
+    found = {id(point): traces for point, traces in read if traces is not None}
+    points = [point for point, traces in read if traces is not None]
     clean = lowest_tau(points)
     groups = group_by(points, lambda point: (defence_of(point.row), point.row.tau, point.row.lam))
     detections = []
@@ -130,8 +130,8 @@ def measure(point: Point, label: str, pairs: Sequence[tuple[Traces, Traces]]) ->
     best, row = int(np.argmax(alone)), point.row
     ends = (low, high) if np.isfinite(low) else (None, None)
     num_traces = sum(len(defended.halves_N) for _, defended in pairs)
-    setting = row.arm, row.tau, row.lam, label, float(np.mean(aucs))
-    return Detection(*setting, *ends, len(pairs), num_traces, FEATURES[best], alone[best])
+    found = Detection(row.arm, row.tau, row.lam, label, float(np.mean(aucs)), ends[0], ends[1], len(pairs))
+    return replace(found, num_traces=num_traces, feature=FEATURES[best], alone=alone[best])
 
 
 def of_half(traces: Traces, half: int) -> Traces:

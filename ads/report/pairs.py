@@ -102,10 +102,11 @@ def compare_answers(answers: str, first: Test, second: Test) -> Pair:
     from scipy import stats  # half a second
 
     only = [sum(a[p] > b[p] for p in first) for a, b in ((first, second), (second, first))]
-    n, shares = len(first), [sum(test.values()) / len(test) for test in (first, second)]
-    low, high = paired_interval(*only, n)
-    p = stats.binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
-    return Pair(answers, n, *shares, shares[0] - shares[1], low, high, *only, float(p))
+    n = len(first)
+    one, other = (sum(test.values()) / n for test in (first, second))
+    low, high = paired_interval(only[0], only[1], n)
+    p = float(stats.binomtest(only[0], sum(only)).pvalue) if sum(only) else 1.0
+    return Pair(answers, n, one, other, one - other, low, high, only[0], only[1], p)
 
 
 def paired_interval(only_first: int, only_second: int, n: int) -> tuple[float, float]:
@@ -129,7 +130,5 @@ def show_pair(pair: Pair) -> str:
 
 def record(pairs: Sequence[Pair]) -> dict[str, Any]:
     """{answers: numbers}, for the last line."""
-    return {
-        pair.answers: {key: value for key, value in asdict(pair).items() if key != "answers"}
-        for pair in pairs
-    }
+    found = {pair.answers: asdict(pair) for pair in pairs}
+    return {name: {k: numbers[k] for k in numbers if k != "answers"} for name, numbers in found.items()}
