@@ -130,8 +130,9 @@ def measure(point: Point, label: str, pairs: Sequence[tuple[Traces, Traces]]) ->
     best, row = int(np.argmax(alone)), point.row
     ends = (low, high) if np.isfinite(low) else (None, None)
     num_traces = sum(len(defended.halves_N) for _, defended in pairs)
-    found = Detection(row.arm, row.tau, row.lam, label, float(np.mean(aucs)), ends[0], ends[1], len(pairs))
-    return replace(found, num_traces=num_traces, feature=FEATURES[best], alone=alone[best])
+    auc = float(np.mean(aucs))
+    detection = Detection(row.arm, row.tau, row.lam, label, auc, ends[0], ends[1], len(pairs))
+    return replace(detection, num_traces=num_traces, feature=FEATURES[best], alone=alone[best])
 
 
 def of_half(traces: Traces, half: int) -> Traces:

@@ -122,7 +122,8 @@ def show_pair(pair: Pair) -> str:
     shares = f"{show_number(pair.first)} and {show_number(pair.second)}"
     interval = f"{show_interval(pair.low, pair.high)} (paired 95 % interval, these problems only)"
     return (
-        f"{pair.answers} answers, n {pair.n}: {shares}, difference {show_number(pair.difference)} {interval}; "
+        f"{pair.answers} answers, n {pair.n}: {shares}, difference {show_number(pair.difference)} "
+        f"{interval}; "
         f"right in the first alone {pair.only_first}, in the second alone {pair.only_second}: "
         f"p = {pair.p:.3g} (McNemar, exact)"
     )
@@ -131,4 +132,4 @@ def show_pair(pair: Pair) -> str:
 def record(pairs: Sequence[Pair]) -> dict[str, Any]:
     """{answers: numbers}, for the last line."""
     found = {pair.answers: asdict(pair) for pair in pairs}
-    return {name: {k: numbers[k] for k in numbers if k != "answers"} for name, numbers in found.items()}
+    return {name: {k: v for k, v in numbers.items() if k != "answers"} for name, numbers in found.items()}
