@@ -62,8 +62,9 @@ def detect(points: Points, labels: Mapping[Any, str]) -> list[Detection]:
     """
     read = [(point, read_traces(point.stages["train"])) for point in one_each(points)]
     found = {id(point): traces for point, traces in read if traces is not None}
-    points = [point for point, traces in read if traces is not None]
-    clean = lowest_tau(points)
+    clean = lowest_tau([point for point, _ in read])
+    clean = {place: point for place, point in clean.items() if id(point) in found}
+    points = [point for point, _ in read if id(point) in found]
     groups = group_by(points, lambda point: (defence_of(point.row), point.row.tau, point.row.lam))
     detections = []
     for (key, *_), same in groups.items():
