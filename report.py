@@ -2,6 +2,7 @@
 
     python report.py runs/gsm8k
     python report.py runs/seed42 runs/seed43    # several seeds, or one sweep spread over machines
+    python report.py runs/gsm8k --pair eval_student_a eval_student_b    # two tests, problem by problem
 
 Stages are joined by the settings and path tails in their sidecars, as experiments get moved; the names of
 grid points are never parsed. Where there is one seed, intervals at equal teacher accuracy need the tests'
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from ads.report import attack_plots, attack_tables, findings, page, plots, tables
+from ads.report import attack_plots, attack_tables, findings, page, pairs, plots, tables
 from ads.report.findings import Findings
 from ads.stage import files, layout
 from ads.stage.errors import UserError
@@ -27,7 +28,10 @@ DEMO_NOTES = utils.ROOT / "demo" / "notes.txt"  # what is known of experiments w
 
 
 def main(arguments: Sequence[str]) -> None:
-    exp_dirs, folder, levels = parse_arguments(arguments)
+    exp_dirs, folder, levels, pair = parse_arguments(arguments)
+    if pair:
+        show_pairs(pairs.compare_tests(pair, exp_dirs))
+        return
     found = findings.gather(exp_dirs, levels)
     print0(*findings.terminal_lines(found), sep="\n")
     utils.prepare_exp_dir(folder)
@@ -65,21 +69,37 @@ def write_report(folder: Path, exp_dirs: Sequence[Path], found: Findings) -> Non
     files.write_text(folder / "report.html", page.render(found, panels, about))
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[list[Path], Path, tuple[float, ...] | None]:
-    """(experiment folders, folder to write to, teacher accuracies to compare at or None)."""
+def show_pairs(found: Sequence[pairs.Pair]) -> None:
+    print0(*map(pairs.show_pair, found), sep="\n")
+    print_result(**pairs.record(found))
+
+
+Parsed = tuple[list[Path], Path, tuple[float, ...] | None, list[str] | None]
+
+
+def parse_arguments(arguments: Sequence[str]) -> Parsed:
+    """(experiment folders, folder to write to, teacher accuracies to compare at, tests to compare)."""
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("exp_dirs", nargs="+", metavar="EXP_DIR")
+    parser.add_argument("exp_dirs", nargs="*", metavar="EXP_DIR")
     parser.add_argument("--out", metavar="FOLDER", help="default: report/ in the first EXP_DIR")
     parser.add_argument("--at", metavar="0.85,0.75", help="teacher accuracies to compare the arms at")
+    parser.add_argument(
+        "--pair",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two tests, by name or path, to compare problem by problem",
+    )
     parsed = parser.parse_args(arguments)
+    if not (parsed.exp_dirs or parsed.pair):
+        parser.error("the following arguments are required: EXP_DIR")
     levels = None if parsed.at is None else parse_levels(parsed.at)
     exp_dirs = [Path(expand_home("EXP_DIR", text)) for text in parsed.exp_dirs]
-    out = layout.path_of("report", exp_dirs[0])
+    out = layout.path_of("report", exp_dirs[0] if exp_dirs else "")
     if parsed.out is not None:
         out = Path(expand_home("--out", parsed.out))
-    return exp_dirs, out, levels
+    return exp_dirs, out, levels, parsed.pair
 
 
 def parse_levels(text: str) -> tuple[float, ...]:

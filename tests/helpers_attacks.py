@@ -121,7 +121,7 @@ def write_sweep_seed(exp_dir, seed, n, attacks, sweep):
     write_recipes(exp_dir, attacks)
     for i, (tau, lam, direction, teacher, students) in enumerate(sweep):
         stats = {"teacher_nll": 0.04 + 0.6 * (0.97 - teacher) * (1 + 0.1 * (direction == "poe"))}
-        taught = float(np.clip(teacher + rng.normal(0, 0.01), 0, 1))
+        taught = shaken(teacher, 0.01, seed, i)
         point = {"tau": tau, "lam": lam, "direction": direction, "seed": seed, "more_stats": stats}
         write_point(exp_dir, str(i), teacher_shares=(None, taught), student_shares=(None, 0), stages=1,
                     dataset="arithmetic", answer_force=False, **point)  # fmt: skip
@@ -130,13 +130,18 @@ def write_sweep_seed(exp_dir, seed, n, attacks, sweep):
         )
         write_teacher_test(exp_dir, f"d{i}", taught, **point, **test)
         for attack in (name for name in attacks if name in students):
-            share = float(np.clip(students[attack] + rng.normal(0, 0.02), 0, 1))
+            share = shaken(students[attack], 0.02, seed, i, *attack.encode())
             words, more = RECIPES[attack][2], {"lora": False, "lr": 1e-5} if attack == "full" else {}
             stats = {"loops": 0.05 * (1 - share), "finished": 0.99 - 0.1 * (1 - share)}
             write_attacked(exp_dir, str(i), attack, f"a{i}", (None, share), words, seed=seed,
                            more_stats=stats, **more, **test)  # fmt: skip
     if "solo" in attacks:
-        write_solo(exp_dir, 0.12 + 0.02 * float(rng.normal()), seed, **test)
+        write_solo(exp_dir, shaken(0.12, 0.02, seed), seed, **test)
+
+
+def shaken(share, by, *key):
+    """A share as it comes out in one seed, whatever else is drawn."""
+    return float(np.clip(share + np.random.default_rng(key).normal(0, by), 0, 1))
 
 
 def write_teacher_test(exp_dir, name, share, **more):

@@ -112,29 +112,33 @@ def cell_text(cell: Cell | None) -> tuple[str, str, str]:
 
 def worst_cells(attacked: Attacked) -> Cells:
     """The worst student at each setting, and whose it is."""
-    names = ["seeds", "teacher", WORST, "95 % interval", "chosen on halves", attacked.attacks[0]]
-    cells = [["defence", *SYMBOLS.values(), *names]]
-    naive = {setting_of(line): line for line in attacked.lines if line["attack"] == attacked.attacks[0]}
-    for line in (line for line in attacked.lines if line["attack"] == WORST):
+    worst = [line for line in attacked.lines if line["attack"] == WORST]
+    first = attacked.attacks[0] if attacked.attacks else ""
+    naive = {setting_of(line): line for line in attacked.lines if line["attack"] == first}
+    names = ["teacher", WORST, "95 % interval", first, "chosen on halves", "seeds"]
+    cells = [["defence", "setting", *names]]
+    for line in worst:
         answers = next((a for a in ANSWERS if f"student_{a}_accuracy" in line), "raw")
-        taught, share, *ends = (
-            line.get(f"{who}_{answers}_{name}")
-            for who, name in (
-                ("teacher", "accuracy"),
-                *(("student", end) for end in ("accuracy", "low", "high")),
-            )
+        ends = [line.get(f"student_{answers}_{end}") for end in ("low", "high")]
+        other = naive.get(setting_of(line), {})
+        taught, share, alone = (
+            show_number(found.get(f"{who}_{answers}_accuracy"))
+            for found, who in ((line, "teacher"), (line, "student"), (other, "student"))
         )
-        other = naive.get(setting_of(line), {}).get(f"student_{answers}_accuracy")
-        knob = [show_setting(line["tau"]), show_setting(line["lam"]), str(line["seeds"])]
-        numbers = [show_number(taught), show_number(share), show_interval(*ends)]
-        cells.append(
-            [line["defence"], *knob, *numbers, show_chosen(attacked, line, answers), show_number(other)]
-        )
-    return cells if len(cells) > 1 else []
+        chosen = show_chosen(attacked, line, answers)
+        numbers = [taught, share, show_interval(*ends), alone, chosen, str(line["seeds"])]
+        cells.append([line["defence"], show_setting_of(line), *numbers])
+    return cells if worst else []
 
 
 def setting_of(line: Line) -> tuple:
     return line["defence"], line["tau"], line["lam"]
+
+
+def show_setting_of(line: Line) -> str:
+    """The knob of a line's curve."""
+    key = "lam" if line["lam"] else "tau"
+    return f"{SYMBOLS[key]} {show_setting(line[key])}"
 
 
 def show_chosen(attacked: Attacked, line: Line, answers: str) -> str:
@@ -154,11 +158,10 @@ def made_of_cells(attacked: Attacked) -> Cells:
     shown = [key for key in MADE_OF if any(key in line for line in lines)]
     shown += dict.fromkeys(key for line in lines for key in line if key.startswith("pass_at_"))
     names = [key.replace("_", " ") for key in shown]
-    cells = [["defence", *SYMBOLS.values(), "attacker", "seeds", "accuracy", *names]]
+    cells = [["defence", "setting", "attacker", "seeds", "accuracy", *names]]
     for line in lines:
-        knob = [show_setting(line["tau"]), show_setting(line["lam"])]
         numbers = [show_number(line.get(key)) for key in ("student_raw_accuracy", *shown)]
-        cells.append([line["defence"], *knob, line["attacker"], str(line["seeds"]), *numbers])
+        cells.append([line["defence"], show_setting_of(line), line["attacker"], str(line["seeds"]), *numbers])
     return cells if lines else []
 
 
@@ -220,7 +223,7 @@ def gap_sentence(attacked: Attacked) -> str:
 
 
 def small_tables(attacked: Attacked, is_brief: bool) -> dict[str, Cells]:
-    """{caption: cells}, those with anything in them; is_brief: the matrix at one level of each price alone."""
+    """{caption: cells}, those with anything in them; is_brief: the matrix at one level of each price."""
     tables = matrix_tables(attacked)
     if is_brief:
         tables = [same[0] for same in group_by(tables, lambda table: table.price).values()]

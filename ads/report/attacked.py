@@ -56,7 +56,10 @@ def gather_attacked(
     tests, missing = read_tests(part for point in (*points, *undistilled) for part in point.parts)
     choices = worst_students(points, tests)
     worst = make_curves(choice.point for choice in choices)
-    attackers.insert(0, Attacker(WORST, WORST, {defence_of(curve.points[0].row): curve for curve in worst}))
+    if worst:  # which needs the tests' answers
+        attackers.insert(
+            0, Attacker(WORST, WORST, {defence_of(curve.points[0].row): curve for curve in worst})
+        )
     curves = [curve for attacker in attackers for curve in attacker.curves.values()]
     of_base = [key for key in tests if key[0] in [point.stages["student"]["path"] for point in undistilled]]
     draws = Draws(draw_accuracies([(curve,) for curve in curves], tests, of_base), missing)
@@ -65,6 +68,7 @@ def gather_attacked(
     axes = [Axes(answers, price) for answers in answered for price in PRICES]
     gaps = {answers: measure_gap(main, undistilled, answers, draws) for answers in answered}
     cells = make_matrix(attackers, {a: levels_at(pairs, a, levels) for a in axes}, draws, gaps)
+    published = [attacker for attacker in attackers if attacker.name != WORST]
     matches, lines = compare_arms(worst, levels, draws), attacker_lines(attackers, recipes)
-    found = attackers[1:], find_defences(attackers), cells, gaps, choices, worst, matches, lines
+    found = published, find_defences(attackers), cells, gaps, choices, worst, matches, lines
     return Attacked(*found, own_lines(own, recipes))

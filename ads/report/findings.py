@@ -4,11 +4,12 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ads.delta import agreement_table
-from ads.report import attack_tables, claims, tables, words
+from ads.report import attack_tables, claims, detect, tables, words
 from ads.report.attacked import Attacked, gather_attacked
-from ads.report.attackers import of_main_attack
+from ads.report.attackers import defence_of, of_main_attack
 from ads.report.bootstrap import load_draws
 from ads.report.compare import Levels, Match, compare_arms
 from ads.report.curves import Curve, Point, all_rows, by_setting, make_curves
@@ -43,6 +44,7 @@ class Findings:
     claims: list[claims.Claim]
     notes: list[str]
     attacked: Attacked
+    detections: list[detect.Detection]
 
     @property
     def rows(self) -> list[ResultRow]:
@@ -78,7 +80,14 @@ def gather(exp_dirs: Sequence[Path], levels: Levels | None) -> Findings:
     notes += [*warning_lines(experiments, points), *unpaired_lines(curves)]
     matches, claimed = compare_arms(curves, levels, draws), claims.make_claims(curves, baselines, draws)
     attacked = gather_attacked(points, undistilled, own, recipes, levels)
-    return Findings(experiments, points, own, baselines, curves, matches, claimed, notes, attacked)
+    detections = detect.detect(points, labels_of(curves))
+    found = experiments, points, own, baselines, curves, matches, claimed, notes
+    return Findings(*found, attacked, detections)
+
+
+def labels_of(curves: Iterable[Curve]) -> dict[Any, str]:
+    """{defence: label} of curves of one attacker."""
+    return {defence_of(curve.points[0].row): curve.label for curve in curves}
 
 
 def baseline_line(row: ResultRow) -> str:
@@ -143,6 +152,7 @@ def small_tables(findings: Findings, is_brief: bool = False) -> dict[str, tables
         f"One step of the proxy on the traces and what it says of students, {ONE_STEP}": (
             tables.one_step_cells(findings.curves)
         ),
+        f"Detectability, {detect.CAPTION}": detect.cells(findings.detections),
         **attack_tables.small_tables(findings.attacked, is_brief),
     }
     return {caption: cells for caption, cells in found.items() if len(cells) > 1}

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ads.delta import agreement_table
-from ads.report import attack_tables, claims, findings, numbers, plots, reader, tables, words
+from ads.report import attack_tables, claims, detect, findings, numbers, plots, reader, tables, words
 from ads.report.compare import Match
 from ads.report.curves import Curve
+from ads.report.details import Line
 from ads.report.numbers import NBSP
 from ads.report.results import ANSWERS, PRICES, Rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # whose functions the template calls
-MODULES = (agreement_table, attack_tables, claims, findings, numbers, plots, tables, words)
+MODULES = (agreement_table, attack_tables, claims, detect, findings, numbers, plots, tables, words)
 # of markers
 GLYPHS = dict(
     zip(
@@ -29,10 +30,11 @@ GLYPHS = dict(
     )
 )
 BORDERS = dict(zip(plots.CURVE_STYLES, ("solid", "dashed", "dotted", "double"), strict=True))
-ANY_NOTE = (
-    "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
-    "A fall of the raw accuracy is part of the price, even where forced answers hide it.",
+ONE_ATTACK = (
+    "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another."
 )
+SEVERAL = "Students of {} attackers fine-tuned on the traces of one teacher; another attacker may do better."
+ANY_NOTE = "A fall of the raw accuracy is part of the price, even where forced answers hide it."
 
 
 def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str]) -> str:
@@ -50,6 +52,7 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
         "Claims": found.claims or asked,
         **{f"Equal {price.words}": comparisons[name] for name, price in PRICES.items()},
         "Threat cards": cards,
+        "Detectability": found.detections,
         "Trace reader": contrasts["points"],
         "Knobs": svgs["knobs"],
         "Traces": svgs["traces"],
@@ -65,14 +68,15 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             {module.__name__.rpartition(".")[2]: module for module in MODULES},
             found=found,
             sections=sections,
-            about=about or ANY_NOTE,
+            about=about or any_note(found),
             svgs=svgs,
             legend=legend(found.curves, found.baselines),
             arms=legend(found.curves, []),
             asked=asked,
             matrix=matrix,
             cards=cards,
-            worst_legend=legend(found.attacked.curves, found.baselines),
+            worst_legend=legend(found.attacked.curves, found.baselines)
+            + own_legend(found.attacked.own_lines),
             comparisons=comparisons,
             prices=PRICES,
             one_step=one_step,
@@ -82,6 +86,12 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             nbsp=NBSP,
         )
     )
+
+
+def any_note(found: findings.Findings) -> tuple[str, str]:
+    """What any experiment is and is not."""
+    num = len(found.attacked.attacks)
+    return SEVERAL.format(num) if num > 1 else ONE_ATTACK, ANY_NOTE
 
 
 def make_environment() -> Any:
@@ -109,6 +119,12 @@ def legend(curves: Sequence[Curve], baselines: Rows) -> list[dict[str, str]]:
         {"colour": plots.variable(arm), "border": border, "glyph": GLYPHS[plots.MARKERS[arm]], "label": label}
         for arm, border, label in dict.fromkeys(lines)
     ]
+
+
+def own_legend(lines: Iterable[Line]) -> list[dict[str, str]]:
+    """The students that need no published trace, among the worst ones."""
+    look = {"colour": plots.variable("undistilled"), "border": BORDERS[":"], "glyph": ""}
+    return [{**look, "label": line["attacker"]} for line in lines]
 
 
 def matched_tables(matches: Iterable[Match], price: str) -> dict[str, list[dict[str, Any]]]:

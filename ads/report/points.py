@@ -16,7 +16,7 @@ from ads.report.experiments import (
     students_of,
     trained,
 )
-from ads.report.numbers import is_number, short_name
+from ads.report.numbers import short_name
 from ads.report.recipes import NAIVE
 from ads.report.results import FILES, SPEED, STAGES, ResultRow, read_row
 from ads.stage import fingerprint, hub
@@ -35,6 +35,10 @@ NO_SETTING = {  # names, diagnostics, what changes rounding alone, and the seed,
     },
     GradConfig: {"attn_implementation", "seed"},
     TrainConfig: {"model_name", "do_eval", "eval_epochs", "attn_implementation", "seed"},
+}
+NO_ATTACK_SETTING = {  # of attack.py: places, names, what concerns speed alone, and the seed
+    *("exp_dir", "traces", "clean_traces", "samples", "holdout_traces", "student", "tokenizer"),
+    *("trace_name", "trace_colname", "dtype", "attn_implementation", "batch_size", "batch_tokens", "seed"),
 }
 OWN_COLUMNS = {  # settings of a stage that have a column without a dot, or that follow from another
     "train": (*SAMPLING_KEYS, "defence", "direction_seed"),
@@ -209,12 +213,13 @@ def setting_columns(stages: Mapping[str, Sidecar]) -> dict[str, Any]:
 
 
 def attack_settings(stages: Mapping[str, Sidecar]) -> dict[str, Any]:
-    """Of attack.py's settings the function and its numbers; how the clean traces that it took were made."""
-    config = stages["attack"]["config"]
-    found = {key: value for key, value in config.items() if is_number(value) and key != "seed"}
+    """Of attack.py's settings, and how the clean traces that it took were made."""
+    sidecar = stages["attack"]
+    found = {k: v for k, v in sidecar["config"].items() if k not in NO_ATTACK_SETTING and v is not None}
+    found |= {"dtype": dtype} if (dtype := sidecar.get("resolved_dtype")) else {}  # where a model was read
     if clean := stages.get(CLEAN):
         found[CLEAN] = fingerprint.fingerprint_json(settings_of(clean, GenConfig))[:8]
-    return {"attack": config["attack"], **found}
+    return {key: plain(value) for key, value in found.items()}
 
 
 def stage_files(stage: str, stages: Mapping[str, Sidecar]) -> dict[str, Any]:

@@ -391,7 +391,7 @@ def test_an_experiment_of_which_nothing_more_is_known_has_the_usual_note(demo, t
     assert all(str(escape(line)) in demo.read_text() for line in known)
     report.main([str(write_both_arms(tmp_path / "x"))])
     text = (tmp_path / "x" / "report" / "report.html").read_text()
-    assert str(escape(known[0])) not in text and str(escape(page.ANY_NOTE[0])) in text
+    assert str(escape(known[0])) not in text and str(escape(page.ONE_ATTACK)) in text
     assert "65 to 56 %" in text
 
 

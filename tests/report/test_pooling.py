@@ -520,7 +520,7 @@ def test_what_is_known_of_the_demo_is_said_of_it_alone(tmp_path):
         report.main([str(exp_dir)])
         text = (exp_dir / "report" / "report.html").read_text()
         assert [str(escape(note)) in text for note in notes] == [name == "demo"] * len(notes)
-        assert (str(escape(page.ANY_NOTE[0])) in text) == (name == "other")
+        assert (str(escape(page.ONE_ATTACK)) in text) == (name == "other")
 
 
 def test_answers_behind_copies_are_read(tmp_path):
