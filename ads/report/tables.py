@@ -29,8 +29,21 @@ ONE_STEP_LEGEND = (
 )
 
 
+# of a column: what it is, where a row has it
+PRICE_LEGEND = {
+    results.KL: (
+        "KL(q||p): of the training traces, nats/token: how far the defence moves the teacher from its own "
+        "distribution at the same tau; 0 by temperature alone, - where it was not measured"
+    ),
+    "train_lam": "lam_t, capped: mean strength of the defence per token, share of tokens where a cap lowers it",
+    results.NUM_MODELS: "models: held while the traces are sampled, a proxy and its gradient as one each",
+    results.SPEED: "ms/token: milliseconds per token of the training traces, on the machine that made them",
+}
+
+
 def legend_of(rows: Rows) -> list[str]:
-    return [*LEGEND, ONE_STEP_LEGEND] if has_one_step(rows) else LEGEND
+    found = [line for key, line in PRICE_LEGEND.items() if any(key in row.columns for row in rows)]
+    return [*LEGEND, *([ONE_STEP_LEGEND] if has_one_step(rows) else []), *found]
 
 
 def has_one_step(rows: Rows) -> bool:
@@ -65,7 +78,7 @@ def setting_cells(curves: Sequence[Curve]) -> Cells:
     lines = [["arm", *results.SYMBOLS.values(), "seeds", *names]]
     for curve in curves:
         for (tau, lam), seeds in by_setting(curve.points).items():
-            cells = [curve.arm, numbers.show_setting(tau), numbers.show_setting(lam), str(len(seeds))]
+            cells = [curve.name, numbers.show_setting(tau), numbers.show_setting(lam), str(len(seeds))]
             shares = [[row.share(*test) for row in seeds] for test in tests]
             cells += [show_mean(found, numbers.show_number) for found in shares]
             cells += [show_mean((row.number(n.column) for row in seeds), n.show) for n in shown]
