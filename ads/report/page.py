@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ads.delta import agreement_table
-from ads.report import claims, findings, numbers, plots, reader, tables, words
+from ads.report import claims, findings, looks, numbers, plots, reader, tables, words
 from ads.report.compare import Match
 from ads.report.curves import Curve
 from ads.report.numbers import NBSP
@@ -19,16 +19,7 @@ from ads.report.results import ANSWERS, PRICES, Rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # whose functions the template calls
-MODULES = (agreement_table, claims, findings, numbers, plots, tables, words)
-# of markers
-GLYPHS = dict(
-    zip(
-        "osvD^PXp*h<>d_",
-        (*"\u25cf\u25a0\u25bc\u25c6\u25b2\u271a\u2716\u2b1f\u2605\u2b22\u25c0\u25b6\u2666", ""),
-        strict=True,
-    )
-)
-BORDERS = dict(zip(plots.CURVE_STYLES, ("solid", "dashed", "dotted", "double"), strict=True))
+MODULES = (agreement_table, claims, findings, looks, numbers, tables, words)
 ANY_NOTE = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
     "A fall of the raw accuracy is part of the price, even where forced answers hide it.",
@@ -95,12 +86,12 @@ def script_hash() -> str:
 
 def legend(curves: Sequence[Curve], baselines: Rows) -> list[dict[str, str]]:
     """What each line of the trade-off is, without repetitions."""
-    lines = [(curve.arm, BORDERS[style], curve.label) for curve, style in plots.line_styles(curves)]
+    lines = [(curve.arm, look, curve.label) for curve, look in looks.looks(curves)]
     drawn = [label for answers in ANSWERS for label in words.elicited(baselines, answers)]
-    lines += [("undistilled", BORDERS["--"], label) for label in drawn]
+    lines += [("undistilled", looks.LEVEL, label) for label in drawn]
     return [
-        {"colour": plots.variable(arm), "border": border, "glyph": GLYPHS[plots.MARKERS[arm]], "label": label}
-        for arm, border, label in dict.fromkeys(lines)
+        {"colour": looks.variable(arm), "key": looks.key_svg(arm, look), "label": label}
+        for arm, look, label in dict.fromkeys(lines)
     ]
 
 
@@ -121,6 +112,6 @@ def matched_line(match: Match) -> dict[str, Any]:
     difference, *ends = [number.replace("-", "\N{MINUS SIGN}") for number in shown] or [""]
     below = [f"[{f',{NBSP}'.join(ends)}]", numbers.interval_kind(match.num_seeds)] if ends else [match.note]
     dots = [(match.temperature, "temperature"), (match.student, match.arm)]
-    dots = [(100 * share, plots.variable(arm)) for share, arm in dots if share is not None]
+    dots = [(100 * share, looks.variable(arm)) for share, arm in dots if share is not None]
     bar = sorted(share for share, _ in dots) if len(dots) == 2 else []
     return {"match": match, "dots": dots, "bar": bar, "difference": difference, "below": below}

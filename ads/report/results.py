@@ -35,7 +35,13 @@ CAPS = {  # columns of a defence by scores, empty where they are not set; in wor
     "keep_top1": "top-1 kept",
     "plausibility": "plausibility {}",
 }
-DEFENCE_SETTINGS = ("eps", "proxy_dtype", "proxy_student files", "grad_rank", *CAPS)  # play no part without lam
+DEFENCE_SETTINGS = (
+    "eps",
+    "proxy_dtype",
+    "proxy_student files",
+    "grad_rank",
+    *CAPS,
+)  # play no part without lam
 CONFIGS = {"model": TrainConfig, "gradient": GradConfig}  # of a column STAGE.SETTING; else GenConfig
 SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
 POOLED = "same settings and seed more than once, pooled"
@@ -93,12 +99,16 @@ class Number:
     axis: str = ""
     show: Callable[[Any], str] = show_number
     is_always: bool = True  # else only where a row has it
+    is_log: bool = False  # drawn on a log scale where it spans so much
 
 
 NUMBERS = (
     Number("teacher_finished", "t.fin"),
     Number("student_finished", "s.fin"),
-    Number("train_teacher_nll", "nll", "nll", "How unlikely the traces are", "nats/token under the teacher"),
+    Number(
+        *("train_teacher_nll", "nll", "nll", "How unlikely the traces are", "nats/token under the teacher"),
+        is_log=True,
+    ),
     Number("train_num_tokens_p50", "tokens", "tokens", "Length of the traces", "median tokens", show_count),
     Number("train_finished", "", "finished", "Traces that finished", "share"),
     Number("model_holdout_loss", "loss", "student's loss"),
