@@ -53,7 +53,7 @@ def generate_traces(cfg, inputs, world):
     models, notes = models_of(cfg, inputs, tokenizer, world)
     speed = sample_rows(cfg, models, tokenizer, rows, world)
     table = [columns_of(cfg, row) for row in rows]
-    if models.proxy and cfg.num_contrasts:
+    if cfg.num_contrasts and cfg.arm.defence:
         save_contrasts(cfg, models, tokenizer, table[: cfg.num_contrasts], world)
     models = None
     if cfg.one_step:  # which needs the room

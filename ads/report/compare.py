@@ -123,7 +123,8 @@ def compare(pairs: Pairs, levels: Mapping[str, Levels], draws: Draws, price: str
 
 
 def without_gaps(matches: list[Match]) -> list[Match]:
-    """The matches of a control or a capped curve where both arms are; one of them, which says so, where they never are."""
+    """The matches of a control or a capped curve where both arms are; one, which says so, where they never
+    are."""
     return [match for match in matches if match.num_seeds] or matches[:1]
 
 

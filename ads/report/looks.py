@@ -19,7 +19,7 @@ KEY_SIZE = 36, 14  # of a line of the page's legend, in pixels
 
 @dataclass(frozen=True)
 class Look:
-    """A style of line, as dashes and gaps in points (none: whole), and the part of a marker that is filled."""
+    """A style of line, as dashes and gaps (none: whole), and the part of a marker that is filled."""
 
     dashes: tuple[float, ...]
     fill: str

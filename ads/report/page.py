@@ -32,6 +32,7 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
     asked, one_step = tables.asked_cells(found.baselines), tables.one_step_cells(found.curves)
     comparisons = {name: matched_tables(found.matches, name) for name in PRICES}
     svgs, contrasts = plots.inline_svgs(panels), reader.load_contrasts(found.points)
+    has_price = {panel.price for panel in panels["tradeoff"]} | {name for name in PRICES if comparisons[name]}
     gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
     sections = {  # with whether there is anything in it
         "Trade-off": True,
@@ -59,6 +60,9 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             asked=asked,
             comparisons=comparisons,
             prices=PRICES,
+            price_of={name: "" for name in sections}
+            | {f"Equal {p.words}": name for name, p in PRICES.items()},
+            shown_prices=[name for name in PRICES if name in has_price],
             one_step=one_step,
             gradients=gradients,
             contrasts=contrasts,

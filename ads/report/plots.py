@@ -38,7 +38,7 @@ STYLE = Path(__file__).with_suffix(".mplstyle")
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes; `draw(axis)` fills it. `price`: the one that it is about, where there is one of each."""
+    """One set of axes; `draw(axis)` fills it. `price`: what it is about, where there is one panel of each."""
 
     title: str
     draw: Callable[[Any], None]
@@ -80,7 +80,7 @@ def draw_tradeoff(axes: Axes, curves: Sequence[Curve], baselines: Rows, gap: Mat
     if PRICES[axes.price].unit and spans_widely(
         [axes.place(row)[0] for row in axes.graded_rows(all_rows(curves))]
     ):
-        axis.set_xscale("log")
+        set_log(axis, "x")
     for curve, look in looks(curves):
         draw_curve(axis, axes, curve, look)
     for curve, look in looks(curves):
@@ -102,7 +102,7 @@ def draw_tradeoff(axes: Axes, curves: Sequence[Curve], baselines: Rows, gap: Mat
 def line_look(curve: Curve, look: Look) -> dict[str, Any]:
     """What draws a curve's line and markers."""
     style = {"color": COLOURS[curve.arm], "linestyle": look.of_line, "linewidth": 1.6}
-    return style | {"marker": MARKERS[curve.arm], "fillstyle": look.fill, "markersize": 5.5}
+    return style | {"marker": MARKERS[curve.arm], "fillstyle": look.fill, "markersize": 7}
 
 
 def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look) -> None:
@@ -127,7 +127,7 @@ def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look) -> None:
 
 
 def label_ends(axis: Any, axes: Axes, curve: Curve) -> None:
-    """Arm and knob beside the marker of a curve's highest price; of accuracies, the knob beside the other end."""
+    """Arm and knob beside the marker of the highest price; of accuracies, the knob beside the other end."""
     groups = axes.settings(curve.points)
     if len(groups) < 2:
         return
@@ -149,8 +149,18 @@ def share_across(axis: Any, x: float) -> float:
 
 
 def spans_widely(prices: Sequence[float]) -> bool:
-    """Whether a log scale shows prices better: a text that nobody would sample costs hundreds of times more."""
+    """Whether prices need a log scale: a text that nobody would sample costs hundreds of times more."""
     return min(prices, default=0) > 0 and max(prices) > WIDE_SPAN * min(prices)
+
+
+def set_log(axis: Any, which: str) -> None:
+    """A log scale, x or y, whose ticks are plain numbers."""
+    from matplotlib.ticker import NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    scaled = {"x": axis.xaxis, "y": axis.yaxis}[which]
+    scaled.set_major_formatter("{x:g}")
+    scaled.set_minor_formatter(NullFormatter())
 
 
 def along(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +227,7 @@ def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> None:
         groups = axes.settings(curve.line)
         x = [rows[0].number(key) for rows in groups]
         end = int(np.argmax(x))
-        student = line_look(curve, look) | {"markersize": 5, "elinewidth": 0.8}
+        student = line_look(curve, look) | {"markersize": 6, "elinewidth": 0.8}
         teacher = student | {"marker": "x", "color": MUTED}
         for who, style in (("teacher", teacher), ("student", student)):
             y, bars = error_bars(groups, who, axes.answers)
@@ -242,11 +252,11 @@ def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> None:
                 line.append((axes.mean_price(rows), value, is_own))
         if line:
             x, y, owned = zip(*sorted(line), strict=True)
-            style = line_look(curve, look) | {"markersize": 5, "markevery": list(np.flatnonzero(owned))}
+            style = line_look(curve, look) | {"markersize": 6, "markevery": list(np.flatnonzero(owned))}
             axis.plot(x, y, label=curve.label, **style)
     values = [row.number(number.column) for row in all_rows(curves)]
     if number.is_log and spans_widely([value for value in values if value is not None]):
-        axis.set_yscale("log")
+        set_log(axis, "y")
     if number.axis == "share":
         axis.yaxis.set_major_formatter(show_share)
         axis.set_ylim(top=1.003)
@@ -282,7 +292,7 @@ def draw_losses(part: str, curves: Sequence[Curve], axis: Any) -> None:
     """Losses of the students during training; the paler, the weaker the arm's knob."""
     for curve, look in looks(curves):
         for strength, steps, losses in loss_lines(curve, part):
-            style = line_look(curve, look) | {"markersize": 5, "alpha": 0.3 + 0.7 * strength}
+            style = line_look(curve, look) | {"markersize": 6, "alpha": 0.3 + 0.7 * strength}
             style["markevery"] = -(-len(steps) // MOST_LOSS_MARKERS)
             axis.plot(steps, losses, label=curve.label if strength == 1 else None, **style)
     axis.set(xlabel="training step", ylabel="nats/token")

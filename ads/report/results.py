@@ -278,10 +278,9 @@ def concerns_defence(key: str) -> bool:
 def differing(rows: Rows) -> list[str]:
     """The settings in which rows differ, as few as tell the rows apart.
 
-    A cap is one where any row sets it: without it, it has no value. The student's seed is one only where it is
-    not the seed of the traces. Where a setting of several stages
-    differs between the same rows, the first stage's is named. Fingerprints of files are named only where rows
-    differ in nothing else.
+    A cap is one where any row sets it. The student's seed is one only where it is not the seed of the traces.
+    Where a setting of several stages differs between the same rows, the first stage's is named. Fingerprints
+    of files are named only where rows differ in nothing else.
     """
     columns = [row.columns for row in rows]
     has_own_seed = any(row.student_seed not in (None, row.seed) for row in rows)

@@ -35,8 +35,8 @@ PRICE_LEGEND = {
         "KL(q||p): of the training traces, nats/token: how far the defence moves the teacher from its own "
         "distribution at the same tau; 0 by temperature alone, - where it was not measured"
     ),
-    "train_lam": "lam_t, capped: mean strength of the defence per token, share of tokens where a cap lowers it",
-    results.NUM_MODELS: "models: held while the traces are sampled, a proxy and its gradient as one each",
+    "train_lam": "lam_t, capped: mean strength of the defence, share of tokens where a cap lowers it",
+    results.NUM_MODELS: "models: held while the traces are sampled; theta +- eps g are two",
     results.SPEED: "ms/token: milliseconds per token of the training traces, on the machine that made them",
 }
 
