@@ -47,7 +47,7 @@ def looks(curves: Iterable[Curve]) -> list[tuple[Curve, Look]]:
     found = []
     for curve in curves:
         used = taken.setdefault(curve.arm, [])
-        of_caps = LOOKS[wanted(curve)], *LOOKS
+        of_caps = LOOKS[wanted(curve)], *LOOKS[4:], *LOOKS
         look = next(
             (look for look in of_caps if LOOKS.index(look) not in used), LOOKS[len(used) % len(LOOKS)]
         )

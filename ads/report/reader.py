@@ -54,7 +54,8 @@ def choose_contrasts(points: Iterable[Point]) -> list[Point]:
     stored = [point for point in points if "train" in point.stages and contrast_path(point).is_file()]
     firsts = [same[0] for same in group_by(stored, setting).values()]
     arms = list(group_by(firsts, lambda point: point.row.arm).values())
-    most = min(MAX_CONTRASTS_PER_ARM, max(1, MAX_CONTRAST_POINTS // max(1, len(arms))))
+    sizes = {n: sum(min(n, len(arm)) for arm in arms) for n in range(1, MAX_CONTRASTS_PER_ARM + 1)}
+    most = max((n for n, size in sizes.items() if size <= MAX_CONTRAST_POINTS), default=1)
     return [point for arm in arms for point in spread(arm, most)][:MAX_CONTRAST_POINTS]
 
 

@@ -304,7 +304,7 @@ def show_name(key: str) -> str:
     """A setting's column in words: "model.lr", of the student's recipe, is "lr"; "train.max_length", of the
     training traces, is "traces max_length"."""
     stage, dot, name = key.rpartition(".")
-    return f"{STAGES[stage]}{name}" if dot else CAPS.get(key, key).replace("{}", "").strip()
+    return f"{STAGES[stage]}{name}" if dot else key
 
 
 def show_named(key: str, value: object) -> str:

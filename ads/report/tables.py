@@ -37,7 +37,7 @@ PRICE_LEGEND = {
     ),
     "train_lam": "lam_t, capped: mean strength of the defence, share of tokens where a cap lowers it",
     results.NUM_MODELS: "models: held while the traces are sampled; theta +- eps g are two",
-    results.SPEED: "ms/token: milliseconds per token of the training traces, on the machine that made them",
+    results.SPEED: "ms/token: milliseconds per token of the training traces as published, on their machine",
 }
 
 
@@ -51,10 +51,10 @@ def has_one_step(rows: Rows) -> bool:
 
 
 def point_cells(rows: Rows) -> Cells:
-    """A line per point; a setting has a column only where points differ in it."""
+    """A line per point, caps named with its arm; a setting has a column only where points differ in it."""
     if not rows:
         return []
-    settings = ["tau", "lam", *results.differing(rows)]
+    settings = ["tau", "lam", *(key for key in results.differing(rows) if key not in results.CAPS)]
     tests = [(who, answers) for who in results.TESTS for answers in results.answers_of(rows)]
     shown = [
         n for n in results.NUMBERS if n.heading and (n.is_always or any(n.column in r.columns for r in rows))
@@ -62,7 +62,8 @@ def point_cells(rows: Rows) -> Cells:
     tested = [f"{who} {ANSWERS[answers]}" for who, answers in tests]
     lines = [["arm", *map(results.show_name, settings), "n", *tested, *(number.heading for number in shown)]]
     for row in rows:
-        cells = [row.arm, *map(numbers.show_setting, map(row.number, settings)), show_sizes([row], "/")]
+        cells = [", ".join([row.arm, *row.caps])]
+        cells += [*map(numbers.show_setting, map(row.number, settings)), show_sizes([row], "/")]
         cells += [results.show_accuracy(row.accuracy(*test)) for test in tests]
         lines.append([*cells, *(number.show(row.number(number.column)) for number in shown)])
     return lines

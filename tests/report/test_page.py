@@ -100,7 +100,7 @@ def write_contrast(exp_dir, name, lam, rng, num_problems=5, trace=TRACE, problem
             "problem": problem or f"Tom has {20 + i} apples and buys 7. How many apples has he now?",
             "solution": f"#### {27 + i}",
             "clean": make_side(lam, rng, trace),
-            "ads": make_side(lam, rng, trace),
+            "defended": make_side(lam, rng, trace),
         }
         for i in range(num_problems)
     ]
@@ -110,7 +110,7 @@ def write_contrast(exp_dir, name, lam, rng, num_problems=5, trace=TRACE, problem
 
 
 def make_side(lam, rng, trace):
-    """Tokens of one word each; the ADS probability as with one alternative of Delta 0."""
+    """Tokens of one word each; the defended probability as with one alternative of Delta 0."""
     tokens = []
     for word in trace.split(" "):
         clean, delta = float(rng.beta(5, 0.6)), float(rng.normal())
@@ -199,8 +199,7 @@ def test_page_shows_every_plot_and_section(browser, demo):
     assert headings[0].startswith("At a teacher accuracy of 75") and headings[1:] == [
         "The claims, and which of them hold",
         "Students at equal teacher accuracy",
-        "Students at equal teacher NLL",
-        "What Delta does to a trace",
+        "What a defence does to a trace",
         "The knobs",
         "The training traces",
         "What one step of the proxy says of students",
@@ -208,8 +207,8 @@ def test_page_shows_every_plot_and_section(browser, demo):
         "The proxy's gradient",
         "All points",
     ]
-    svgs = find(browser, "figure svg")
-    assert len(svgs) == 4 + 4 + 4 + 2
+    svgs = [svg for svg in find(browser, "figure svg") if svg.is_displayed()]
+    assert len(svgs) == 2 + 4 + 4 + 2
     assert all(svg.size["width"] > 300 and svg.size["height"] > 200 for svg in svgs)
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) > 100 and len(set(ids)) == len(ids)
@@ -265,7 +264,7 @@ def wanted_numbers(token):
     return [
         json.dumps(text),
         f"clean probability {100 * clean:#.3g} %",
-        f"ADS probability {100 * ads:#.3g} %",
+        f"defended probability {100 * ads:#.3g} %",
         f"change \N{MULTIPLICATION SIGN} {ads / clean:#.3g}",
         f"Delta {delta:#.3g} nats",
     ]
@@ -319,7 +318,7 @@ def test_tooltip_shows_the_numbers_to_mouse_keyboard_and_finger(browser, demo):
 def test_tokens_are_shaded_by_the_change_of_their_probability(browser, demo):
     open_page(browser, demo)
     spans = find(browser, ".trace")[1].find_elements("css selector", ".token")
-    tokens = contrast_of(browser, demo)["ads"]["tokens"]
+    tokens = contrast_of(browser, demo)["defended"]["tokens"]
     shifts = [math.log(ads / clean) for _, clean, ads, _ in tokens]
     for span, shift in zip(spans, shifts, strict=True):
         red, _, blue, *alpha = map(float, span.value_of_css_property("background-color")[5:-1].split(","))
@@ -434,12 +433,14 @@ def test_contrasts_are_few_spread_and_small(tmp_path, monkeypatch):
 
 def test_contrasts_with_odd_numbers_and_files_that_are_none(tmp_path):
     problems = write_contrast(tmp_path, "a", 0.1, np.random.default_rng(0), num_problems=1)
-    problems[0]["ads"]["tokens"][0][1:] = [0.0, 0.0, math.nan]
+    problems[0]["defended"]["tokens"][0][1:] = [0.0, 0.0, math.nan]
     path = tmp_path / "traces" / "a.contrast.json"
     path.write_text(json.dumps({"problems": problems}))
     (point,) = reader.load_contrasts(points_with(path.with_name("a.yaml")))["points"]
-    assert point["problems"][0]["ads"]["tokens"][0][1:] == [0.0, 0.0, 0.0]
-    for text in ("{", "[]", '{"problems": [{"id": 1}]}', '{"problems": [3]}'):
+    assert point["problems"][0]["defended"]["tokens"][0][1:] == [0.0, 0.0, 0.0]
+    problems[0]["defended"]["replaced"] = [99]
+    beyond = json.dumps({"problems": problems})
+    for text in ("{", "[]", '{"problems": [{"id": 1}]}', '{"problems": [3]}', beyond):
         path.write_text(text)
         with pytest.raises(ValueError, match="a.contrast.json is not a file of contrasted traces"):
             reader.load_contrasts(points_with(path.with_name("a.yaml")))
