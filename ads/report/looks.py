@@ -43,15 +43,13 @@ LEVEL = Look((4, 2), "")  # of the undistilled student, a line across
 
 def looks(curves: Iterable[Curve]) -> list[tuple[Curve, Look]]:
     """Each curve with its look; curves of one arm differ, as long as there are looks."""
-    taken: dict[str, list[int]] = {}
+    taken: dict[str, list[Look]] = {}
     found = []
     for curve in curves:
         used = taken.setdefault(curve.arm, [])
-        of_caps = LOOKS[wanted(curve)], *LOOKS[4:], *LOOKS
-        look = next(
-            (look for look in of_caps if LOOKS.index(look) not in used), LOOKS[len(used) % len(LOOKS)]
-        )
-        used.append(LOOKS.index(look))
+        in_order = LOOKS[wanted(curve)], *LOOKS[4:], *LOOKS
+        look = next((look for look in in_order if look not in used), in_order[0])
+        used.append(look)
         found.append((curve, look))
     return found
 
@@ -71,14 +69,15 @@ def key_svg(arm: str, look: Look) -> str:
     dashes = f' stroke-dasharray="{" ".join(f"{2 * d:g}" for d in look.dashes)}"' if look.dashes else ""
     parts = [f'<path d="M0 {height / 2:g}H{width}" stroke-width="2"{dashes}/>']
     if look.fill:
-        marker = MarkerStyle(MARKERS[arm], look.fill)
+        fill: Any = look.fill
+        marker: Any = MarkerStyle(MARKERS[arm], fill)
         shapes = [(marker.get_path(), marker.get_transform(), look.fill != "none")]
         if marker.get_alt_path() is not None:
             shapes.append((marker.get_alt_path(), marker.get_alt_transform(), False))
         for path, transform, is_filled in shapes:
             outlines = path.transformed(transform).to_polygons()
-            fill = "currentColor" if is_filled else "var(--card)"
-            parts.append(f'<path d="{"".join(map(outline, outlines))}" fill="{fill}" stroke-width="1.2"/>')
+            paint = "currentColor" if is_filled else "var(--card)"
+            parts.append(f'<path d="{"".join(map(outline, outlines))}" fill="{paint}" stroke-width="1.2"/>')
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return (
         f'<svg class="key" {size} fill="none" stroke="currentColor" aria-hidden="true">{"".join(parts)}</svg>'

@@ -112,7 +112,7 @@ def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look) -> None:
         return
     line = sorted(means(axes, rows) for rows in [*axes.settings(curve.start), *groups])
     colour, marker = COLOURS[curve.arm], MARKERS[curve.arm]
-    through = np.array(line).T  # whose markers are drawn with their bars, but for the legend's
+    through: Any = np.array(line).T  # whose markers are drawn with their bars, but for the legend's
     through = along(*through) if axis.get_xscale() == "log" else through
     axis.plot(*through, **line_look(curve, look), markevery=[], zorder=2, label=curve.label)
     if max(map(len, groups)) > 1:
@@ -322,7 +322,7 @@ def compose(panels: Sequence[Panel], title: str) -> Any:
     if legend:
         columns = num_columns if max(map(len, legend)) <= LEGEND_CHARACTERS else 1
         labels = [textwrap.fill(label, LEGEND_CHARACTERS * num_columns // columns) for label in legend]
-        place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        place: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False}
         figure.legend(list(legend.values()), labels, **place)
         num_lines = sum(label.count("\n") + 1 for label in labels) / columns
         figure.set_figheight(height + LEGEND_LINE * (num_lines + 1))

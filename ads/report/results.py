@@ -322,7 +322,8 @@ def plain(value: object) -> Any:
 def default_of(key: str) -> Any:
     """The default of a column's setting, as the column holds it; None where it is no key of a stage."""
     stage, _, name = key.rpartition(".")
-    field = CONFIGS.get(stage, GenConfig).__pydantic_fields__.get(name)
+    config: Any = CONFIGS.get(stage, GenConfig)
+    field = config.__pydantic_fields__.get(name)
     return None if field is None else plain(field.default)
 
 
