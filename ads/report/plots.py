@@ -17,7 +17,7 @@ from ads.report import results
 from ads.report.compare import Match
 from ads.report.curves import Axes, Curve, all_rows, by_setting, knobs, pooled
 from ads.report.looks import COLOURS, LEVEL, LOOKS, MARKERS, Look, looks, variable
-from ads.report.numbers import seed_interval, show_percent, show_seeds
+from ads.report.numbers import is_number, seed_interval, show_percent, show_seeds
 from ads.report.results import ANSWERS, PRICES, Number, Rows, show_knob
 from ads.report.words import elicited, headline, in_points, mark
 from ads.stage import files
@@ -255,7 +255,7 @@ def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> None:
             style = line_look(curve, look) | {"markersize": 6, "markevery": list(np.flatnonzero(owned))}
             axis.plot(x, y, label=curve.label, **style)
     values = [row.number(number.column) for row in all_rows(curves)]
-    if number.is_log and spans_widely([value for value in values if value is not None]):
+    if number.is_log and spans_widely(list(filter(is_number, values))):
         set_log(axis, "y")
     if number.axis == "share":
         axis.yaxis.set_major_formatter(show_share)
