@@ -41,16 +41,25 @@ class Corruption:
 
         key: the row's, a 0-dimensional int64 tensor on the CPU.
         """
-        first = self.first_of_number(ids)
-        if first is None or draw(key, first, 0) >= self.share:
-            return ids[-1]
-        text = chat.response_text(self.tokenizer, ids[:first], frozenset())
-        if not BEFORE_RESULT.search(text) or OPEN_BOX.search(text):
+        first = self.first_of_result(ids, key)
+        if first is None:
             return ids[-1]
         is_first = first == len(ids) - 1  # this one makes the number a wrong one, and not of fewer digits
         alike = self.alike[self.shapes[ids[-1]]]
         options = [i for i, digits in alike if not is_first or (i != ids[-1] and digits[0] != "0")]
         return options[int(draw(key, len(ids) - 1, 1) * len(options))] if options else ids[-1]
+
+    def first_of_result(self, ids, key):
+        """Index of the first token of the result that ids end with; None where that is not corrupted."""
+        first = self.first_of_number(ids)
+        if first is None or draw(key, first, 0) >= self.share:
+            return None
+        text = chat.response_text(self.tokenizer, ids[:first], frozenset())
+        return first if BEFORE_RESULT.search(text) and not OPEN_BOX.search(text) else None
+
+    def places(self, ids, key):
+        """Indices of the tokens of corrupted results in a response that was sampled with this row's key."""
+        return [k for k in range(len(ids)) if self.first_of_result(ids[: k + 1], key) is not None]
 
     def first_of_number(self, ids):
         """Index of the first token of the number that ids end with; None where they end with none."""

@@ -1,4 +1,4 @@
-"""Teacher-forced log-probabilities and Delta of ids that are given."""
+"""Teacher-forced log-probabilities and scores of ids that are given."""
 
 import torch
 
@@ -11,33 +11,36 @@ REPLAYED_TOKENS = 256  # at once: their logits over the vocabulary are held some
 
 @torch.inference_mode()
 def replay(models, distribution, seed, request, response):
-    """What was thought of a given response: a list of (clean, adjusted, Delta) per token.
+    """What was thought of a given response: a list of (clean, adjusted, score) per token; of models without
+    a proxy (clean,).
 
     clean and adjusted are the token's probabilities under softmax(log p_T / tau) and under eq. 11, both
-    before truncation; Delta is in nats per unit of g. The response is read like a prompt, in chunks.
+    before truncation; the score, such as Delta, is in nats. The response is read like a prompt, in chunks.
     """
     num_prompt_tokens, given = len(request.prompt_ids), response[:-1]
     models.allocate(1, num_prompt_tokens + len(given))
-    logits_1R, delta_1V = (m.prefill([request.prompt_ids], 0) for m in (models.teacher, models.proxy))
-    judged = [judge(models, distribution, seed, request, response[:1], 0, logits_1R, delta_1V)]
+    read = [m.prefill([request.prompt_ids], 0) for m in models.both]
+    judged = [judge(models, distribution, seed, request, response[:1], 0, *read)]
     for first in range(0, len(given), REPLAYED_TOKENS):
         ids, length = given[first : first + REPLAYED_TOKENS], num_prompt_tokens + first
-        logits_TR, delta_TV = (m.extend(ids, length) for m in (models.teacher, models.proxy))
+        read = [m.extend(ids, length) for m in models.both]
         judged_ids = response[first + 1 : first + 1 + len(ids)]
-        judged.append(judge(models, distribution, seed, request, judged_ids, first + 1, logits_TR, delta_TV))
+        judged.append(judge(models, distribution, seed, request, judged_ids, first + 1, *read))
     return torch.cat(judged).tolist()
 
 
-def judge(models, distribution, seed, request, ids, first, logits_TR, delta_TV):
-    """(clean probability, adjusted probability, Delta) of each of a row's tokens `first`, ..., (T, 3)."""
+def judge(models, distribution, seed, request, ids, first, logits_TR, proxy_TV=None):
+    """(clean probability, adjusted probability, score) of each of a row's tokens `first`, ..., (T, 3); the
+    first alone, (T, 1), where no proxy gives anything."""
     log_probs_TV = sampling.log_probs(logits_TR, models.allowed_V)
     tokens_T = torch.tensor(ids, device=log_probs_TV.device)
     keys_T = torch.full_like(tokens_T, sampling.row_key(seed, request.id))
     steps_T = first + torch.arange(len(ids), device=keys_T.device)
-    clean = sampling.adjust(log_probs_TV, None, distribution, keys_T, steps_T)
-    adjusted = sampling.adjust(log_probs_TV, delta_TV, distribution, keys_T, steps_T)
+    found = [sampling.adjust(log_probs_TV, None, distribution, keys_T, steps_T).log_q_BV.softmax(-1)]
+    if proxy_TV is not None:
+        adjusted = sampling.adjust(log_probs_TV, proxy_TV, distribution, keys_T, steps_T)
+        found += [adjusted.log_q_BV.softmax(-1), adjusted.score_BV]
     index_T1 = tokens_T[:, None]
-    found = clean.log_q_BV.softmax(-1), adjusted.log_q_BV.softmax(-1), adjusted.score_BV
     return torch.cat([values.gather(1, index_T1) for values in found], dim=1)
 
 

@@ -2,12 +2,14 @@
 
 The one-step test: does a step of gradient descent on the traces lower the proxy's holdout loss (as clean
 traces do) or raise it (as Delta promises, to first order)? The contrasts: for a few problems the clean trace
-beside the ADS one, both drawn with the same random numbers, and what Delta did to each token.
+beside the defended one, both drawn with the same random numbers, and what the defence did to each token.
 """
 
 import dataclasses
 
-from ads import chat
+import torch
+
+from ads import chat, sampling
 from ads.decode.engine import Models, generate
 from ads.decode.replay import replay
 from ads.decode.rows import Request
@@ -35,11 +37,12 @@ def one_step(model, taught, holdout, step_length, world):
 
 
 def contrasts(models, distribution, seed, tokenizer, rows, grade, num_slots):
-    """Per row {id, problem, solution, clean, ads}: two traces with the probabilities of each token.
+    """Per row {id, problem, solution, clean, defended}: two traces with the probabilities of each token.
 
     rows: dicts with id, problem, solution, prompt_ids, response_ids, finished, max_new_tokens; grade(row,
-    text) says whether a response is correct. Each side: {finished, is_correct, tokens}, a token being [text,
-    clean probability, probability with Delta, Delta (nats per unit of g)].
+    text) says whether a response is correct. Each side: {finished, is_correct, tokens, replaced}, a token
+    being [text, clean probability, probability with the score, score (nats; Delta's per unit of g)], without
+    a proxy [text, clean probability]; replaced: the places of those put there by a corruption.
     """
     plain = Models(models.teacher, None, models.allowed_V, models.eos)
     clean_distribution = dataclasses.replace(distribution, lam=0.0)
@@ -48,13 +51,16 @@ def contrasts(models, distribution, seed, tokenizer, rows, grade, num_slots):
     found = []
     for row, request in zip(rows, requests, strict=True):
         clean = completions[row["id"]]
-        sides = {"clean": (clean.ids, clean.finished), "ads": (row["response_ids"], row["finished"])}
+        sides = {"clean": (clean.ids, clean.finished), "defended": (row["response_ids"], row["finished"])}
         problem = {key: row[key] for key in ("id", "problem", "solution")}
         for side, (ids, finished) in sides.items():
             is_correct = grade(row, chat.response_text(tokenizer, ids, models.eos))
             judged = replay(models, distribution, seed, request, ids)
             tokens = describe_tokens(tokenizer, ids, judged)
-            problem[side] = {"finished": finished, "is_correct": is_correct, "tokens": tokens}
+            problem[side] = {"finished": finished, "is_correct": is_correct, "tokens": tokens, "replaced": []}
+        if models.corruption:
+            key = torch.tensor(sampling.row_key(seed, row["id"]))
+            problem["defended"]["replaced"] = models.corruption.places(row["response_ids"], key)
         found.append(problem)
     return found
 

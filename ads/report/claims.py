@@ -101,22 +101,24 @@ def make_claims(curves: Sequence[Curve], baselines: Rows, draws: Draws) -> list[
 
 
 def choose_arms(curves: Sequence[Curve]) -> dict[str, Curve]:
-    """{arm: curve} that share all settings but those of Delta; of several, those with the most settings."""
+    """{arm: curve} that share all settings but those of Delta; of several, one without a cap, and of these
+    one with the most settings."""
     pairs = pair_up(curves)
     candidates = [pair for pair in pairs if pair[1].arm == "ADS"]
     candidates = candidates or [(curve, curve) for curve in curves if curve.arm == "temperature"]
     if not candidates:
         return {}
-    baseline, _ = max(candidates, key=lambda pair: num_settings(pair[1]))
+    baseline, _ = max(candidates, key=lambda pair: weight(pair[1]))
     arms = {"temperature": baseline}
     for first, curve in pairs:
-        if first is baseline and num_settings(curve) > num_settings(arms.get(curve.arm)):
+        if first is baseline and weight(curve) > weight(arms.get(curve.arm)):
             arms[curve.arm] = curve
     return arms
 
 
-def num_settings(curve: Curve | None) -> int:
-    return len(by_setting(curve.points)) if curve else 0
+def weight(curve: Curve | None) -> tuple[bool, int]:
+    """By which one of several curves of an arm is chosen: whether it has no cap, the number of settings."""
+    return (not curve.caps, len(by_setting(curve.points))) if curve else (False, 0)
 
 
 def base_claim(temperature: Curve, baselines: Rows) -> Claim:

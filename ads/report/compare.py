@@ -121,14 +121,15 @@ def compare(pairs: Pairs, levels: Mapping[str, Levels], draws: Draws, price: str
     matches = []
     for axes in (Axes(answers, price) for answers in ANSWERS):
         for first, curve in pairs:
-            name = curve.arm if arms.count(curve.arm) == 1 else curve.short_label
+            name = curve.arm if arms.count(curve.arm) == 1 and not curve.caps else curve.short_label
             found = compare_pair(axes, first, curve, name, levels[axes.answers], draws)
-            matches += found if curve.arm == "ADS" else without_gaps(found)
+            matches += found if curve.arm == "ADS" and not curve.caps else without_gaps(found)
     return matches
 
 
 def without_gaps(matches: list[Match]) -> list[Match]:
-    """The matches of a control where both arms are; one of them, which says so, where they never are."""
+    """The matches of a control or a capped curve where both arms are; one, which says so, where they never
+    are."""
     return [match for match in matches if match.num_seeds] or matches[:1]
 
 

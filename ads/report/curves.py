@@ -60,6 +60,17 @@ class Curve:
         arm, *parts = self.label.split(", ")
         return f"{arm} ({', '.join(part for part in parts if not part.startswith(SYMBOLS['lam']))})"
 
+    @property
+    def name(self) -> str:
+        """The label without the knobs, as in "ADS, top-1 kept"."""
+        parts = self.label.split(", ")
+        return ", ".join(part for part in parts if not part.startswith(tuple(SYMBOLS.values())))
+
+    @property
+    def caps(self) -> list[str]:
+        """The caps that are set, in words."""
+        return self.points[0].row.caps
+
 
 def group_by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     """{key: items}, each group in order."""
@@ -87,10 +98,23 @@ def make_curves(points: Iterable[Point]) -> list[Curve]:
     """The curves through the complete points, in the order of the arms."""
     points = pool_copies(points)
     names = [key for key in results.differing([point.row for point in points]) if key not in results.SEEDS]
+    groups = list(group_by(points, curve_of).values())
+    told = {key: left_out(key, [group[0].row for group in groups]) for key in names}
     return [
-        Curve(group[0].row.arm, curve_label(group, names), group, find_start(points, group[0].row))
-        for group in group_by(points, curve_of).values()
+        Curve(group[0].row.arm, curve_label(group, told), group, find_start(points, group[0].row))
+        for group in groups
     ]
+
+
+def left_out(key: str, curves: Rows) -> Any:
+    """The value of a setting that labels do not name: its default where all curves but one have that, which
+    are two or more; else None.
+
+    curves: a row of each.
+    """
+    values = [row.number(key) for row in curves if row.number(key) is not None]
+    default = results.default_of(key)
+    return default if len(values) > 2 and values.count(default) == len(values) - 1 else None
 
 
 def curve_of(point: Point) -> tuple:
@@ -106,16 +130,19 @@ def find_start(points: Points, first: ResultRow) -> list[Point]:
     return [p for p in plain if (p.row.tau, results.identity(p.row, False)) == wanted]
 
 
-def curve_label(points: Points, names: Iterable[str]) -> str:
-    """The arm, the range of its knob, and the settings in which curves differ."""
+def curve_label(points: Points, told: Mapping[str, Any]) -> str:
+    """The arm, the range of its knob, and the settings in which curves differ.
+
+    told: {setting: the value that is not named}.
+    """
     columns = [point.row.columns for point in points]
     first, parts = columns[0], [points[0].row.arm]
     for key in ("tau", "lam") if points[0].row.lam else ("tau",):
         values = results.values_of(columns, key)
         ends = dict.fromkeys((values[0], values[-1]))
         parts.append(f"{SYMBOLS[key]} = {' to '.join(map(show_setting, ends))}")
-    named = [name for name in names if first.get(name) is not None]
-    parts += [f"{results.show_name(name)} {show_setting(first[name])}" for name in named]
+    named = [name for name, default in told.items() if first.get(name) not in (None, default)]
+    parts += [results.show_named(name, first[name]) for name in named]
     return ", ".join(parts)
 
 

@@ -57,6 +57,11 @@ class Findings:
         return all_rows(self.curves)
 
     @property
+    def graded_by(self) -> dict[str, str]:
+        """The part of ANSWERS by which tests were graded."""
+        return answers_of([*self.baselines, *self.tested])
+
+    @property
     def sidecars(self) -> list[Sidecar]:
         return [sidecar for experiment in self.experiments for sidecar in experiment.sidecars]
 

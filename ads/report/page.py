@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ads.delta import agreement_table
+<<<<<<< HEAD
 from ads.report import attack_tables, claims, detect, findings, numbers, plots, reader, tables, words
+=======
+from ads.report import claims, findings, looks, numbers, plots, reader, tables, words
+>>>>>>> r19
 from ads.report.compare import Match
 from ads.report.curves import Curve
 from ads.report.details import Line
@@ -20,6 +24,7 @@ from ads.report.results import ANSWERS, PRICES, Rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # whose functions the template calls
+<<<<<<< HEAD
 MODULES = (agreement_table, attack_tables, claims, detect, findings, numbers, plots, tables, words)
 # of markers
 GLYPHS = dict(
@@ -32,6 +37,12 @@ GLYPHS = dict(
 BORDERS = dict(zip(plots.CURVE_STYLES, ("solid", "dashed", "dotted", "double"), strict=True))
 ONE_ATTACK = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another."
+=======
+MODULES = (agreement_table, claims, findings, looks, numbers, tables, words)
+ANY_NOTE = (
+    "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
+    "A fall of the raw accuracy is part of the price, even where forced answers hide it.",
+>>>>>>> r19
 )
 SEVERAL = "Students of {} attackers fine-tuned on the traces of one teacher; another attacker may do better."
 ANY_NOTE = "A fall of the raw accuracy is part of the price, even where forced answers hide it."
@@ -44,6 +55,7 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
     comparisons = {name: matched_tables(found.matches, name) for name in PRICES}
     matrix, cards = attack_tables.matrix_tables(found.attacked), attack_tables.card_cells(found.attacked)
     svgs, contrasts = plots.inline_svgs(panels), reader.load_contrasts(found.points)
+    has_price = {panel.price for panel in panels["tradeoff"]} | {name for name in PRICES if comparisons[name]}
     gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
     sections = {  # with whether there is anything in it
         "Trade-off": True,
@@ -79,6 +91,9 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             + own_legend(found.attacked.own_lines),
             comparisons=comparisons,
             prices=PRICES,
+            price_of={name: "" for name in sections}
+            | {f"Equal {p.words}": name for name, p in PRICES.items()},
+            shown_prices=[name for name in PRICES if name in has_price],
             one_step=one_step,
             gradients=gradients,
             contrasts=contrasts,
@@ -112,12 +127,12 @@ def script_hash() -> str:
 
 def legend(curves: Sequence[Curve], baselines: Rows) -> list[dict[str, str]]:
     """What each line of the trade-off is, without repetitions."""
-    lines = [(curve.arm, BORDERS[style], curve.label) for curve, style in plots.line_styles(curves)]
+    lines = [(curve.arm, look, curve.label) for curve, look in looks.looks(curves)]
     drawn = [label for answers in ANSWERS for label in words.elicited(baselines, answers)]
-    lines += [("undistilled", BORDERS["--"], label) for label in drawn]
+    lines += [("undistilled", looks.LEVEL, label) for label in drawn]
     return [
-        {"colour": plots.variable(arm), "border": border, "glyph": GLYPHS[plots.MARKERS[arm]], "label": label}
-        for arm, border, label in dict.fromkeys(lines)
+        {"colour": looks.variable(arm), "key": looks.key_svg(arm, look), "label": label}
+        for arm, look, label in dict.fromkeys(lines)
     ]
 
 
@@ -144,6 +159,6 @@ def matched_line(match: Match) -> dict[str, Any]:
     difference, *ends = [number.replace("-", "\N{MINUS SIGN}") for number in shown] or [""]
     below = [f"[{f',{NBSP}'.join(ends)}]", numbers.interval_kind(match.num_seeds)] if ends else [match.note]
     dots = [(match.temperature, "temperature"), (match.student, match.arm)]
-    dots = [(100 * share, plots.variable(arm)) for share, arm in dots if share is not None]
+    dots = [(100 * share, looks.variable(arm)) for share, arm in dots if share is not None]
     bar = sorted(share for share, _ in dots) if len(dots) == 2 else []
     return {"match": match, "dots": dots, "bar": bar, "difference": difference, "below": below}

@@ -2,7 +2,9 @@
 
 import functools
 import io
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from ads.arms import ARMS, LABELS
+from ads.arms import LABELS
 from ads.report import results
 from ads.report.compare import Match
 from ads.report.curves import Axes, Curve, all_rows, by_setting, knobs, pooled
-from ads.report.numbers import seed_interval, show_percent, show_seeds
+from ads.report.looks import COLOURS, LEVEL, LOOKS, MARKERS, Look, looks, variable
+from ads.report.numbers import is_number, seed_interval, show_percent, show_seeds
 from ads.report.results import ANSWERS, PRICES, Number, Rows, show_knob
 from ads.report.words import elicited, headline, in_points, mark
 from ads.stage import files
 
-COLOURS = {arm.label: arm.colour for arm in ARMS}
-DARK_COLOURS = {arm.label: arm.dark_colour for arm in ARMS}
-MARKERS = {arm.label: arm.marker for arm in ARMS}
 INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"  # as in STYLE
-CURVE_STYLES = ("-", "--", ":", "-.")  # of several curves of one arm
 PANEL_SIZE = (4.6, 3.6)  # inches
+MOST_LOSS_MARKERS = 6  # on a line
+WIDE_SPAN = 50  # of prices, from the least to the largest
+LEGEND_LINE = 0.21  # inches
+LEGEND_CHARACTERS = 56  # that fit beside a line's key into the width of a panel
 NO_CONTROLS = ("temperature", "ADS", "negative lambda", "undistilled")
 KNOBS = (  # of which arms there is a panel; the gradient's two share one
     *(("tau", ("temperature",)), ("lam", ("ADS", "negative lambda"))),
@@ -35,10 +38,11 @@ STYLE = Path(__file__).with_suffix(".mplstyle")
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes; `draw(axis)` fills it."""
+    """One set of axes; `draw(axis)` fills it. `price`: what it is about, where there is one panel of each."""
 
     title: str
     draw: Callable[[Any], None]
+    price: str = ""
 
 
 Panels = Mapping[str, Sequence[Panel]]  # by the name of the plot
@@ -54,7 +58,7 @@ def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Matc
                 shown = gap if gap and (gap.answers, gap.price) == (answers, axes.price) else None
                 price = "" if axes.price == "accuracy" else f", price in {PRICES[axes.price].short}"
                 draw = functools.partial(draw_tradeoff, axes, curves, baselines, shown)
-                panels["tradeoff"].append(Panel(f"{name.capitalize()} answers{price}", draw))
+                panels["tradeoff"].append(Panel(f"{name.capitalize()} answers{price}", draw, axes.price))
         panels["knobs"] += knob_panels(Axes(answers), curves)
     for number in results.NUMBERS:
         if number.title and any(number.column in row.columns for row in rows):
@@ -70,21 +74,22 @@ def show_share(value: float, _position: int | None = None) -> str:
     return show_percent(value)
 
 
-def line_styles(curves: Sequence[Curve]) -> list[tuple[Curve, str]]:
-    """Each curve with its style of line; the curves of one arm differ."""
-    seen = [curve.arm for curve in curves]
-    numbers = [seen[:i].count(arm) % len(CURVE_STYLES) for i, arm in enumerate(seen)]
-    return [(curve, CURVE_STYLES[number]) for curve, number in zip(curves, numbers, strict=True)]
-
-
 def draw_tradeoff(axes: Axes, curves: Sequence[Curve], baselines: Rows, gap: Match | None, axis: Any) -> None:
     """Students against a price, a line an arm, seeds as dots, the undistilled student across as it answers
     when asked in the best way."""
-    for curve, style in line_styles(curves):
-        draw_curve(axis, axes, curve, style)
+    if PRICES[axes.price].unit and spans_widely(
+        [axes.place(row)[0] for row in axes.graded_rows(all_rows(curves))]
+    ):
+        set_log(axis, "x")
+    for curve, look in looks(curves):
+        draw_curve(axis, axes, curve, look)
+    for curve, look in looks(curves):
+        if look == LOOKS[0]:
+            label_ends(axis, axes, curve)
     for label, rows in elicited(baselines, axes.answers).items():
         share, low, high = pooled(rows, "student", axes.answers)
-        axis.axhline(share, color=COLOURS["undistilled"], linestyle="--", linewidth=1.2, label=label)
+        style = {"color": COLOURS["undistilled"], "linestyle": LEVEL.of_line, "linewidth": 1.2}
+        axis.axhline(share, label=label, **style)
         axis.axhspan(low, high, color=COLOURS["undistilled"], alpha=0.13, linewidth=0)
     if gap:
         draw_gap(axis, gap)
@@ -94,38 +99,74 @@ def draw_tradeoff(axes: Axes, curves: Sequence[Curve], baselines: Rows, gap: Mat
         axis.xaxis.set_major_formatter(show_share)
 
 
-def draw_curve(axis: Any, axes: Axes, curve: Curve, style: str) -> None:
+def line_look(curve: Curve, look: Look) -> dict[str, Any]:
+    """What draws a curve's line and markers."""
+    style = {"color": COLOURS[curve.arm], "linestyle": look.of_line, "linewidth": 1.6}
+    return style | {"marker": MARKERS[curve.arm], "fillstyle": look.fill, "markersize": 7}
+
+
+def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look) -> None:
     """A line through the means over seeds, from the curve's start on; error bars both ways, seeds as dots."""
     groups = axes.settings(curve.points)
     if not groups:
         return
     line = sorted(means(axes, rows) for rows in [*axes.settings(curve.start), *groups])
     colour, marker = COLOURS[curve.arm], MARKERS[curve.arm]
-    axis.plot(*zip(*line, strict=True), color=colour, linestyle=style, linewidth=1.6, zorder=2)
+    through: Any = np.array(line).T  # whose markers are drawn with their bars, but for the legend's
+    through = along(*through) if axis.get_xscale() == "log" else through
+    axis.plot(*through, **line_look(curve, look), markevery=[], zorder=2, label=curve.label)
     if max(map(len, groups)) > 1:
         dots = zip(*(axes.place(row) for rows in groups for row in rows), strict=True)
         axis.scatter(*dots, s=9, color=colour, marker=marker, alpha=0.4, linewidth=0, zorder=1)
     x, x_bars = price_bars(axes, groups)
     y, y_bars = error_bars(groups, "student", axes.answers)
-    look = {"fmt": marker, "color": colour, "markersize": 5.5, "elinewidth": 1, "zorder": 3}
-    drawn = axis.errorbar(x, y, y_bars, x_bars, label=curve.label, **look)
+    style = line_look(curve, look) | {"linestyle": "none", "elinewidth": 1, "zorder": 3}
+    drawn = axis.errorbar(x, y, y_bars, x_bars, **style)
     for bars in drawn[2]:
         bars.set_alpha(0.45)
-    if len(groups) > 1 and style == CURVE_STYLES[0]:
-        label_ends(axis, curve.arm, [show_knob(rows[0]) for rows in groups], x, y, axes.price)
 
 
-def label_ends(axis: Any, arm: str, texts: Sequence[str], x: np.ndarray, y: np.ndarray, price: str) -> None:
+def label_ends(axis: Any, axes: Axes, curve: Curve) -> None:
     """Arm and knob beside the marker of the highest price; of accuracies, the knob beside the other end."""
-    style = {"fontsize": 8.5, "color": COLOURS[arm], "textcoords": "offset points", "zorder": 4}
-    lowest, highest = int(np.argmin(x)), int(np.argmax(x))
-    below = (-4, 8) if arm == "temperature" else (-4, -14)
-    if price != "accuracy":  # all curves begin close together
-        axis.annotate(f"{arm}, {texts[highest]}", (x[highest], y[highest]), below, ha="right", **style)
+    groups = axes.settings(curve.points)
+    if len(groups) < 2:
         return
-    side = "right" if x[lowest] > np.mean(axis.get_xlim()) else "left"  # no label leaves the plot
-    axis.annotate(f"{arm}, {texts[lowest]}", (x[lowest], y[lowest]), below, ha=side, **style)
-    axis.annotate(texts[highest], (x[highest], y[highest]), (8, -3), **style)
+    places, texts = [means(axes, rows) for rows in groups], [show_knob(rows[0]) for rows in groups]
+    style = {"fontsize": 8.5, "color": COLOURS[curve.arm], "textcoords": "offset points", "zorder": 4}
+    lowest, highest = places.index(min(places)), places.index(max(places))
+    named = lowest if axes.price == "accuracy" else highest
+    side = "right" if share_across(axis, places[named][0]) > 0.5 else "left"  # no label leaves the plot
+    beside = (-4 if side == "right" else 4, 8 if curve.arm == "temperature" else -14)
+    axis.annotate(f"{curve.arm}, {texts[named]}", places[named], beside, ha=side, **style)
+    if axes.price == "accuracy":  # by other prices all curves begin close together
+        axis.annotate(texts[highest], places[highest], (8, -3), **style)
+
+
+def share_across(axis: Any, x: float) -> float:
+    """How far from the left, 0, to the right, 1, an x lies."""
+    place = axis.transData.transform((x, 0.5))  # an accuracy, which is on no log scale
+    return float(axis.transAxes.inverted().transform(place)[0])
+
+
+def spans_widely(prices: Sequence[float]) -> bool:
+    """Whether prices need a log scale: a text that nobody would sample costs hundreds of times more."""
+    return min(prices, default=0) > 0 and max(prices) > WIDE_SPAN * min(prices)
+
+
+def set_log(axis: Any, which: str) -> None:
+    """A log scale, x or y, whose ticks are plain numbers."""
+    from matplotlib.ticker import NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    scaled = {"x": axis.xaxis, "y": axis.yaxis}[which]
+    scaled.set_major_formatter("{x:g}")
+    scaled.set_minor_formatter(NullFormatter())
+
+
+def along(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Points of a broken line, dense enough to be one on a log scale as well."""
+    dense = np.unique(np.concatenate([x, *(np.linspace(*ends, 30) for ends in itertools.pairwise(x))]))
+    return dense, np.interp(dense, x, y)
 
 
 def draw_gap(axis: Any, gap: Match) -> None:
@@ -182,16 +223,16 @@ def knob_panels(axes: Axes, curves: Sequence[Curve]) -> Iterable[Panel]:
 
 def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> None:
     """The teacher's and the student's accuracy against a knob."""
-    for curve, style in line_styles(curves):
+    for curve, look in looks(curves):
         groups = axes.settings(curve.line)
         x = [rows[0].number(key) for rows in groups]
         end = int(np.argmax(x))
-        looks = {"teacher": ("x", MUTED), "student": (MARKERS[curve.arm], COLOURS[curve.arm])}
-        for who, (marker, colour) in looks.items():
+        student = line_look(curve, look) | {"markersize": 6, "elinewidth": 0.8}
+        teacher = student | {"marker": "x", "color": MUTED}
+        for who, style in (("teacher", teacher), ("student", student)):
             y, bars = error_bars(groups, who, axes.answers)
-            look = {"marker": marker, "color": colour, "linestyle": style, "markersize": 5, "elinewidth": 0.8}
-            axis.errorbar(x, y, bars, **look)
-            place = {"textcoords": "offset points", "fontsize": 8.5, "color": colour}
+            axis.errorbar(x, y, bars, **style)
+            place = {"textcoords": "offset points", "fontsize": 8.5, "color": style["color"]}
             axis.annotate(who, (x[end], y[end]), (7, -3), **place)
     axis.margins(x=0.14)
     axis.set(xlabel=results.SYMBOLS[key])
@@ -201,7 +242,7 @@ def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> None:
 def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> None:
     """A number of the training traces against the teacher's accuracy."""
     axes = Axes(main_answers(curves))
-    for curve, style in line_styles(curves):
+    for curve, look in looks(curves):
         line = []
         for group in axes.settings(curve.line):
             rows = [row for row in group if number.column in row.columns]
@@ -211,8 +252,11 @@ def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> None:
                 line.append((axes.mean_price(rows), value, is_own))
         if line:
             x, y, owned = zip(*sorted(line), strict=True)
-            look = {"color": COLOURS[curve.arm], "marker": MARKERS[curve.arm], "linestyle": style}
-            axis.plot(x, y, markersize=5, markevery=list(np.flatnonzero(owned)), label=curve.label, **look)
+            style = line_look(curve, look) | {"markersize": 6, "markevery": list(np.flatnonzero(owned))}
+            axis.plot(x, y, label=curve.label, **style)
+    values = [row.number(number.column) for row in all_rows(curves)]
+    if number.is_log and spans_widely(list(filter(is_number, values))):
+        set_log(axis, "y")
     if number.axis == "share":
         axis.yaxis.set_major_formatter(show_share)
         axis.set_ylim(top=1.003)
@@ -244,24 +288,27 @@ def loss_lines(curve: Curve, part: str) -> list[tuple[float, tuple[int, ...], np
     ]
 
 
-def draw_losses(part: str, curves: Iterable[Curve], axis: Any) -> None:
+def draw_losses(part: str, curves: Sequence[Curve], axis: Any) -> None:
     """Losses of the students during training; the paler, the weaker the arm's knob."""
-    for curve in curves:
+    for curve, look in looks(curves):
         for strength, steps, losses in loss_lines(curve, part):
-            label = curve.label if strength == 1 else None
-            look = {"color": COLOURS[curve.arm], "alpha": 0.3 + 0.7 * strength, "label": label}
-            axis.plot(steps, losses, marker="." if len(steps) < 9 else "", **look)
+            style = line_look(curve, look) | {"markersize": 6, "alpha": 0.3 + 0.7 * strength}
+            style["markevery"] = -(-len(steps) // MOST_LOSS_MARKERS)
+            axis.plot(steps, losses, label=curve.label if strength == 1 else None, **style)
     axis.set(xlabel="training step", ylabel="nats/token")
 
 
 def compose(panels: Sequence[Panel], title: str) -> Any:
-    """A figure of panels side by side, at most two in a row, with the legend of all below."""
+    """A figure of panels side by side, at most two in a row, with the legend of all below.
+
+    It grows with its legend: the axes of a figure of a fixed height collapsed under a long one.
+    """
     from matplotlib.figure import Figure
 
     num_columns = min(2, len(panels))
     num_rows = -(-len(panels) // num_columns)
-    size = (PANEL_SIZE[0] * num_columns, PANEL_SIZE[1] * num_rows + 0.7)
-    figure = Figure(figsize=size, layout="constrained")
+    width, height = PANEL_SIZE[0] * num_columns, PANEL_SIZE[1] * num_rows + 0.3
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     legend: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=False):
@@ -271,12 +318,14 @@ def compose(panels: Sequence[Panel], title: str) -> Any:
         legend |= dict(zip(labels, handles, strict=True))
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, LEGEND_CHARACTERS * num_columns))
     if legend:
-        columns = 1 if max(map(len, legend)) > 50 else 2
-        figure.legend(
-            list(legend.values()), list(legend), loc="outside lower center", ncols=columns, frameon=False
-        )
+        columns = num_columns if max(map(len, legend)) <= LEGEND_CHARACTERS else 1
+        labels = [textwrap.fill(label, LEGEND_CHARACTERS * num_columns // columns) for label in legend]
+        place: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        figure.legend(list(legend.values()), labels, **place)
+        num_lines = sum(label.count("\n") + 1 for label in labels) / columns
+        figure.set_figheight(height + LEGEND_LINE * (num_lines + 1))
     return figure
 
 
@@ -294,13 +343,13 @@ def write_plots(folder: Path, panels: Panels, title: str) -> None:
                     figure.set_layout_engine("none")  # laid out once: it is half of the time
 
 
-def inline_svgs(panels: Panels) -> dict[str, list[tuple[str, str]]]:
-    """{name: [(title, <svg> text)]}, each panel by itself, for a page that defines the colours."""
+def inline_svgs(panels: Panels) -> dict[str, list[tuple[Panel, str]]]:
+    """{name: [(panel, <svg> text)]}, each panel by itself, for a page that defines the colours."""
     from matplotlib import style
 
     with style.context(STYLE):
         return {
-            name: [(panel.title, inline_svg(panel, f"{name}{i}-")) for i, panel in enumerate(drawn)]
+            name: [(panel, inline_svg(panel, f"{name}{i}-")) for i, panel in enumerate(drawn)]
             for name, drawn in panels.items()
         }
 
@@ -329,8 +378,3 @@ def replace_colours(svg: str) -> str:
     names = {INK: "ink", MUTED: "muted", GRID: "grid"}
     names |= {colour: variable(arm) for arm, colour in COLOURS.items()}
     return re.sub("|".join(names), lambda found: f"var(--{names[found[0]]})", svg)
-
-
-def variable(arm: str) -> str:
-    """Name of an arm's colour in the page's style sheet."""
-    return arm.replace(" ", "-").lower()

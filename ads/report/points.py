@@ -17,15 +17,40 @@ from ads.report.experiments import (
     trained,
 )
 from ads.report.numbers import short_name
+<<<<<<< HEAD
 from ads.report.recipes import NAIVE
 from ads.report.results import FILES, SPEED, STAGES, ResultRow, read_row
 from ads.stage import fingerprint, hub
+=======
+from ads.report.results import (
+    CAPS,
+    CONFIGS,
+    FILES,
+    KL,
+    NUM_MODELS,
+    SPEED,
+    STAGES,
+    ResultRow,
+    default_of,
+    plain,
+    read_row,
+)
+from ads.stage import files, fingerprint, hub, layout
+>>>>>>> r19
 from ads.stage.config import ignored_keys, make_config, to_dict
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
+<<<<<<< HEAD
 CAP_KEYS = ("max_kl", "keep_top1", "plausibility")  # of a defence by scores
 OTHER_STAGES = ("gradient", "samples", CLEAN)
 POINT_STAGES = ("teacher", "student", "train", "model", "attack")  # whose numbers a point has
+=======
+Sidecar = dict[str, Any]
+SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")
+TRACE_KEYS = ("exp_dir", "teacher", "is_teacher", "data_split", "few_shot", *SAMPLING_KEYS)
+POINT_STAGES = ("teacher", "student", "train", "model")  # whose numbers a point has
+MODEL_KEYS = ("student", "train_traces", "seed")
+>>>>>>> r19
 # Settings by which curves are not told apart. Those that ads.config does not compare (places, whose contents
 # count by fingerprint, and what concerns speed alone) are left out as well.
 NO_SETTING = {  # names, diagnostics, what changes rounding alone, and the seed, in which replicates differ
@@ -41,8 +66,8 @@ NO_ATTACK_SETTING = {  # of attack.py: places, names, what concerns speed alone,
     *("trace_name", "trace_colname", "dtype", "attn_implementation", "batch_size", "batch_tokens", "seed"),
 }
 OWN_COLUMNS = {  # settings of a stage that have a column without a dot, or that follow from another
-    "train": (*SAMPLING_KEYS, "defence", "direction_seed"),
-    "teacher": (*SAMPLING_KEYS, "defence", "direction_seed", "data_split"),
+    "train": (*SAMPLING_KEYS, "defence", "direction_seed", *CAPS),
+    "teacher": (*SAMPLING_KEYS, "defence", "direction_seed", *CAPS, "data_split"),
     "student": ("lam", "few_shot", "data_split"),
 }
 
@@ -54,7 +79,13 @@ def sampling(trace: Sidecar) -> Sidecar:
     defence = defence if values["lam"] or defence in TEXTS else None
     number = trace["config"].get("direction_seed") if defence == "random" else None
     eps = values["eps"] if has_delta(trace) else None
-    return values | {"eps": eps, "defence": defence, "direction_seed": number}
+    return values | {"eps": eps, "defence": defence, "direction_seed": number} | caps_of(trace)
+
+
+def caps_of(trace: Sidecar) -> dict[str, Any]:
+    """The caps that are set and have an effect."""
+    found = settings_of(trace, GenConfig)
+    return {key: found[key] for key in CAPS if key in found and found[key] != default_of(key)}
 
 
 def has_delta(trace: Sidecar) -> bool:
@@ -65,9 +96,7 @@ def has_delta(trace: Sidecar) -> bool:
 
 def sampled_from(trace: Sidecar) -> tuple[dict, dict]:
     """The settings and the files that traces of one grid point are sampled with."""
-    config, inputs = trace["config"], arm_of(trace["config"]).inputs
-    caps = {key: config.get(key) for key in CAP_KEYS} if "proxy_student" in inputs else {}
-    return sampling(trace) | caps, files_of(trace, "teacher", *inputs)
+    return sampling(trace), files_of(trace, "teacher", *arm_of(trace["config"]).inputs)
 
 
 def files_of(sidecar: Sidecar, *names: str) -> dict[str, Any]:
@@ -91,13 +120,6 @@ def settings_of(sidecar: Sidecar, cls: type) -> dict[str, Any]:
     values = to_dict(config) | sidecar["config"] | {key: value for key, value in dtypes.items() if value}
     left_out = ignored_keys(config) | NO_SETTING[cls]
     return {key: plain(value) for key, value in values.items() if key not in left_out}
-
-
-def plain(value: object) -> Any:
-    """A setting as a number or short text."""
-    if isinstance(value, bool | int | float):
-        return value
-    return "null" if value is None else short_name(str(value))
 
 
 def model_name(sidecar: Sidecar, key: str) -> str:
@@ -191,21 +213,32 @@ def make_point(stages: Mapping[str, Sidecar], attack: str = "") -> Point:
         columns[SPEED] = round(1000 / speed, 3)
     columns |= setting_columns(found)
     found.pop("gradient", None)
+<<<<<<< HEAD
     for stage in filter(found.get, POINT_STAGES):
         columns |= flatten(stage, found[stage]["stats"])
         columns |= flatten(f"{stage}_perturbation", found[stage].get("perturbation"))
+=======
+    for stage, sidecar in found.items():
+        columns |= flatten(stage, sidecar["stats"])
+        columns |= flatten(f"{stage}_perturbation", sidecar.get("perturbation"))
+    if train and columns["arm"] == "temperature" and NUM_MODELS in columns:  # older stages measured no price
+        columns[KL] = 0.0  # what is sampled is p itself
+>>>>>>> r19
     return Point(read_row(columns), found)
 
 
 def setting_columns(stages: Mapping[str, Sidecar]) -> dict[str, Any]:
     """{STAGE.SETTING: value} of a point's stages, and `recipe`, the fingerprint of the student's."""
-    classes = {"model": TrainConfig, "gradient": GradConfig}
     columns: dict[str, Any] = {}
     for stage in (name for name in STAGES if name in stages):
+<<<<<<< HEAD
         if stage == "attack":
             found = attack_settings(stages)
         else:
             found = settings_of(stages[stage], classes.get(stage, GenConfig)) | stage_files(stage, stages)
+=======
+        found = settings_of(stages[stage], CONFIGS.get(stage, GenConfig)) | stage_files(stage, stages)
+>>>>>>> r19
         own = OWN_COLUMNS.get(stage, ())
         columns |= {f"{stage}.{key}": value for key, value in found.items() if key not in own}
     recipe = {key: value for key, value in columns.items() if key.startswith("model.")}

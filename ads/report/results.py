@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from ads.report.numbers import is_number, show_count, show_number, show_percent, show_setting, show_signed
+from ads.report.numbers import (
+    is_number,
+    short_name,
+    show_count,
+    show_number,
+    show_percent,
+    show_setting,
+    show_signed,
+)
+from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
 Columns = Mapping[str, Any]
 ANSWERS = {"af": "forced", "raw": "raw"}  # the answers of a test that are graded, in the columns and in words
@@ -22,13 +31,24 @@ STAGES = dict(  # what a column STAGE.SETTING is called by
     **dict(gradient="gradient ", attack="attack "),
 )
 FILES = " files"  # ends the name of a setting that is the fingerprint of files
-DEFENCE_SETTINGS = (  # without lam they play no part
-    *("eps", "proxy_dtype", "proxy_student files", "grad_rank", "max_kl", "keep_top1", "plausibility"),
-)
+CAPS = {  # columns of a defence by scores, empty where they are not set; in words
+    "max_kl": "KL \N{LESS-THAN OR EQUAL TO} {}",
+    "keep_top1": "top-1 kept",
+    "plausibility": "plausibility {}",
+}
+DEFENCE_SETTINGS = (
+    "eps",
+    "proxy_dtype",
+    "proxy_student files",
+    "grad_rank",
+    *CAPS,
+)  # play no part without lam
+CONFIGS = {"model": TrainConfig, "gradient": GradConfig}  # of a column STAGE.SETTING; else GenConfig
 SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
 POOLED = "same settings and seed more than once, pooled"
 NO_SHARE = "left out, an accuracy that is no number from 0 to 1"
 SPEED = "train_ms_per_token"  # which depends on the machine
+KL, NUM_MODELS = "train_kl", "train_num_models"  # with SPEED, what a defence costs besides what it spoils
 ONE_STEP = "train_one_step_change"
 STEP_UNIT = "change of holdout loss, nats/token"
 
@@ -80,23 +100,27 @@ class Number:
     axis: str = ""
     show: Callable[[Any], str] = show_number
     is_always: bool = True  # else only where a row has it
+    is_log: bool = False  # drawn on a log scale where it spans so much
 
 
 NUMBERS = (
     Number("teacher_finished", "t.fin"),
     Number("student_finished", "s.fin"),
-    Number("train_teacher_nll", "nll", "nll", "How unlikely the traces are", "nats/token under the teacher"),
+    Number(
+        *("train_teacher_nll", "nll", "nll", "How unlikely the traces are", "nats/token under the teacher"),
+        is_log=True,
+    ),
     Number("train_num_tokens_p50", "tokens", "tokens", "Length of the traces", "median tokens", show_count),
     Number("train_finished", "", "finished", "Traces that finished", "share"),
     Number("model_holdout_loss", "loss", "student's loss"),
     Number(
         ONE_STEP, "step", "one step", "One step of the proxy on the traces", STEP_UNIT, show_signed, False
     ),
-    Number("train_kl", "kl", "KL", is_always=False),
+    Number(KL, "KL(q||p)", "KL(q||p)", is_always=False),
     Number("train_lam", "lam_t", "lam_t", is_always=False),
     Number("train_capped", "capped", "at a cap", is_always=False),
-    Number("train_num_models", "models", "models", show=show_count, is_always=False),
-    Number(SPEED, "", "ms/token", is_always=False),
+    Number(NUM_MODELS, "models", "models", show=show_count, is_always=False),
+    Number(SPEED, "ms/token", "ms/token", is_always=False),
 )
 
 
@@ -174,8 +198,13 @@ class ResultRow:
 
     @property
     def settings(self) -> list[str]:
-        """The columns that tell curves apart: SETTINGS, and those with a dot, STAGE.SETTING."""
-        return [*SETTINGS, *(key for key in self.columns if "." in key)]
+        """The columns that tell curves apart: CAPS, SETTINGS, and those with a dot, STAGE.SETTING."""
+        return [*CAPS, *SETTINGS, *(key for key in self.columns if "." in key)]
+
+    @property
+    def caps(self) -> list[str]:
+        """The caps that are set, in words."""
+        return [show_named(key, self.number(key)) for key in CAPS if self.number(key) is not None]
 
 
 Rows = Sequence[ResultRow]
@@ -251,15 +280,16 @@ def concerns_defence(key: str) -> bool:
 def differing(rows: Rows) -> list[str]:
     """The settings in which rows differ, as few as tell the rows apart.
 
-    The student's seed is one only where it is not the seed of the traces. Where a setting of several stages
-    differs between the same rows, the first stage's is named. Fingerprints of files are named only where rows
-    differ in nothing else.
+    A cap is one where any row sets it. The student's seed is one only where it is not the seed of the traces.
+    Where a setting of several stages differs between the same rows, the first stage's is named. Fingerprints
+    of files are named only where rows differ in nothing else.
     """
     columns = [row.columns for row in rows]
     has_own_seed = any(row.student_seed not in (None, row.seed) for row in rows)
     found: dict[tuple, str] = {}
     for key in dict.fromkeys(key for row in rows for key in row.settings):
-        if len(values_of(columns, key)) > 1 and (key != "student_seed" or has_own_seed):
+        is_one = len(values_of(columns, key)) > (0 if key in CAPS else 1)
+        if is_one and (key != "student_seed" or has_own_seed):
             found.setdefault((key.rpartition(".")[2], *(row.get(key) for row in columns)), key)
     names = [key for key in found.values() if not key.endswith(FILES)]
     for key in [*(key for key in found.values() if key.endswith(FILES)), "recipe"]:
@@ -279,6 +309,26 @@ def show_name(key: str) -> str:
     return f"{STAGES[stage]}{name}" if dot else key
 
 
+def show_named(key: str, value: object) -> str:
+    """A setting with its value, as in "lr 0.0005"; a cap in the words that it is known by."""
+    return CAPS[key].format(show_setting(value)) if key in CAPS else f"{show_name(key)} {show_setting(value)}"
+
+
+def plain(value: object) -> Any:
+    """A setting as a number or short text."""
+    if isinstance(value, bool | int | float):
+        return value
+    return "null" if value is None else short_name(str(value))
+
+
+def default_of(key: str) -> Any:
+    """The default of a column's setting, as the column holds it; None where it is no key of a stage."""
+    stage, _, name = key.rpartition(".")
+    config: Any = CONFIGS.get(stage, GenConfig)
+    field = config.__pydantic_fields__.get(name)
+    return None if field is None else plain(field.default)
+
+
 def show_knob(row: ResultRow, key: str = "") -> str:
     """A row's tau or lam with its symbol, such as that of its arm's curve."""
     key = key or ("lam" if row.lam else "tau")
@@ -289,7 +339,7 @@ def row_name(row: ResultRow) -> str:
     """A row in words: arm, knobs and seeds."""
     seeds = dict.fromkeys(row.number(key) for key in ("seed", "student_seed") if key in row.columns)
     direction = [] if row.direction_seed is None else [f"direction {row.direction_seed}"]
-    parts = [row.arm, show_knob(row, "tau"), show_knob(row, "lam"), *direction]
+    parts = [row.arm, show_knob(row, "tau"), show_knob(row, "lam"), *row.caps, *direction]
     return ", ".join([*parts, f"seed {' and '.join(map(str, seeds))}"])
 
 

@@ -29,8 +29,21 @@ ONE_STEP_LEGEND = (
 )
 
 
+# of a column: what it is, where a row has it
+PRICE_LEGEND = {
+    results.KL: (
+        "KL(q||p): of the training traces, nats/token: how far the defence moves the teacher from its own "
+        "distribution at the same tau; 0 by temperature alone, - where it was not measured"
+    ),
+    "train_lam": "lam_t, capped: mean strength of the defence, share of tokens where a cap lowers it",
+    results.NUM_MODELS: "models: held while the traces are sampled; theta +- eps g are two",
+    results.SPEED: "ms/token: milliseconds per token of the training traces as published, on their machine",
+}
+
+
 def legend_of(rows: Rows) -> list[str]:
-    return [*LEGEND, ONE_STEP_LEGEND] if has_one_step(rows) else LEGEND
+    found = [line for key, line in PRICE_LEGEND.items() if any(key in row.columns for row in rows)]
+    return [*LEGEND, *([ONE_STEP_LEGEND] if has_one_step(rows) else []), *found]
 
 
 def has_one_step(rows: Rows) -> bool:
@@ -38,10 +51,10 @@ def has_one_step(rows: Rows) -> bool:
 
 
 def point_cells(rows: Rows) -> Cells:
-    """A line per point; a setting has a column only where points differ in it."""
+    """A line per point, caps named with its arm; a setting has a column only where points differ in it."""
     if not rows:
         return []
-    settings = ["tau", "lam", *results.differing(rows)]
+    settings = ["tau", "lam", *(key for key in results.differing(rows) if key not in results.CAPS)]
     tests = [(who, answers) for who in results.TESTS for answers in results.answers_of(rows)]
     shown = [
         n for n in results.NUMBERS if n.heading and (n.is_always or any(n.column in r.columns for r in rows))
@@ -49,7 +62,8 @@ def point_cells(rows: Rows) -> Cells:
     tested = [f"{who} {ANSWERS[answers]}" for who, answers in tests]
     lines = [["arm", *map(results.show_name, settings), "n", *tested, *(number.heading for number in shown)]]
     for row in rows:
-        cells = [row.arm, *map(numbers.show_setting, map(row.number, settings)), show_sizes([row], "/")]
+        cells = [", ".join([row.arm, *row.caps])]
+        cells += [*map(numbers.show_setting, map(row.number, settings)), show_sizes([row], "/")]
         cells += [results.show_accuracy(row.accuracy(*test)) for test in tests]
         lines.append([*cells, *(number.show(row.number(number.column)) for number in shown)])
     return lines
@@ -65,7 +79,7 @@ def setting_cells(curves: Sequence[Curve]) -> Cells:
     lines = [["arm", *results.SYMBOLS.values(), "seeds", *names]]
     for curve in curves:
         for (tau, lam), seeds in by_setting(curve.points).items():
-            cells = [curve.arm, numbers.show_setting(tau), numbers.show_setting(lam), str(len(seeds))]
+            cells = [curve.name, numbers.show_setting(tau), numbers.show_setting(lam), str(len(seeds))]
             shares = [[row.share(*test) for row in seeds] for test in tests]
             cells += [show_mean(found, numbers.show_number) for found in shares]
             cells += [show_mean((row.number(n.column) for row in seeds), n.show) for n in shown]

@@ -7,7 +7,7 @@ from ads.arms import LABELS
 from ads.report import results
 from ads.report.compare import Match
 from ads.report.curves import Curve, group_by, pair_up, pooled
-from ads.report.numbers import interval_kind, show_number, show_percent, show_seeds, show_setting
+from ads.report.numbers import interval_kind, show_number, show_percent, show_seeds
 from ads.report.results import ANSWERS, PRICES, SEEDS, ResultRow, Rows, mean_row
 
 HEADLINE_LEVEL = 0.75  # the finding is about the level nearest to this one
@@ -35,7 +35,7 @@ def by_label(baselines: Rows, answers: str | None = None) -> dict[str, list[Resu
         is_one = len({tuple(map(row.number, more)) for row in group}) == 1
         for row in group:
             told = [] if is_one else [name for name in more if row.number(name) is not None]
-            settings = (f"{results.show_name(name)} {show_setting(row.number(name))}" for name in told)
+            settings = (results.show_named(name, row.number(name)) for name in told)
             labels[id(row)] = ", ".join([label, *settings])
     kept = [row for row in baselines if answers is None or row.accuracy("student", answers).is_share]
     return {

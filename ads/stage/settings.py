@@ -123,14 +123,19 @@ class GenConfig:
         """Keys without effect under these settings."""
         without_tau = set() if self.tau else {"top_k", "top_p"}
         without_lam = set() if self.lam or self.defence in TEXTS else {"defence"}
-        without_proxy = set() if self.has_proxy else {"proxy_dtype", "num_contrasts", "max_kl", "keep_top1"}
+        without_proxy = set() if self.has_proxy else {"proxy_dtype", "max_kl", "keep_top1"}
+        without_defence = set() if self.arm.defence else {"num_contrasts"}
         without_delta = set() if self.has_delta else {"eps"}
         without_seed = set() if self.lam and self.defence == "random" else {"direction_seed"}
         without_set = set() if self.lam and self.defence == "contrastive" else {"plausibility"}
         without_step = set() if self.one_step else {"one_step_samples"}
         without_student = {"attacker"} if self.is_teacher else set()
         of_lam = without_lam | without_proxy | without_delta | without_seed | without_set
+<<<<<<< HEAD
         return without_tau | of_lam | without_step | without_student
+=======
+        return without_tau | of_lam | without_defence | without_step
+>>>>>>> r19
 
     def check(self) -> None:
         if self.trace_colname in ("id", "problem", "solution", "prompt_ids", "response_ids"):

@@ -62,11 +62,13 @@ def test_nothing_but_results_differs_from_what_the_teacher_would_have_written(de
     """Token by token, given what stands before: what lies outside results is what plain sampling draws; a
     corrupted result differs in its first digit, and kept ones not at all. A share lam is corrupted."""
     corrupted, num_corrupted, num_results = decode(demo, share), 0, 0
+    control = Corruption(demo.tokenizer, demo.allowed_V, share)
     for request in demo.requests:
         ids = corrupted[request.id].ids
         drawn = what_plain_sampling_draws(demo, request, ids)
         texts = chat.token_texts(demo.tokenizer, ids)
         spans, start = result_spans("".join(texts)), 0
+        marked = control.places(ids, torch.tensor(sampling.row_key(SEED, request.id)))
         for k, text in enumerate(texts):
             start += len(text)
             at = next((span for span in spans if span[0] < start <= span[1]), None)
@@ -74,9 +76,10 @@ def test_nothing_but_results_differs_from_what_the_teacher_would_have_written(de
                 num_results += 1
                 is_corrupted = ids[k] != drawn[k]
                 num_corrupted += is_corrupted
+                assert is_corrupted == (k in marked), "the page marks what was corrupted"
                 assert not is_corrupted or texts[k].strip() != "0"
             elif not at or not is_corrupted:
-                assert ids[k] == drawn[k], (request.id, k, texts[k])
+                assert ids[k] == drawn[k] and k not in marked, (request.id, k, texts[k])
     assert num_results > 200
     assert abs(num_corrupted / num_results - share) <= 3 * (share * (1 - share) / num_results) ** 0.5
 

@@ -116,7 +116,7 @@ def test_texts_are_cut_down():
 @pytest.mark.parametrize("defence", ("answer_only", "truncated"))
 def test_the_teacher_s_own_traces_are_cut_down(exp, defence):
     """Of the same random numbers: the same answers, in fewer tokens."""
-    gentraces(exp, defence, f"defence={defence}", "answer_force=false")
+    gentraces(exp, defence, f"defence={defence}", "answer_force=false", "num_contrasts=3")
     native = {row["id"]: row for row in rows_of(exp, "native")}
     rows = rows_of(exp, defence)
     assert len(rows) == len(native)
@@ -126,3 +126,20 @@ def test_the_teacher_s_own_traces_are_cut_down(exp, defence):
         if whole["is_raw_correct"]:
             assert row["raw_answer"] == whole["raw_answer"] and row["is_raw_correct"]
     assert sum(row["is_raw_correct"] for row in rows) >= 20
+    for problem in json.loads((exp / "traces" / f"{defence}.contrast.json").read_text())["problems"]:
+        clean, cut = (
+            "".join(token[0] for token in problem[side]["tokens"]) for side in ("clean", "defended")
+        )
+        assert clean == native[problem["id"]]["trace"] + " <eos>" and len(cut) < len(clean)
+
+
+def test_corrupted_results_are_stored_beside_what_the_teacher_writes(exp):
+    """Stages without a proxy stored no contrasts, so nobody could read what a corruption did."""
+    words = "defence=corrupt", "lam=1", "answer_force=false", "num_contrasts=3"
+    gentraces(exp, "corrupted", *words)
+    native = {row["id"]: row for row in rows_of(exp, "native")}
+    for problem in json.loads((exp / "traces" / "corrupted.contrast.json").read_text())["problems"]:
+        clean, corrupted = (problem[side]["tokens"] for side in ("clean", "defended"))
+        assert "".join(token[0] for token in clean) == native[problem["id"]]["trace"] + " <eos>"
+        first = next(k for k, pair in enumerate(zip(clean, corrupted, strict=False)) if pair[0] != pair[1])
+        assert problem["clean"]["replaced"] == [] and problem["defended"]["replaced"][0] == first

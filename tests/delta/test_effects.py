@@ -169,19 +169,39 @@ def test_contrasts_are_the_sampled_traces_beside_clean_ones_of_the_same_random_n
     found = effects.contrasts(ads_models(), DISTRIBUTION, 1, tokenizer, table, is_short, 3)
     assert [problem["id"] for problem in found] == [r.id for r in rows]
     for problem in found:
-        for side, completions in (("clean", clean), ("ads", ads)):
+        for side, completions in (("clean", clean), ("defended", ads)):
             wanted = completions[problem["id"]]
             text = "".join(token[0] for token in problem[side]["tokens"])
             assert text == tokenizer.decode(wanted.ids) and len(problem[side]["tokens"]) == len(wanted.ids)
             assert problem[side]["finished"] == wanted.finished
             graded = chat.response_text(tokenizer, wanted.ids, frozenset(range(6)))
             assert problem[side]["is_correct"] == is_short(problem, graded)
-    assert {p["clean"]["is_correct"] for p in found} | {p["ads"]["is_correct"] for p in found} == {
-        True,
-        False,
-    }
-    tokens = [token for problem in found for token in problem["ads"]["tokens"]]
+    assert {p[side]["is_correct"] for p in found for side in ("clean", "defended")} == {True, False}
+    tokens = [token for problem in found for token in problem["defended"]["tokens"]]
     assert max(abs(with_delta - clean) for _, clean, with_delta, _ in tokens) > 0.1
+
+
+def test_contrasts_of_a_defence_without_a_proxy_have_the_teacher_s_probabilities_alone():
+    """Corrupted results and texts that were cut could not be seen beside what the teacher wrote."""
+    rows, tokenizer = requests(num_new=12), byte_tokenizer()
+    clean = decode(plain_models(), Sampling(DISTRIBUTION.tau), rows, 16)
+    table = [
+        {"id": r.id, "problem": "p", "solution": "s", "prompt_ids": r.prompt_ids, "max_new_tokens": 12}
+        | {"response_ids": clean[r.id].ids[:3], "finished": False}
+        for r in rows
+    ]
+    found = effects.contrasts(plain_models(), Sampling(DISTRIBUTION.tau), 1, tokenizer, table, is_short, 3)
+    model = tiny_model("qwen2")
+    for problem, row in zip(found, rows, strict=True):
+        whole, cut = (problem[side]["tokens"] for side in ("clean", "defended"))
+        ids = clean[row.id].ids
+        with torch.no_grad():
+            logits_TV = model(torch.tensor([row.prompt_ids + ids])).logits[0, len(row.prompt_ids) - 1 : -1]
+        probabilities_TV = (logits_TV[:, :V] / DISTRIBUTION.tau).softmax(-1)
+        wanted = probabilities_TV.gather(1, torch.tensor(ids)[:, None]).flatten().tolist()
+        assert [token[1] for token in whole] == pytest.approx(wanted, rel=2e-3)
+        assert [token for token in cut] == whole[: len(cut)] and {len(token) for token in whole} == {2}
+        assert problem["defended"]["replaced"] == []
 
 
 def is_short(row, text):

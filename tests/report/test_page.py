@@ -100,7 +100,7 @@ def write_contrast(exp_dir, name, lam, rng, num_problems=5, trace=TRACE, problem
             "problem": problem or f"Tom has {20 + i} apples and buys 7. How many apples has he now?",
             "solution": f"#### {27 + i}",
             "clean": make_side(lam, rng, trace),
-            "ads": make_side(lam, rng, trace),
+            "defended": make_side(lam, rng, trace),
         }
         for i in range(num_problems)
     ]
@@ -110,7 +110,7 @@ def write_contrast(exp_dir, name, lam, rng, num_problems=5, trace=TRACE, problem
 
 
 def make_side(lam, rng, trace):
-    """Tokens of one word each; the ADS probability as with one alternative of Delta 0."""
+    """Tokens of one word each; the defended probability as with one alternative of Delta 0."""
     tokens = []
     for word in trace.split(" "):
         clean, delta = float(rng.beta(5, 0.6)), float(rng.normal())
@@ -195,12 +195,11 @@ def test_page_opens_without_a_complaint_and_asks_for_nothing(browser, demo):
 
 def test_page_shows_every_plot_and_section(browser, demo):
     open_page(browser, demo)
-    headings = [heading.text for heading in find(browser, "h1, h2")]
+    headings = [heading.text for heading in find(browser, "h1, h2") if heading.is_displayed()]
     assert headings[0].startswith("At a teacher accuracy of 75") and headings[1:] == [
         "The claims, and which of them hold",
         "Students at equal teacher accuracy",
-        "Students at equal teacher NLL",
-        "What Delta does to a trace",
+        "What a defence does to a trace",
         "The knobs",
         "The training traces",
         "What one step of the proxy says of students",
@@ -208,14 +207,43 @@ def test_page_shows_every_plot_and_section(browser, demo):
         "The proxy's gradient",
         "All points",
     ]
-    svgs = find(browser, "figure svg")
-    assert len(svgs) == 4 + 4 + 4 + 2
+    svgs = [svg for svg in find(browser, "figure svg") if svg.is_displayed()]
+    assert len(svgs) == 2 + 4 + 4 + 2
     assert all(svg.size["width"] > 300 and svg.size["height"] > 200 for svg in svgs)
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) > 100 and len(set(ids)) == len(ids)
     used = "return [...document.querySelectorAll('use')].map(e => e.getAttribute('xlink:href'))"
     assert {link.removeprefix("#") for link in browser.execute_script(used)} <= set(ids)
     assert "teacher accuracy" in svgs[0].get_attribute("textContent")
+
+
+def at_price(browser):
+    """The prices whose curves and comparisons are on the page now."""
+    found = find(browser, "main .at-accuracy, main .at-nll, nav .at-accuracy, nav .at-nll")
+    assert len(found) == 2 * (2 + 1 + 1) + 1  # two plots, a comparison and a link of each, a sentence of one
+    return {element.get_attribute("class").removeprefix("at-") for element in found if element.is_displayed()}
+
+
+def test_one_switch_turns_curves_and_comparisons_to_another_price(browser, demo):
+    """By mouse and keyboard, and without any script; on paper there is everything."""
+    from selenium.webdriver import Keys
+
+    open_page(browser, demo)
+    assert at_price(browser) == {"accuracy"}
+    find(browser, "label:has(#price-nll)")[0].click()
+    assert at_price(browser) == {"nll"}
+    assert "Students at equal teacher NLL" in [heading.text for heading in find(browser, "h2")]
+    find(browser, "#price-nll")[0].send_keys(Keys.ARROW_LEFT)
+    assert at_price(browser) == {"accuracy"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert at_price(browser) == {"accuracy", "nll"} and not find(browser, ".switch")[0].is_displayed()
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    open_page(browser, demo, 375)
+    find(browser, "#price-nll")[0].click()
+    found = at_price(browser), len(find(browser, "#point option"))
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+    assert found == ({"nll"}, 0)
 
 
 @pytest.mark.parametrize("width", [320, 375, 1200])
@@ -265,7 +293,7 @@ def wanted_numbers(token):
     return [
         json.dumps(text),
         f"clean probability {100 * clean:#.3g} %",
-        f"ADS probability {100 * ads:#.3g} %",
+        f"defended probability {100 * ads:#.3g} %",
         f"change \N{MULTIPLICATION SIGN} {ads / clean:#.3g}",
         f"Delta {delta:#.3g} nats",
     ]
@@ -319,13 +347,36 @@ def test_tooltip_shows_the_numbers_to_mouse_keyboard_and_finger(browser, demo):
 def test_tokens_are_shaded_by_the_change_of_their_probability(browser, demo):
     open_page(browser, demo)
     spans = find(browser, ".trace")[1].find_elements("css selector", ".token")
-    tokens = contrast_of(browser, demo)["ads"]["tokens"]
+    tokens = contrast_of(browser, demo)["defended"]["tokens"]
     shifts = [math.log(ads / clean) for _, clean, ads, _ in tokens]
     for span, shift in zip(spans, shifts, strict=True):
         red, _, blue, *alpha = map(float, span.value_of_css_property("background-color")[5:-1].split(","))
         assert (red > blue) == (shift > 0) or alpha[0] < 0.01
     alphas = [float(span.value_of_css_property("background-color").rpartition(",")[2][:-1]) for span in spans]
     assert np.corrcoef(alphas, np.abs(shifts))[0, 1] > 0.9
+
+
+def test_reader_underlines_what_a_corruption_replaced_and_shades_nothing(browser, tmp_path):
+    exp_dir = write_both_arms(tmp_path / "x")
+    write_point(exp_dir, "5", 0.6, 0.4, (0.8, 0.6), (0.5, 0.4), defence="corrupt")
+    problems = write_contrast(exp_dir, "a5", 0.4, np.random.default_rng(0), 1)
+    for side in ("clean", "defended"):
+        problems[0][side]["tokens"] = [token[:2] for token in problems[0][side]["tokens"]]
+    problems[0]["defended"]["replaced"] = [3, 4]
+    path = exp_dir / "traces" / "a5.contrast.json"
+    path.write_text(json.dumps({"trace_name": "a5", "problems": problems}))
+    report.main([str(exp_dir)])
+    assert open_page(browser, exp_dir / "report" / "report.html")[0] == []
+    assert find(browser, ".side h3")[1].text.startswith("corrupted results: ")
+    clean, corrupted = (side.find_elements("css selector", ".token") for side in find(browser, ".trace"))
+    lines = [span.value_of_css_property("text-decoration-line") for span in (*clean, *corrupted)]
+    assert [i - len(clean) for i, line in enumerate(lines) if line == "underline"] == [3, 4]
+    shades = {span.value_of_css_property("background-color") for span in clean + corrupted}
+    assert {shade.rpartition(",")[2] for shade in shades} == {" 0)"}
+    corrupted[3].click()
+    shown_numbers = tooltip_numbers(browser)
+    assert shown_numbers[1].startswith("clean probability") and len(shown_numbers) == 3
+    assert shown_numbers[2] == "replaced by the defence"
 
 
 def test_print_leaves_out_what_only_a_screen_can_do(browser, demo):
@@ -416,7 +467,7 @@ def test_names_are_never_parts_of_the_template(tmp_path):
 
 
 def points_with(*paths):
-    rows = [{"arm": "ADS", "tau": 0.4, "lam": 0.1 * i, "seed": 1} for i in range(len(paths))]
+    rows = [{"arm": "ADS", "tau": 0.4, "lam": 0.1 + 0.1 * i, "seed": 1} for i in range(len(paths))]
     return [Point(read_row(row), {"train": {"path": path}}) for row, path in zip(rows, paths, strict=True)]
 
 
@@ -425,7 +476,7 @@ def test_contrasts_are_few_spread_and_small(tmp_path, monkeypatch):
         write_contrast(tmp_path, f"a{i}", 0.1, np.random.default_rng(i), num_problems=40)
     points = points_with(*(tmp_path / "traces" / f"a{i}.yaml" for i in range(10)))  # the last has no file
     lams = [c["label"].split(",")[0].split()[-1] for c in reader.load_contrasts(points)["points"]]
-    assert lams == ["0", "0.3", "0.5", "0.8"]
+    assert lams == ["0.1", "0.4", "0.6", "0.9"]
     monkeypatch.setattr(reader, "MAX_CONTRAST_BYTES", 40_000)
     loaded = reader.load_contrasts(points)
     assert 20_000 < len(embedded(loaded)) <= 40_000
@@ -434,12 +485,14 @@ def test_contrasts_are_few_spread_and_small(tmp_path, monkeypatch):
 
 def test_contrasts_with_odd_numbers_and_files_that_are_none(tmp_path):
     problems = write_contrast(tmp_path, "a", 0.1, np.random.default_rng(0), num_problems=1)
-    problems[0]["ads"]["tokens"][0][1:] = [0.0, 0.0, math.nan]
+    problems[0]["defended"]["tokens"][0][1:] = [0.0, 0.0, math.nan]
     path = tmp_path / "traces" / "a.contrast.json"
     path.write_text(json.dumps({"problems": problems}))
     (point,) = reader.load_contrasts(points_with(path.with_name("a.yaml")))["points"]
-    assert point["problems"][0]["ads"]["tokens"][0][1:] == [0.0, 0.0, 0.0]
-    for text in ("{", "[]", '{"problems": [{"id": 1}]}', '{"problems": [3]}'):
+    assert point["problems"][0]["defended"]["tokens"][0][1:] == [0.0, 0.0, 0.0]
+    problems[0]["defended"]["replaced"] = [99]
+    beyond = json.dumps({"problems": problems})
+    for text in ("{", "[]", '{"problems": [{"id": 1}]}', '{"problems": [3]}', beyond):
         path.write_text(text)
         with pytest.raises(ValueError, match="a.contrast.json is not a file of contrasted traces"):
             reader.load_contrasts(points_with(path.with_name("a.yaml")))

@@ -70,8 +70,8 @@ def test_a_finished_experiment_as_a_user_runs_it(tmp_path):
         ("ADS", "0.6", "0.03"),
     ]
     cells = ["1200", ".840 [.818, .860]", ".700 [.673, .725]", ".490 [.462, .518]", ".410 [.383, .438]"]
-    assert table["ADS", "0.6", "0.015"].split() == " ".join([*cells, ".975 .975 .312 214 .457"]).split()
-    assert max(len(line) for line in lines[1:7]) <= 140
+    assert table["ADS", "0.6", "0.015"].split() == " ".join([*cells, ".975 .975 .312 214 .457 .810"]).split()
+    assert max(len(line) for line in lines[1:7]) <= 150
     undistilled = next(line for line in lines if line.startswith("undistilled"))
     assert "forced .310 [.284, .337], raw .250 [.226, .275], few_shot 4, n 1200" in undistilled
     gradient = next(line for line in lines if line.startswith("gradient of"))
@@ -258,7 +258,7 @@ def test_stages_that_are_missing_leave_dashes(tmp_path, capsys, stages):
     teacher, student = [".700 [.673, .725]", ".500 [.472, .528]"], [".250 [.226, .275]", ".200 [.178, .224]"]
     assert n == ("-" if stages < 3 else "1200")
     assert accuracies == (teacher if stages == 4 else ["-"] * 2) + (student if stages >= 3 else ["-"] * 2)
-    assert cells[-1] == ("-" if stages < 2 else ".457") and cells[-3] == ".312"
+    assert cells[-2:] == ["-" if stages < 2 else ".457", ".810"] and cells[-4] == ".312"
     assert json.loads(output.splitlines()[-1])["num_complete"] == (stages == 4)
     assert (exp_dir / "report" / "tradeoff.png").is_file()
 
@@ -598,9 +598,9 @@ def test_one_step_is_a_column_only_when_it_was_measured(tmp_path, capsys):
     write_point(exp_dir, "1", 0.6, 0.03, (0.7, 0.5), (0.25, 0.2), more_stats={"one_step": one_step})
     report.main([str(exp_dir)])
     output = capsys.readouterr().out
-    assert output.splitlines()[1].endswith("  step")
-    assert table_lines(output)["ADS", "0.6", "0.03"].endswith("+0.0089")
-    assert table_lines(output)["ADS", "0.6", "0.015"].endswith(" -")
+    assert output.splitlines()[1].endswith("  step  ms/token")
+    assert table_lines(output)["ADS", "0.6", "0.03"].split()[-2] == "+0.0089"
+    assert table_lines(output)["ADS", "0.6", "0.015"].split()[-2] == "-"
     assert [row["train_one_step_change"] for row in csv_rows(exp_dir)] == ["", "", "", "0.0089", ""]
     assert "One step of the proxy" in (exp_dir / "report" / "report.html").read_text()
 

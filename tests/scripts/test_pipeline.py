@@ -344,7 +344,7 @@ def test_grid_points_in_parallel_with_controls_and_diagnostics(
         contrast = tmp_path / "traces" / f"train_{name}.contrast.json"
         assert contrast.exists() == (name != names[0])
     sides = json.loads(contrast.read_text())["problems"]
-    assert len(sides) == 2 and all(problem["ads"]["tokens"] for problem in sides)
+    assert len(sides) == 2 and all(problem["defended"]["tokens"] for problem in sides)
     assert not list((tmp_path / "locks").glob("sweep*"))
 
 

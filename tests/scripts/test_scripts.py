@@ -86,7 +86,7 @@ def test_two_processes_and_other_batches_give_the_same_traces(model_folders, pro
     assert len(one["problems"]) == 3
     for a, b in zip(one["problems"], two["problems"], strict=True):
         assert a["id"] == b["id"]
-        for side in ("clean", "ads"):
+        for side in ("clean", "defended"):
             texts, others = ([token[0] for token in p[side]["tokens"]] for p in (a, b))
             assert texts and texts == others
             assert (a[side]["finished"], a[side]["is_correct"]) == (
