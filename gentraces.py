@@ -53,14 +53,9 @@ def generate_traces(cfg, inputs, world):
     models, notes = models_of(cfg, inputs, tokenizer, world)
     speed = sample_rows(cfg, models, tokenizer, rows, world)
     table = [columns_of(cfg, row) for row in rows]
-<<<<<<< HEAD
-    if models.proxy and cfg.num_contrasts:
+    if cfg.num_contrasts and cfg.arm.defence:
         firsts = table[:: cfg.num_samples]  # one trace a problem
         save_contrasts(cfg, models, tokenizer, firsts[: cfg.num_contrasts], world)
-=======
-    if cfg.num_contrasts and cfg.arm.defence:
-        save_contrasts(cfg, models, tokenizer, table[: cfg.num_contrasts], world)
->>>>>>> r19
     models = None
     if cfg.one_step:  # which needs the room
         LOADED.clear()

@@ -7,7 +7,8 @@ from typing import Any
 from ads.report.attacked import Attacked
 from ads.report.curves import Axes, all_rows
 from ads.report.details import Line
-from ads.report.plots import COLOURS, Panel, draw_tradeoff
+from ads.report.looks import COLOURS, OWN
+from ads.report.plots import Panel, draw_tradeoff
 from ads.report.results import ANSWERS, PRICES, Rows, answers_of
 
 
@@ -29,7 +30,7 @@ def draw_worst(axes: Axes, attacked: Attacked, baselines: Rows, axis: Any) -> No
     for line in own_of(attacked.own_lines, axes.answers):
         share = line[f"student_{axes.answers}_accuracy"]
         axis.axhline(
-            share, color=COLOURS["undistilled"], linestyle=":", linewidth=1.4, label=line["attacker"]
+            share, color=COLOURS["undistilled"], linestyle=OWN.of_line, linewidth=1.4, label=line["attacker"]
         )
 
 

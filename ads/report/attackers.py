@@ -24,7 +24,7 @@ from ads.report.compare import (
     is_lone,
     percentiles,
 )
-from ads.report.curves import Axes, Curve, Point, Points, curve_label, group_by, make_curves
+from ads.report.curves import Axes, Curve, Point, Points, curve_label, group_by, left_out, make_curves
 from ads.report.gap import Gap
 from ads.report.numbers import seed_interval, show_setting
 from ads.report.recipes import NAIVE, Recipe, title_of
@@ -153,10 +153,12 @@ def find_defences(attackers: Sequence[Attacker]) -> list[Defence]:
     curves = [(key, curve) for attacker in attackers for key, curve in attacker.curves.items()]
     rows = [point.row for _, curve in curves for point in curve.points]
     names = [key for key in results.differing(rows) if not is_attackers(key) and key not in results.SEEDS]
-    found = []
-    for key, same in group_by(curves, lambda pair: pair[0]).items():
-        points = [point for _, curve in same for point in curve.points]
-        found.append(Defence(key, points[0].row.arm, curve_label(points, names)))
+    groups = {
+        key: [point for _, curve in same for point in curve.points]
+        for key, same in group_by(curves, lambda pair: pair[0]).items()
+    }
+    told = {name: left_out(name, [points[0].row for points in groups.values()]) for name in names}
+    found = [Defence(key, points[0].row.arm, curve_label(points, told)) for key, points in groups.items()]
     return sorted(found, key=lambda defence: LABELS.index(defence.arm))
 
 

@@ -39,6 +39,7 @@ LOOKS = (
     Look((3, 1.5, 1, 1.5, 1, 1.5), "top"),
 )
 LEVEL = Look((4, 2), "")  # of the undistilled student, a line across
+OWN = Look((1, 1.6), "")  # of a student that no published trace made, a line across
 
 
 def looks(curves: Iterable[Curve]) -> list[tuple[Curve, Look]]:

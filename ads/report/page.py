@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ads.delta import agreement_table
-<<<<<<< HEAD
-from ads.report import attack_tables, claims, detect, findings, numbers, plots, reader, tables, words
-=======
-from ads.report import claims, findings, looks, numbers, plots, reader, tables, words
->>>>>>> r19
+from ads.report import (
+    attack_tables,
+    claims,
+    detect,
+    findings,
+    looks,
+    numbers,
+    plots,
+    reader,
+    tables,
+    words,
+)
 from ads.report.compare import Match
 from ads.report.curves import Curve
 from ads.report.details import Line
@@ -24,25 +31,9 @@ from ads.report.results import ANSWERS, PRICES, Rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # whose functions the template calls
-<<<<<<< HEAD
-MODULES = (agreement_table, attack_tables, claims, detect, findings, numbers, plots, tables, words)
-# of markers
-GLYPHS = dict(
-    zip(
-        "osvD^PXp*h<>d_",
-        (*"\u25cf\u25a0\u25bc\u25c6\u25b2\u271a\u2716\u2b1f\u2605\u2b22\u25c0\u25b6\u2666", ""),
-        strict=True,
-    )
-)
-BORDERS = dict(zip(plots.CURVE_STYLES, ("solid", "dashed", "dotted", "double"), strict=True))
+MODULES = (agreement_table, attack_tables, claims, detect, findings, looks, numbers, tables, words)
 ONE_ATTACK = (
     "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another."
-=======
-MODULES = (agreement_table, claims, findings, looks, numbers, tables, words)
-ANY_NOTE = (
-    "Students fine-tuned on the traces of one teacher, with one recipe; an attacker may choose another.",
-    "A fall of the raw accuracy is part of the price, even where forced answers hide it.",
->>>>>>> r19
 )
 SEVERAL = "Students of {} attackers fine-tuned on the traces of one teacher; another attacker may do better."
 ANY_NOTE = "A fall of the raw accuracy is part of the price, even where forced answers hide it."
@@ -138,8 +129,10 @@ def legend(curves: Sequence[Curve], baselines: Rows) -> list[dict[str, str]]:
 
 def own_legend(lines: Iterable[Line]) -> list[dict[str, str]]:
     """The students that need no published trace, among the worst ones."""
-    look = {"colour": plots.variable("undistilled"), "border": BORDERS[":"], "glyph": ""}
-    return [{**look, "label": line["attacker"]} for line in lines]
+    key = looks.key_svg("undistilled", looks.OWN)
+    return [
+        {"colour": looks.variable("undistilled"), "key": key, "label": line["attacker"]} for line in lines
+    ]
 
 
 def matched_tables(matches: Iterable[Match], price: str) -> dict[str, list[dict[str, Any]]]:

@@ -17,11 +17,7 @@ from ads.report.experiments import (
     trained,
 )
 from ads.report.numbers import short_name
-<<<<<<< HEAD
 from ads.report.recipes import NAIVE
-from ads.report.results import FILES, SPEED, STAGES, ResultRow, read_row
-from ads.stage import fingerprint, hub
-=======
 from ads.report.results import (
     CAPS,
     CONFIGS,
@@ -35,22 +31,12 @@ from ads.report.results import (
     plain,
     read_row,
 )
-from ads.stage import files, fingerprint, hub, layout
->>>>>>> r19
+from ads.stage import fingerprint, hub
 from ads.stage.config import ignored_keys, make_config, to_dict
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 
-<<<<<<< HEAD
-CAP_KEYS = ("max_kl", "keep_top1", "plausibility")  # of a defence by scores
 OTHER_STAGES = ("gradient", "samples", CLEAN)
 POINT_STAGES = ("teacher", "student", "train", "model", "attack")  # whose numbers a point has
-=======
-Sidecar = dict[str, Any]
-SAMPLING_KEYS = ("tau", "lam", "eps", "top_k", "top_p", "seed")
-TRACE_KEYS = ("exp_dir", "teacher", "is_teacher", "data_split", "few_shot", *SAMPLING_KEYS)
-POINT_STAGES = ("teacher", "student", "train", "model")  # whose numbers a point has
-MODEL_KEYS = ("student", "train_traces", "seed")
->>>>>>> r19
 # Settings by which curves are not told apart. Those that ads.config does not compare (places, whose contents
 # count by fingerprint, and what concerns speed alone) are left out as well.
 NO_SETTING = {  # names, diagnostics, what changes rounding alone, and the seed, in which replicates differ
@@ -213,17 +199,11 @@ def make_point(stages: Mapping[str, Sidecar], attack: str = "") -> Point:
         columns[SPEED] = round(1000 / speed, 3)
     columns |= setting_columns(found)
     found.pop("gradient", None)
-<<<<<<< HEAD
     for stage in filter(found.get, POINT_STAGES):
         columns |= flatten(stage, found[stage]["stats"])
         columns |= flatten(f"{stage}_perturbation", found[stage].get("perturbation"))
-=======
-    for stage, sidecar in found.items():
-        columns |= flatten(stage, sidecar["stats"])
-        columns |= flatten(f"{stage}_perturbation", sidecar.get("perturbation"))
     if train and columns["arm"] == "temperature" and NUM_MODELS in columns:  # older stages measured no price
         columns[KL] = 0.0  # what is sampled is p itself
->>>>>>> r19
     return Point(read_row(columns), found)
 
 
@@ -231,14 +211,10 @@ def setting_columns(stages: Mapping[str, Sidecar]) -> dict[str, Any]:
     """{STAGE.SETTING: value} of a point's stages, and `recipe`, the fingerprint of the student's."""
     columns: dict[str, Any] = {}
     for stage in (name for name in STAGES if name in stages):
-<<<<<<< HEAD
         if stage == "attack":
             found = attack_settings(stages)
         else:
-            found = settings_of(stages[stage], classes.get(stage, GenConfig)) | stage_files(stage, stages)
-=======
-        found = settings_of(stages[stage], CONFIGS.get(stage, GenConfig)) | stage_files(stage, stages)
->>>>>>> r19
+            found = settings_of(stages[stage], CONFIGS.get(stage, GenConfig)) | stage_files(stage, stages)
         own = OWN_COLUMNS.get(stage, ())
         columns |= {f"{stage}.{key}": value for key, value in found.items() if key not in own}
     recipe = {key: value for key, value in columns.items() if key.startswith("model.")}

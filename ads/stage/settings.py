@@ -131,11 +131,7 @@ class GenConfig:
         without_step = set() if self.one_step else {"one_step_samples"}
         without_student = {"attacker"} if self.is_teacher else set()
         of_lam = without_lam | without_proxy | without_delta | without_seed | without_set
-<<<<<<< HEAD
-        return without_tau | of_lam | without_step | without_student
-=======
-        return without_tau | of_lam | without_defence | without_step
->>>>>>> r19
+        return without_tau | of_lam | without_defence | without_step | without_student
 
     def check(self) -> None:
         if self.trace_colname in ("id", "problem", "solution", "prompt_ids", "response_ids"):
