@@ -87,11 +87,12 @@ DATASET_SPLIT = "DATASET_SPLIT with SPLIT one of train, holdout, test"
 SplitName = Annotated[
     str, matching("(?s:.+)_(train|holdout|test)", DATASET_SPLIT), BeforeValidator(expand_path)
 ]
-Shares = Annotated[
-    str, matching(several(r" *0?\.\d*[1-9]\d* *"), "shares between 0 and 1, such as 0.9,0.8,0.7")
-]
+Targets = Annotated[str, matching(several(r" *(\d+\.?\d*|\.\d+) *"), "numbers, such as 0.9,0.8,0.7")]
 Defence = Annotated[str, matching("|".join(DEFENCES), f"one of {', '.join(DEFENCES)}")]
-SearchedArms = Annotated[str, matching(several(*SEARCHED), in_words(SEARCHED))]
+WITH_WORDS = [rf" *{name}( +\w+=[^\s,]+)* *" for name in SEARCHED]  # as in the grid: poe max_kl=0.1
+SearchedArms = Annotated[
+    str, matching(several(*WITH_WORDS), f"{in_words(SEARCHED)}, each with words such as max_kl=0.1")
+]
 Trackers = Annotated[str, matching(f"none|all|{several(*TRACKERS)}", f"none, all or {in_words(TRACKERS)}")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 RowsAtOnce = Annotated[int, Field(ge=1)] | Literal["auto"]
@@ -307,11 +308,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class SearchConfig:
-    """search.py: find the lam and tau at which the teacher's accuracy hits targets."""
+    """search.py: find the lam and tau at which the teacher's accuracy, or its traces' NLL, hits targets."""
 
     exp_dir: PathText = "runs/default"
     output: FileName = "matched.txt"
-    targets: Shares | None = None
+    match: Literal["accuracy", "nll"] = "accuracy"
+    targets: Targets | None = None
     arms: SearchedArms = "ads,temperature"
     rule: Literal["af", "raw"] = "af"
     tolerance: float = Field(default=0.01, ge=0)
@@ -327,12 +329,14 @@ class SearchConfig:
 
     @property
     def target_values(self) -> list[float]:
-        """The targets, highest first."""
-        return sorted({float(text) for text in (self.targets or "").split(",")}, reverse=True)
+        """The targets, the least price first: accuracies fall, NLLs rise."""
+        values = {float(text) for text in (self.targets or "").split(",")}
+        return sorted(values, reverse=self.match == "accuracy")
 
     @property
     def arm_names(self) -> list[str]:
-        return list(dict.fromkeys(self.arms.split(",")))
+        """The arms, each with its words."""
+        return list(dict.fromkeys(" ".join(arm.split()) for arm in self.arms.split(",")))
 
     @property
     def output_path(self) -> Path:
@@ -340,8 +344,9 @@ class SearchConfig:
 
     def check(self) -> None:
         check_given(self, "targets", "the accuracies to hit, such as targets=0.9,0.8,0.7")
+        self.check_targets()
         check_order(self, "lam_start", "lam_max")
-        if "temperature" in self.arm_names:
+        if any(arm.split()[0] == "temperature" for arm in self.arm_names):
             if self.tau_start <= self.tau:
                 raise UserError(f"tau_start={self.tau_start}: must be above tau={self.tau}")
             check_order(self, "tau_start", "tau_max")
@@ -349,6 +354,13 @@ class SearchConfig:
             raise UserError(
                 f"data_split={self.data_split!r}: settings chosen on test problems spoil the test; take train"
             )
+
+    def check_targets(self) -> None:
+        above = 1.0 if self.match == "accuracy" else float("inf")
+        if not all(0 < target < above for target in self.target_values):
+            shares = "shares between 0 and 1, such as 0.9,0.8,0.7 (match=nll takes nats per token)"
+            allowed = shares if self.match == "accuracy" else "nats per token, above 0"
+            raise UserError(f"targets={self.targets}: must be {allowed}")
 
 
 def check_given(config: Any, key: str, meaning: str) -> None:

@@ -56,7 +56,7 @@ def find(curve, target, pool=None, limits=LIMITS, **settings):
 
     def evaluate(x):
         asked.append(x)
-        return search.Measured(curve(x), 0.0, 1.0, 300)
+        return search.Measured(curve(x), 0.02, 300)
 
     return search.find_value("ads", target, limits, replace(CFG, **settings), pool, evaluate), asked
 
@@ -65,7 +65,7 @@ def find(curve, target, pool=None, limits=LIMITS, **settings):
 def test_a_target_on_a_smooth_curve_is_hit(target):
     found, asked = find(falling, target)
     assert found.outcome == search.HIT and abs(falling(found.x) - target) <= 0.01
-    assert found.measured.accuracy == falling(found.x) and found.x == asked[-1]
+    assert found.measured.value == falling(found.x) and found.x == asked[-1]
     assert len(asked) <= 8 and len(set(asked)) == len(asked)
 
 
@@ -89,19 +89,19 @@ def test_targets_share_what_was_measured():
 
 def test_a_target_above_the_curve_costs_one_evaluation():
     found, asked = find(falling, 0.95)
-    assert found.outcome == search.TOO_HIGH and asked == [0] and found.x == 0
+    assert found.outcome == search.TOO_NEAR and asked == [0] and found.x == 0
     assert find(falling, 0.905)[0].outcome == search.HIT
 
 
 def test_a_target_below_the_curve_is_given_up_at_the_last_value():
     found, asked = find(flat, 0.5, limits=search.Limits(0.6, 1.2, 4.0))
-    assert found.outcome == search.TOO_LOW and asked == [0.6, 1.2, 2.4, 4.0]
-    assert found.measured.accuracy == 0.8
+    assert found.outcome == search.TOO_FAR and asked == [0.6, 1.2, 2.4, 4.0]
+    assert found.measured.value == 0.8
 
 
 def test_a_jump_over_the_target_ends_at_its_nearer_side():
     found, asked = find(step, 0.6, max_evaluations=20)
-    assert found.outcome == search.NEAREST and found.measured.accuracy == 0.5
+    assert found.outcome == search.NEAREST and found.measured.value == 0.5
     left, right = max(x for x in asked if x < 0.05), min(x for x in asked if x >= 0.05)
     assert found.x == right and 0 < right - left <= 0.05 * right
 
@@ -112,6 +112,37 @@ def test_a_search_that_is_cut_short_says_so_and_can_be_gone_on_with():
     assert found.outcome == search.UNFINISHED and asked == [0, 0.01, 0.02] and found.x == 0.02
     found, more = find(falling, 0.3, pool)
     assert found.outcome == search.HIT and not set(more) & set(asked)
+
+
+def rising(x):
+    """NLL in nats per token: 0.3 at 0, and without an end."""
+    return 0.3 + 5 * x
+
+
+def dipping(x):
+    """NLL of a score that at first makes the likely likelier."""
+    return 0.3 + 20 * x * (x - 0.03)
+
+
+@pytest.mark.parametrize("target", (0.33, 0.5, 0.7, 1.0))
+@pytest.mark.parametrize("curve", (rising, dipping))
+def test_a_target_on_a_curve_that_rises_is_hit(curve, target):
+    """NLL goes up where accuracy goes down, and the search once took all that it matched to fall."""
+    found, asked = find(curve, target, match="nll", tolerance=0.02, max_evaluations=12)
+    assert found.outcome == search.HIT and abs(curve(found.x) - target) <= 0.02 + 1e-9
+    assert len(set(asked)) == len(asked)
+
+
+def test_a_rising_curve_ends_at_its_ends():
+    found, asked = find(rising, 0.2, match="nll")
+    assert found.outcome == search.TOO_NEAR and asked == [0]
+    found, asked = find(rising, 9.0, match="nll", limits=search.Limits(0.6, 1.2, 1.5))
+    assert found.outcome == search.TOO_FAR and asked == [0.6, 1.2, 1.5]
+
+
+def test_targets_are_searched_in_the_order_in_which_the_knob_reaches_them():
+    assert SearchConfig(targets="0.5,0.9,0.7").target_values == [0.9, 0.7, 0.5]
+    assert SearchConfig(targets="0.5,1.9,0.7", match="nll").target_values == [0.5, 0.7, 1.9]
 
 
 def test_noise_neither_exceeds_the_budget_nor_passes_for_a_hit():
@@ -203,7 +234,7 @@ def test_both_arms_are_searched_and_the_grid_reads_what_was_found(experiment, fo
         assert sidecar["stats"]["raw"]["accuracy"] == match["accuracy"] and match["outcome"] == "hit"
         assert sidecar["config"]["data_split"] == f"{data}_train" and sidecar["stats"]["n"] == match["n"]
     text = (exp_dir / "matched.txt").read_text()
-    assert text.startswith("# search.py exp_dir=") and "# ads, target 0.99: hit, raw 1.000 [" in text
+    assert text.startswith("# search.py exp_dir=") and "# ads, target 0.99: hit, raw accuracy 1.000 (" in text
 
 
 def test_a_second_search_runs_nothing_and_writes_the_same(experiment, model_folders, found):
@@ -219,11 +250,12 @@ def test_an_unreachable_target_is_named_and_the_others_are_written(experiment, m
     bounds = ("lam_start=1e-9", "lam_max=1e-9", "output=low.txt", "arms=ads")
     result = run_search(experiment, model_folders, "targets=0.99,0.1", *bounds)
     assert result.returncode == 1 and result.stdout.count("run     ") == 1
-    assert "target 0.1: not reachable, below the accuracy at the greatest value (best: raw" in result.stdout
+    words = "target 0.1: not reachable, the greatest value does not get there (best: raw accuracy"
+    assert words in result.stdout
     assert "at tau 0.6 lam 0); raise lam_max" in result.stdout
     assert "search_tau0.6_lam1e-09" in sidecars(experiment[0])
     outcomes = [match["outcome"] for match in json.loads(result.stdout.splitlines()[-1])["matches"]]
-    assert outcomes == [search.HIT, search.TOO_LOW]
+    assert outcomes == [search.HIT, search.TOO_FAR]
     assert grid_of(experiment[0] / "low.txt") == ["0.6 0 0"]
 
 
@@ -235,8 +267,8 @@ def test_a_stage_done_with_other_settings_is_an_error_that_names_them(experiment
 
 def test_a_control_direction_is_an_arm_with_a_name_and_a_column_of_its_own():
     words = ["grad_path=g", "proxy_student=p", "eps=2e-3"]
-    found = search.Found("random", 0.5, 0.02, search.Measured(0.5, 0.4, 0.6, 100), search.HIT)
-    assert search.grid_lines(found, CFG, words)[1:] == ["0.6 0.02 0.002 defence=random"]
+    found = search.Found("random", 0.5, 0.02, search.Measured(0.5, 0.05, 100), search.HIT)
+    assert search.grid_lines(found, CFG, words)[-1] == "0.6 0.02 0.002 defence=random"
     stage = search.stage_config(search.make_trial("random", 0.02, CFG), CFG, words)
     assert (stage.trace_name, stage.defence) == ("search_tau0.6_lam0.02_random", "random")
     assert search.make_trial("random", 0.0, CFG) == search.make_trial("temperature", 0.6, CFG)
@@ -286,8 +318,13 @@ def test_an_interrupted_search_stops_its_stage(experiment, model_folders, tmp_pa
 OWN = "targets=0.9 exp_dir={exp} data_split={data}_train rule=raw "
 BAD = (
     ("exp_dir={exp} --", "targets is not set: give the accuracies to hit"),
-    (OWN + "targets=90 --", "targets=90 in the command line: must be shares between 0 and 1"),
-    (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8' in the command line: must be shares"),
+    (OWN + "targets=90 --", "targets=90: must be shares between 0 and 1"),
+    (OWN + "targets=0 --", "targets=0: must be shares between 0 and 1"),
+    (OWN + "targets=1.2,0.5 --", "targets=1.2,0.5: must be shares between 0 and 1"),
+    (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8' in the command line: must be numbers, such as 0.9"),
+    (OWN + "targets=-1 --", "targets=-1 in the command line: must be numbers, such as 0.9"),
+    (OWN + "match=nll targets=0.5,0 --", "targets=0.5,0: must be nats per token, above 0"),
+    (OWN + "match=kl --", "match='kl' in the command line: must be one of accuracy, nll"),
     (
         OWN + "arms=ads,heat --",
         "arms='ads,heat' in the command line: must be one of ads, random, permuted, poe",
@@ -305,6 +342,8 @@ BAD = (
     (OWN + "teacher={teacher}", "unknown key 'teacher' in the command line; known keys: arms"),
     (OWN + "-- tau=1", "'tau=1' after --: the search sets tau"),
     (OWN + "-- --exp_dir=x", "'--exp_dir=x' after --: the search sets exp_dir"),
+    (OWN + "-- max_kl=0.1", "'max_kl=0.1' after --: it is part of an arm, such as arms='poe max_kl=...'"),
+    (OWN + "arms=poe_max_kl=0.1 --", "in the command line: must be one of ads, random"),
     (OWN + "-- tua=1", "unknown key 'tua' in the command line; known keys: answer_force"),
     (OWN + "--", "lam=0.01: needs grad_path"),
     (OWN + "-- teacher={teacher} proxy_student={proxy} grad_path=none", "none does not exist: make it"),
