@@ -17,6 +17,7 @@ are up to max_samples: that value is the one to report.
 import functools
 import json
 import math
+import operator
 import shlex
 import shutil
 import statistics
@@ -42,19 +43,18 @@ NARROW = 0.05  # width of a bracket, relative to its upper end, that is not sear
 ROUNDING = 1e-9  # 0.71 - 0.70 is above 0.01
 SET_BY_SEARCH = ("exp_dir", "trace_name", "data_split", "max_samples", "tau", "lam", "defence")
 OF_AN_ARM = ("max_kl", "keep_top1", "plausibility", "direction_seed")  # the grid's line has to tell them
-SIGNS = {"accuracy": -1, "nll": 1}  # 1: it rises with lam and tau; -1: it falls
 
 NOT_AGAIN = "not measured again on other problems"
 OFF = "OFF the target by more than the tolerance and two standard errors; search on more (max_samples)"
 
 HIT = "hit"
 NEAREST = "nearest"
-TOO_NEAR = "not reachable, the least value is beyond it already"
-TOO_FAR = "not reachable, the greatest value does not get there"
+TOO_HIGH = "not reachable, above the accuracy at the least value"
+TOO_FAR = "not reachable, not even at the greatest value"
 UNFINISHED = "not found within max_evaluations"
 REMEDIES = {
-    TOO_NEAR: "choose a target further on (a lower accuracy, a higher NLL) or a lower tau",
-    TOO_FAR: "raise lam_max or tau_max",
+    TOO_HIGH: "choose a lower target or a lower tau",
+    TOO_FAR: "raise lam_max or tau_max, or choose a target nearer to the value at lam 0",
     UNFINISHED: "raise max_evaluations, which keeps what was measured, or move lam_start or tau_start",
 }
 
@@ -189,7 +189,7 @@ def judge(target, limits, cfg, measured):
         return HIT
     low, high = bracket(target, cfg, measured)
     if low is None:
-        return TOO_NEAR
+        return TOO_HIGH
     if high is None:
         return TOO_FAR if low >= limits.most else None
     return NEAREST if high - low <= NARROW * high else None
@@ -200,9 +200,14 @@ def nearest(target, measured):
 
 
 def bracket(target, cfg, measured):
-    """(low, high): the first x that is beyond the target, and the one before it; None for none."""
-    sign = SIGNS[cfg.match]
-    high = min((x for x in measured if sign * (measured[x].value - target) > 0), default=None)
+    """(low, high): the first x that is beyond the target, and the one before it; None for none.
+
+    Accuracy falls with x. NLL rises with tau and lam of ads, and falls where poe or a plausible set leads to
+    likelier tokens: beyond is what lies on the target's other side than the least x.
+    """
+    falls = cfg.match == "accuracy" or target < measured[min(measured)].value
+    is_beyond = operator.lt if falls else operator.gt
+    high = min((x for x in measured if is_beyond(measured[x].value, target)), default=None)
     low = max((x for x in measured if high is None or x < high), default=None)
     return low, high
 
@@ -251,12 +256,8 @@ def evaluate_stage(arm, cfg, words, x, is_fresh=False):
     if not is_finished(stage.sidecar_path, to_dict(stage), fingerprint_inputs(stage), ignored):
         run_stage(trial, cfg, words)
     measured = measure(stage, cfg)
-    print0(f"{trial.name}: {quantity(cfg)} {measured}")
+    print0(f"{trial.name}: {cfg.quantity} {measured}")
     return measured
-
-
-def quantity(cfg):
-    return f"{cfg.rule} accuracy" if cfg.match == "accuracy" else "NLL per token"
 
 
 def measure(stage, cfg):
@@ -277,7 +278,7 @@ def measure(stage, cfg):
 
 
 def other_problems(cfg, words):
-    """Problems of the split that the search does not look at, at most max_samples; [] where they are not two."""
+    """Problems of the split that the search does not look at, at most max_samples; [] where not two."""
     stage = stage_config(Trial("0", "0", "ads"), cfg, words)
     of_split = stage.data_split, stage.data_dir
     searched = {row["problem"] for row in load_problems(*of_split, stage.max_samples, stage.seed)}
@@ -322,9 +323,8 @@ def stages_dir(cfg):
 def stage_words(trial, cfg, words):
     """The arguments of gentraces.py; the user's come first, as the first may name a YAML file."""
     max_samples = "null" if cfg.max_samples is None else cfg.max_samples
-    data_split = cfg.data_split
-    if trial.is_fresh:
-        data_split = f"{layout.path_of('fresh', stages_dir(cfg))}_{data_split.rpartition('_')[2]}"
+    of_others = f"{layout.path_of('fresh', stages_dir(cfg))}_{cfg.data_split.rpartition('_')[2]}"
+    data_split = of_others if trial.is_fresh else cfg.data_split
     ours = (f"exp_dir={stages_dir(cfg)}", f"trace_name={trial.name}", f"data_split={data_split}")
     settings = (f"max_samples={max_samples}", f"tau={trial.tau}", f"lam={trial.lam}")
     return [*words, *ours, *settings, f"defence={trial.defence}", *trial.words]
@@ -366,7 +366,7 @@ def grid_lines(found, cfg, words):
     """Lines of the output for one target: comments, and the grid's line where there is one."""
     trial = make_trial(found.arm, found.x, cfg)
     place = " ".join((f"tau {trial.tau} lam {trial.lam}", *trial.words))
-    value = f"{quantity(cfg)} {found.measured}"
+    value = f"{cfg.quantity} {found.measured}"
     comment = f"# {found.arm}, target {found.target:g}: {found.outcome}"
     if found.outcome in REMEDIES:
         return [f"{comment} (best: {value} at {place}); {REMEDIES[found.outcome]}"]

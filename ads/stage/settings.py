@@ -329,14 +329,18 @@ class SearchConfig:
 
     @property
     def target_values(self) -> list[float]:
-        """The targets, the least price first: accuracies fall, NLLs rise."""
-        values = {float(text) for text in (self.targets or "").split(",")}
-        return sorted(values, reverse=self.match == "accuracy")
+        """The targets, highest first."""
+        return sorted({float(text) for text in (self.targets or "").split(",")}, reverse=True)
 
     @property
     def arm_names(self) -> list[str]:
         """The arms, each with its words."""
         return list(dict.fromkeys(" ".join(arm.split()) for arm in self.arms.split(",")))
+
+    @property
+    def quantity(self) -> str:
+        """What is matched, in words."""
+        return f"{self.rule} accuracy" if self.match == "accuracy" else "NLL per token"
 
     @property
     def output_path(self) -> Path:
