@@ -335,7 +335,7 @@ def demo_problems(tmp_path_factory):
     return f"{folder}_train"
 
 
-@pytest.mark.parametrize("most,others", ((20, 20), (40, 20), (60, 0), (59, 0), (None, 0)))
+@pytest.mark.parametrize("most,others", ((20, 20), (40, 20), (60, 0), (None, 0)))
 def test_other_problems_are_others_of_the_split(demo_problems, most, others):
     """By their text, too: a split may hold a problem twice."""
     cfg = SearchConfig(targets="0.5", data_split=demo_problems, max_samples=most)
@@ -347,7 +347,7 @@ def test_other_problems_are_others_of_the_split(demo_problems, most, others):
     assert found == search.other_problems(cfg, ["seed=3"])
 
 
-NLL = ("match=nll", "targets=0.02", "tolerance=0.02", "arms=poe max_kl=0.1", "tau=1", "lam_start=0.5")
+NLL = ("match=nll", "targets=0.03", "tolerance=0.02", "arms=poe max_kl=0.1", "tau=1", "lam_start=0.5")
 
 
 def run_nll(problems, exp_dir):
