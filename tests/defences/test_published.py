@@ -90,6 +90,7 @@ def student_of(exp_dir, name, *traces):
     return stats_of(exp_dir, name), fingerprint_model(str(student)), rows_of(exp_dir, f"test_{name}")
 
 
+@pytest.mark.slow
 def test_100_of_our_own_traces_read_back_teach_the_same_student(tmp_path):
     """Exported with their answers, as anybody would, and read back as an arm: the same weights, and the same
     answers of the student. Problems that are not of the split are known by their answer alone."""

@@ -480,6 +480,28 @@ def test_bad_input_is_one_line_before_anything_runs(experiment, model_folders, t
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "arm,words",
+    (
+        ("poe seed=3", "arms='poe seed=3': seed is no key of gentraces.py that an arm may set"),
+        ("poe max_samples=3", "max_samples is no key of gentraces.py that an arm may set"),
+        ("poe defence=ads", "defence is no key of gentraces.py that an arm may set"),
+        ("poe max_kl=-1", "max_kl=-1 in arms: must be"),
+        (
+            "poe prefill=a/b",
+            "search_tau0.6_lam0.01_poe_prefill=a/b' in the command line: must be a plain file name",
+        ),
+        ("poe max_kl", "arms='poe max_kl' in the command line: must be one of ads"),
+        ("corrupt", "arms='corrupt' in the command line: must be one of ads"),
+    ),
+)
+def test_a_bad_word_of_an_arm_is_one_line(tmp_path, arm, words):
+    own = [f"exp_dir={tmp_path / 'new'}", "targets=0.9", f"arms={arm}", "rule=raw", "--", "proxy_student=p"]
+    result = run_script("search.py", *own, check=False)
+    assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert words in result.stderr and not (tmp_path / "new").exists()
+
+
 def test_a_search_among_several_processes_is_refused(experiment, model_folders):
     result = run_search(experiment, model_folders, "targets=0.9", WORLD_SIZE="2")
     assert result.returncode == 2 and "search.py is one process" in result.stderr
