@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ads.stage.config import make_config
+from ads.stage.config import SWEPT, make_config
 from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig
 
@@ -25,6 +25,7 @@ EPS = "0"  # the exact derivative (docs/delta.md); above 0: central difference
 TEMPERATURES = [(f"{0.6 + 0.2 * i:.1f}", "0", "0") for i in range(13)]
 STRENGTHS = [("0.6", f"{0.003 * i:.3f}", EPS) for i in range(1, 21)]
 POINTS = TEMPERATURES + STRENGTHS
+<<<<<<< HEAD
 SET_BY_PIPELINE = {
     "exp_dir",
     "trace_name",
@@ -39,6 +40,8 @@ SET_BY_PIPELINE = {
     "attacker",
 }
 KEYS = GenConfig.__annotations__.keys() - SET_BY_PIPELINE
+=======
+>>>>>>> s19
 SHUFFLE_SEED = 42  # both arms fill up evenly, so that a sweep that is cut short can be plotted
 
 
@@ -90,7 +93,7 @@ def checked(words: Sequence[str], text: str) -> list[str]:
         if word is not None:
             name, equals, value = word.partition("=") if "=" in word else (key or word, "=", word)
             settings[name] = value
-    if wrong := [name for name in settings if name not in KEYS]:
+    if wrong := [name for name in settings if name not in SWEPT]:
         raise argparse.ArgumentTypeError(f"{text!r}: {wrong[0]} is no key of gentraces.py to be swept")
     if wrong := [
         f"{name}={value}" for name, value in settings.items() if not value or set(value) & set("/\\ ")

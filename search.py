@@ -1,27 +1,38 @@
-"""Find the lam and tau at which the teacher's accuracy hits targets, to compare arms at equal utility.
+"""Find the lam and tau at which arms cost the teacher the same: equal accuracy, or equal NLL per token.
 
     python search.py exp_dir=runs/x targets=0.9,0.8,0.7 -- proxy_student=Qwen/Qwen2.5-3B \\
         grad_path=runs/x/student_grads.safetensors
+    python search.py exp_dir=runs/x match=nll targets=0.5 arms="poe,poe max_kl=0.1" -- proxy_student=...
     python grid.py --file runs/x/matched.txt
 
 Settings: search_config.yaml, then key=value; the words after -- go to gentraces.py as they are. Each
 evaluation is a stage of gentraces.py in EXP_DIR/search: one that is done is not run again. Exit code 1: some
 target was not hit; the points of the others are in EXP_DIR/matched.txt all the same.
+
+A hit on n problems has a standard error (0.026 of an accuracy of 0.7 on 300), and the nearest of several
+tries is near by chance too. So each point is measured again on other problems of the split, as many as there
+are up to max_samples: that value is the one to report.
 """
 
 import functools
+import json
+import math
+import operator
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import utils
 from ads.arms import BY_NAME
+from ads.data.problems import load_problems, take_subset
+from ads.data.tables import read_parquet
 from ads.data.traces import fingerprint_inputs
 from ads.stage import files, hub, layout
-from ads.stage.config import ignored_keys, load_config, to_dict
+from ads.stage.config import SWEPT, ignored_keys, load_config, make_config, to_dict
 from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig, SearchConfig
 from ads.stage.sidecar import is_finished
@@ -31,22 +42,26 @@ from utils import ROOT, print_result
 NARROW = 0.05  # width of a bracket, relative to its upper end, that is not searched further
 ROUNDING = 1e-9  # 0.71 - 0.70 is above 0.01
 SET_BY_SEARCH = ("exp_dir", "trace_name", "data_split", "max_samples", "tau", "lam", "defence")
+OF_AN_ARM = ("max_kl", "keep_top1", "plausibility", "direction_seed")  # the grid's line has to tell them
+
+NOT_AGAIN = "not measured again on other problems"
+OFF = "OFF the target by more than the tolerance and two standard errors; search on more (max_samples)"
 
 HIT = "hit"
 NEAREST = "nearest"
 TOO_HIGH = "not reachable, above the accuracy at the least value"
-TOO_LOW = "not reachable, below the accuracy at the greatest value"
+TOO_FAR = "not reachable, not even at the greatest value"
 UNFINISHED = "not found within max_evaluations"
 REMEDIES = {
     TOO_HIGH: "choose a lower target or a lower tau",
-    TOO_LOW: "raise lam_max or tau_max",
+    TOO_FAR: "raise lam_max or tau_max, or choose a target nearer to the value at lam 0",
     UNFINISHED: "raise max_evaluations, which keeps what was measured, or move lam_start or tau_start",
 }
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The values of x, lam or tau, along which accuracy falls: where the search begins, its first step from
+    """The values of x, lam or tau, along which the price grows: where the search begins, its first step from
     there, and the last value."""
 
     least: float
@@ -56,50 +71,60 @@ class Limits:
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings of one evaluation, as they will stand in the grid."""
+    """Settings of one evaluation, as they will stand in the grid; is_fresh: on other problems."""
 
     tau: str
     lam: str
     defence: str
+    words: tuple[str, ...] = ()
+    is_fresh: bool = False
 
     @property
     def name(self):
-        control = "" if self.defence == "ads" else f"_{self.defence}"
-        return f"search_tau{self.tau}_lam{self.lam}{control}"
+        defence = [] if self.defence == "ads" else [self.defence]
+        fresh = ["fresh"] if self.is_fresh else []
+        return "_".join([f"search_tau{self.tau}_lam{self.lam}", *defence, *self.words, *fresh])
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracy of the teacher at one value, with its 95 % interval, on n problems."""
+    """The accuracy or NLL (nats per token) at one value, with its standard error, on n problems."""
 
-    accuracy: float
-    low: float
-    high: float
+    value: float
+    standard_error: float
     n: int
 
     def __str__(self):
-        return f"{self.accuracy:.3f} [{self.low:.3f}, {self.high:.3f}], n {self.n}"
+        return f"{self.value:.3f} (standard error {self.standard_error:.3f}, {self.n} problems)"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the search of an arm found for one target: the nearest value, and whether that will do."""
+    """What the search of an arm found for one target: the nearest value, whether that will do, and what other
+    problems say of it."""
 
     arm: str
     target: float
     x: float
     measured: Measured
     outcome: str
+    again: Measured | None = None
 
 
 def main(arguments):
     cfg, words = parse(arguments)
     hub.read_commits(stages_dir(cfg))
     check_stages(cfg, words)
+    others = other_problems(cfg, words)
     utils.prepare_exp_dir(cfg.exp_dir)
     hub.record_commits(stages_dir(cfg))
     with files.stage_lock(cfg.exp_dir, f"search-{cfg.output}"):
+        if not others:
+            print0(f"{NOT_AGAIN}: max_samples={cfg.max_samples} leaves no two of {cfg.data_split}")
         results = [found for arm in cfg.arm_names for found in search_arm(arm, cfg, words)]
+        if others:
+            write_problems(others, cfg)
+            results = [measure_again(found, cfg, words) for found in results]
         lines = [line for found in results for line in grid_lines(found, cfg, words)]
         header = [f"# {shlex.join(['search.py', *arguments])}", "# tau lam eps [key=value ...]"]
         files.write_text(cfg.output_path, "\n".join([*header, *lines, ""]))
@@ -117,6 +142,11 @@ def parse(arguments):
     for word in words:
         if (key := word.removeprefix("--").partition("=")[0]) in SET_BY_SEARCH:
             raise UserError(f"{word!r} after --: the search sets {key}; its own settings stand before --")
+        if key in OF_AN_ARM:
+            raise UserError(f"{word!r} after --: it is part of an arm, such as arms='poe {key}=...'")
+    for key in (word.partition("=")[0] for arm in cfg.arm_names for word in arm.split()[1:]):
+        if key not in SWEPT or key in SET_BY_SEARCH:
+            raise UserError(f"arms={cfg.arms!r}: {key} is no key of gentraces.py that an arm may set")
     return cfg, words
 
 
@@ -128,7 +158,7 @@ def check_stages(cfg, words):
         raise UserError(f"launch={cfg.launch!r}: there is no command {launcher(cfg)[0]!r}")
     for arm in cfg.arm_names:
         stage = stage_config(make_trial(arm, limits_of(arm, cfg).start, cfg), cfg, words)
-        if cfg.rule == "af" and not stage.answer_force:
+        if cfg.match == "accuracy" and cfg.rule == "af" and not stage.answer_force:
             raise UserError("rule=af: needs answer_force=true, or choose rule=raw")
         fingerprint_inputs(stage)
 
@@ -143,48 +173,54 @@ def search_arm(arm, cfg, words):
 def find_value(arm, target, limits, cfg, measured, evaluate):
     """What is Found for one target; `measured` ({x: Measured}) grows by at most cfg.max_evaluations."""
     num_left = cfg.max_evaluations
-    while num_left and not judge(target, limits, cfg.tolerance, measured):
-        x = propose(target, limits, measured)
+    while num_left and not judge(target, limits, cfg, measured):
+        x = propose(target, limits, cfg, measured)
         measured[x] = evaluate(x)
         num_left -= 1
     x = nearest(target, measured)
-    return Found(arm, target, x, measured[x], judge(target, limits, cfg.tolerance, measured) or UNFINISHED)
+    return Found(arm, target, x, measured[x], judge(target, limits, cfg, measured) or UNFINISHED)
 
 
-def judge(target, limits, tolerance, measured):
+def judge(target, limits, cfg, measured):
     """The outcome of the search for one target; None while another evaluation is needed."""
     if not measured:
         return None
-    if abs(measured[nearest(target, measured)].accuracy - target) <= tolerance + ROUNDING:
+    if abs(measured[nearest(target, measured)].value - target) <= cfg.tolerance + ROUNDING:
         return HIT
-    low, high = bracket(target, measured)
+    low, high = bracket(target, cfg, measured)
     if low is None:
         return TOO_HIGH
     if high is None:
-        return TOO_LOW if low >= limits.most else None
+        return TOO_FAR if low >= limits.most else None
     return NEAREST if high - low <= NARROW * high else None
 
 
 def nearest(target, measured):
-    return min(measured, key=lambda x: (abs(measured[x].accuracy - target), x))
+    return min(measured, key=lambda x: (abs(measured[x].value - target), x))
 
 
-def bracket(target, measured):
-    """(low, high): the first x whose accuracy is below the target, and the one before it; None for none."""
-    high = min((x for x in measured if measured[x].accuracy < target), default=None)
+def bracket(target, cfg, measured):
+    """(low, high): the first x that is beyond the target, and the one before it; None for none.
+
+    Accuracy falls with x. NLL rises with tau and lam of ads, and falls where poe or a plausible set leads to
+    likelier tokens: beyond is what lies on the target's other side than the least x.
+    """
+    falls = cfg.match == "accuracy" or target < measured[min(measured)].value
+    is_beyond = operator.lt if falls else operator.gt
+    high = min((x for x in measured if is_beyond(measured[x].value, target)), default=None)
     low = max((x for x in measured if high is None or x < high), default=None)
     return low, high
 
 
-def propose(target, limits, measured):
+def propose(target, limits, cfg, measured):
     """The next x: doubled until it brackets the target, then interpolated, well inside the bracket."""
     if not measured:
         return limits.least
-    low, high = bracket(target, measured)
+    low, high = bracket(target, cfg, measured)
     if high is None:
         return min(limits.most, limits.start if low < limits.start else three_digits(2 * low))
-    above, below = measured[low].accuracy, measured[high].accuracy
-    share = min(max((above - target) / (above - below), 0.25), 0.75)
+    before, beyond = measured[low].value, measured[high].value
+    share = min(max((target - before) / (beyond - before), 0.25), 0.75)
     return three_digits(low + share * (high - low))
 
 
@@ -193,28 +229,86 @@ def three_digits(x):
 
 
 def limits_of(arm, cfg):
-    if BY_NAME[arm].knob == "tau":
+    if BY_NAME[arm.split()[0]].knob == "tau":
         return Limits(cfg.tau, cfg.tau_start, cfg.tau_max)
     return Limits(0.0, cfg.lam_start, cfg.lam_max)
 
 
 def make_trial(arm, x, cfg):
-    """Where x is at its least this is one trial for all arms."""
-    if BY_NAME[arm].knob == "tau":
-        return Trial(f"{x:.12g}", "0", "ads")
-    return Trial(f"{cfg.tau:.12g}", f"{x:.12g}", BY_NAME[arm].defence if x else "ads")
+    """Without the arm's words that have no effect: where x is at its least this is one trial for all arms."""
+    name, *words = arm.split()
+    if BY_NAME[name].knob == "tau":
+        trial = Trial(f"{x:.12g}", "0", "ads")
+    else:
+        trial = Trial(f"{cfg.tau:.12g}", f"{x:.12g}", BY_NAME[name].defence if x else "ads")
+    pairs = dict(word.split("=", 1) for word in words)
+    settings = {"tau": trial.tau, "lam": trial.lam, "defence": trial.defence, **pairs}
+    idle = make_config(GenConfig, settings, dict.fromkeys(settings, "arms")).idle_keys
+    return replace(trial, words=tuple(f"{key}={text}" for key, text in pairs.items() if key not in idle))
 
 
-def evaluate_stage(arm, cfg, words, x):
-    """The accuracy at x, from the sidecar of its stage, which is run where it is not done."""
-    trial = make_trial(arm, x, cfg)
+def evaluate_stage(arm, cfg, words, x, is_fresh=False):
+    """What is matched at x, from the traces of its stage, which is run where it is not done."""
+    trial = replace(make_trial(arm, x, cfg), is_fresh=is_fresh)
     stage = stage_config(trial, cfg, words)
-    if not is_finished(stage.sidecar_path, to_dict(stage), fingerprint_inputs(stage), ignored_keys(stage)):
+    # where the folder of other problems lies is no matter: its contents are compared
+    ignored = ignored_keys(stage) | ({"data_split"} if is_fresh else set())
+    if not is_finished(stage.sidecar_path, to_dict(stage), fingerprint_inputs(stage), ignored):
         run_stage(trial, cfg, words)
-    stats = files.read_yaml(stage.sidecar_path)["stats"]
-    measured = Measured(*(stats[cfg.rule][key] for key in ("accuracy", "low", "high")), stats["n"])
-    print0(f"{trial.name}: {cfg.rule} {measured}")
+    measured = measure(stage, cfg)
+    print0(f"{trial.name}: {cfg.quantity} {measured}")
     return measured
+
+
+def measure(stage, cfg):
+    """What is Measured of the traces of a finished stage: a share of problems, or a mean over them."""
+    stats = files.read_yaml(stage.sidecar_path)["stats"]
+    n = stats["n"]
+    if cfg.match == "accuracy":
+        # with two right and two wrong ones more (Agresti and Coull): all right on 20 is not without an error
+        share = (stats[cfg.rule]["num_correct"] + 2) / (n + 4)
+        return Measured(stats[cfg.rule]["accuracy"], math.sqrt(share * (1 - share) / (n + 4)), n)
+    if n < 2:
+        raise UserError(f"{stage.parquet_path} is of one problem: a standard error takes two, of max_samples")
+    nlls = [row["teacher_nll"] for row in read_parquet(stage.parquet_path)]
+    return Measured(stats["teacher_nll"], statistics.stdev(nlls) / math.sqrt(n), n)
+
+
+# Other problems than those that were searched on
+
+
+def other_problems(cfg, words):
+    """Problems of the split that the search does not look at, at most max_samples; [] where not two."""
+    stage = stage_config(Trial("0", "0", "ads"), cfg, words)
+    of_split = stage.data_split, stage.data_dir
+    searched = {row["problem"] for row in load_problems(*of_split, stage.max_samples, stage.seed)}
+    others = [row for row in load_problems(*of_split, None, stage.seed) if row["problem"] not in searched]
+    return take_subset(others, cfg.max_samples, stage.seed) if len(others) > 1 else []
+
+
+def write_problems(problems, cfg):
+    """As a data set of one's own, which gentraces.py reads; searches of other outputs write the same."""
+    rows = [{key: row[key] for key in ("id", "problem", "solution")} for row in problems]
+    path = layout.path_of("fresh", stages_dir(cfg)) / f"{cfg.data_split.rpartition('_')[2]}.jsonl"
+    with files.stage_lock(cfg.exp_dir, "search-fresh"):
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def measure_again(found, cfg, words):
+    """With what other problems say of it, where it is a point of the grid."""
+    if found.outcome in REMEDIES:
+        return found
+    return replace(found, again=evaluate_stage(found.arm, cfg, words, found.x, is_fresh=True))
+
+
+def holds(found, cfg):
+    """Whether other problems leave a hit a hit, but for chance; None where none were asked."""
+    if found.again is None or found.outcome != HIT:
+        return None
+    return abs(found.again.value - found.target) <= cfg.tolerance + 2 * found.again.standard_error + ROUNDING
+
+
+# Stages of gentraces.py
 
 
 def stage_config(trial, cfg, words):
@@ -229,9 +323,11 @@ def stages_dir(cfg):
 def stage_words(trial, cfg, words):
     """The arguments of gentraces.py; the user's come first, as the first may name a YAML file."""
     max_samples = "null" if cfg.max_samples is None else cfg.max_samples
-    ours = (f"exp_dir={stages_dir(cfg)}", f"trace_name={trial.name}", f"data_split={cfg.data_split}")
+    of_others = f"{layout.path_of('fresh', stages_dir(cfg))}_{cfg.data_split.rpartition('_')[2]}"
+    data_split = of_others if trial.is_fresh else cfg.data_split
+    ours = (f"exp_dir={stages_dir(cfg)}", f"trace_name={trial.name}", f"data_split={data_split}")
     settings = (f"max_samples={max_samples}", f"tau={trial.tau}", f"lam={trial.lam}")
-    return [*words, *ours, *settings, f"defence={trial.defence}"]
+    return [*words, *ours, *settings, f"defence={trial.defence}", *trial.words]
 
 
 def launcher(cfg):
@@ -263,24 +359,40 @@ def wait_for(process):
         raise
 
 
+# What was found
+
+
 def grid_lines(found, cfg, words):
-    """Lines of the output for one target: a comment, and the grid's line where there is one."""
+    """Lines of the output for one target: comments, and the grid's line where there is one."""
     trial = make_trial(found.arm, found.x, cfg)
-    place = f"tau {trial.tau} lam {trial.lam}"
-    accuracy = f"{cfg.rule} {found.measured}"
+    place = " ".join((f"tau {trial.tau} lam {trial.lam}", *trial.words))
+    value = f"{cfg.quantity} {found.measured}"
     comment = f"# {found.arm}, target {found.target:g}: {found.outcome}"
     if found.outcome in REMEDIES:
-        return [f"{comment} (best: {accuracy} at {place}); {REMEDIES[found.outcome]}"]
-    eps = f"{stage_config(trial, cfg, words).eps:g}" if float(trial.lam) else "0"
-    line = [trial.tau, trial.lam, eps, *([] if trial.defence == "ads" else [f"defence={trial.defence}"])]
-    return [f"{comment}, {accuracy} on {cfg.data_split}", " ".join(line)]
+        return [f"{comment} (best: {value} at {place}); {REMEDIES[found.outcome]}"]
+    stage = stage_config(trial, cfg, words)
+    eps = "0" if "eps" in stage.idle_keys else f"{stage.eps:g}"
+    defence = [] if trial.defence == "ads" else [f"defence={trial.defence}"]
+    line = " ".join([trial.tau, trial.lam, eps, *defence, *trial.words])
+    return [f"{comment}, {value} on {cfg.data_split}", f"#   {tell_again(found, cfg)}", line]
+
+
+def tell_again(found, cfg):
+    """What other problems say of a point, in words."""
+    if found.again is None:
+        return NOT_AGAIN
+    told = f"on other problems: {found.again}"
+    return f"{told}, {OFF}" if holds(found, cfg) is False else told
 
 
 def describe(found, cfg):
-    """What the result line says of one target."""
+    """What the result line says of one target: of a point, what it was on other problems."""
     trial = make_trial(found.arm, found.x, cfg)
     settings = {"arm": found.arm, "target": found.target, "tau": float(trial.tau), "lam": float(trial.lam)}
-    return {**settings, **vars(found.measured), "outcome": found.outcome}
+    reported = found.again or found.measured
+    numbers = {cfg.match: reported.value, "standard_error": reported.standard_error, "n": reported.n}
+    both = {"searched": vars(found.measured), "again": found.again and vars(found.again)}
+    return {**settings, **numbers, **both, "outcome": found.outcome, "holds": holds(found, cfg)}
 
 
 if __name__ == "__main__":

@@ -22,6 +22,19 @@ from ads.stage.settings import AttackConfig, GenConfig, GradConfig, SearchConfig
 
 Config = TypeVar("Config", GenConfig, GradConfig, AttackConfig, TrainConfig, SearchConfig)
 NULL_WORDS = ("", "null", "None")  # on the command line, of keys that may be unset
+# of gentraces.py: those that pipeline.sh sets for each stage and point, and those that a grid's line may set
+SET_BY_PIPELINE = (
+    "exp_dir",
+    "trace_name",
+    "data_split",
+    "teacher",
+    "tau",
+    "lam",
+    "eps",
+    "seed",
+    "is_teacher",
+)
+SWEPT = GenConfig.__annotations__.keys() - set(SET_BY_PIPELINE)
 # how a JSON schema says what a value may be, in words
 TYPES = {
     "integer": "a whole number",

@@ -19,6 +19,7 @@ PATHS = {
     "student": "models/NAME/final",
     "model_sidecar": "models/NAME.yaml",
     "search": "search",  # an EXP_DIR in itself, of what search.py evaluated
+    "fresh": "fresh",  # in that one: problems on which what it found is measured again
     "report": "report",  # what report.py writes
     "registry": "metadata/NAME_registry.jsonl",  # a line for each stage that ended; NAME: trace or model
     "log": "logs/NAME.log",

@@ -47,6 +47,32 @@ def stage_path(kind: str, name_key: str = "exp_dir") -> property:
     return property(functools.partial(find_path, kind, name_key))
 
 
+<<<<<<< HEAD
+=======
+Flag = Annotated[bool, BeforeValidator(parse_flag)]
+PathText = Annotated[str, BeforeValidator(expand_path)]  # ~ is the home folder; or a name on the hub
+# it becomes a file name, so it may not leave its folder
+PLAIN_NAME = r"[^./\\\x00\n-][^/\\\x00\n]*"
+FileName = Annotated[str, matching(PLAIN_NAME, "a plain file name (no '/', no leading '.' or '-')")]
+DATASET_SPLIT = "DATASET_SPLIT with SPLIT one of train, holdout, test"
+SplitName = Annotated[
+    str, matching("(?s:.+)_(train|holdout|test)", DATASET_SPLIT), BeforeValidator(expand_path)
+]
+Targets = Annotated[str, matching(several(r" *(\d+\.?\d*|\.\d+) *"), "numbers, such as 0.9,0.8,0.7")]
+Defence = Annotated[str, matching("|".join(DEFENCES), f"one of {', '.join(DEFENCES)}")]
+WITH_WORDS = [rf" *{name}( +\w+=[^\s,]+)* *" for name in SEARCHED]  # as in the grid: poe max_kl=0.1
+SearchedArms = Annotated[
+    str, matching(several(*WITH_WORDS), f"{in_words(SEARCHED)}, each with words such as max_kl=0.1")
+]
+Trackers = Annotated[str, matching(f"none|all|{several(*TRACKERS)}", f"none, all or {in_words(TRACKERS)}")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+RowsAtOnce = Annotated[int, Field(ge=1)] | Literal["auto"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "sdpa", "eager"]
+Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
+
+
+>>>>>>> s19
 @dataclass(frozen=True, config=STRICT)
 class GenConfig:
     """gentraces.py: sample a model on the problems of one split, force answers, grade (stages 1, 3, 5, 6)."""
@@ -314,11 +340,12 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class SearchConfig:
-    """search.py: find the lam and tau at which the teacher's accuracy hits targets."""
+    """search.py: find the lam and tau at which the teacher's accuracy, or its traces' NLL, hits targets."""
 
     exp_dir: PathText = "runs/default"
     output: FileName = "matched.txt"
-    targets: Shares | None = None
+    match: Literal["accuracy", "nll"] = "accuracy"
+    targets: Targets | None = None
     arms: SearchedArms = "ads,temperature"
     rule: Literal["af", "raw"] = "af"
     tolerance: float = Field(default=0.01, ge=0)
@@ -339,7 +366,13 @@ class SearchConfig:
 
     @property
     def arm_names(self) -> list[str]:
-        return list(dict.fromkeys(self.arms.split(",")))
+        """The arms, each with its words."""
+        return list(dict.fromkeys(" ".join(arm.split()) for arm in self.arms.split(",")))
+
+    @property
+    def quantity(self) -> str:
+        """What is matched, in words."""
+        return f"{self.rule} accuracy" if self.match == "accuracy" else "NLL per token"
 
     @property
     def output_path(self) -> Path:
@@ -347,8 +380,9 @@ class SearchConfig:
 
     def check(self) -> None:
         check_given(self, "targets", "the accuracies to hit, such as targets=0.9,0.8,0.7")
+        self.check_targets()
         check_order(self, "lam_start", "lam_max")
-        if "temperature" in self.arm_names:
+        if any(arm.split()[0] == "temperature" for arm in self.arm_names):
             if self.tau_start <= self.tau:
                 raise UserError(f"tau_start={self.tau_start}: must be above tau={self.tau}")
             check_order(self, "tau_start", "tau_max")
@@ -356,6 +390,13 @@ class SearchConfig:
             raise UserError(
                 f"data_split={self.data_split!r}: settings chosen on test problems spoil the test; take train"
             )
+
+    def check_targets(self) -> None:
+        above = 1.0 if self.match == "accuracy" else float("inf")
+        if not all(0 < target < above for target in self.target_values):
+            shares = "shares between 0 and 1, such as 0.9,0.8,0.7 (match=nll takes nats per token)"
+            allowed = shares if self.match == "accuracy" else "nats per token, above 0"
+            raise UserError(f"targets={self.targets}: must be {allowed}")
 
 
 def check_given(config: Any, key: str, meaning: str) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, byte_tokenizer
+from scipy import stats
 
 from ads import chat, sampling
 from ads.data import arithmetic
@@ -27,7 +28,7 @@ def demo():
     tokenizer = chat.load_tokenizer(TEACHER)
     teacher = CachedModel(load_model(TEACHER, "float32", "cpu"))
     allowed_V = torch.ones(len(tokenizer), dtype=torch.bool)
-    rows = arithmetic.generate("test", seed=11, count=60)
+    rows = arithmetic.generate("test", seed=11, count=100)
     requests = [Request(row["id"], chat.prompt_ids(tokenizer, row["problem"]), 90) for row in rows]
     eos = frozenset([tokenizer.eos_token_id])
     return SimpleNamespace(
@@ -35,7 +36,7 @@ def demo():
     )
 
 
-def decode(demo, share, batch_size=60, **keywords):
+def decode(demo, share, batch_size=100, **keywords):
     """{id: Completion} with a share of the results corrupted; None: without any corruption."""
     corrupted = None if share is None else Corruption(demo.tokenizer, demo.allowed_V, share)
     models = Models(demo.teacher, None, demo.allowed_V, demo.eos, corrupted)
@@ -57,10 +58,16 @@ def what_plain_sampling_draws(demo, request, ids):
     return sampling.sample(log_probs_TV, None, DISTRIBUTION, keys_T, torch.arange(len(ids))).tolist()
 
 
-@pytest.mark.parametrize("share", (0.4, 1.0))
+def is_likely(num_corrupted, num_results, share):
+    """Whether so many of the results would be corrupted if each were with probability `share`."""
+    return stats.binomtest(num_corrupted, num_results, share).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("share", (0.1, 0.25, 0.4, 0.6, 0.8, 1.0))
 def test_nothing_but_results_differs_from_what_the_teacher_would_have_written(demo, share):
     """Token by token, given what stands before: what lies outside results is what plain sampling draws; a
-    corrupted result differs in its first digit, and kept ones not at all. A share lam is corrupted."""
+    corrupted result differs in its first digit, and kept ones not at all. A share lam is corrupted, by a
+    binomial test, which shares that are off by 0.12 do not pass."""
     corrupted, num_corrupted, num_results = decode(demo, share), 0, 0
     control = Corruption(demo.tokenizer, demo.allowed_V, share)
     for request in demo.requests:
@@ -79,19 +86,28 @@ def test_nothing_but_results_differs_from_what_the_teacher_would_have_written(de
                 assert is_corrupted == (k in marked), "the page marks what was corrupted"
                 assert not is_corrupted or texts[k].strip() != "0"
             elif not at or not is_corrupted:
+<<<<<<< HEAD
                 assert ids[k] == drawn[k] and k not in marked, (request.id, k, texts[k])
     assert num_results > 200
     assert abs(num_corrupted / num_results - share) <= 3 * (share * (1 - share) / num_results) ** 0.5
+=======
+                assert ids[k] == drawn[k], (request.id, k, texts[k])
+    assert num_results > 300
+    assert is_likely(num_corrupted, num_results, share), (num_corrupted, num_results)
+    for other in (share - 0.12, share + 0.12):
+        assert not 0 <= other <= 1 or not is_likely(num_corrupted, num_results, other)
+>>>>>>> s19
 
 
 def test_a_share_of_0_changes_nothing(demo):
     assert decode(demo, 0.0) == decode(demo, None)
 
 
-def test_batches_do_not_change_what_is_corrupted(demo):
-    assert {i: c.ids for i, c in decode(demo, 0.5).items()} == {
-        i: c.ids for i, c in decode(demo, 0.5, batch_size=7).items()
-    }
+def test_neither_batches_nor_order_change_what_is_corrupted(demo):
+    reverse = SimpleNamespace(**{**vars(demo), "requests": demo.requests[::-1]})
+    wanted = {i: c.ids for i, c in decode(demo, 0.5).items()}
+    assert wanted == {i: c.ids for i, c in decode(reverse, 0.5, batch_size=7).items()}
+    assert wanted != {i: c.ids for i, c in decode(demo, None).items()}
 
 
 def test_static_steps_corrupt_what_ordinary_ones_do(demo, capsys):

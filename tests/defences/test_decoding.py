@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
-from test_engine import EOS, V, decode, requests, same
+from helpers_models import EOS, V, decode, requests, same
 
 from ads import sampling
 from ads.decode.cached_model import CachedModel
@@ -108,11 +108,13 @@ def test_defended_decoding_is_the_plain_loop(name):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_batch_size_and_order_change_nothing(name):
+def test_batch_size_and_order_and_who_decodes_a_row_change_nothing(name):
     settings = SETTINGS[name]
     one = decode(plain_proxy_models(), settings, requests(), batch_size=1)
     other = decode(plain_proxy_models(), settings, requests()[::-1], batch_size=5)
     same(one, other)
+    as_to_two = [decode(plain_proxy_models(), settings, requests()[rank::2], batch_size=2) for rank in (0, 1)]
+    same(one, as_to_two[0] | as_to_two[1])
     for i, completion in one.items():
         assert completion.price == pytest.approx(other[i].price, rel=1e-4, abs=1e-4)
 

@@ -1,6 +1,7 @@
 """Traces made elsewhere, and texts cut out of the teacher's own, on the demo's models."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, run_script
@@ -8,6 +9,7 @@ from helpers_scripts import rows_of
 
 from ads.data.published import answer_only, truncated
 from ads.stage import files
+from ads.stage.inputs import fingerprint_model
 
 MODELS = ROOT / "demo" / "models"
 SMALL = ["max_samples=40", "max_length=200", "max_prompt_length=100", "batch_size=40", "tau=1.0", "top_k=0"]
@@ -64,6 +66,52 @@ def test_our_own_traces_read_back_are_the_native_arm(exp, tmp_path):
     assert found["n"] == len(back) and found["raw"]["num_correct"] == sum(
         r["is_raw_correct"] for r in back.values()
     )
+
+
+TRAIN = [
+    "lora=false",
+    "lr=3e-3",
+    "num_epochs=2",
+    "do_eval=false",
+    "batch_size=20",
+    "per_device_batch_size=20",
+]
+STUDENT_TEST = ["is_teacher=false", "tau=0", "answer_force=false"]
+
+
+def student_of(exp_dir, name, *traces):
+    """What a student learns from an arm: (statistics of its training traces, its weights, its test)."""
+    gentraces(exp_dir, name, "data_split=arithmetic_train", "max_samples=100", "answer_force=false", *traces)
+    given = [f"exp_dir={exp_dir}", f"model_name={name}", f"student={MODELS / 'student'}"]
+    run_script("distill.py", *given, f"train_traces={exp_dir}/traces/{name}.parquet", *TRAIN)
+    student = exp_dir / "models" / name / "final"
+    # the last word counts: here the model that is sampled is the student
+    gentraces(exp_dir, f"test_{name}", *STUDENT_TEST, f"teacher={student}")
+    return stats_of(exp_dir, name), fingerprint_model(str(student)), rows_of(exp_dir, f"test_{name}")
+
+
+@pytest.mark.slow
+def test_100_of_our_own_traces_read_back_teach_the_same_student(tmp_path):
+    """Exported with their answers, as anybody would, and read back as an arm: the same weights, and the same
+    answers of the student. Problems that are not of the split are known by their answer alone."""
+    native = student_of(tmp_path, "native", "tau=0.4")
+    rows = rows_of(tmp_path, "native")
+    assert len(rows) == 100 and all(row["finished"] for row in rows)
+    answers = [re.search(r"boxed\{ (\d+) \}", row["solution"])[1] for row in rows]
+    exported = [
+        {"problem": row["problem"], "trace": row["trace"], "answer": answer}
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    given = publish(tmp_path / "own", exported, "train")
+    for name, seed in (("back", 42), ("elsewhere", 43)):  # another seed makes other problems
+        words = "tau=0", "defence=external", given, f"seed={seed}"
+        stats, weights, tested = student_of(tmp_path, name, *words)
+        assert weights == native[1] and tested == native[2]
+        for key in ("n", "raw", "finished", "num_tokens"):
+            assert stats[key] == native[0][key], key
+        assert stats["teacher_nll"] == pytest.approx(native[0]["teacher_nll"], abs=1e-5)
+    untaught = fingerprint_model(str(MODELS / "student"))
+    assert native[1] != untaught and 0 < native[0]["raw"]["num_correct"] <= 100
 
 
 def test_problems_of_one_s_own_are_graded_by_their_answer(exp, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ import pytest
 from conftest import ROOT, run_script
 
 import search
+from ads.data import arithmetic
+from ads.data.problems import load_problems
 from ads.stage import files
 from ads.stage.settings import SearchConfig
 
@@ -56,7 +59,7 @@ def find(curve, target, pool=None, limits=LIMITS, **settings):
 
     def evaluate(x):
         asked.append(x)
-        return search.Measured(curve(x), 0.0, 1.0, 300)
+        return search.Measured(curve(x), 0.02, 300)
 
     return search.find_value("ads", target, limits, replace(CFG, **settings), pool, evaluate), asked
 
@@ -65,7 +68,7 @@ def find(curve, target, pool=None, limits=LIMITS, **settings):
 def test_a_target_on_a_smooth_curve_is_hit(target):
     found, asked = find(falling, target)
     assert found.outcome == search.HIT and abs(falling(found.x) - target) <= 0.01
-    assert found.measured.accuracy == falling(found.x) and found.x == asked[-1]
+    assert found.measured.value == falling(found.x) and found.x == asked[-1]
     assert len(asked) <= 8 and len(set(asked)) == len(asked)
 
 
@@ -95,13 +98,13 @@ def test_a_target_above_the_curve_costs_one_evaluation():
 
 def test_a_target_below_the_curve_is_given_up_at_the_last_value():
     found, asked = find(flat, 0.5, limits=search.Limits(0.6, 1.2, 4.0))
-    assert found.outcome == search.TOO_LOW and asked == [0.6, 1.2, 2.4, 4.0]
-    assert found.measured.accuracy == 0.8
+    assert found.outcome == search.TOO_FAR and asked == [0.6, 1.2, 2.4, 4.0]
+    assert found.measured.value == 0.8
 
 
 def test_a_jump_over_the_target_ends_at_its_nearer_side():
     found, asked = find(step, 0.6, max_evaluations=20)
-    assert found.outcome == search.NEAREST and found.measured.accuracy == 0.5
+    assert found.outcome == search.NEAREST and found.measured.value == 0.5
     left, right = max(x for x in asked if x < 0.05), min(x for x in asked if x >= 0.05)
     assert found.x == right and 0 < right - left <= 0.05 * right
 
@@ -112,6 +115,42 @@ def test_a_search_that_is_cut_short_says_so_and_can_be_gone_on_with():
     assert found.outcome == search.UNFINISHED and asked == [0, 0.01, 0.02] and found.x == 0.02
     found, more = find(falling, 0.3, pool)
     assert found.outcome == search.HIT and not set(more) & set(asked)
+
+
+def rising(x):
+    """NLL in nats per token: 0.3 at 0, and without an end."""
+    return 0.3 + 5 * x
+
+
+def dipping(x):
+    """NLL of a score that at first makes the likely likelier: 0.1 at 0.1."""
+    return 0.3 + 20 * x * (x - 0.2)
+
+
+DIPPING = [(dipping, target) for target in (0.28, 0.2, 0.13, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize("curve,target", [*((rising, t) for t in (0.33, 0.5, 0.7, 1.0)), *DIPPING])
+def test_a_target_is_hit_whether_nll_rises_or_falls_towards_it(curve, target):
+    """With lam of ads NLL rises, with that of poe it may fall at first."""
+    found, asked = find(curve, target, match="nll", tolerance=0.02, max_evaluations=12)
+    assert found.outcome == search.HIT and abs(curve(found.x) - target) <= 0.02 + 1e-9
+    assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("target", (0.2, 90.0))
+def test_an_nll_on_either_side_is_given_up_at_the_last_value(target):
+    found, asked = find(rising, target, match="nll", limits=search.Limits(0.6, 1.2, 1.5))
+    assert found.outcome == search.TOO_FAR and asked == [0.6, 1.2, 1.5]
+
+
+def test_targets_on_both_sides_share_what_was_measured():
+    pool = {}
+    settings = {"match": "nll", "tolerance": 0.02, "max_evaluations": 12}
+    high, asked = find(dipping, 0.5, pool, **settings)
+    low, more = find(dipping, 0.2, pool, **settings)
+    assert high.outcome == low.outcome == search.HIT and low.x < 0.1 < high.x
+    assert not set(more) & set(asked) and len(more) < len(asked)
 
 
 def test_noise_neither_exceeds_the_budget_nor_passes_for_a_hit():
@@ -187,6 +226,7 @@ def grid_of(path, *more):
 def test_both_arms_are_searched_and_the_grid_reads_what_was_found(experiment, found):
     exp_dir, data = experiment
     assert sorted(sidecars(exp_dir)) == STAGES and found.stdout.count("run     ") == 3
+    assert "not measured again on other problems: max_samples=300 leaves no two of" in found.stdout
     assert [path.stem for path in (exp_dir / "traces").glob("*.yaml")] == ["clean"]  # the report's points
     assert all((exp_dir / "search" / "logs" / f"{name}.log").stat().st_size for name in STAGES)
     assert grid_of(exp_dir / "matched.txt") == ["0.6 0 0", "0.6 0.004 0.001", "0.603 0 0"]
@@ -203,7 +243,7 @@ def test_both_arms_are_searched_and_the_grid_reads_what_was_found(experiment, fo
         assert sidecar["stats"]["raw"]["accuracy"] == match["accuracy"] and match["outcome"] == "hit"
         assert sidecar["config"]["data_split"] == f"{data}_train" and sidecar["stats"]["n"] == match["n"]
     text = (exp_dir / "matched.txt").read_text()
-    assert text.startswith("# search.py exp_dir=") and "# ads, target 0.99: hit, raw 1.000 [" in text
+    assert text.startswith("# search.py exp_dir=") and "# ads, target 0.99: hit, raw accuracy 1.000 (" in text
 
 
 def test_a_second_search_runs_nothing_and_writes_the_same(experiment, model_folders, found):
@@ -219,11 +259,12 @@ def test_an_unreachable_target_is_named_and_the_others_are_written(experiment, m
     bounds = ("lam_start=1e-9", "lam_max=1e-9", "output=low.txt", "arms=ads")
     result = run_search(experiment, model_folders, "targets=0.99,0.1", *bounds)
     assert result.returncode == 1 and result.stdout.count("run     ") == 1
-    assert "target 0.1: not reachable, below the accuracy at the greatest value (best: raw" in result.stdout
+    words = "target 0.1: not reachable, not even at the greatest value (best: raw accuracy"
+    assert words in result.stdout
     assert "at tau 0.6 lam 0); raise lam_max" in result.stdout
     assert "search_tau0.6_lam1e-09" in sidecars(experiment[0])
     outcomes = [match["outcome"] for match in json.loads(result.stdout.splitlines()[-1])["matches"]]
-    assert outcomes == [search.HIT, search.TOO_LOW]
+    assert outcomes == [search.HIT, search.TOO_FAR]
     assert grid_of(experiment[0] / "low.txt") == ["0.6 0 0"]
 
 
@@ -235,11 +276,120 @@ def test_a_stage_done_with_other_settings_is_an_error_that_names_them(experiment
 
 def test_a_control_direction_is_an_arm_with_a_name_and_a_column_of_its_own():
     words = ["grad_path=g", "proxy_student=p", "eps=2e-3"]
-    found = search.Found("random", 0.5, 0.02, search.Measured(0.5, 0.4, 0.6, 100), search.HIT)
-    assert search.grid_lines(found, CFG, words)[1:] == ["0.6 0.02 0.002 defence=random"]
+    found = search.Found("random", 0.5, 0.02, search.Measured(0.5, 0.05, 100), search.HIT)
+    assert search.grid_lines(found, CFG, words)[-1] == "0.6 0.02 0.002 defence=random"
     stage = search.stage_config(search.make_trial("random", 0.02, CFG), CFG, words)
     assert (stage.trace_name, stage.defence) == ("search_tau0.6_lam0.02_random", "random")
     assert search.make_trial("random", 0.0, CFG) == search.make_trial("temperature", 0.6, CFG)
+
+
+# Arms with words, and what other problems say
+
+
+def test_an_arm_has_words_as_the_grid_does_and_its_points_tell_them():
+    """A cap given after -- once capped what was searched, and was lost in the grid's line."""
+    cfg = replace(
+        CFG, arms="poe, poe max_kl=0.1  plausibility=0.2,random direction_seed=3,temperature top_p=1"
+    )
+    assert cfg.arm_names[1:3] == ["poe max_kl=0.1 plausibility=0.2", "random direction_seed=3"]
+    trials = [search.make_trial(arm, 0.7, cfg) for arm in cfg.arm_names]
+    assert [trial.words for trial in trials] == [(), ("max_kl=0.1",), ("direction_seed=3",), ("top_p=1",)]
+    assert trials[1].name == "search_tau0.6_lam0.7_poe_max_kl=0.1"
+    words = ["grad_path=g", "proxy_student=p", "eps=2e-3"]
+    found = [
+        search.Found(arm, 0.5, 0.7, search.Measured(0.5, 0.05, 100), search.HIT) for arm in cfg.arm_names
+    ]
+    assert [search.grid_lines(f, cfg, words)[-1] for f in found] == [
+        "0.6 0.7 0 defence=poe",
+        "0.6 0.7 0 defence=poe max_kl=0.1",
+        "0.6 0.7 0.002 defence=random direction_seed=3",
+        "0.7 0 0 top_p=1",
+    ]
+    none = {search.make_trial(arm, 0.0, cfg) for arm in cfg.arm_names[:3]}
+    assert none == {search.Trial("0.6", "0", "ads")}, "without lam all arms are one, whatever their caps"
+
+
+@pytest.mark.parametrize("again,told,is_hit", ((0.55, "(standard", True), (0.64, "OFF the target", False)))
+def test_a_hit_that_other_problems_do_not_confirm_is_flagged(again, told, is_hit):
+    """Within the tolerance and two standard errors of the new measurement, here 0.11, chance will do."""
+    measured = search.Measured(0.51, 0.03, 300), search.Measured(again, 0.05, 100)
+    found = search.Found("poe", 0.5, 0.02, measured[0], search.HIT, measured[1])
+    lines = search.grid_lines(found, CFG, ["proxy_student=p"])
+    assert "hit, af accuracy 0.510 (standard error 0.030, 300 problems)" in lines[0]
+    assert f"on other problems: {again:.3f} (standard error 0.050, 100 problems)" in lines[1]
+    assert told in lines[1] and lines[2] == "0.6 0.02 0 defence=poe"
+    described = search.describe(found, CFG)
+    assert described["accuracy"] == again and described["n"] == 100 and described["holds"] == is_hit
+    assert described["searched"]["value"] == 0.51 and described["outcome"] == "hit"
+    alone = replace(found, again=None)
+    assert search.describe(alone, CFG)["holds"] is None and search.describe(alone, CFG)["accuracy"] == 0.51
+    assert search.grid_lines(alone, CFG, ["proxy_student=p"])[1] == "#   not measured again on other problems"
+
+
+@pytest.fixture(scope="module")
+def demo_problems(tmp_path_factory):
+    """A data set of 60 of the demo's problems, the first of them twice."""
+    folder = tmp_path_factory.mktemp("demo")
+    rows = [{**row, "level": 1} for row in arithmetic.generate("train", 3, 60)]
+    write_rows(folder, [*rows, {**rows[0], "id": "twin"}])
+    return f"{folder}_train"
+
+
+@pytest.mark.parametrize("most,others", ((20, 20), (40, 20), (60, 0), (None, 0)))
+def test_other_problems_are_others_of_the_split(demo_problems, most, others):
+    """By their text, too: a split may hold a problem twice."""
+    cfg = SearchConfig(targets="0.5", data_split=demo_problems, max_samples=most)
+    found = search.other_problems(cfg, ["seed=3"])
+    texts = {row["problem"] for row in found}
+    searched = {row["problem"] for row in load_problems(demo_problems, None, most, seed=3)}
+    assert abs(len(found) - others) <= 1 and not texts & searched  # the twins may be both in or out
+    assert texts <= {row["problem"] for row in load_problems(demo_problems)}
+    assert found == search.other_problems(cfg, ["seed=3"])
+
+
+NLL = ("match=nll", "targets=0.03", "tolerance=0.02", "arms=poe max_kl=0.1", "tau=1", "lam_start=0.5")
+
+
+def run_nll(problems, exp_dir):
+    models = ROOT / "demo" / "models"
+    settings = ["max_length=200", "max_prompt_length=100", "batch_size=24", "top_k=0", "top_p=1"]
+    words = ["--", f"teacher={models / 'teacher'}", f"proxy_student={models / 'proxy'}", *settings]
+    own = [f"exp_dir={exp_dir}", f"data_split={problems}", "max_samples=24", *NLL]
+    return run_script("search.py", *own, *words, "answer_force=false", check=False)
+
+
+def test_a_capped_arm_is_matched_by_nll_and_measured_again(demo_problems, tmp_path):
+    """PoE lowers NLL; its hit is measured on problems that were not searched on, and once."""
+    first = run_nll(demo_problems, tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    (match,) = json.loads(first.stdout.splitlines()[-1])["matches"]
+    names = [
+        "search_tau1_lam0",
+        "search_tau1_lam0.5_poe_max_kl=0.1",
+        "search_tau1_lam0.5_poe_max_kl=0.1_fresh",
+    ]
+    assert sorted(sidecars(tmp_path)) == names and first.stdout.count("run     ") == 3
+    tables = [
+        pyarrow.parquet.read_table(tmp_path / "search" / "traces" / f"{name}.parquet").to_pylist()
+        for name in names
+    ]
+    searched, other = ({row["problem"] for row in table} for table in tables[1:])
+    assert len(searched) == len(other) == 24 and not searched & other
+    for key, table in zip(("searched", "again"), tables[1:], strict=True):
+        nlls = [row["teacher_nll"] for row in table]
+        assert match[key]["value"] == pytest.approx(statistics.fmean(nlls), abs=1e-5)
+        assert match[key]["standard_error"] == pytest.approx(statistics.stdev(nlls) / 24**0.5)
+    assert match["nll"] == match["again"]["value"] and match["arm"] == "poe max_kl=0.1" and match["n"] == 24
+    assert files.read_yaml(tmp_path / "search" / "traces" / f"{names[2]}.yaml")["config"]["max_kl"] == 0.1
+    text = (tmp_path / "matched.txt").read_text()
+    for key in ("searched", "again"):
+        assert f"{match[key]['value']:.3f} (standard error {match[key]['standard_error']:.3f}" in text
+    assert grid_of(tmp_path / "matched.txt") == ["1 0.5 0 defence=poe max_kl=0.1"]
+    # from another name of the folder, whose contents are the same
+    (link := tmp_path.with_name(f"{tmp_path.name}-link")).symlink_to(tmp_path)
+    again = run_nll(demo_problems, link)
+    assert again.returncode == 0 and "run     " not in again.stdout, again.stdout + again.stderr
+    assert sorted(sidecars(tmp_path)) == names
 
 
 # Failure and interruption: the launcher is a shell script
@@ -286,8 +436,13 @@ def test_an_interrupted_search_stops_its_stage(experiment, model_folders, tmp_pa
 OWN = "targets=0.9 exp_dir={exp} data_split={data}_train rule=raw "
 BAD = (
     ("exp_dir={exp} --", "targets is not set: give the accuracies to hit"),
-    (OWN + "targets=90 --", "targets=90 in the command line: must be shares between 0 and 1"),
-    (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8' in the command line: must be shares"),
+    (OWN + "targets=90 --", "targets=90: must be shares between 0 and 1"),
+    (OWN + "targets=0 --", "targets=0: must be shares between 0 and 1"),
+    (OWN + "targets=1.2,0.5 --", "targets=1.2,0.5: must be shares between 0 and 1"),
+    (OWN + "targets=0.9,,0.8 --", "targets='0.9,,0.8' in the command line: must be numbers, such as 0.9"),
+    (OWN + "targets=-1 --", "targets=-1 in the command line: must be numbers, such as 0.9"),
+    (OWN + "match=nll targets=0.5,0 --", "targets=0.5,0: must be nats per token, above 0"),
+    (OWN + "match=kl --", "match='kl' in the command line: must be one of accuracy, nll"),
     (
         OWN + "arms=ads,heat --",
         "arms='ads,heat' in the command line: must be one of ads, random, permuted, poe",
@@ -305,6 +460,8 @@ BAD = (
     (OWN + "teacher={teacher}", "unknown key 'teacher' in the command line; known keys: arms"),
     (OWN + "-- tau=1", "'tau=1' after --: the search sets tau"),
     (OWN + "-- --exp_dir=x", "'--exp_dir=x' after --: the search sets exp_dir"),
+    (OWN + "-- max_kl=0.1", "'max_kl=0.1' after --: it is part of an arm, such as arms='poe max_kl=...'"),
+    (OWN + "arms=poe_max_kl=0.1 --", "in the command line: must be one of ads, random"),
     (OWN + "-- tua=1", "unknown key 'tua' in the command line; known keys: answer_force"),
     (OWN + "--", "lam=0.01: needs grad_path"),
     (OWN + "-- teacher={teacher} proxy_student={proxy} grad_path=none", "none does not exist: make it"),
@@ -321,6 +478,28 @@ def test_bad_input_is_one_line_before_anything_runs(experiment, model_folders, t
     assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ") and words in result.stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arm,words",
+    (
+        ("poe seed=3", "arms='poe seed=3': seed is no key of gentraces.py that an arm may set"),
+        ("poe max_samples=3", "max_samples is no key of gentraces.py that an arm may set"),
+        ("poe defence=ads", "defence is no key of gentraces.py that an arm may set"),
+        ("poe max_kl=-1", "max_kl=-1 in arms: must be"),
+        (
+            "poe prefill=a/b",
+            "search_tau0.6_lam0.01_poe_prefill=a/b' in the command line: must be a plain file name",
+        ),
+        ("poe max_kl", "arms='poe max_kl' in the command line: must be one of ads"),
+        ("corrupt", "arms='corrupt' in the command line: must be one of ads"),
+    ),
+)
+def test_a_bad_word_of_an_arm_is_one_line(tmp_path, arm, words):
+    own = [f"exp_dir={tmp_path / 'new'}", "targets=0.9", f"arms={arm}", "rule=raw", "--", "proxy_student=p"]
+    result = run_script("search.py", *own, check=False)
+    assert result.returncode == 2 and result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert words in result.stderr and not (tmp_path / "new").exists()
 
 
 def test_a_search_among_several_processes_is_refused(experiment, model_folders):
