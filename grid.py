@@ -25,23 +25,6 @@ EPS = "0"  # the exact derivative (docs/delta.md); above 0: central difference
 TEMPERATURES = [(f"{0.6 + 0.2 * i:.1f}", "0", "0") for i in range(13)]
 STRENGTHS = [("0.6", f"{0.003 * i:.3f}", EPS) for i in range(1, 21)]
 POINTS = TEMPERATURES + STRENGTHS
-<<<<<<< HEAD
-SET_BY_PIPELINE = {
-    "exp_dir",
-    "trace_name",
-    "data_split",
-    "teacher",
-    "tau",
-    "lam",
-    "eps",
-    "seed",
-    "is_teacher",
-    "num_samples",
-    "attacker",
-}
-KEYS = GenConfig.__annotations__.keys() - SET_BY_PIPELINE
-=======
->>>>>>> s19
 SHUFFLE_SEED = 42  # both arms fill up evenly, so that a sweep that is cut short can be plotted
 
 

@@ -33,6 +33,8 @@ SET_BY_PIPELINE = (
     "eps",
     "seed",
     "is_teacher",
+    "num_samples",
+    "attacker",
 )
 SWEPT = GenConfig.__annotations__.keys() - set(SET_BY_PIPELINE)
 # how a JSON schema says what a value may be, in words

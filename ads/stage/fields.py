@@ -71,11 +71,12 @@ DATASET_SPLIT = "DATASET_SPLIT with SPLIT one of train, holdout, test"
 SplitName = Annotated[
     str, matching("(?s:.+)_(train|holdout|test)", DATASET_SPLIT), BeforeValidator(expand_path)
 ]
-Shares = Annotated[
-    str, matching(several(r" *0?\.\d*[1-9]\d* *"), "shares between 0 and 1, such as 0.9,0.8,0.7")
-]
+Targets = Annotated[str, matching(several(r" *(\d+\.?\d*|\.\d+) *"), "numbers, such as 0.9,0.8,0.7")]
 Defence = Annotated[str, matching("|".join(DEFENCES), f"one of {', '.join(DEFENCES)}")]
-SearchedArms = Annotated[str, matching(several(*SEARCHED), in_words(SEARCHED))]
+WITH_WORDS = [rf" *{name}( +\w+=[^\s,]+)* *" for name in SEARCHED]  # as in the grid: poe max_kl=0.1
+SearchedArms = Annotated[
+    str, matching(several(*WITH_WORDS), f"{in_words(SEARCHED)}, each with words such as max_kl=0.1")
+]
 Trackers = Annotated[str, matching(f"none|all|{several(*TRACKERS)}", f"none, all or {in_words(TRACKERS)}")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 RowsAtOnce = Annotated[int, Field(ge=1)] | Literal["auto"]

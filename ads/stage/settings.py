@@ -28,7 +28,7 @@ from ads.stage.fields import (
     Scheduler,
     SearchedArms,
     Seed,
-    Shares,
+    Targets,
     SplitName,
     Trackers,
     not_compared,
@@ -47,32 +47,6 @@ def stage_path(kind: str, name_key: str = "exp_dir") -> property:
     return property(functools.partial(find_path, kind, name_key))
 
 
-<<<<<<< HEAD
-=======
-Flag = Annotated[bool, BeforeValidator(parse_flag)]
-PathText = Annotated[str, BeforeValidator(expand_path)]  # ~ is the home folder; or a name on the hub
-# it becomes a file name, so it may not leave its folder
-PLAIN_NAME = r"[^./\\\x00\n-][^/\\\x00\n]*"
-FileName = Annotated[str, matching(PLAIN_NAME, "a plain file name (no '/', no leading '.' or '-')")]
-DATASET_SPLIT = "DATASET_SPLIT with SPLIT one of train, holdout, test"
-SplitName = Annotated[
-    str, matching("(?s:.+)_(train|holdout|test)", DATASET_SPLIT), BeforeValidator(expand_path)
-]
-Targets = Annotated[str, matching(several(r" *(\d+\.?\d*|\.\d+) *"), "numbers, such as 0.9,0.8,0.7")]
-Defence = Annotated[str, matching("|".join(DEFENCES), f"one of {', '.join(DEFENCES)}")]
-WITH_WORDS = [rf" *{name}( +\w+=[^\s,]+)* *" for name in SEARCHED]  # as in the grid: poe max_kl=0.1
-SearchedArms = Annotated[
-    str, matching(several(*WITH_WORDS), f"{in_words(SEARCHED)}, each with words such as max_kl=0.1")
-]
-Trackers = Annotated[str, matching(f"none|all|{several(*TRACKERS)}", f"none, all or {in_words(TRACKERS)}")]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-RowsAtOnce = Annotated[int, Field(ge=1)] | Literal["auto"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["auto", "sdpa", "eager"]
-Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"]
-
-
->>>>>>> s19
 @dataclass(frozen=True, config=STRICT)
 class GenConfig:
     """gentraces.py: sample a model on the problems of one split, force answers, grade (stages 1, 3, 5, 6)."""
