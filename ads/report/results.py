@@ -43,7 +43,10 @@ DEFENCE_SETTINGS = (
     "grad_rank",
     *CAPS,
 )  # play no part without lam
-CONFIGS = {"model": TrainConfig, "gradient": GradConfig}  # of a column STAGE.SETTING; else GenConfig
+CONFIGS = {  # whose settings a column STAGE.SETTING, or SETTING, holds
+    **dict.fromkeys(("", "train", "teacher", "student"), GenConfig),
+    **{"model": TrainConfig, "gradient": GradConfig},
+}
 SYMBOLS = {"tau": "\N{GREEK SMALL LETTER TAU}", "lam": "\N{GREEK SMALL LETTER LAMDA}"}
 POOLED = "same settings and seed more than once, pooled"
 NO_SHARE = "left out, an accuracy that is no number from 0 to 1"
@@ -324,8 +327,8 @@ def plain(value: object) -> Any:
 def default_of(key: str) -> Any:
     """The default of a column's setting, as the column holds it; None where it is no key of a stage."""
     stage, _, name = key.rpartition(".")
-    config: Any = CONFIGS.get(stage, GenConfig)
-    field = config.__pydantic_fields__.get(name)
+    config: Any = CONFIGS.get(stage)
+    field = config and config.__pydantic_fields__.get(name)
     return None if field is None else plain(field.default)
 
 
