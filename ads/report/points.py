@@ -211,14 +211,10 @@ def setting_columns(stages: Mapping[str, Sidecar]) -> dict[str, Any]:
     """{STAGE.SETTING: value} of a point's stages, and `recipe`, the fingerprint of the student's."""
     columns: dict[str, Any] = {}
     for stage in (name for name in STAGES if name in stages):
-<<<<<<< HEAD
         if stage == "attack":
             found = attack_settings(stages)
         else:
-            found = settings_of(stages[stage], CONFIGS.get(stage, GenConfig)) | stage_files(stage, stages)
-=======
-        found = settings_of(stages[stage], CONFIGS[stage]) | stage_files(stage, stages)
->>>>>>> r19
+            found = settings_of(stages[stage], CONFIGS[stage]) | stage_files(stage, stages)
         own = OWN_COLUMNS.get(stage, ())
         columns |= {f"{stage}.{key}": value for key, value in found.items() if key not in own}
     recipe = {key: value for key, value in columns.items() if key.startswith("model.")}

@@ -28,8 +28,8 @@ from ads.stage.fields import (
     Scheduler,
     SearchedArms,
     Seed,
-    Targets,
     SplitName,
+    Targets,
     Trackers,
     not_compared,
 )
