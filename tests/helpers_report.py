@@ -1,5 +1,6 @@
 """Sidecars of experiments that never ran, as the stages write them, for the report to read."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,14 @@ from ads.report.curves import make_curves
 from ads.report.experiments import load_experiments
 from ads.report.points import collect_baselines, collect_points
 from ads.report.results import read_row
+from ads.stage import sidecar
 from ads.stage.config import to_dict
 from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 from ads.stage.sidecar import write_sidecar
+
+# what is the same while tests run is looked up once: most of the time that sidecars take is git's
+for name in ("versions", "git_commit", "fingerprint_code"):
+    setattr(sidecar, name, functools.cache(getattr(sidecar, name)))
 
 ROOT = Path(report.__file__).parent
 

@@ -44,17 +44,17 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
     than of any."""
     asked, one_step = tables.asked_cells(found.baselines), tables.one_step_cells(found.curves)
     comparisons = {name: matched_tables(found.matches, name) for name in PRICES}
-    matrix, cards = attack_tables.matrix_tables(found.attacked), attack_tables.card_cells(found.attacked)
+    attacks = attack_parts(found)
     svgs, contrasts = plots.inline_svgs(panels), reader.load_contrasts(found.points)
     has_price = {panel.price for panel in panels["tradeoff"]} | {name for name in PRICES if comparisons[name]}
     gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
     sections = {  # with whether there is anything in it
         "Trade-off": True,
         "Worst student": svgs.get("worst"),
-        "Attackers": matrix,
+        "Attackers": attacks["matrix"],
         "Claims": found.claims or asked,
         **{f"Equal {price.words}": comparisons[name] for name, price in PRICES.items()},
-        "Threat cards": cards,
+        "Threat cards": attacks["cards"],
         "Detectability": found.detections,
         "Trace reader": contrasts["points"],
         "Knobs": svgs["knobs"],
@@ -68,7 +68,7 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
         make_environment()
         .from_string(TEMPLATE.read_text(encoding="utf-8"))
         .render(
-            {module.__name__.rpartition(".")[2]: module for module in MODULES},
+            {module.__name__.rpartition(".")[2]: module for module in MODULES} | attacks,
             found=found,
             sections=sections,
             about=about or any_note(found),
@@ -76,10 +76,6 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             legend=legend(found.curves, found.baselines),
             arms=legend(found.curves, []),
             asked=asked,
-            matrix=matrix,
-            cards=cards,
-            worst_legend=legend(found.attacked.curves, found.baselines)
-            + own_legend(found.attacked.own_lines),
             comparisons=comparisons,
             prices=PRICES,
             price_of={name: "" for name in sections}
@@ -92,6 +88,15 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             nbsp=NBSP,
         )
     )
+
+
+def attack_parts(found: findings.Findings) -> dict[str, Any]:
+    """What the sections on attackers hold."""
+    return {
+        "matrix": attack_tables.matrix_tables(found.attacked),
+        "cards": attack_tables.card_cells(found.attacked),
+        "worst_legend": legend(found.attacked.curves, found.baselines) + own_legend(found.attacked.own_lines),
+    }
 
 
 def any_note(found: findings.Findings) -> tuple[str, str]:
