@@ -4,10 +4,11 @@
     python tests/chaos.py --runs 3 --kills 30 --attacks     # with attacks that read clean traces and models
     python tests/chaos.py --shards 20 --seed 1              # two shards on one EXP_DIR, one of them killed
 
-Tiny random models, six stages, and with --attacks what attackers add to them. A kill is SIGKILL to the process group, at a random moment of a stage drawn
-at random or, every second time, as soon as a temporary file shows that something is being written. Afterwards
-every trace, grade, gradient and weight must be that of the run left alone, and nothing that was finished may
-be gone at any time. Prints a table and one JSON line; exit code 1 if anything was lost or differs.
+Tiny random models, six stages, and with --attacks what attackers add to them. A kill is SIGKILL to the process
+group, at a random moment of a stage drawn at random or, every second time, as soon as a temporary file shows
+that something is being written. Afterwards every trace, grade, gradient and weight must be that of the run
+left alone, and nothing that was finished may be gone at any time. Prints a table and one JSON line; exit code
+1 if anything was lost or differs.
 """
 
 import argparse
@@ -39,7 +40,7 @@ SETTINGS = {
     "TRAIN_ARGS": "num_epochs=2 lora_r=4 batch_size=4 save_epochs=0.3",
     "OMP_NUM_THREADS": "1",
 }
-# one for each thing that attack.py and distill.py may read; no trace of a random model is right: correct finds no row
+# one for each thing that is read; no trace of a random model is right, so that correct finds no row
 ATTACKS = "naive mix50 fluent reweight_up mask20 correct"
 MOST_SECONDS = 600  # of one start of the pipeline
 
