@@ -4,10 +4,11 @@
     python tests/chaos.py --runs 3 --kills 30 --attacks     # with attacks that read clean traces and models
     python tests/chaos.py --shards 20 --seed 1              # two shards on one EXP_DIR, one of them killed
 
-Tiny random models, six stages, and with --attacks what attackers add. A kill is SIGKILL to the process group, at a random moment of a stage drawn at random or, every second time, as soon as a temporary file shows
-that something is being written. Afterwards every trace, grade, gradient and weight must be that of the run
-left alone, and nothing that was finished may be gone at any time. Prints a table and one JSON line; exit code
-1 if anything was lost or differs.
+Tiny random models, six stages, and with --attacks what attackers add. A kill is SIGKILL to the process
+group, at a random moment of a stage drawn at random or, every second time, as soon as a temporary file
+shows that something is being written. Afterwards every trace, grade, gradient and weight must be that of
+the run left alone, and nothing that was finished may be gone at any time. Prints a table and one JSON line;
+exit code 1 if anything was lost or differs.
 """
 
 import argparse
