@@ -63,7 +63,7 @@ def is_likely(num_corrupted, num_results, share):
     return stats.binomtest(num_corrupted, num_results, share).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("share", (0.1, 0.25, 0.4, 0.6, 0.8, 1.0))
+@pytest.mark.parametrize("share", (0.1, 0.4, 0.7, 1.0))
 def test_nothing_but_results_differs_from_what_the_teacher_would_have_written(demo, share):
     """Token by token, given what stands before: what lies outside results is what plain sampling draws; a
     corrupted result differs in its first digit, and kept ones not at all. A share lam is corrupted, by a
