@@ -84,10 +84,12 @@ def measure_to_parts(cfg, world, what, tokenizer, ids, examples, batches):
 
     from ads import cpu
     from ads.attacks import likelihood
+    from ads.decode import memory_plan
 
     cpu.keep_freed_memory(world.device)
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if what == "derivative" else []
     longest, dtype = max(map(num_tokens, examples + holdout)), "float32" if holdout else cfg.dtype
+    memory_plan.check_measuring(cfg, examples + holdout, memory_plan.room(world.device), bool(holdout))
     model = likelihood.load_student(cfg, tokenizer, longest, world.device, dtype)
     progress = functools.partial(tqdm, unit="batch", disable=not world.is_main, mininterval=2)
     of_batch = functools.partial(likelihood.mean_nll, model)
@@ -100,7 +102,7 @@ def measure_to_parts(cfg, world, what, tokenizer, ids, examples, batches):
         for batch in progress(batches, desc=what):
             values = of_batch([examples[i] for i in batch])
             measured += [{"id": ids[i], what: x} for i, x in zip(batch, values, strict=True)]
-            is_full = len(measured) >= min(PART_ROWS, cfg.batch_size)
+            is_full = len(measured) >= min(PART_ROWS, 4 * cfg.batch_size)
             if is_full or time.monotonic() - written > PART_SECONDS:
                 files.write_part(cfg.parts_dir / what, world.rank, measured)
                 measured, written = [], time.monotonic()

@@ -186,6 +186,18 @@ def distillation(cfg, student, num_tokens, num_logits, num_processes=1):
     }
 
 
+def measuring(cfg, student, num_tokens, num_logits, has_gradients):
+    """The undistilled student on a batch of traces. cfg: the AttackConfig; has_gradients: that of the holdout
+    loss, and another of one trace at a time."""
+    size = FLOAT if has_gradients else itemsize(cfg.dtype)
+    return {
+        "weights": size * student.parameters,
+        "gradient": 2 * FLOAT * student.parameters if has_gradients else 0,
+        "activations": num_tokens * kept(student, size, False) if has_gradients else 0,
+        "logits": num_logits * student.V * FLOAT * 3,
+    }
+
+
 def trying_adapters(cfg, student):
     """Before training: adapters are tried out, in float32, beside the student as it was loaded."""
     weights = itemsize(cfg.dtype) * student.parameters
@@ -294,3 +306,16 @@ def check_distillation(cfg, examples, free, num_processes):
         words = f"take a smaller model than student={cfg.student}" + ("" if cfg.lora else " or set lora=true")
         for pair in plans:
             check(*pair, free, words, "set gradient_checkpointing=true or per_device_batch_size=1")
+
+
+def check_measuring(cfg, examples, free, has_gradients):
+    """The same for the student of an AttackConfig, and the longest of the examples."""
+    for student in known_sizes(free, cfg.student):
+        longest = max(len(e["input_ids"]) for e in examples)
+        num_logits = max(sum(label != chat.IGNORED_LABEL for label in e["labels"]) for e in examples)
+        most = max(cfg.batch_tokens, longest)
+        plans = [
+            measuring(cfg, student, *pair, has_gradients) for pair in ((longest, num_logits), (most, most))
+        ]
+        remedy = f"take a smaller model than student={cfg.student}"
+        check(*plans, free, remedy, "lower batch_tokens or max_length")

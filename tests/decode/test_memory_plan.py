@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, byte_tokenizer, save_folder, tiny_config, tiny_model
 from helpers_models import sequences
 
+import attack
 import distill
 import gentraces
 import save_grad
@@ -20,7 +21,7 @@ from ads.decode.cached_model import CachedModel
 from ads.delta import gradient, gradient_file
 from ads.delta.exact import ExactDerivative
 from ads.dual.factors import Factors
-from ads.stage.settings import GenConfig, GradConfig, TrainConfig
+from ads.stage.settings import AttackConfig, GenConfig, GradConfig, TrainConfig
 
 KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "gpt2")  # as most families are
 UNTIED = {"vocab_size": 151936, "tie_word_embeddings": False}
@@ -270,6 +271,7 @@ def test_a_cpu_is_not_asked():
     memory_plan.check_decoding(GenConfig(teacher="nothing"), None)
     memory_plan.check_gradient(GradConfig(), [], None)
     memory_plan.check_distillation(TrainConfig(), [], None, 1)
+    memory_plan.check_measuring(AttackConfig(), [], None, True)
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +329,17 @@ def test_the_student_what_is_trained_and_the_longest_sequence_must_fit(folder):
         memory_plan.check_distillation(whole, examples, free, 1)
 
 
+def test_the_student_that_measures_and_two_gradients_must_fit(folder):
+    cfg, sizes = AttackConfig(student=folder), memory_plan.read_sizes(folder)
+    examples = [{"input_ids": [5] * 50, "labels": [chat.IGNORED_LABEL] * 10 + [5] * 40}]
+    for has_gradients, weight in ((False, 2), (True, 12)):
+        free = exactly(memory_plan.measuring(cfg, sizes, 50, 40, has_gradients))
+        assert free == weight * sizes.parameters + 12 * 40 * sizes.V
+        memory_plan.check_measuring(cfg, examples, free, has_gradients)
+        with pytest.raises(ValueError, match=f"take a smaller model than student={folder}, or free"):
+            memory_plan.check_measuring(cfg, examples, free - 1, has_gradients)
+
+
 PROBLEMS = ("max_samples=3", "max_prompt_length=300", "max_length=310")
 
 
@@ -355,6 +368,7 @@ def test_stages_ask_before_they_load(folder, traces, monkeypatch, capsys):
         gentraces: [f"teacher={folder}", *PROBLEMS, "data_split=arithmetic_train"],
         save_grad: [f"proxy_student={folder}", holdout],
         distill: [f"student={folder}", holdout, train],
+        attack: ["attack=reweight", "beta=1", f"student={folder}", holdout, train.removeprefix("train_")],
     }
     for stage, words in stages.items():
         with pytest.raises(ValueError, match="this GPU has 0.0 GB free, but weights"):

@@ -6,11 +6,13 @@ import re
 import pytest
 from conftest import ROOT, run_script
 
-from ads.stage.settings import GenConfig, GradConfig, TrainConfig
+from ads.attacks.rows import ATTACKS
+from ads.stage.settings import AttackConfig, GenConfig, GradConfig, TrainConfig
 
 README = (ROOT / "README.md").read_text()
 MADE_BY_RUNS = {"EXP_DIR/hub.yaml", "EXP_DIR/matched.txt", "NAME.yaml", "report.md"}
 SCRIPTS = {"gentraces.py": GenConfig, "save_grad.py": GradConfig, "distill.py": TrainConfig}
+ATTACKERS = (ROOT / "docs" / "attackers.md").read_text()
 
 
 def keys(*classes):
@@ -33,6 +35,20 @@ def test_every_key_of_a_stage_command_exists(script):
     assert commands or script in ("save_grad.py", "distill.py")
     for command in commands:
         assert {pair.split("=")[0] for pair in command.split()} <= keys(SCRIPTS[script])
+
+
+def test_the_commands_and_names_of_attackers_are_right():
+    commands = re.findall(r"python attack.py (.*)", ATTACKERS)
+    names = [re.search(r"attack=(\w+)", command)[1] for command in commands]
+    assert sorted(names) == sorted(ATTACKS)
+    for command in commands:
+        found = dict(re.findall(r"(\w+)=(\S+)", command))
+        assert found.keys() <= keys(AttackConfig) and found.keys() >= {
+            "attack",
+            *ATTACKS[found["attack"]].keys,
+        }
+    listed = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]*`) \|", ATTACKERS, re.MULTILINE)))
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "attacks").glob("*.yaml"))
 
 
 def test_every_setting_of_the_pipeline_is_known_to_it():
