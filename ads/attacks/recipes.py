@@ -20,7 +20,7 @@ from ads.stage.settings import AttackConfig, GenConfig, TrainConfig
 FOLDER = Path(__file__).resolve().parents[2] / "attacks"
 SECTIONS: dict[str, type[Any]] = {"attack": AttackConfig, "distill": TrainConfig, "gentraces": GenConfig}
 # settings that pipeline.sh gives: which stage it is, what it reads
-PIPELINE_S = {
+SET_BY_PIPELINE = {
     "attack": ("exp_dir", "trace_name", "traces", "seed", "tokenizer", *rows.INPUTS),
     "distill": ("exp_dir", "model_name", "seed", "student", "tokenizer", "train_traces", "holdout_traces"),
     "gentraces": (
@@ -162,7 +162,7 @@ def read_section(path: Path, section: str, settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{place}: must hold `key: value` lines, but holds {settings!r}")
     check_keys(SECTIONS[section], settings, place)
-    if taken := [key for key in settings if key in PIPELINE_S[section]]:
+    if taken := [key for key in settings if key in SET_BY_PIPELINE[section]]:
         raise UserError(f"{taken[0]}={settings[taken[0]]!r} in {place}: pipeline.sh sets it; leave it out")
     config = make_config(SECTIONS[section], settings, dict.fromkeys(settings, place))
     if isinstance(config, AttackConfig):
