@@ -57,8 +57,10 @@ class Table:
     @property
     def title(self) -> str:
         price = PRICES[self.price]
-        at = f"at a {price.words} of {price.show_with_unit(self.level)}" if self.level is not None else ""
-        return f"Students by {ANSWERS[self.answers]} answers, {at or 'each defence at its own price'}"
+        at = f"each defence at its own {price.words}"
+        if self.level is not None:
+            at = f"at a {price.words} of {price.show_with_unit(self.level)}"
+        return f"Students by {ANSWERS[self.answers]} answers, {at}"
 
 
 def matrix_tables(attacked: Attacked) -> list[Table]:
@@ -218,7 +220,7 @@ def headline(attacked: Attacked) -> str:
 
 def gap_sentence(attacked: Attacked) -> str:
     """What shares of the gap are shares of."""
-    found = dict.fromkeys(gap.words for gap in attacked.gaps.values())
+    found = dict.fromkeys(gap.words for gap in attacked.gaps.values() if gap.ends)
     return f"The gap reaches {'; '.join(found)}" if found else ""
 
 

@@ -105,6 +105,21 @@ def test_a_defence_of_one_setting_is_read_at_its_own_price(tmp_path):
         assert line[-1].startswith(".200, at 90 %")
 
 
+def test_a_point_alone_has_a_table_at_each_price(tmp_path):
+    """Both tables had one title, so that the second took the first's place; and a sentence told of a gap that
+    ended nowhere."""
+    folder = write_small(tmp_path)
+    for stage in ("traces/a", "traces/c", "traces/d", "models/b"):
+        for i in (0, 1, 3):
+            (folder / f"{stage}{i}.yaml").unlink()
+            if stage in ("traces/c", "models/b"):
+                (folder / f"{stage}{i}_mix25.yaml").unlink()
+    found = findings.gather([folder], None)
+    captions = [caption for caption in findings.small_tables(found) if caption.startswith("Students by raw")]
+    assert ["own teacher accuracy" in captions[0], "own teacher NLL" in captions[1]] == [True, True]
+    assert attack_tables.gap_sentence(found.attacked) == ""
+
+
 def test_attackers_of_one_name_and_two_recipes_are_told_apart(tmp_path):
     """Two recipes are never pooled: students of mix25 trained at two rates are two rows."""
     for name, lr in (("a", 5e-4), ("b", 1e-4)):
