@@ -178,7 +178,7 @@ split_words() {
 }
 
 run_experiment() {
-  wanted=()
+  asked=()
   grid="$(python "$here/grid.py" ${grid_args[@]+"${grid_args[@]}"})" || exit 2
   num_points="$(grep -c . <<<"$grid" || true)"
   holdout="$EXP_DIR/traces/holdout.parquet"
@@ -279,30 +279,33 @@ check_settings() {
   [[ "$dry_run" == 0 ]] || return 0
   local dry_run=1 checking=1 tau lam eps more point
   {
-    read_point <<<"$grid" && run_shared_stages && want_students ${on_traces[@]+"${on_traces[@]}"} &&
-      tau=0 lam=0 eps=0 more=() point=settings && sample_training_traces
+    read_point <<<"$grid" && want_shared_stages && want_students ${own[@]+"${own[@]}"} \
+      ${on_traces[@]+"${on_traces[@]}"} && tau=0 lam=0 eps=0 more=() point=settings && sample_training_traces &&
+      ask_stages
   } >/dev/null || exit 2
 }
 
 # Stage 1: clean holdout traces. Stage 2: the proxy's gradient on them. Then the student before distillation, and what
 # attacks need that hangs on no grid point.
 run_shared_stages() {
-  want_stage holdout gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_holdout" tau=0 \
-    trace_name=holdout ${holdout_args[@]+"${holdout_args[@]}"} || return
-  want_stage student_grads save_grad.py "${common[@]}" "proxy_student=$PROXY_STUDENT" "holdout_traces=$holdout" \
-    ${grad_args[@]+"${grad_args[@]}"} || return
-  sample_base student_base || return
-  [[ -z "$FEW_SHOT_ARGS" ]] || sample_base student_base_few_shot "${few_shot_args[@]}" || return
-  [[ -z "$PREFILL" ]] || sample_base student_base_prefill "prefill=$PREFILL" || return
-  if has_need clean_traces; then
-    want_stage train_clean gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_train" \
-      trace_name=train_clean "${same_problems[@]}" ${clean_args[@]+"${clean_args[@]}"} || return
-  fi
-  if [[ ${#own[@]} -gt 0 ]]; then
-    sample_base train_own "data_split=${DATASET}_train" "${same_problems[@]}" ${solo_args[@]+"${solo_args[@]}"} || return
-  fi
+  want_shared_stages
   run_wanted shared || return
   [[ ${#own[@]} == 0 ]] || make_students shared "${own[@]}"
+}
+
+want_shared_stages() {
+  want_stage holdout gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_holdout" tau=0 \
+    trace_name=holdout ${holdout_args[@]+"${holdout_args[@]}"}
+  want_stage student_grads save_grad.py "${common[@]}" "proxy_student=$PROXY_STUDENT" "holdout_traces=$holdout" \
+    ${grad_args[@]+"${grad_args[@]}"}
+  sample_base student_base
+  [[ -z "$FEW_SHOT_ARGS" ]] || sample_base student_base_few_shot "${few_shot_args[@]}"
+  [[ -z "$PREFILL" ]] || sample_base student_base_prefill "prefill=$PREFILL"
+  ! has_need clean_traces ||
+    want_stage train_clean gentraces.py "${problems[@]}" "teacher=$TEACHER" "data_split=${DATASET}_train" \
+      trace_name=train_clean "${same_problems[@]}" ${clean_args[@]+"${clean_args[@]}"}
+  [[ ${#own[@]} == 0 ]] ||
+    sample_base train_own "data_split=${DATASET}_train" "${same_problems[@]}" ${solo_args[@]+"${solo_args[@]}"}
 }
 
 # sample_base NAME key=value...: the student before distillation.
@@ -329,10 +332,9 @@ report_progress() {
 # Stage 3: training traces. Stage 6, with the same models: the teacher on the test problems. Then a student for each
 # attack.
 run_point() {
-  wanted=()
-  sample_training_traces || return
+  sample_training_traces
   want_stage "eval_teacher_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_test" \
-    "trace_name=eval_teacher_$point" || return
+    "trace_name=eval_teacher_$point"
   make_students "$point" ${on_traces[@]+"${on_traces[@]}"}
 }
 
@@ -342,7 +344,7 @@ sample_training_traces() {
   teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps"
     ${more[@]+"${more[@]}"} "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
   want_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
-    "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"} || return
+    "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"}
   most="$(sed -n 's/^[^	]*	needs	samples //p' <<<"$recipes" | sort -n | tail -n 1)"
   [[ -z "$most" ]] || is_greedy ||
     want_stage "samples_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
@@ -356,18 +358,18 @@ is_greedy() { [[ "$tau" =~ ^0*\.?0*$ ]]; }
 make_students() {
   local log="$1" left=("${@:2}") kept=() attack broken stage result=0 status
   while :; do
-    want_students ${left[@]+"${left[@]}"} || return
+    want_students ${left[@]+"${left[@]}"}
     status=0
     run_wanted "$log" || status=$?
     [[ "$status" != 0 ]] || break
-    stage="$(sed -n 's/^run     \([^ ]*\) .*/\1/p' "$EXP_DIR/logs/$log.log" | tail -n 1)" broken="" kept=()
+    stage="$(sed -n 's/^run     \([^ ]*\) .*/\1/p' "$EXP_DIR/logs/$log.log" 2>/dev/null | tail -n 1)" broken="" kept=()
     for attack in ${left[@]+"${left[@]}"}; do
       case "$stage" in
         "attack_$(name_of "$attack")" | "student_$(student_of "$attack")" | "eval_student_$(name_of "$attack")") broken=1 ;;
         *) kept+=("$attack") ;;
       esac
     done
-    [[ -n "$broken" ]] || return "$status" # a stage that all need
+    [[ -n "$broken" && "$began" == 1 ]] || return "$status" # a stage that all need; or one was refused
     left=(${kept[@]+"${kept[@]}"})
     [[ "$status" == 4 ]] || result="$status"
   done
@@ -387,11 +389,10 @@ student_of() {
 
 # Stages 4 and 5 of each attack: what it trains on, its student, and the student on the test problems.
 want_students() {
-  local attack status
+  local attack
   for attack in "$@"; do
-    status=0
-    want_student "$attack" || status=$?
-    [[ "$status" == 0 || "$status" == 4 ]] || return "$status" # 4: there is nothing to train on
+    between="=="
+    want_student "$attack"
   done
 }
 
@@ -403,18 +404,18 @@ want_student() {
   words_of "$attack" attack
   if has_need "samples [0-9]*" "$attack" && is_greedy; then
     echo "empty   attack_$name: greedy traces have no second sample"
-    return 4
+    return 0
   elif [[ ${#words[@]} -gt 0 ]]; then
     want_stage "attack_$name" attack.py "${common[@]}" "traces=$published" "trace_name=attack_$name" \
       "samples=$EXP_DIR/traces/samples_${point:-}.parquet" "clean_traces=$EXP_DIR/traces/train_clean.parquet" \
       "holdout_traces=$holdout" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
-      ${attack_args[@]+"${attack_args[@]}"} "${words[@]}" || return
+      ${attack_args[@]+"${attack_args[@]}"} "${words[@]}"
     published="$EXP_DIR/traces/attack_$name.parquet"
   fi
   words_of "$attack" distill
   want_stage "student_$student" distill.py "${common[@]}" "student=$STUDENT" "tokenizer=$STUDENT_TOKENIZER" \
     "train_traces=$published" "holdout_traces=$holdout" "model_name=student_$student" \
-    ${train_args[@]+"${train_args[@]}"} ${words[@]+"${words[@]}"} || return
+    ${train_args[@]+"${train_args[@]}"} ${words[@]+"${words[@]}"}
   words_of "$attack" gentraces
   want_stage "eval_student_$name" gentraces.py "${problems[@]}" is_teacher=false \
     "teacher=$EXP_DIR/models/student_$student/final" "data_split=${DATASET}_test" tau=0 \
@@ -432,39 +433,67 @@ delete_students() {
   done
 }
 
-# want_stage NAME SCRIPT key=value...: skip the stage if its sidecar says that it is done with these settings, refuse
-# if it was done with others, else put it among those that run_wanted runs. --check tells that by its exit code, and
-# says what else there is to know: that code has changed since, or what a stage waits for.
+# want_stage NAME SCRIPT key=value...: put a stage among those that run_wanted asks whether they are to be run.
 want_stage() {
-  local name="$1" script="$2" status=0 check
-  shift 2
-  local command=("${launch[@]}" "$here/$script" "$@")
-  check="$(RANK=0 WORLD_SIZE="$NPROC" python "$here/$script" "$@" --check)" || status=$?
-  if [[ "$status" == 0 ]]; then
-    echo "done    $name${check:+ $check}"
-    return 0
-  elif [[ "$status" == 4 ]]; then
-    echo "empty   $name: nothing to train on"
-    return 4
-  elif [[ "$status" != 3 ]]; then # bad settings, or done with others, or changed since
-    [[ "$dry_run" == 1 && -z "${checking:-}" ]] || return "$status"
-    echo "refused $name: see the error"
-    refused=1
-    return 0
-  fi
-  if [[ "$dry_run" == 1 ]]; then
-    echo "to do   $name: $(printf '%q ' "${command[@]}")${check:+ # $check}"
-    return 0
-  fi
-  wanted+=(${wanted[@]+--} "$name" "$here/$script" "$@")
+  asked+=(${asked[@]+"$between"} "$1" "$here/$2" "${@:3}")
+  between="--"
 }
 
-# run_wanted LOG: run the stages that are to be run, one after another in one process each; what they say goes to
+# ask_stages: of what is asked for, a stage is skipped if its sidecar says that it is done with these settings, refused
+# if it was done with others, else put among the wanted. chain.py --check tells that of all in one process, by a code
+# each, and what else there is to know: that code has changed since, or what a stage waits for.
+ask_stages() {
+  local way=--check status=0 word stage=() number=0 codes=() notes=() code note answers
+  [[ ${#asked[@]} -gt 0 ]] || return 0
+  [[ "$dry_run" == 0 || -n "${checking:-}" ]] || way=--check-all
+  answers="$(RANK=0 WORLD_SIZE="$NPROC" python "$here/chain.py" "$way" "${asked[@]}")" || status=$?
+  while read -r code word note; do
+    codes+=("$code") notes+=("$note")
+  done <<<"$answers"
+  for word in "${asked[@]}" --; do
+    if [[ "$word" == -- || "$word" == == ]]; then
+      tell_stage "${codes[$number]:-}" "${notes[$number]:-}" "${stage[@]}"
+      stage=() number=$((number + 1))
+    else
+      stage+=("$word")
+    fi
+  done
+  asked=()
+  [[ "$status" == 0 || "$way" == --check-all ]] || return "$status"
+}
+
+# tell_stage CODE NOTE NAME SCRIPT key=value...: of one of those.
+tell_stage() {
+  local code="$1" note="$2" name="$3"
+  local command=("${launch[@]}" "${@:4}")
+  case "$code" in
+    0) echo "done    $name${note:+ $note}" ;;
+    3)
+      if [[ "$dry_run" == 1 ]]; then
+        echo "to do   $name: $(printf '%q ' "${command[@]}")${note:+ # $note}"
+      else
+        wanted+=(${wanted[@]+--} "${@:3}")
+      fi
+      ;;
+    4) [[ -z "$note" ]] || echo "empty   $name: $note" ;; # what comes after it in its group is not spoken of
+    "") ;; # not asked, after one that was refused
+    *)
+      echo "refused $name: see the error"
+      [[ "$dry_run" == 0 ]] || refused=1
+      ;;
+  esac
+}
+
+# run_wanted LOG: ask, then run the stages that are to be run, one after another in one process; what they say goes to
 # EXP_DIR/logs/LOG.log, and with one job to the terminal too.
 run_wanted() {
+  local log="$EXP_DIR/logs/$1.log" size=0 status=0 command
+  wanted=() began=0
+  ask_stages || return
   [[ ${#wanted[@]} -gt 0 ]] || return 0
-  local log="$EXP_DIR/logs/$1.log" size=0 status=0 command=("${launch[@]}" "$here/chain.py" "${wanted[@]}")
-  ran=1 wanted=()
+  began=1
+  command=("${launch[@]}" "$here/chain.py" "${wanted[@]}")
+  ran=1
   [[ ! -f "$log" ]] || size="$(wc -c <"$log")"
   # in the background, as a trap waits for what runs in the foreground
   exec 8> >(tee -a "$log" | if [[ "$JOBS" == 1 ]]; then cat; else grep -a --line-buffered '^run '; fi)

@@ -71,7 +71,23 @@ def test_a_stage_that_fails_ends_the_chain_with_its_exit_code(model_folders, pro
 
 def test_what_is_no_stage_is_refused():
     given = ["a", "gentraces.py", "x=1", "--", "b", "/x/distill.py"]
-    assert chain.stages_of(given) == [["a", "gentraces.py", "x=1"], ["b", "/x/distill.py"]]
+    assert chain.groups_of(given) == [[["a", "gentraces.py", "x=1"], ["b", "/x/distill.py"]]]
+    assert chain.groups_of([*given, "==", "c", "attack.py"])[1] == [["c", "attack.py"]]
     for words in ([], ["a"], ["a", "report.py"], ["a", "gentraces.py", "--"]):
         with pytest.raises(ValueError, match="is not NAME SCRIPT"):
-            chain.stages_of(words)
+            chain.groups_of(words)
+
+
+def test_check_tells_what_there_is_to_do(model_folders, problem_folder, exp, tmp_path):
+    """A line a stage; what follows a stage that left no row is not asked; the first refusal ends it."""
+    words = list(stages(model_folders, problem_folder, exp, tmp_path).values())
+    correct = ["attack.py", f"exp_dir={exp}", "attack=correct", f"traces={exp}/traces/holdout.parquet"]
+    assert run_script(*correct, "trace_name=emptied", check=False).returncode == 4
+    emptied = ["emptied", *correct, "trace_name=emptied", "--", "taught", *words[2], "lr=-1"]
+    given = ["train", *words[0], "==", *emptied, "==", "wrong", *words[2], "lr=-1", "==", "test", *words[1]]
+    for option, num_lines in (("--check", 4), ("--check-all", 5)):
+        result = run_script("chain.py", option, *given, check=False)
+        lines = [line.split()[:2] for line in result.stdout.splitlines()]
+        told = [["3", "train"], ["4", "emptied"], ["4", "taught"], ["2", "wrong"], ["3", "test"]]
+        assert lines == told[:num_lines] and result.returncode == 2
+        assert result.stderr.count("error: ") == 1 and "lr=-1" in result.stderr
