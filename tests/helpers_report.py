@@ -21,7 +21,7 @@ from ads.stage.settings import GenConfig, GradConfig, TrainConfig
 from ads.stage.sidecar import write_sidecar
 
 # what is the same while tests run is looked up once: most of the time that sidecars take is git's
-for name in ("versions", "git_commit", "fingerprint_code"):
+for name in ("versions", "git_commit"):
     setattr(sidecar, name, functools.cache(getattr(sidecar, name)))
 
 ROOT = Path(report.__file__).parent

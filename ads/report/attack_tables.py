@@ -11,6 +11,7 @@ from ads.report.attacked import Attacked
 from ads.report.attackers import Cell, defence_of
 from ads.report.curves import group_by
 from ads.report.details import MADE_OF, SPENT, THREAT, Line, card_lines
+from ads.report.doubts import NUM_NAMED
 from ads.report.numbers import (
     ONE_SEED,
     interval_kind,
@@ -21,7 +22,7 @@ from ads.report.numbers import (
     show_seeds,
     show_setting,
 )
-from ads.report.results import ANSWERS, PRICES, SYMBOLS
+from ads.report.results import ANSWERS, PRICES, SYMBOLS, row_name
 from ads.report.worst import WORST
 
 Cells = list[list[str]]
@@ -31,7 +32,7 @@ HOW_WORST = (
 )
 MATRIX = (
     "accuracy [95 % interval], share of the gap recovered; intervals over seeds (t) or, of one seed, over "
-    "its problems only (bootstrap)"
+    f"its problems only (bootstrap); {words.MARK} marks a reading in doubt, why is in matrix.csv"
 )
 MADE_OF_WORDS = (
     "by raw answers: accuracy = finished x right of finished + right unfinished; loops: share of answers "
@@ -109,7 +110,7 @@ def cell_text(cell: Cell | None) -> tuple[str, str, str]:
     gap = f"gap {show_number(cell.gap, 2)}" if cell.gap is not None else ""
     if cell.gap_low is not None:
         gap += f" [{show_number(cell.gap_low, 2)}, {show_number(cell.gap_high, 2)}]"
-    return show_number(cell.student) + own, below, gap
+    return show_number(cell.student) + own + words.mark(cell), below, gap
 
 
 def worst_cells(attacked: Attacked) -> Cells:
@@ -202,13 +203,14 @@ def matrix_line(cell: Cell) -> dict[str, Any]:
     kind = "" if cell.low is None else interval_kind(cell.num_seeds)
     found = {"rule": cell.answers, **dataclasses.asdict(cell)}
     del found["answers"]
-    return found | {"interval": f"problem bootstrap, {kind}" if kind == ONE_SEED else kind}
+    interval = f"problem bootstrap, {kind}" if kind == ONE_SEED else kind
+    return found | {"flags": "; ".join(cell.flags), "interval": interval}
 
 
 def headline(attacked: Attacked) -> str:
     """What the best attacker is left with, in one sentence; empty where nothing is compared."""
     best = words.headline(attacked.matches)
-    if best is None:
+    if best is None or len(attacked.attacks) < 2:
         return ""
     return (
         f"At a teacher accuracy of {show_percent(best.level)} ({ANSWERS[best.answers]} answers), the best of "
@@ -235,6 +237,18 @@ def small_tables(attacked: Attacked, is_brief: bool) -> dict[str, Cells]:
         found[f"What students are made of, {MADE_OF_WORDS}"] = made_of_cells(attacked)
     found[f"Threat cards, {CARDS}"] = card_cells(attacked)
     return {caption: cells for caption, cells in found.items() if cells}
+
+
+def warning_lines(attacked: Attacked) -> list[str]:
+    """What puts the worst students in doubt."""
+    if len(attacked.attacks) > 1 and not attacked.choices:
+        return ["WARNING: no worst student, as answers to single problems are missing"]
+    most = max((choice.num_attackers for choice in attacked.choices), default=0)
+    few = [choice for choice in attacked.choices if choice.num_attackers < most]
+    cases = [f"{row_name(choice.point.row)} ({choice.num_attackers} of {most})" for choice in few]
+    more = f" and {len(cases) - NUM_NAMED} more" if len(cases) > NUM_NAMED else ""
+    what = "WARNING: the worst student is that of fewer attackers than elsewhere"
+    return [f"{what}: {', '.join(cases[:NUM_NAMED])}{more}"] if cases else []
 
 
 def main_alone(attacked: Attacked, finding: str) -> str:

@@ -54,7 +54,8 @@ def gather_attacked(
     if len({attacker.name for attacker in attackers}) < 2 and not own:
         return Attacked()
     tests, missing = read_tests(part for point in (*points, *undistilled) for part in point.parts)
-    choices = worst_students(points, tests)
+    names = {attacker.name for attacker in attackers}
+    choices = worst_students(points, tests) if len(names) > 1 else []
     worst = make_curves(choice.point for choice in choices)
     if worst:  # which needs the tests' answers
         attackers.insert(

@@ -22,7 +22,9 @@ from ads.report.compare import (
     drawn_xy,
     interpolate,
     is_lone,
+    line_flags,
     percentiles,
+    widest_bracket,
 )
 from ads.report.curves import Axes, Curve, Point, Points, curve_label, group_by, left_out, make_curves
 from ads.report.gap import Gap
@@ -63,8 +65,8 @@ class Defence:
 class Cell:
     """The accuracy of an attacker's students at one price of a defence, and the share of the gap recovered.
 
-    `note` says why there is no number or no interval, `gap_note` why there is no share. A defence of one
-    setting is read at its own price: is_own.
+    `note` says why there is no number or no interval, `gap_note` why there is no share, `flags` what puts the
+    number in doubt. A defence of one setting is read at its own price: is_own.
     """
 
     defence: str
@@ -84,6 +86,7 @@ class Cell:
     gap_low: Measured = None
     gap_high: Measured = None
     gap_note: str = ""
+    flags: tuple[str, ...] = ()
 
 
 def main_attack(points: Points) -> str:
@@ -186,18 +189,20 @@ def make_cells(
     if curve is None or not axes.graded(curve.line):
         note = missing if emptied else "no student"
         return [replace(blank, level=level, note=note) for level in levels]
-    own, cells = is_lone(curve), []
+    cells = []
     measured, drawn = read_curve(axes, curve, levels, draws)
-    for i in range(1 if own else len(levels)):
+    for i, level in enumerate([None] if is_lone(curve) else levels):
         found = {key: values[:, i] for key, values in measured.items() if np.isfinite(values[:, i]).all()}
-        level = float(np.mean([price for price, _ in found.values()])) if own and found else levels[i]
-        cell = replace(blank, level=level, is_own=own)
+        cell = replace(blank, level=level, is_own=level is None)
         if not found:
             cells.append(replace(cell, note=missing))
             continue
+        if level is None:
+            cell = replace(cell, level=float(np.mean([price for price, _ in found.values()])))
         resampled = {key: values[:, i] for key, values in drawn.items() if key in found}
         cell = fill_student(cell, found, resampled, draws.missing, len(measured))
-        cells.append(fill_gap(cell, curve, found, resampled, gap))
+        cell = fill_gap(cell, curve, found, resampled, gap)
+        cells.append(replace(cell, flags=tuple(flags_of(axes, curve, found, level))))
     return cells
 
 
@@ -264,3 +269,15 @@ def interval_of(
     if drawn is None:
         return None, None, f"no interval: {missing}"
     return percentiles(drawn)
+
+
+def flags_of(axes: Axes, curve: Curve, found: Found, level: float | None) -> list[str]:
+    """What makes a reading doubtful, as it does a comparison of two curves."""
+    texts: dict[str, None] = {}
+    if level is None:
+        return []
+    for key, points in group_by(curve.line, lambda point: point.row.replicate).items():
+        for line in directions(points) if key in found else ():
+            flags = line_flags(axes, line, level, widest_bracket(axes, [line]))
+            texts |= dict.fromkeys(f"{kind}: {case}" for kind, case in flags)
+    return list(texts)

@@ -86,6 +86,7 @@ def gather(exp_dirs: Sequence[Path], levels: Levels | None) -> Findings:
     matches, claimed = compare_arms(curves, levels, draws), claims.make_claims(curves, baselines, draws)
     attacked = gather_attacked(points, undistilled, own, recipes, levels)
     detections = detect.detect(points, labels_of(curves))
+    notes += attack_tables.warning_lines(attacked)
     found = experiments, points, own, baselines, curves, matches, claimed, notes
     return Findings(*found, attacked, detections)
 

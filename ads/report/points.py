@@ -159,15 +159,19 @@ def points_of(experiment: Experiment) -> Iterator[Point]:
     """Training traces joined with what an attack made of them, with their model, its test and the teacher's
     test, as far as these exist."""
     tests, shown = experiment.traces_of(True, "test"), list[Sidecar]()
+    sampled = [(test, sampled_from(test)) for test in tests]
+    at_point: dict[int, list[Sidecar]] = {}  # of training traces, which attackers share
     gradient: Sidecar = next(iter(experiment.gradients.values()), {})
     for stages in trained(experiment):
         train = stages["train"]
         if not is_published(train):
             continue
         stages |= {"gradient": gradient} if has_delta(train) else {}
-        same_point = [test for test in tests if sampled_from(test) == sampled_from(train)]
+        if id(train) not in at_point:
+            wanted = sampled_from(train)
+            at_point[id(train)] = [test for test, found in sampled if found == wanted]
         for student in students_of(experiment, stages):
-            same = [test for test in same_point if not student or data_name(test) == data_name(student)]
+            same = [t for t in at_point[id(train)] if not student or data_name(t) == data_name(student)]
             for teacher in same or [{}]:
                 for attack in attack_names(experiment, stages, student):
                     yield make_point({"teacher": teacher, "student": student, **stages}, attack)

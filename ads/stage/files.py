@@ -15,6 +15,11 @@ from typing import Any, TextIO
 
 import yaml
 
+try:
+    from yaml import CSafeLoader as SafeLoader  # a sweep with attackers has thousands of sidecars to read
+except ImportError:  # PyYAML built without its C library
+    from yaml import SafeLoader  # type: ignore[assignment]
+
 from ads.stage import layout
 from ads.stage.errors import MissingInputError, UserError
 
@@ -77,7 +82,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingInputError(f"{path} does not exist")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):

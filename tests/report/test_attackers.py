@@ -60,6 +60,9 @@ def test_cells_are_read_off_at_the_same_teacher_accuracy(tmp_path):
     assert (cells["naive"].gap_low, cells["naive"].gap_high) == pytest.approx((low, high))
     assert cells_of(found, "temperature", 0.7)["naive"].student == pytest.approx(0.83)
     assert {cell.note for cell in cells_of(found, "ADS", 0.5).values()} == {"not reached"}
+    assert cells["naive"].flags == ()
+    (flag,) = cells_of(found, "temperature", 0.85)["naive"].flags  # .9 and .7 are far apart
+    assert flag == "is read across more than 10 points of teacher accuracy: τ 0.4 to τ 1"
     assert "temperature at its lowest, τ 0.4" in attack_tables.gap_sentence(found.attacked)
 
 

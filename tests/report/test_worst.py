@@ -75,12 +75,31 @@ def test_the_headline_names_the_worst_student(tmp_path):
     assert shares["naive"] < best.student <= max(shares.values()) + 0.02
 
 
+def test_it_is_said_where_attackers_are_missing(tmp_path):
+    """In the middle of a sweep the worst of two students is no better than that of five."""
+    (folder,) = write_sweep(tmp_path, (1,), 50, ATTACKS, SWEEP[:4])
+    assert not any("fewer attackers" in note for note in findings.gather([folder], None).notes)
+    (folder / "traces" / "c3_resample4.yaml").unlink()
+    (note,) = [note for note in findings.gather([folder], None).notes if "fewer attackers" in note]
+    assert note.endswith("elsewhere: ADS, τ 0.4, λ 8, seed 1 (2 of 3)")
+
+
+def test_one_attack_and_own_answers_have_no_worst_student(tmp_path):
+    (folder,) = write_sweep(tmp_path, (1,), 50, ("naive", "solo"), SWEEP[:4])
+    found = findings.gather([folder], None)
+    assert not found.attacked.choices and not found.attacked.curves and found.attacked.own_lines
+    assert findings.headline(found).startswith("At a teacher accuracy of 85 % (raw answers), temperature")
+    assert any(line.startswith("Without any published trace") for line in findings.sentences(found))
+    assert {cell.attack for cell in found.attacked.cells} == {"naive"}
+
+
 def test_a_worst_student_needs_the_answers(tmp_path):
     (folder,) = write_sweep(tmp_path, seeds=(1,), num_problems=50, attacks=("naive", "mix25"))
     for path in (folder / "traces").glob("c*.parquet"):
         path.unlink()
     found = findings.gather([folder], None)
     assert not found.attacked.choices and not found.attacked.matches
+    assert any("no worst student" in note for note in found.notes)
     assert findings.headline(found).startswith("At a teacher accuracy of 75 % (raw answers), temperature")
     notes = {cell.note for cell in found.attacked.cells if cell.attack == "naive"}
     assert any("is not there" in note for note in notes)  # nor is there an interval of one seed
