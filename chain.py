@@ -3,7 +3,7 @@ libraries are loaded once, and so is the teacher where two stages sample with it
 
     python chain.py NAME SCRIPT key=value ... [-- NAME SCRIPT key=value ...]
     python chain.py traces gentraces.py exp_dir=runs/x ... -- student distill.py exp_dir=runs/x ...
-    python chain.py --check traces gentraces.py ...        what there is to do, a line `CODE NAME note` a stage
+    python chain.py --check traces gentraces.py ...     # what is to be done, a line `CODE NAME note` a stage
 
 A stage that is done by now is left as it is; one that fails ends the chain, with its exit code. --check asks
 each stage with its own --check, and ends at the first that is refused, with its exit code; --check-all goes

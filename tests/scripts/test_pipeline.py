@@ -112,7 +112,7 @@ def test_dry_run_in_an_environment_that_is_set_up(model_folders, problem_folder,
     settings = {"SKIP_SETUP": "0", "VIRTUAL_ENV": str(tmp_path), "GRID_ARGS": "--points 0.6,0,0"}
     found = run_pipeline(model_folders, problem_folder, tmp_path / "new", "--dry-run", **settings)
     assert found.stdout.count("to do   ") == 7 and "installing" not in found.stderr
-    assert "gentraces.py" in (tmp_path / "ran").read_text()
+    assert "chain.py" in (tmp_path / "ran").read_text()
 
 
 def test_the_error_of_a_stage_is_the_last_line(model_folders, problem_folder, tmp_path):
