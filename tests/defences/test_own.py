@@ -45,7 +45,7 @@ def test_a_row_and_a_score_are_all_that_a_defence_takes(model_folders, problem_f
     )
     assert 0 < float(capped["train_kl"]) <= 0.0501 and float(capped["train_capped"]) > 0.1
     assert 0 < float(poe["train_lam"]) < 0.3 and poe["train_num_models"] == "2"
-    assert rows["temperature", "0.0"]["train_kl"] == "" and "student_raw_accuracy" in free
+    assert rows["temperature", "0.0"]["train_kl"] == "0.0" and "student_raw_accuracy" in free
     page = (exp_dir / "report" / "report.html").read_text()
     assert "unsure proxy" in page and "#123456" in page and "#abcdef" in page
     assert not (exp_dir / "traces" / "train_tau0.8_lam0.3_eps0_poe_keep_top1=true").is_file()
