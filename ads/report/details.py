@@ -97,8 +97,8 @@ def made_of(test: Mapping[str, Any] | None, cache: dict[Any, Any]) -> Line:
 
 
 def spent(stages: Mapping[str, Any], cache: dict[Any, Any]) -> Line:
-    """Tokens that the teacher published, that the attacker had to get and that the student was trained on (once
-    over), and the seconds of either side's stages."""
+    """Tokens that the teacher published, that the attacker had to get and that the student was trained on,
+    once over; and the seconds of either side's stages."""
     train, attack = stages.get("train"), stages.get("attack")
     columns = read_cached(train, ("num_tokens",), cache) if train else None
     published = sum(columns["num_tokens"]) if columns else None
