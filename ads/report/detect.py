@@ -199,17 +199,10 @@ def best_way(labels_N: np.ndarray, feature_N: np.ndarray) -> float:
 
 def cells(detections: Sequence[Detection]) -> list[list[str]]:
     """Header and lines of the table."""
-    header = ["defence", *SYMBOLS.values(), "seeds", "traces", "AUC", "95 % interval", "best feature alone"]
-    lines = [header]
+    lines = [["defence", "setting", "AUC", "95 % interval", "best feature alone", "seeds", "traces"]]
     for found in detections:
-        knobs = [
-            show_setting(found.tau),
-            show_setting(found.lam),
-            str(found.num_seeds),
-            str(found.num_traces),
-        ]
-        alone = f"{found.feature} {show_number(found.alone)}"
-        lines.append(
-            [found.label, *knobs, show_number(found.auc), show_interval(found.low, found.high), alone]
-        )
+        key, value = ("lam", found.lam) if found.lam else ("tau", found.tau)
+        knob, alone = f"{SYMBOLS[key]} {show_setting(value)}", f"{found.feature} {show_number(found.alone)}"
+        numbers = [show_number(found.auc), show_interval(found.low, found.high), alone]
+        lines.append([found.label, knob, *numbers, str(found.num_seeds), str(found.num_traces)])
     return lines if detections else []

@@ -103,7 +103,7 @@ def test_the_clean_ones_are_the_lowest_temperature_of_the_seed(tmp_path):
     assert (ads.num_seeds, ads.num_traces, ads.feature) == (2, 400, "sums that do not hold")
     assert ads.auc == pytest.approx(0.75, abs=0.05)  # half of the traces hold a wrong sum
     assert found["temperature", 0.9].low < 0.5 < found["temperature", 0.9].high
-    assert detect.cells(list(found.values()))[0][5] == "AUC"
+    assert detect.cells(list(found.values()))[0][2] == "AUC"
     # where the clean ones cannot be read, no other traces stand in for them
     (folders[0] / "traces" / "a0.parquet").unlink()
     files.write_text(folders[1] / "traces" / "a0.parquet", "")
