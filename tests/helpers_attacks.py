@@ -47,7 +47,14 @@ def write_attack(exp_dir, name, words, traces, n=5231, inputs=(), outputs=(), mo
     """The sidecar of what attack.py made of traces/TRACES.parquet."""
     paths = {"exp_dir": str(exp_dir), "traces": f"{exp_dir}/traces/{traces}.parquet", "trace_name": name}
     config = {**paths, "seed": 42, "batch_size": 8, "dtype": "auto", **words, **config}
-    stats = {"n": n, "num_published": 7473, "num_dropped": 7473 - n, "tokens": 200 * n, **dict(more_stats)}
+    stats = {
+        "n": n,
+        "num_published": 7473,
+        "num_dropped": 7473 - n,
+        "tokens": 200 * n,
+        "tokens_read": 300 * n,
+        **dict(more_stats),
+    }
     path = exp_dir / "traces" / f"{name}.yaml"
     write_sidecar(path, config, {"traces": "t", **dict(inputs)}, stats, 30, [])
     if outputs:

@@ -40,8 +40,9 @@ MADE_OF_WORDS = (
 )
 CARDS = (
     "what each attacker takes, and what either side spends on a point, means over points and seeds: the "
-    "teacher's tokens and seconds of sampling what is published; the tokens that a student is trained on, "
-    "once over, and the seconds of attack.py, its samples and the training"
+    "teacher's tokens and seconds of sampling what is published; the tokens that the attacker had to get, "
+    "clean traces and further samples among them, and those that a student is trained on, once over; the "
+    "seconds of attack.py, its samples and the training"
 )
 
 

@@ -16,7 +16,7 @@ from ads.stage.errors import UserError
 
 Line = dict[str, Any]
 THREAT = ("labels", "clean_traces", "queries", "models")
-SPENT = ("published_tokens", "trained_tokens", "defender_seconds", "attacker_seconds")
+SPENT = ("published_tokens", "read_tokens", "trained_tokens", "defender_seconds", "attacker_seconds")
 MADE_OF = ("finished", "right_of_finished", "right_unfinished", "loops")  # of accuracies by raw answers
 OF_ATTACKER = ("samples", "attack", "model")  # stages that an attacker pays for
 
@@ -97,13 +97,14 @@ def made_of(test: Mapping[str, Any] | None, cache: dict[Any, Any]) -> Line:
 
 
 def spent(stages: Mapping[str, Any], cache: dict[Any, Any]) -> Line:
-    """Tokens that the teacher published and that the student was trained on (once over), and the seconds of
-    either side's stages."""
+    """Tokens that the teacher published, that the attacker had to get and that the student was trained on,
+    once over; and the seconds of either side's stages."""
     train, attack = stages.get("train"), stages.get("attack")
     columns = read_cached(train, ("num_tokens",), cache) if train else None
     published = sum(columns["num_tokens"]) if columns else None
     return {
         "published_tokens": published,
+        "read_tokens": attack["stats"].get("tokens_read", published) if attack else published,
         "trained_tokens": attack["stats"].get("tokens") if attack else published,
         "defender_seconds": train.get("seconds") if train else None,
         "attacker_seconds": sum(stages[name].get("seconds", 0) for name in OF_ATTACKER if name in stages),

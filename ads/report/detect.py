@@ -68,11 +68,20 @@ def detect(points: Points, labels: Mapping[Any, str]) -> list[Detection]:
     groups = group_by(points, lambda point: (defence_of(point.row), point.row.tau, point.row.lam))
     detections = []
     for (key, *_), same in groups.items():
-        own = [(clean[place_of(point)], point) for point in same if place_of(point) in clean]
-        pairs = [(found[id(plain)], found[id(point)]) for plain, point in own if plain is not point]
+        own = [point for point in same if clean.get(place_of(point)) not in (None, point)]
+        pairs = [
+            (found[id(clean[place])], together([found[id(point)] for point in of_seed]))
+            for place, of_seed in group_by(own, place_of).items()
+        ]
         if pairs:
             detections.append(measure(same[0], labels.get(key, same[0].row.arm), pairs))
     return detections
+
+
+def together(parts: Sequence[Traces]) -> Traces:
+    """The traces of one seed: of several random directions, all of them."""
+    features = np.concatenate([traces.features_NF for traces in parts])
+    return Traces(features, np.concatenate([traces.halves_N for traces in parts]))
 
 
 def one_each(points: Points) -> list[Point]:
@@ -190,17 +199,10 @@ def best_way(labels_N: np.ndarray, feature_N: np.ndarray) -> float:
 
 def cells(detections: Sequence[Detection]) -> list[list[str]]:
     """Header and lines of the table."""
-    header = ["defence", *SYMBOLS.values(), "seeds", "traces", "AUC", "95 % interval", "best feature alone"]
-    lines = [header]
+    lines = [["defence", "setting", "AUC", "95 % interval", "best feature alone", "seeds", "traces"]]
     for found in detections:
-        knobs = [
-            show_setting(found.tau),
-            show_setting(found.lam),
-            str(found.num_seeds),
-            str(found.num_traces),
-        ]
-        alone = f"{found.feature} {show_number(found.alone)}"
-        lines.append(
-            [found.label, *knobs, show_number(found.auc), show_interval(found.low, found.high), alone]
-        )
+        key, value = ("lam", found.lam) if found.lam else ("tau", found.tau)
+        knob, alone = f"{SYMBOLS[key]} {show_setting(value)}", f"{found.feature} {show_number(found.alone)}"
+        numbers = [show_number(found.auc), show_interval(found.low, found.high), alone]
+        lines.append([found.label, knob, *numbers, str(found.num_seeds), str(found.num_traces)])
     return lines if detections else []

@@ -13,6 +13,7 @@ from scipy import stats
 
 import report
 from ads.report import attack_plots, attack_tables, findings, page
+from ads.report.details import SPENT
 from ads.report.worst import WORST
 from ads.stage import files
 
@@ -158,12 +159,10 @@ def test_what_students_are_made_of_and_what_is_spent(tmp_path):
         (2 / 6, 0.1, 0.4)
     )
     assert (line["pass_at_1_raw"], line["pass_at_8_raw"]) == (0.3, 0.55)
-    spent = [
-        line[key] for key in ("published_tokens", "trained_tokens", "defender_seconds", "attacker_seconds")
-    ]
-    assert spent == [500, 500, 360, 720]
+    assert [line[key] for key in SPENT] == [500, 500, 500, 360, 720]
     mixed = lines["mix25", 14.0]
-    assert (mixed["trained_tokens"], mixed["attacker_seconds"]) == (200 * 5231, 750)
+    tokens = [mixed[f"{what}_tokens"] for what in ("published", "read", "trained")]
+    assert (tokens, mixed["attacker_seconds"]) == ([500, 300 * 5231, 200 * 5231], 750)
     assert [mixed[key] for key in ("labels", "clean_traces", "queries", "models")] == [False, 0.25, 1, "none"]
     header, *cells = attack_tables.made_of_cells(found.attacked)
     assert header[-2:] == ["pass at 1 raw", "pass at 8 raw"] and len(cells) == 8
