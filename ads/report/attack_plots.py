@@ -20,7 +20,7 @@ def make_panels(attacked: Attacked, baselines: Rows) -> dict[str, list[Panel]]:
             if axes.graded_rows(rows):
                 price = "" if axes.price == "accuracy" else f", price in {PRICES[axes.price].short}"
                 draw = functools.partial(draw_worst, axes, attacked, baselines)
-                panels.append(Panel(f"Worst student: {ANSWERS[answers]} answers{price}", draw))
+                panels.append(Panel(f"Worst student: {ANSWERS[answers]} answers{price}", draw, axes.price))
     return {"worst": panels} if panels else {}
 
 

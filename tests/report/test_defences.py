@@ -12,7 +12,8 @@ from helpers_report import PROXY, curves_of, rows_of, write_both_arms, write_poi
 import report
 from ads.report import looks, page, plots, reader, tables
 from ads.report.claims import choose_arms
-from ads.report.points import collect_points, load_experiments
+from ads.report.experiments import load_experiments
+from ads.report.points import collect_points
 from ads.stage import files
 
 TAU, LAM = "\N{GREEK SMALL LETTER TAU}", "\N{GREEK SMALL LETTER LAMDA}"
