@@ -46,7 +46,7 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
     comparisons = {name: matched_tables(found.matches, name) for name in PRICES}
     attacks = attack_parts(found)
     svgs, contrasts = plots.inline_svgs(panels), reader.load_contrasts(found.points)
-    has_price = {shown.price for shown in (*panels["tradeoff"], *matrix)}
+    has_price = {shown.price for shown in (*panels["tradeoff"], *attacks["matrix"])}
     has_price |= {name for name in PRICES if comparisons[name]}
     gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
     sections = {  # with whether there is anything in it
