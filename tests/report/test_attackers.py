@@ -208,6 +208,8 @@ def test_the_frontier_is_drawn_through_the_worst_students(tmp_path):
     ]
     figure = report.plots.compose(panels[:1], "")
     (line,) = [line for line in figure.axes[0].get_lines() if str(line.get_label()).startswith("ADS")]
-    assert sorted(line.get_ydata()) == pytest.approx([0.6, 0.8], abs=0.02)
+    assert sorted(line.get_ydata())[:2] == pytest.approx(
+        [0.6, 0.8], abs=0.02
+    )  # its start at temperature is above
     assert not attack_plots.make_panels(type(found.attacked)(), [])
     assert "stroke-dasharray" in page.own_legend([{"attacker": "solo"}])[0]["key"]
