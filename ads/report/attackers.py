@@ -66,7 +66,8 @@ class Cell:
     """The accuracy of an attacker's students at one price of a defence, and the share of the gap recovered.
 
     `note` says why there is no number or no interval, `gap_note` why there is no share, `flags` what puts the
-    number in doubt. A defence of one setting is read at its own price: is_own.
+    number in doubt. is_own: it is the same in the tables of all prices, as a defence of one setting is read
+    at its own, and one without students at none.
     """
 
     defence: str
@@ -187,8 +188,7 @@ def make_cells(
     blank = Cell(defence.label, defence.arm, attacker.label, attacker.name, axes.answers, axes.price)
     missing = f"{NO_ROW} ({'; '.join(emptied)})" if emptied else NOT_REACHED
     if curve is None or not axes.graded(curve.line):
-        note = missing if emptied else "no student"
-        return [replace(blank, level=level, note=note) for level in levels]
+        return [replace(blank, is_own=True, note=missing if emptied else "no student")]
     cells = []
     measured, drawn = read_curve(axes, curve, levels, draws)
     for i, level in enumerate([None] if is_lone(curve) else levels):

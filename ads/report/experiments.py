@@ -206,9 +206,12 @@ def students_of(experiment: Experiment, stages: Stages) -> list[Sidecar]:
 
 
 def attack_names(experiment: Experiment, stages: Stages, student: Sidecar) -> list[str]:
-    """The attack that a student was made by. Before its test says so: the recipes that ask for the rows that
-    it was or would be trained on; "" where it was trained on the published traces."""
-    if student:
-        return [student["config"].get("attacker", NAIVE)]
-    attack = stages.get("attack")
+    """The attack that a student was made by, as its test says.
+
+    Where none says so, or leaves it at naive though an attack's rows were trained on, it is the recipes that
+    ask for these rows; "" for published traces.
+    """
+    attack, named = stages.get("attack"), student and student["config"].get("attacker", NAIVE)
+    if named and not (attack and named == NAIVE):
+        return [named]
     return recipes_of(experiment.recipes, attack["config"]) if attack else [""]

@@ -13,7 +13,7 @@ from helpers_attacks import (
 )
 from helpers_report import STUDENT, rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
 
-from ads.report import findings, tables
+from ads.report import attack_tables, findings, tables
 from ads.report.attackers import of_main_attack
 from ads.report.doubts import warning_lines
 from ads.report.experiments import load_experiments
@@ -83,6 +83,26 @@ def test_an_attack_that_left_no_row_is_a_row_without_a_student(tmp_path):
     assert cells["correct"].student is None and cells["correct"].note.startswith("no row left")
     assert "seed 42" in cells["correct"].note
     assert (len(found.rows), len(found.points)) == (2, 3)  # points with students of the one attack, all rows
+
+
+def test_an_attack_on_a_lone_setting_that_left_no_row(tmp_path):
+    """Its cell stood at the usual prices, where the table of a defence's own price did not look for it."""
+    write_stage_1_and_2(tmp_path)
+    write_point(tmp_path, "2", 0.6, 0.03, (0.70, 0.50), (0.25, 0.20))
+    write_attack(tmp_path, "none", RECIPES["correct"][2], "a2", n=0, more_stats={"reason": "no right answer"})
+    found = findings.gather([tmp_path], None)
+    tables_of_text = map(attack_tables.matrix_cells, attack_tables.matrix_tables(found.attacked))
+    texts = [line for table in tables_of_text for line in table if line[0] == "correct"]
+    assert texts and all(line[1].startswith("no row left (λ 0.03, seed 42)") for line in texts)
+
+
+def test_a_student_of_an_attack_is_not_naive_by_default(tmp_path):
+    """attacker=naive is the default of gentraces.py: tested by hand, a student of another attack was drawn
+    into the naive one's curves."""
+    write_one(tmp_path)
+    write_recipes(tmp_path, ("naive", "mix25"))
+    write_attacked(tmp_path, "2", "naive", "a2", (0.52, 0.50), RECIPES["mix25"][2])
+    assert list(by_attack(tmp_path)) == [("naive", 0.0), ("naive", 0.03), ("mix25", 0.03)]
 
 
 @pytest.mark.parametrize("changed", ["what the attack wrote", "what it read", "its clean traces"])
