@@ -6,7 +6,7 @@ it into text nodes. Only the plots come as markup, which matplotlib wrote.
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,6 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
     comparisons = {name: matched_tables(found.matches, name) for name in PRICES}
     attacks = attack_parts(found)
     svgs, contrasts = plots.inline_svgs(panels), reader.load_contrasts(found.points)
-    has_price = {shown.price for shown in (*panels["tradeoff"], *attacks["matrix"])}
-    has_price |= {name for name in PRICES if comparisons[name]}
     gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
     sections = {  # with whether there is anything in it
         "Trade-off": True,
@@ -78,10 +76,7 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             arms=legend(found.curves, []),
             asked=asked,
             comparisons=comparisons,
-            prices=PRICES,
-            price_of={name: "" for name in sections}
-            | {f"Equal {p.words}": name for name, p in PRICES.items()},
-            shown_prices=[name for name in PRICES if name in has_price],
+            **price_parts(sections, [*panels["tradeoff"], *attacks["matrix"]], comparisons),
             one_step=one_step,
             gradients=gradients,
             contrasts=contrasts,
@@ -89,6 +84,18 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
             nbsp=NBSP,
         )
     )
+
+
+def price_parts(
+    sections: Iterable[str], shown: Iterable[Any], comparisons: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The prices, those that anything is shown at, and the one that each section is about, if any."""
+    has_price = {part.price for part in shown} | {name for name in PRICES if comparisons[name]}
+    return {
+        "prices": PRICES,
+        "price_of": dict.fromkeys(sections, "") | {f"Equal {p.words}": name for name, p in PRICES.items()},
+        "shown_prices": [name for name in PRICES if name in has_price],
+    }
 
 
 def attack_parts(found: findings.Findings) -> dict[str, Any]:
