@@ -142,20 +142,28 @@ def run_script(main: Callable[[list[str]], object]) -> None:
     try:
         main(sys.argv[1:])
         leave_world()
-        if world_size() > 1:
-            exit_at_once()
+        leave(0)
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(2)
     except errors.NoRowsError as error:
         if is_main_process():
             print(f"no row left: {error}", file=sys.stderr, flush=True)
-        sys.exit(NO_ROWS)
+        leave_world()
+        leave(NO_ROWS)
     except Exception as error:
         if fault := explain_fault(error):
             print(f"error: {fault}", file=sys.stderr, flush=True)
-            sys.exit(1)
+            leave(1)
         raise
+
+
+def leave(code: int) -> None:
+    """End the process with an exit code."""
+    if world_size() > 1:
+        exit_at_once(code)
+    if code:
+        sys.exit(code)
 
 
 def explain_fault(error: Exception) -> str | None:

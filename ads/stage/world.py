@@ -194,8 +194,8 @@ def leave_world() -> None:
         torch.distributed.destroy_process_group()
 
 
-def exit_at_once() -> None:
-    """End one of several processes whose work is done, without taking the libraries apart.
+def exit_at_once(code: int) -> None:
+    """End one of several processes whose work is done, or in vain, without taking the libraries apart.
 
     Threads of a process group may still run then, and one process in hundreds would abort after all was done
     ("terminate called without an active exception"), which its launcher takes for a failure.
@@ -203,4 +203,4 @@ def exit_at_once() -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
