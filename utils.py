@@ -160,8 +160,9 @@ def run_script(main: Callable[[list[str]], object]) -> None:
 
 def leave(code: int) -> None:
     """End the process with an exit code."""
-    if world_size() > 1:
-        exit_at_once(code)
+    with contextlib.suppress(UserError):  # a number of processes that is none: the error that was said
+        if world_size() > 1:
+            exit_at_once(code)
     if code:
         sys.exit(code)
 

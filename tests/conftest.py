@@ -26,7 +26,12 @@ ENVIRONMENT = {**os.environ, **OFFLINE}  # before a test changes it
 # set by pytest, and by what a test imports: torch, ads, utils.quiet_libraries(), distill.py
 NO_SETTINGS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_ALLOC_CONF"}
 NO_SETTINGS |= {"HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"}
-NO_SETTINGS |= {"TOKENIZERS_PARALLELISM", "ACCELERATE_MIXED_PRECISION"}
+NO_SETTINGS |= {
+    "TOKENIZERS_PARALLELISM",
+    "ACCELERATE_MIXED_PRECISION",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+}
 torch.set_num_threads(1)  # two files run at a time, on perhaps two cores
 # Cases of the same kind are the same in each run; `--hypothesis-profile=many` takes more of them.
 QUIET = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}

@@ -19,7 +19,8 @@ import traceback
 from pathlib import Path
 
 LIBRARIES = """accelerate datasets jinja2 math_verify matplotlib.backends.backend_agg
-    matplotlib.backends.backend_svg numpy peft pyarrow.parquet safetensors.torch scipy.stats torch tqdm
+    matplotlib.backends.backend_svg numpy peft pyarrow.parquet safetensors.torch scipy.stats
+    sklearn.linear_model sklearn.metrics sklearn.pipeline sklearn.preprocessing torch tqdm
     transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto
     transformers.models.llama.modeling_llama transformers.models.qwen2.modeling_qwen2 transformers.trainer"""
 
