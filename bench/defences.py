@@ -5,8 +5,8 @@
 The model is teacher and proxy; Delta is along a random direction in factors of rank 16, which costs what a
 gradient does. Prompts are problems in the model's chat template, or as they are where it has none; every
 response has `--tokens` tokens. Each row of the table is the median over `--rounds` rounds, in which all take
-turns, so that what else runs on the machine hits all alike. KL and NLL are those of the tokens sampled. Reading the
-prompts is part of the time: of 128 problems and 32 tokens each it is most of it.
+turns, so that what else runs on the machine hits all alike. KL and NLL are those of the tokens sampled.
+Reading the prompts is part of the time: of 128 problems and 32 tokens each it is most of it.
 """
 
 import argparse
