@@ -128,7 +128,7 @@ def save_folder(folder, model, tokenizer):
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was():
-    """What a stage that runs in the tests' own process sets (CUDA_VISIBLE_DEVICES, for one) ends with its test.
+    """What a stage in the tests' own process sets (CUDA_VISIBLE_DEVICES, for one) ends with its test.
 
     With it run_script would start Python for each script of the tests after it: four seconds, not a half.
     """
