@@ -81,8 +81,13 @@ def has_delta(trace: Sidecar) -> bool:
 
 
 def sampled_from(trace: Sidecar) -> tuple[dict, dict]:
-    """The settings and the files that traces of one grid point are sampled with."""
-    return sampling(trace), files_of(trace, "teacher", *arm_of(trace["config"]).inputs)
+    """The settings and the files that traces of one grid point are sampled with.
+
+    Traces made elsewhere have a file for each split: of these the folder counts.
+    """
+    inputs = arm_of(trace["config"]).inputs
+    folder = {"published": plain(trace["config"]["published"])} if "published" in inputs else {}
+    return sampling(trace) | folder, files_of(trace, "teacher", *set(inputs) - {"published"})
 
 
 def files_of(sidecar: Sidecar, *names: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import yaml
 from helpers_report import PROXY, curves_of, rows_of, write_both_arms, write_point, write_stage_1_and_2
 
 import report
@@ -88,6 +89,21 @@ def test_caps_are_columns_of_their_own_and_none_of_a_stage(every):
             *("{'max_kl': 0.1, 'keep_top1': True}", "{'plausibility': 0.01}"),
         ]
     )
+
+
+def test_traces_made_elsewhere_are_joined_by_their_folder(tmp_path):
+    """Training and test traces are files of their own: by their fingerprints no point was ever complete."""
+    for i, folder in enumerate(("a/mine", "a/theirs")):
+        shares = (0.9 - 0.1 * i,) * 2, (0.5 - 0.1 * i,) * 2
+        write_point(tmp_path, folder[2:], 0.4, 0.0, *shares, defence="external", published=folder)
+    for path in tmp_path.glob("traces/*.yaml"):
+        record = files.read_yaml(path)
+        if record["config"].get("published"):
+            record["inputs"] = {**(record.get("inputs") or {}), "published": f"sha256 of {path.stem}"}
+            path.write_text(yaml.safe_dump(record))
+    rows, _ = rows_of(tmp_path)
+    found = [(row["teacher_raw_accuracy"], row["student_raw_accuracy"]) for row in rows]
+    assert sorted(found) == [(0.8, 0.4), (0.9, 0.5)]
 
 
 def test_a_setting_that_all_curves_but_one_leave_at_its_default_is_named_on_that_one(tmp_path):
