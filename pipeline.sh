@@ -204,7 +204,9 @@ read_recipes() {
   while IFS=$'\t' read -r attack what value; do
     [[ "$what" == file ]] || continue
     if has_need own "$attack"; then own+=("$attack"); else on_traces+=("$attack"); fi
-    [[ "$dry_run" == 1 ]] || cp "$value" "$EXP_DIR/attacks/$attack.yaml" # where the report looks it up
+    [[ "$dry_run" == 0 ]] || continue
+    cp "$value" "$EXP_DIR/attacks/.$attack.$$.tmp" # for the report; whole at any time, as shards may share the folder
+    mv "$EXP_DIR/attacks/.$attack.$$.tmp" "$EXP_DIR/attacks/$attack.yaml"
   done <<<"$recipes"
 }
 
