@@ -45,6 +45,7 @@ def become(request):
     os.chdir(request["folder"])
     os.umask(request["umask"])
     sys.argv = request["command"]
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
     code = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
