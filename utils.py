@@ -141,28 +141,26 @@ def run_script(main: Callable[[list[str]], object]) -> None:
     signals.handle_signals()
     try:
         main(sys.argv[1:])
-        leave_world()
         leave(0)
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        leave(2)
+        sys.exit(2)
     except errors.NoRowsError as error:
         if is_main_process():
             print(f"no row left: {error}", file=sys.stderr, flush=True)
-        leave_world()
         leave(NO_ROWS)
     except Exception as error:
         if fault := explain_fault(error):
             print(f"error: {fault}", file=sys.stderr, flush=True)
-            leave(1)
+            sys.exit(1)
         raise
 
 
 def leave(code: int) -> None:
-    """End the process with an exit code."""
-    with contextlib.suppress(UserError):  # a number of processes that is none: the error that was said
-        if world_size() > 1:
-            exit_at_once(code)
+    """End a process whose stage is done, with an exit code."""
+    leave_world()
+    if world_size() > 1:
+        exit_at_once(code)
     if code:
         sys.exit(code)
 

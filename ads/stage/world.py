@@ -195,7 +195,7 @@ def leave_world() -> None:
 
 
 def exit_at_once(code: int) -> None:
-    """End one of several processes whose work is done, or in vain, without taking the libraries apart.
+    """End one of several processes whose work is done, without taking the libraries apart.
 
     Threads of a process group may still run then, and one process in hundreds would abort after all was done
     ("terminate called without an active exception"), which its launcher takes for a failure.
