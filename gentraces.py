@@ -144,7 +144,7 @@ def decode_rows(cfg, models, tokenizer, by_id, forcing, batch_size, requests):
     from ads.decode.replay import complete
     from ads.delta.arm_models import sampling_of
 
-    has_graphs = cfg.cuda_graph is True  # auto: not before a GPU has run them
+    has_graphs = models.allowed_V.device.type == "cuda" if cfg.cuda_graph == "auto" else cfg.cuda_graph
     given = models, sampling_of(cfg, models.shared_V), cfg.seed, requests, batch_size
     if cfg.defence not in TEXTS:
         return generate(*given, forcing, has_graphs)

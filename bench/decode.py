@@ -169,7 +169,7 @@ def load_ours(args, way):
     return functools.partial(decode_ours, teacher, CachedModel(teacher), delta, allowed_V, args)
 
 
-def decode_ours(model, teacher, delta, allowed_V, args, prompts, eos, limits=None):
+def decode_ours(model, teacher, delta, allowed_V, args, prompts, eos, limits=None, cuda_graph=False):
     """limits: {id: most new tokens}; None: what max_length leaves."""
     models = engine.Models(teacher, delta, allowed_V, frozenset(eos))
     limits = limits or dict(zip(prompts, max_new_tokens(list(prompts.values()), args), strict=True))
@@ -177,7 +177,7 @@ def decode_ours(model, teacher, delta, allowed_V, args, prompts, eos, limits=Non
     rule = sampling.Sampling(0.0, args.lam if delta else 0.0)
     timed = TimedDecoder.steps = []
     engine.Decoder = TimedDecoder
-    traces = {c.id: c.ids for c in engine.generate(models, rule, 0, requests, args.batch)}
+    traces = {c.id: c.ids for c in engine.generate(models, rule, 0, requests, args.batch, cuda_graph=cuda_graph)}
     return traces, timed
 
 
@@ -283,7 +283,11 @@ class PeerDelta(Peer):
             log_probs.append(torch.log_softmax(output.logits[:, -1].float(), -1))
         delta_BV = (log_probs[0] - log_probs[1]) / (2 * self.eps)
         super().__call__(ids_BT, logits_BV)
-        return torch.log_softmax(logits_BV.float(), -1) + self.lam * delta_BV
+        # the proxy may have fewer rows of its table than the teacher: what it has not cannot be sampled
+        scores_BV = torch.log_softmax(logits_BV.float(), -1)
+        scores_BV[:, delta_BV.shape[1] :] = -torch.inf
+        scores_BV[:, : delta_BV.shape[1]] += self.lam * delta_BV[:, : scores_BV.shape[1]]
+        return scores_BV
 
 
 def floor_seconds(args, way, teacher, prompts, steps, figures):

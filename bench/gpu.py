@@ -80,12 +80,15 @@ FIGURES = ("tokens_per_second", "ms_per_step", "floor_ms", "peak_gb", "plan_gb",
 
 
 def main(arguments):
-    is_tiny = parse(arguments).tiny
+    args = parse(arguments)
+    is_tiny = args.tiny
     device = "cuda" if not is_tiny and num_gpus() else "cpu"
     if device == "cpu" and not is_tiny:
         sys.exit("error: no CUDA device: bash bench/gpu.sh --tiny runs the same on a CPU with tiny models")
     rows, scale = {}, TINY if is_tiny else PAPER
     for measure, minutes in SECTIONS.items():
+        if args.only and measure.__name__.removeprefix("measure_") not in args.only:
+            continue
         for name, found in run_section(measure, scale, device, 60 * minutes):
             rows[name] = found
             print(name, found, file=sys.stderr, flush=True)
@@ -101,6 +104,8 @@ def parse(arguments):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tiny", action="store_true", help="tiny models on a CPU")
+    names = [measure.__name__.removeprefix("measure_") for measure in SECTIONS]
+    parser.add_argument("--only", nargs="+", choices=names, help="these sections alone")
     return parser.parse_args(arguments)
 
 
@@ -177,6 +182,9 @@ def measure_ours(scale, device):
             decode.decode_ours, teacher, cached, delta, ids_V, args, prompts, {0}, limits
         )
         yield f"traces, {name}", measure_decoding(call, device) | {"plan_gb": in_gb(plan)}
+        forget(device)
+        call = functools.partial(call, cuda_graph=True)
+        yield f"traces, {name}, captured", measure_decoding(call, device) | {"plan_gb": in_gb(plan)}
         del teacher, delta, cached, call
         forget(device)
 
@@ -193,6 +201,27 @@ def measure_peer(scale, device):
         yield f"the peer's traces, {name}", measure_decoding(call, device)
         del teacher, peer, call
         forget(device)
+
+
+def measure_step_with_peer(scale, device):
+    """ADS both ways on one batch whose rows all are as long: what the peer's stragglers cost is left out."""
+    prompts, _, args = rows_and_settings(scale, device)
+    prompts = dict(list(prompts.items())[: scale.batch])
+    limits = dict.fromkeys(prompts, scale.steps[1])
+    teacher, delta, ids_V, _ = make_ours(scale, device, True)
+    cached = CachedModel(teacher)
+    call = functools.partial(decode.decode_ours, teacher, cached, delta, ids_V, args, prompts, {0}, limits)
+    yield "one batch, ADS", measure_decoding(call, device)
+    call = functools.partial(call, cuda_graph=True)
+    yield "one batch, ADS, captured", measure_decoding(call, device)
+    del delta, cached, call
+    forget(device)
+    pair = [make(scale.proxy, "qwen2", dtype_on(device), device) for _ in range(2)]
+    perturb_(*pair, draw_gradient(pair[0]), EPS)
+    call = functools.partial(
+        decode.decode_peer, teacher, decode.PeerDelta(pair, EPS, LAM), args, prompts, {0}, limits
+    )
+    yield "the peer's one batch, ADS", measure_decoding(call, device)
 
 
 def measure_steps(scale, device):
@@ -313,7 +342,9 @@ def make_ours(scale, device, is_ads):
         sizes = memory_plan.sizes_of(model.config)
         delta = ExactDerivative(model, draw_gradient(model), ids_V)
     teacher = make(scale.teacher, "qwen2", dtype_on(device), device)
-    cfg = GenConfig(max_length=scale.max_length, max_prompt_length=scale.prompt, answer_force=False)
+    cfg = GenConfig(
+        max_length=scale.max_length, max_prompt_length=scale.prompt, answer_force=False, lam=LAM if is_ads else 0.0
+    )
     numbers = sizes.factors(RANK) if sizes else 0
     plan = memory_plan.decoding(cfg, memory_plan.sizes_of(teacher.config), sizes, scale.batch, numbers)
     return teacher, delta, ids_V, plan
@@ -425,13 +456,19 @@ def conclusions(rows):
         (
             "ADS, useful tokens per second over the peer's",
             "tokens_per_second",
-            "traces, ADS",
+            "traces, ADS, captured",
             "the peer's traces, ADS",
+        ),
+        (
+            "ADS in one batch, useful tokens per second over the peer's",
+            "tokens_per_second",
+            "one batch, ADS, captured",
+            "the peer's one batch, ADS",
         ),
         (
             "plain, useful tokens per second over the peer's",
             "tokens_per_second",
-            "traces, plain",
+            "traces, plain, captured",
             "the peer's traces, plain",
         ),
         ("a step over a captured one, ADS", "ms_per_step", "step, ADS", "step, ADS, captured"),
@@ -444,8 +481,9 @@ def conclusions(rows):
 # the minutes that each may take
 SECTIONS = {
     measure_equal: 1.5,
-    measure_ours: 4,
-    measure_peer: 6,
+    measure_ours: 6,
+    measure_step_with_peer: 2,
+    measure_peer: 12,
     measure_steps: 3,
     measure_gradient: 2.5,
     measure_distillation: 3,

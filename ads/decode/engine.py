@@ -102,7 +102,7 @@ def generate(models, distribution, seed, requests, batch_size, forcing=None, cud
     assert len(waiting) == len(requests), "request ids must differ"
     is_static = cuda_graph or models.allowed_V.device.type == "cuda"
     if cuda_graph and (reason := graph.obstacle(models)):
-        print(f"cuda_graph=true: {reason}: steps run uncaptured", flush=True)
+        print(f"cuda_graph: {reason}: steps run uncaptured", flush=True)
         cuda_graph = False
     size = num_positions(requests, forcing)
     while waiting:

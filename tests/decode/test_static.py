@@ -28,7 +28,7 @@ from ads.sampling import GREEDY, Sampling
 pytestmark = pytest.mark.compiled
 
 FORCING = Forcing(tail_of, max_ids=5, max_new_tokens=6)
-NO_GPU = "cuda_graph=true: there is no GPU: steps run uncaptured"
+NO_GPU = "cuda_graph: there is no GPU: steps run uncaptured"
 
 
 @functools.cache
