@@ -158,7 +158,7 @@ choose_commits() {
 
 # in_python FUNCTION WORDS...: one of ads/stage/; what it gives is printed.
 in_python() {
-  PYTHONPATH="$here" python -c "import utils; from ads.attacks import recipes; from ads.stage import hub, inputs, machine
+  PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" python -c "import utils; from ads.attacks import recipes; from ads.stage import hub, inputs, machine
 utils.run_script(lambda words: (found := $1(*words)) is None or print(found))" "${@:2}"
 }
 
