@@ -11,8 +11,7 @@ is a list of kernels with the addresses they were captured with, so
 - that step runs on the stream of the capture, since cuBLAS takes a workspace at its first use on a stream,
   which would else lie in the pool and be written over.
 
-Each graph is compared with the uncaptured step on the device at hand before it is used. No GPU has run this
-yet.
+Each graph is compared with the uncaptured step on the device at hand before it is used.
 """
 
 import warnings
