@@ -2,8 +2,11 @@
 # The whole experiment on the tiny models in demo/models and generated word problems: minutes on a CPU, no GPU, no
 # network beyond the package index. The same stages, scripts and files as pipeline.sh.
 #
-#   bash pipeline_demo.sh              one seed, 20 grid points
+#   bash pipeline_demo.sh              one seed: 20 grid points, two of which with attackers
 #   SEEDS=3 bash pipeline_demo.sh      three seeds: fresh problems, fresh random numbers
+#
+# Students of GRID_ARGS copy the traces as they are; each point of MATRIX_ARGS gets a student of each of ATTACKS. Given
+# GRID_ARGS alone, these are the points of ATTACKS, as in pipeline.sh.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -11,20 +14,30 @@ SEEDS="${SEEDS:-1}"
 export DATASET=arithmetic
 export TEACHER="$here/demo/models/teacher" PROXY_STUDENT="$here/demo/models/proxy" STUDENT="$here/demo/models/student"
 export NPROC=1 OMP_NUM_THREADS=1 # at this size processes help and threads do not
+# Results should not hang on having a GPU. ACCELERATE_USE_CPU=false JOBS=12 runs it on one all the same, in float32.
+export ACCELERATE_USE_CPU="${ACCELERATE_USE_CPU:-true}"
+float32="dtype=float32"
+[[ "$ACCELERATE_USE_CPU" == false ]] || float32=""
 # No forced answers: the models of the demo have never seen the words that force one, and answer them at random.
-export GEN_ARGS="max_length=200 max_prompt_length=100 batch_size=300 top_k=0 top_p=1 answer_force=false ${GEN_ARGS:-}"
+export GEN_ARGS="max_length=200 max_prompt_length=100 batch_size=300 top_k=0 top_p=1 answer_force=false $float32 ${float32:+proxy_$float32} ${GEN_ARGS:-}"
 export TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8 one_step=0.1}"
-export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}"
-export TRAIN_ARGS="lora=false lr=3e-3 num_epochs=3 per_device_batch_size=16 do_eval=false ${TRAIN_ARGS:-}"
+export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}" ATTACK_ARGS="$float32 ${ATTACK_ARGS:-}"
+export TRAIN_ARGS="lora=false lr=3e-3 num_epochs=3 per_device_batch_size=16 do_eval=false ${float32} ${TRAIN_ARGS:-}"
 # What the undistilled student reaches when it is asked in other ways. Prompts with worked problems are longer.
 export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=2 max_length=400 max_prompt_length=300}" PREFILL="${PREFILL-start with}"
+[[ -n "${GRID_ARGS:-}" ]] || MATRIX_ARGS="${MATRIX_ARGS---points 0.4,6.2,0 1.3,0,0}"
+matrix="${MATRIX_ARGS:-}" attacks="${ATTACKS:-}"
+if [[ -n "$matrix" ]]; then # GRID_ARGS has the others
+  attacks="${ATTACKS:-naive correct mix25 repair mask10 prefill solo $here/demo/attacks/longer.yaml}"
+  ATTACKS=naive
+fi
+export ATTACKS="${ATTACKS:-naive}"
 export GRID_ARGS="${GRID_ARGS:---points
-  0.4,0,0 1.0,0,0 1.2,0,0 1.3,0,0 1.4,0,0
-  0.4,4,0 0.4,5.5,0 0.4,6.2,0 0.4,6.8,0 0.4,7.4,0
+  0.4,0,0 1.0,0,0 1.2,0,0 1.4,0,0
+  0.4,4,0 0.4,5.5,0 0.4,6.8,0 0.4,7.4,0
   0.4,-4,0 0.4,-7,0 0.4,-8,0 0.4,-9,0
   0.4,80,0,random,1 0.4,80,0,random,2 0.4,80,0,random,3
   0.4,0.2,0,corrupt 0.4,0.4,0,corrupt 0.4,0.7,0,corrupt}"
-export ACCELERATE_USE_CPU=true # these models are too small for a GPU, and results should not hang on having one
 
 # The first seed's experiment is the folder itself; its report/ shows all seeds.
 demo_dir="${EXP_DIR-runs/demo}" first="${SEED:-1}" status=0
@@ -43,6 +56,9 @@ for ((seed = first; seed < first + SEEDS; seed++)); do
   echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about 9 minutes each on 2 cores"
   EXP_DIR="$folder" SEED="$seed" bash "$here/pipeline.sh" "$@" || status=$?
   [[ "$status" -lt 2 ]] || exit "$status" # 1: some grid point failed
+  [[ -n "$matrix" ]] || continue
+  EXP_DIR="$folder" SEED="$seed" GRID_ARGS="$matrix" ATTACKS="$attacks" bash "$here/pipeline.sh" "$@" || status=$?
+  [[ "$status" -lt 2 ]] || exit "$status"
 done
 if [[ "$SEEDS" -gt 1 && $# == 0 ]]; then
   python "$here/report.py" "${folders[@]}" || status=1
