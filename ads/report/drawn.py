@@ -84,15 +84,17 @@ def lay_out(figure: Any) -> None:
 
 
 def write_labels(axis: Any, drawn: Drawn) -> None:
-    """The labels of laid out axes: none on another, on a marker if any place is off them, or outside."""
+    """The labels of laid out axes: none on another or outside; on a line or a marker only where there is no
+    other place."""
     renderer = axis.figure.canvas.get_renderer()
+    lines = [line.get_transform().transform_path(line.get_path()) for line in axis.lines]
     markers = [around(axis, x, y) for x, y, _ in drawn.spots]
     written: list[Any] = []
     for label in drawn.labels:
         style: Any = {"fontsize": LABEL_SIZE, "color": label.colour, "weight": label.weight, "zorder": 4}
-        note = axis.annotate(label.text, (label.x, label.y), textcoords="offset points", **style)
-        for obstacles in ([*written, *markers], written):
-            box = find_place(axis, note, renderer, obstacles)
+        note = axis.annotate(label.text, (label.x, label.y), (0, 0), textcoords="offset points", **style)
+        for boxes, paths in (([*written, *markers], lines), ([*written, *markers], []), (written, [])):
+            box = find_place(axis, note, renderer, boxes, paths)
             if box is not None:
                 written.append(box)
                 break
@@ -100,14 +102,16 @@ def write_labels(axis: Any, drawn: Drawn) -> None:
             note.remove()
 
 
-def find_place(axis: Any, note: Any, renderer: Any, obstacles: Sequence[Any]) -> Any:
-    """The box of a note where it was put, the first free place; None where there is none."""
+def find_place(axis: Any, note: Any, renderer: Any, boxes: Sequence[Any], paths: Sequence[Any]) -> Any:
+    """The box of a note where it was put, the first place free of boxes and paths; None where there is none."""
     frame = axis.get_window_extent(renderer)
     for place, horizontal, vertical in candidates():
         note.set(position=place, ha=horizontal, va=vertical)
         box = note.get_window_extent(renderer).padded(1)
         inside = frame.x0 < box.x0 and frame.y0 < box.y0 and box.y1 < frame.y1
-        if inside and box.x1 < axis.figure.bbox.x1 and not any(map(box.overlaps, obstacles)):
+        if not inside or box.x1 > axis.figure.bbox.x1 or any(map(box.overlaps, boxes)):
+            continue
+        if not any(path.intersects_bbox(box, filled=False) for path in paths):
             return box
     return None
 

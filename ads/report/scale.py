@@ -19,7 +19,7 @@ MOST_HEADER = 100_000_000  # bytes, of a file of weights
 def in_words(
     sidecars: Iterable[Sidecar], curves: Iterable[Curve], data: Iterable[str], shipped: Mapping[str, Path]
 ) -> str:
-    """As in "Toy models of 166,368 to 166,912 parameters; generated problems (arithmetic_test); 2 seeds".
+    """As in "Toy models of 170 thousand parameters; generated problems (arithmetic_test); 2 seeds".
 
     shipped: {fingerprint: folder} of models that are known wherever an experiment was made.
     """
@@ -37,10 +37,10 @@ def models_in_words(found: Mapping[str, int | None]) -> str:
 
 
 def show_size(count: int) -> str:
-    """A number of parameters in three digits."""
+    """A number of parameters in two digits."""
     for unit, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
         if count >= unit:
-            return f"{count / unit:.3g} {word}"
+            return f"{float(f'{count / unit:.2g}'):g} {word}"
     return str(count)
 
 
