@@ -1,4 +1,4 @@
-"""What students wrote on a few test problems, beside what the student of clean traces wrote: for the reader."""
+"""What students wrote on a few test problems, for the reader: their own and those of clean traces."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ def of_students(chosen: Sequence[Point], points: Sequence[Point]) -> dict[str, A
     """{students, pairs}: the students, and for each chosen point the places (its own, that of clean traces)
     among them; None where answers are not there."""
     clean = [clean_point(point, points) for point in chosen]
-    tests = {path_of(point): point for point in (*chosen, *clean) if point is not None and "student" in point.stages}
+    tests = {path: point for point in (*chosen, *clean) if (path := path_of(point)) is not None}
     budget = MAX_ANSWER_BYTES // max(1, len(tests))
     students: dict[Any, Written] = {}
     for path, point in tests.items():
-        if written := read_answers(point, budget):
+        if point is not None and (written := read_answers(point, budget)):
             accuracy = point.row.accuracy("student", "raw").share
             students[path] = {"accuracy": show_percent(accuracy), "answers": written}
     places = {path: i for i, path in enumerate(students)}

@@ -103,7 +103,7 @@ def write_labels(axis: Any, drawn: Drawn) -> None:
 
 
 def find_place(axis: Any, note: Any, renderer: Any, boxes: Sequence[Any], paths: Sequence[Any]) -> Any:
-    """The box of a note where it was put, the first place free of boxes and paths; None where there is none."""
+    """The box of a note, put where it is free of boxes and paths; None where there is no such place."""
     frame = axis.get_window_extent(renderer)
     for place, horizontal, vertical in candidates():
         note.set(position=place, ha=horizontal, va=vertical)

@@ -256,9 +256,7 @@ def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> Drawn:
     return drawn
 
 
-def draw_trait_line(
-    axis: Any, axes: Axes, number: Number, curve: Curve, look: Look, drawn: Drawn
-) -> None:
+def draw_trait_line(axis: Any, axes: Axes, number: Number, curve: Curve, look: Look, drawn: Drawn) -> None:
     """A curve's line, with a marker at the points of its own, and its arm's name where it costs most."""
     line = []
     for group in axes.settings(curve.line):

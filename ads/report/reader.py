@@ -30,10 +30,11 @@ def load_contrasts(points: Sequence[Point]) -> dict[str, Any]:
     by side, with what students wrote who were trained on such traces."""
     chosen = choose_contrasts(points)
     budget = MAX_CONTRAST_BYTES // max(1, len(chosen))
-    kept = [(point, problems) for point in chosen if (problems := read_contrast(contrast_path(point), budget))]
-    loaded = [describe(point.row, problems) for point, problems in kept]
-    rows = [point.row for point, _ in kept]
-    return {"points": loaded, "first": first_shown(rows), **answers.of_students([point for point, _ in kept], points)}
+    found = [(point, read_contrast(contrast_path(point), budget)) for point in chosen]
+    kept = [point for point, problems in found if problems]
+    loaded = [describe(point.row, problems) for point, problems in found if problems]
+    shown = {"points": loaded, "first": first_shown([point.row for point in kept])}
+    return shown | answers.of_students(kept, points)
 
 
 def describe(row: ResultRow, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -124,12 +125,12 @@ def read_side(side: dict[str, Any]) -> dict[str, Any]:
 def wrong_tokens(tokens: Sequence[list]) -> list[list]:
     """[first token, token after the last, right result] of each equation that does not hold."""
     starts = np.cumsum([0, *(len(text) for text, *_ in tokens)])
-    text = "".join(text for text, *_ in tokens)
-    return [
-        [int(np.searchsorted(starts, match.start(), "right")) - 1, int(np.searchsorted(starts, match.end())), right]
-        for match, right in checked_equations(text)
-        if right is not None
-    ]
+    found = []
+    for match, right in checked_equations("".join(text for text, *_ in tokens)):
+        if right is not None:
+            first = np.searchsorted(starts, match.start(), "right") - 1
+            found.append([int(first), int(np.searchsorted(starts, match.end())), right])
+    return found
 
 
 def short_float(value: float) -> float:

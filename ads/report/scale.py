@@ -19,12 +19,15 @@ MOST_HEADER = 100_000_000  # bytes, of a file of weights
 def in_words(
     sidecars: Iterable[Sidecar], curves: Iterable[Curve], data: Iterable[str], shipped: Mapping[str, Path]
 ) -> str:
-    """As in "Toy models of 170 thousand parameters; generated problems (arithmetic_test); 2 seeds".
+    """As in "Toy models of 170 thousand parameters, generated problems, 2 seeds".
 
     shipped: {fingerprint: folder} of models that are known wherever an experiment was made.
     """
-    parts = [models_in_words(count_parameters(sidecars, shipped)), problems_in_words(data), seeds_in_words(curves)]
-    return "; ".join(filter(None, parts))
+    models = models_in_words(count_parameters(sidecars, shipped))
+    names = list(data)
+    are_generated = bool(names) and all(name.startswith(f"{GENERATED}_") for name in names)
+    parts = [models, "generated problems" if are_generated else "", seeds_in_words(curves)]
+    return ", ".join(filter(None, parts))
 
 
 def models_in_words(found: Mapping[str, int | None]) -> str:
@@ -42,14 +45,6 @@ def show_size(count: int) -> str:
         if count >= unit:
             return f"{float(f'{count / unit:.2g}'):g} {word}"
     return str(count)
-
-
-def problems_in_words(data: Iterable[str]) -> str:
-    names = sorted(data)
-    if not names:
-        return ""
-    are_generated = all(name.startswith(f"{GENERATED}_") for name in names)
-    return f"{'generated problems' if are_generated else 'problems'} ({', '.join(names)})"
 
 
 def seeds_in_words(curves: Iterable[Curve]) -> str:

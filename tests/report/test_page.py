@@ -87,7 +87,7 @@ def write_demo_seed(exp_dir, seed, num_problems):
 
 
 def write_words(path):
-    """What a student wrote on each problem of its test: the sum of its last step is wrong in every other one."""
+    """What a student wrote on each problem of its test: in every other one a sum that does not hold."""
     table = pyarrow.parquet.read_table(path, columns=["id", "is_raw_correct", "is_af_correct"]).to_pydict()
     n = len(table["id"])
     wrote = [f"start with {i} . add 7 : {i} + 7 = {i + 7 + i % 2} . \\boxed{{ {i + 7} }}" for i in range(n)]
@@ -186,9 +186,8 @@ def choose(browser, selector, number):
 
 def shown(browser):
     """(problem, texts of the traces' tokens) that the reader shows."""
-    script = (
-        "return [...document.querySelectorAll('.trace')].map(t => [...t.children].map(s => s.textContent))"
-    )
+    traces = "[...document.querySelectorAll('#traces-box .trace')]"
+    script = f"return {traces}.map(trace => [...trace.children].map(token => token.textContent))"
     return find(browser, "#problem-text")[0].text, browser.execute_script(script)
 
 
@@ -227,7 +226,7 @@ def test_page_shows_every_plot_and_section(browser, demo):
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) > 100 and len(set(ids)) == len(ids)
     used = "return [...document.querySelectorAll('use')].map(e => e.getAttribute('xlink:href'))"
-    assert "generated problems (arithmetic_test); 2 seeds" in find(browser, ".size")[0].text
+    assert "generated problems, 2 seeds" in find(browser, ".size")[0].text
     assert {link.removeprefix("#") for link in browser.execute_script(used)} <= set(ids)
     assert "teacher accuracy" in svgs[0].get_attribute("textContent")
 
@@ -257,7 +256,8 @@ def test_switches_turn_curves_and_comparisons_to_another_price_and_other_answers
     find(browser, "#price-nll")[0].send_keys(Keys.ARROW_LEFT)
     assert shown_now(browser) == {("at-accuracy", "by-raw")}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    assert shown_now(browser) == {("at-accuracy", "by-raw")} and not find(browser, ".switch")[0].is_displayed()
+    assert shown_now(browser) == {("at-accuracy", "by-raw")}
+    assert not find(browser, ".switch")[0].is_displayed()
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     open_page(browser, demo, 375)
@@ -289,7 +289,8 @@ def test_no_text_of_a_plot_lies_on_another_or_outside(browser, demo, width):
         const found = [];
         for (const svg of document.querySelectorAll("figure svg")) {
           const frame = svg.getBoundingClientRect();
-          const boxes = [...svg.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
+          const texts = [...svg.querySelectorAll("text")];
+          const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
           if (frame.width) boxes.forEach(([text, a], i) => {
             if (a.left < frame.left || a.right > frame.right + 1) found.push(text);
             for (const [other, b] of boxes.slice(i + 1)) {
@@ -313,18 +314,18 @@ def test_a_marker_shows_its_numbers_and_a_table_has_them(browser, demo):
     figure = next(figure for figure in find(browser, "#trade-off figure") if figure.is_displayed())
     assert tooltip_numbers(browser) is None
     circles = figure.find_elements("css selector", ".hit")
-    settings = {(tau, lam) for tau, lam, *_ in DEMO}
-    assert len(circles) == len(settings)
+    assert len(circles) == len(DEMO)
     figure.find_element("css selector", "summary").click()
-    lines = [row.text for row in figure.find_elements("css selector", "tr")]
+    lines = figure.find_elements("css selector", "tr")
     assert len(lines) == 1 + len(circles) + 1  # a header, and the undistilled student
     ActionChains(browser).move_to_element(circles[0]).perform()
-    name, *numbers = tooltip_numbers(browser)
-    assert name == "temperature" and numbers[0] == "setting \N{GREEK SMALL LETTER TAU} 0.5"
-    assert lines[1] == " ".join([name, *(line.split(" ", 1 + line.startswith("teacher"))[-1] for line in numbers)])
-    rows = [row for row in rows_of(demo.parents[1], demo.parents[2] / "seed2")[0] if (row["tau"], row["lam"]) == (0.5, 0)]
-    share = np.mean([row["student_af_accuracy"] for row in rows])
-    assert numbers[2].startswith(f"student {float(f'{100 * share:.3g}'):g} % [")
+    name, *told = tooltip_numbers(browser)
+    cells = [cell.text for cell in lines[1].find_elements("css selector", "td")]
+    assert [name, "\N{GREEK SMALL LETTER TAU} 0.5"] == cells[:2]
+    assert all(line.endswith(f" {cell}") for line, cell in zip(told, cells[1:], strict=True))
+    rows, _ = rows_of(demo.parents[1], demo.parents[2] / "seed2")
+    shares = [row["student_af_accuracy"] for row in rows if (row["tau"], row["lam"]) == (0.5, 0)]
+    assert cells[3].startswith(f"{float(f'{100 * np.mean(shares):.3g}'):g} % [") and cells[4] == "2"
 
 
 def test_sections_are_reached_on_a_phone(browser, demo):
@@ -490,7 +491,7 @@ def test_reader_marks_wrong_sums_and_filters_by_them(browser, tmp_path):
     choose(browser, "#filter", 1)
     assert "21 apples" in shown(browser)[0] and len(find(browser, "#problem option")) == 1
     wrong = find(browser, "#traces-box .wrong")
-    assert "".join(span.get_attribute("textContent") for span in wrong) == "23 +  7  =  31".replace("  =", "  =")
+    assert "".join(span.get_attribute("textContent") for span in wrong) == "23 + 7 = 31"
     assert wrong[-1].get_attribute("data-right") == "30"
     heading = find(browser, "#traces-box h4")[1].text
     assert "1 wrong step" in heading and "NLL 0.693 nats/token" in heading
@@ -614,13 +615,13 @@ def test_the_scale_is_said_by_what_was_read(tmp_path):
     (student,) = [key for key, folder in shipped.items() if folder.name == "student"]
     sidecar = {"config": {"teacher": "moved/away"}, "inputs": {"teacher": student}}
     assert scale.in_words([sidecar], [], ["arithmetic_test"], shipped) == (
-        "Toy models of 170 thousand parameters; generated problems (arithmetic_test); no setting finished"
+        "Toy models of 170 thousand parameters, generated problems, no setting finished"
     )
     there = {"config": {"teacher": str(report.DEMO_MODELS / "teacher"), "student": None}, "inputs": {}}
     assert list(scale.count_parameters([there], {}).values()) == [166912]
     unknown = {"config": {"teacher": "owner/teacher-7B"}, "inputs": {}}
     assert scale.in_words([unknown, sidecar], [], ["gsm8k_test"], shipped).startswith(
-        "Models: owner/teacher-7B, moved/away; problems (gsm8k_test)"
+        "Models: owner/teacher-7B, moved/away, no setting"
     )
     ours = {"config": {"teacher": "x/models/student_1/final"}, "inputs": {}}
     assert scale.count_parameters([ours], shipped) == {}
