@@ -19,7 +19,7 @@ def show_setting(value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value + 0:g}" if isinstance(value, int | float) else str(value)  # -0.0 + 0 is 0
 
 
 def fixed(value: float, digits: int, sign: str = "") -> str:
@@ -50,7 +50,7 @@ def short_name(path: str | Path, num_parts: int = 2) -> str:
 
 
 def show_percent(share: float | None, digits: int = 3, space: str = " ") -> str:
-    return "-" if share is None else f"{float(f'{100 * share:.{digits}g}'):g}{space}%"
+    return "-" if share is None else f"{float(f'{100 * share:.{digits}g}') + 0:g}{space}%"
 
 
 def show_interval(low: float | None, high: float | None) -> str:

@@ -236,5 +236,7 @@ def to_csv(lines: Iterable[Mapping[str, Any]]) -> str:
 
 
 def defuse(value: object) -> object:
-    """Text that a spreadsheet would run as a formula gets a quote in front."""
+    """Text that a spreadsheet would run as a formula gets a quote in front; minus 0 is 0."""
+    if isinstance(value, float):
+        return value + 0
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
