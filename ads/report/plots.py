@@ -325,7 +325,7 @@ def draw_losses(part: str, curves: Sequence[Curve], axis: Any) -> Drawn:
             for step, loss in list(zip(line.steps, line.losses, strict=True))[::every]:
                 cells = str(step), show_number(float(loss)), str(line.num_seeds)
                 drawn.add((curve.name, show_setting(line.row), *cells), (step, float(loss)))
-            if look == LOOKS[0] and line.strength in (0, 1):
+            if look == LOOKS[0] and line.strength == 1:
                 text = f"{curve.arm}, {show_knob(line.row)}"
                 drawn.labels.append(arm_label(line.steps[-1], float(line.losses[-1]), text, curve.arm))
     axis.margins(x=0.02)

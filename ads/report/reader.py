@@ -33,7 +33,7 @@ def load_contrasts(points: Sequence[Point]) -> dict[str, Any]:
     found = [(point, read_contrast(contrast_path(point), budget)) for point in chosen]
     kept = [point for point, problems in found if problems]
     loaded = [describe(point.row, problems) for point, problems in found if problems]
-    shown = {"points": loaded, "first": first_shown([point.row for point in kept])}
+    shown: dict[str, Any] = {"points": loaded, "first": first_shown([point.row for point in kept])}
     return shown | answers.of_students(kept, points)
 
 
