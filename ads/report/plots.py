@@ -123,8 +123,8 @@ def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look, drawn: Drawn) ->
         bars.set_alpha(0.45)
     show_price = show_amount if PRICES[axes.price].unit else show_shares
     for rows, price, student in zip(groups, prices, students, strict=True):
-        line = curve.name, show_setting(rows[0]), show_price(price), show_shares(student), str(len(rows))
-        drawn.add(line, (price[0], student[0]))
+        cells = curve.name, show_setting(rows[0]), show_price(price), show_shares(student), str(len(rows))
+        drawn.add(cells, (price[0], student[0]))
 
 
 def show_setting(row: ResultRow) -> str:

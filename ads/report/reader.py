@@ -22,6 +22,7 @@ SIDES = ("clean", "defended")
 HAVE_DELTA = {arm.label for arm in ARMS if arm.inputs == DELTA}
 MAX_CONTRAST_BYTES = 3_000_000
 LEAST_PROBABILITY = 1e-9  # what a smaller one counts as
+LEAST_FLOAT = 1e-45  # of float32, which probabilities are computed in
 LEAST_SCALE = 0.3  # nats: shades of less would be of noise
 
 
@@ -112,12 +113,12 @@ def read_contrast(path: Path, budget: int) -> list[dict[str, Any]]:
 def read_side(side: dict[str, Any]) -> dict[str, Any]:
     """`wrong`: [first token, token after the last, right result] of equations that do not hold; `nll`: mean
     -log clean probability, nats/token."""
-    tokens = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
+    tokens: list[list[Any]] = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
     if any(len(token) not in (2, 4) for token in tokens):
         raise UserError("a token has other than 1 or 3 numbers")
     flags = {key: bool(side[key]) for key in ("finished", "is_correct")}
     replaced = [range(len(tokens))[i] for i in side.get("replaced", ())]
-    surprises = [-math.log(max(clean, LEAST_PROBABILITY)) for _, clean, *_ in tokens]
+    surprises = [-math.log(max(clean, LEAST_FLOAT)) for _, clean, *_ in tokens]
     nll = short_float(float(np.mean(surprises))) if tokens else None
     return {**flags, "tokens": tokens, "replaced": replaced, "wrong": wrong_tokens(tokens), "nll": nll}
 
