@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from ads.report import attack_plots, attack_tables, findings, page, pairs, plots, tables
+from ads.report import attack_plots, attack_tables, figures, findings, page, pairs, plots, scale, tables
 from ads.report.findings import Findings
 from ads.stage import files, layout
 from ads.stage.errors import UserError
@@ -62,11 +62,12 @@ def write_report(folder: Path, exp_dirs: Sequence[Path], found: Findings) -> Non
         files.write_text(folder / "matrix.csv", tables.to_csv(lines))
     panels = plots.make_panels(found.curves, found.baselines, found.matches)
     panels |= attack_plots.make_panels(found.attacked, found.baselines)
-    plots.write_plots(folder, panels, findings.title(found))
+    figures.write_plots(folder, panels, findings.title(found))
     drawn = [name for name, shown in panels.items() if shown]
     files.write_text(folder / "report.md", findings.to_markdown(found, exp_dirs, drawn))
     about = DEMO_NOTES.read_text(encoding="utf-8").splitlines() if is_demo(found) else ()
-    files.write_text(folder / "report.html", page.render(found, panels, about))
+    words = scale.in_words(found.sidecars, found.curves, found.data, shipped_models())
+    files.write_text(folder / "report.html", page.render(found, panels, words, about))
 
 
 def show_pairs(found: Sequence[pairs.Pair]) -> None:
@@ -114,9 +115,14 @@ def parse_levels(text: str) -> tuple[float, ...]:
 
 def is_demo(found: Findings) -> bool:
     """Whether anything was made with the models that are part of this repository, as they are now."""
-    shipped = {fingerprint_model(str(path.parent)) for path in DEMO_MODELS.glob("*/config.json")}
+    shipped = shipped_models()
     read = [sidecar.get("inputs") or {} for sidecar in found.sidecars]
-    return any(shipped & {str(inputs.get(name)) for name in ("teacher", "student")} for inputs in read)
+    return any(shipped.keys() & {str(inputs.get(name)) for name in ("teacher", "student")} for inputs in read)
+
+
+def shipped_models() -> dict[str, Path]:
+    """{fingerprint: folder} of the models that are part of this repository."""
+    return {fingerprint_model(str(path.parent)): path.parent for path in DEMO_MODELS.glob("*/config.json")}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from conftest import run_script
 
 import report
 from ads.data.traces import wilson_interval
-from ads.report import plots
+from ads.report import figures, plots
 from ads.report.curves import make_curves
 from ads.report.experiments import load_experiments
 from ads.report.points import collect_baselines, collect_points
@@ -179,7 +179,7 @@ def draw(*exp_dirs):
     """The figure of the trade-off."""
     baselines = collect_baselines(load_experiments(exp_dirs))
     panels = plots.make_panels(curves_of(*exp_dirs), baselines, [])
-    return plots.compose(panels["tradeoff"], "")
+    return figures.compose(panels["tradeoff"], "")
 
 
 def drawn_points(figure):

@@ -108,9 +108,18 @@ def show(value: Decimal, like: str) -> str:
 
 def num_equations(text: str) -> tuple[int, int]:
     """(equations that can be checked, those that do not hold)."""
-    values = [(compute(m[1], m[3], m[5]), m[7]) for m in equations(text)]
-    are_right = [holds(value, stated) for value, stated in values if value is not None]
-    return len(are_right), len(are_right) - sum(are_right)
+    checked = checked_equations(text)
+    return len(checked), sum(right is not None for _, right in checked)
+
+
+def checked_equations(text: str) -> list[tuple[re.Match[str], str | None]]:
+    """[(equation that can be checked, the right result where it does not hold, else None)]."""
+    values = [(match, compute(match[1], match[3], match[5])) for match in equations(text)]
+    return [
+        (match, None if holds(value, match[7]) else show(value, match[7]))
+        for match, value in values
+        if value is not None
+    ]
 
 
 def has_loop(text: str) -> bool:

@@ -62,6 +62,11 @@ class Findings:
         return answers_of([*self.baselines, *self.tested])
 
     @property
+    def data(self) -> list[str]:
+        """The datasets of the tests."""
+        return values_of([row.columns for row in self.tested or self.baselines], "data")
+
+    @property
     def sidecars(self) -> list[Sidecar]:
         return [sidecar for experiment in self.experiments for sidecar in experiment.sidecars]
 
@@ -208,7 +213,7 @@ def provenance(sidecars: Sequence[Sidecar]) -> str:
 def title(findings: Findings) -> str:
     """The data, the number of problems, and what intervals stand on."""
     tested = findings.tested or findings.baselines
-    data = ", ".join(values_of([row.columns for row in tested], "data")) or "no test has finished"
+    data = ", ".join(findings.data) or "no test has finished"
     seeds = [len(rows) for curve in findings.curves for rows in by_setting(curve.points).values()]
     most = max(seeds, default=1)
     kind = ONE_SEED if most == 1 else f"over up to {most} seeds"

@@ -19,22 +19,29 @@ def show_setting(value: object) -> str:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value + 0:g}" if isinstance(value, int | float) else str(value)  # -0.0 + 0 is 0
+
+
+def fixed(value: float, digits: int, sign: str = "") -> str:
+    """A number to so many decimals; what rounds to 0 is 0, without a sign. `sign`: "+" shows both signs."""
+    text = f"{value:{sign}.{digits}f}"
+    return text if text.strip("+-0.") else f"{0:.{digits}f}"
 
 
 def show_number(value: object, digits: int = 3) -> str:
     """A float without the zero before its point, as in .838 or -.020; all else as a setting."""
     if not isinstance(value, float):
         return show_setting(value)
-    return f"{value:.{digits}f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.{digits}f}"
+    text = fixed(value, digits)
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def show_count(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+    return "-" if value is None else fixed(value, 0)
 
 
 def show_signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.4f}"
+    return "-" if value is None else fixed(value, 4, "+")
 
 
 def short_name(path: str | Path, num_parts: int = 2) -> str:
@@ -43,7 +50,7 @@ def short_name(path: str | Path, num_parts: int = 2) -> str:
 
 
 def show_percent(share: float | None, digits: int = 3, space: str = " ") -> str:
-    return "-" if share is None else f"{float(f'{100 * share:.{digits}g}'):g}{space}%"
+    return "-" if share is None else f"{float(f'{100 * share:.{digits}g}') + 0:g}{space}%"
 
 
 def show_interval(low: float | None, high: float | None) -> str:

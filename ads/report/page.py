@@ -15,10 +15,10 @@ from ads.report import (
     attack_tables,
     claims,
     detect,
+    figures,
     findings,
     looks,
     numbers,
-    plots,
     reader,
     tables,
     words,
@@ -27,7 +27,7 @@ from ads.report.compare import Match
 from ads.report.curves import Curve
 from ads.report.details import Line
 from ads.report.numbers import NBSP
-from ads.report.results import ANSWERS, PRICES, Rows
+from ads.report.results import ANSWERS, PRICES, Rows, distinct_answers
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 # whose functions the template calls
@@ -39,13 +39,14 @@ SEVERAL = "Students of {} attackers fine-tuned on the traces of one teacher; ano
 ANY_NOTE = "A fall of the raw accuracy is part of the price, even where forced answers hide it."
 
 
-def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str]) -> str:
-    """The whole page as text; `about`: sentences on what the experiment is and is not, where more is known
-    than of any."""
+def render(found: findings.Findings, panels: figures.Panels, scale: str, about: Sequence[str]) -> str:
+    """The whole page as text; `scale`: how large the experiment is; `about`: sentences on what it is and is
+    not, where more is known than of any."""
+    answers = distinct_answers([*found.baselines, *found.tested])
     asked, one_step = tables.asked_cells(found.baselines), tables.one_step_cells(found.curves)
-    comparisons = {name: matched_tables(found.matches, name) for name in PRICES}
-    attacks = attack_parts(found)
-    svgs, contrasts = plots.inline_svgs(panels), reader.load_contrasts(found.points)
+    comparisons = {name: matched_tables(found.matches, name, answers) for name in PRICES}
+    attacks = attack_parts(found, answers)
+    svgs, contrasts = figures.inline_svgs(panels), reader.load_contrasts(found.points)
     gradients = {repr(gradient["stats"]): gradient for gradient in found.gradients}.values()
     sections = {  # with whether there is anything in it
         "Trade-off": True,
@@ -69,6 +70,8 @@ def render(found: findings.Findings, panels: plots.Panels, about: Sequence[str])
         .render(
             {module.__name__.rpartition(".")[2]: module for module in MODULES} | attacks,
             found=found,
+            scale=scale,
+            answers=answers,
             sections=sections,
             about=about or any_note(found),
             svgs=svgs,
@@ -98,10 +101,11 @@ def price_parts(
     }
 
 
-def attack_parts(found: findings.Findings) -> dict[str, Any]:
+def attack_parts(found: findings.Findings, answers: Mapping[str, str]) -> dict[str, Any]:
     """What the sections on attackers hold."""
+    matrix = attack_tables.matrix_tables(found.attacked)
     return {
-        "matrix": attack_tables.matrix_tables(found.attacked),
+        "matrix": [table for table in matrix if table.answers in answers],
         "cards": attack_tables.card_cells(found.attacked),
         "worst_legend": legend(found.attacked.curves, found.baselines) + own_legend(found.attacked.own_lines),
     }
@@ -148,15 +152,24 @@ def own_legend(lines: Iterable[Line]) -> list[dict[str, str]]:
     ]
 
 
-def matched_tables(matches: Iterable[Match], price: str) -> dict[str, list[dict[str, Any]]]:
-    """{answers in words: lines of a table}: ADS by level, then the other arms."""
+def matched_tables(
+    matches: Iterable[Match], price: str, shown: Iterable[str] = ANSWERS
+) -> dict[str, list[dict[str, Any]]]:
+    """{answers: lines of a table}: ADS by level, then the other arms."""
     found = {}
-    for answers, name in ANSWERS.items():
+    for answers in shown:
         same = [match for match in matches if (match.answers, match.price) == (answers, price)]
         arms = list(dict.fromkeys(match.name for match in same))
         same.sort(key=lambda match: (arms.index(match.name), -(match.level or 0)))
-        found[name] = [matched_line(match) for match in same]
-    return {name: lines for name, lines in found.items() if lines}
+        found[answers] = [matched_line(match) for match in same if is_told(match, same)]
+    return {answers: lines for answers, lines in found.items() if lines}
+
+
+def is_told(match: Match, others: Sequence[Match]) -> bool:
+    """Whether a comparison has a line: one without a difference only where its arm has no other."""
+    same = [other for other in others if other.name == match.name]
+    has_any = any(other.difference is not None for other in same)
+    return match.difference is not None or (match is same[0] and not has_any)
 
 
 def matched_line(match: Match) -> dict[str, Any]:

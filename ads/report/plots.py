@@ -1,65 +1,58 @@
-"""The report's plots: panels that are drawn side by side into files and one by one into the page."""
+"""The report's plots: what each panel draws, and the numbers that it shows."""
 
 import functools
-import io
 import itertools
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ads.arms import LABELS
-from ads.report import results
+from ads.report import numbers, results
 from ads.report.compare import Match
 from ads.report.curves import Axes, Curve, all_rows, by_setting, knobs, pooled
-from ads.report.looks import COLOURS, LEVEL, LOOKS, MARKERS, Look, looks, variable
-from ads.report.numbers import is_number, seed_interval, show_percent, show_seeds
-from ads.report.results import ANSWERS, PRICES, Number, Rows, show_knob
+from ads.report.drawn import Drawn, Label, Triple, arm_label, show_amount, show_shares
+from ads.report.looks import COLOURS, LEVEL, LOOKS, MARKERS, Look, looks
+from ads.report.numbers import is_number, seed_interval, show_number, show_percent, show_seeds
+from ads.report.results import ANSWERS, PRICES, Number, ResultRow, Rows, show_knob
 from ads.report.words import elicited, headline, in_points, mark
-from ads.stage import files
 
 INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"  # as in STYLE
 PANEL_SIZE = (4.6, 3.6)  # inches
 MOST_LOSS_MARKERS = 6  # on a line
 WIDE_SPAN = 50  # of prices, from the least to the largest
-LEGEND_LINE = 0.21  # inches
-LEGEND_CHARACTERS = 56  # that fit beside a line's key into the width of a panel
 NO_CONTROLS = ("temperature", "ADS", "negative lambda", "undistilled")
 KNOBS = (  # of which arms there is a panel; the gradient's two share one
     *(("tau", ("temperature",)), ("lam", ("ADS", "negative lambda"))),
     *(("lam", (arm,)) for arm in LABELS if arm not in NO_CONTROLS),
 )
-STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes; `draw(axis)` fills it. `price`: what it is about, where there is one panel of each."""
+    """One set of axes; `draw(axis)` fills it. `price`, `answers`: what it is about, where there is a panel of
+    each."""
 
     title: str
-    draw: Callable[[Any], None]
+    draw: Callable[[Any], Drawn]
     price: str = ""
-
-
-Panels = Mapping[str, Sequence[Panel]]  # by the name of the plot
+    answers: str = ""
 
 
 def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Match]) -> dict[str, list[Panel]]:
     """{name of the plot: its panels}; plots without data have none, but the trade-off is always there."""
     gap, rows = headline(matches), all_rows(curves)
     panels: dict[str, list[Panel]] = {"tradeoff": [], "knobs": [], "traces": [], "losses": []}
-    for answers, name in results.answers_of([*baselines, *rows]).items():
+    for answers, name in results.distinct_answers([*baselines, *rows]).items():
         for axes in (Axes(answers, price) for price in PRICES):
             if axes.price == "accuracy" or axes.graded_rows(rows):
                 shown = gap if gap and (gap.answers, gap.price) == (answers, axes.price) else None
                 price = "" if axes.price == "accuracy" else f", price in {PRICES[axes.price].short}"
                 draw = functools.partial(draw_tradeoff, axes, curves, baselines, shown)
-                panels["tradeoff"].append(Panel(f"{name.capitalize()} answers{price}", draw, axes.price))
-        panels["knobs"] += knob_panels(Axes(answers), curves)
+                title = f"{name.capitalize()} answers{price}"
+                panels["tradeoff"].append(Panel(title, draw, axes.price, answers))
+        panels["knobs"] += knob_panels(Axes(answers), name, curves)
     for number in results.NUMBERS:
         if number.title and any(number.column in row.columns for row in rows):
             draw = functools.partial(draw_trait, number, curves)
@@ -74,29 +67,33 @@ def show_share(value: float, _position: int | None = None) -> str:
     return show_percent(value)
 
 
-def draw_tradeoff(axes: Axes, curves: Sequence[Curve], baselines: Rows, gap: Match | None, axis: Any) -> None:
+def draw_tradeoff(
+    axes: Axes, curves: Sequence[Curve], baselines: Rows, gap: Match | None, axis: Any
+) -> Drawn:
     """Students against a price, a line an arm, seeds as dots, the undistilled student across as it answers
     when asked in the best way."""
-    if PRICES[axes.price].unit and spans_widely(
-        [axes.place(row)[0] for row in axes.graded_rows(all_rows(curves))]
-    ):
+    price = PRICES[axes.price]
+    if price.unit and spans_widely([axes.place(row)[0] for row in axes.graded_rows(all_rows(curves))]):
         set_log(axis, "x")
+    drawn = Drawn(("curve", "setting", f"{price.words} {price.unit}".rstrip(), "student", "seeds"))
+    if gap:
+        drawn.labels.append(draw_gap(axis, gap))
     for curve, look in looks(curves):
-        draw_curve(axis, axes, curve, look)
+        draw_curve(axis, axes, curve, look, drawn)
     for curve, look in looks(curves):
         if look == LOOKS[0]:
-            label_ends(axis, axes, curve)
+            drawn.labels.extend(end_labels(axes, curve))
     for label, rows in elicited(baselines, axes.answers).items():
-        share, low, high = pooled(rows, "student", axes.answers)
+        share, low, high = found = pooled(rows, "student", axes.answers)
         style = {"color": COLOURS["undistilled"], "linestyle": LEVEL.of_line, "linewidth": 1.2}
         axis.axhline(share, label=label, **style)
         axis.axhspan(low, high, color=COLOURS["undistilled"], alpha=0.13, linewidth=0)
-    if gap:
-        draw_gap(axis, gap)
-    axis.set(xlabel=PRICES[axes.price].axis, ylabel="student accuracy")
+        drawn.add((label, "-", "-", show_shares(found), str(len(rows))))
+    axis.set(xlabel=price.axis, ylabel="student accuracy")
     axis.yaxis.set_major_formatter(show_share)
-    if not PRICES[axes.price].unit:
+    if not price.unit:
         axis.xaxis.set_major_formatter(show_share)
+    return drawn
 
 
 def line_look(curve: Curve, look: Look) -> dict[str, Any]:
@@ -105,7 +102,7 @@ def line_look(curve: Curve, look: Look) -> dict[str, Any]:
     return style | {"marker": MARKERS[curve.arm], "fillstyle": look.fill, "markersize": 7}
 
 
-def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look) -> None:
+def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look, drawn: Drawn) -> None:
     """A line through the means over seeds, from the curve's start on; error bars both ways, seeds as dots."""
     groups = axes.settings(curve.points)
     if not groups:
@@ -118,34 +115,35 @@ def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look) -> None:
     if max(map(len, groups)) > 1:
         dots = zip(*(axes.place(row) for rows in groups for row in rows), strict=True)
         axis.scatter(*dots, s=9, color=colour, marker=marker, alpha=0.4, linewidth=0, zorder=1)
-    x, x_bars = price_bars(axes, groups)
-    y, y_bars = error_bars(groups, "student", axes.answers)
+    prices = [price_of(axes, rows) for rows in groups]
+    students = [pooled(rows, "student", axes.answers) for rows in groups]
+    (x, x_bars), (y, y_bars) = to_bars(prices), to_bars(students)
     style = line_look(curve, look) | {"linestyle": "none", "elinewidth": 1, "zorder": 3}
-    drawn = axis.errorbar(x, y, y_bars, x_bars, **style)
-    for bars in drawn[2]:
+    for bars in axis.errorbar(x, y, y_bars, x_bars, **style)[2]:
         bars.set_alpha(0.45)
+    show_price = show_amount if PRICES[axes.price].unit else show_shares
+    for rows, price, student in zip(groups, prices, students, strict=True):
+        cells = curve.name, show_setting(rows[0]), show_price(price), show_shares(student), str(len(rows))
+        drawn.add(cells, (price[0], student[0]))
 
 
-def label_ends(axis: Any, axes: Axes, curve: Curve) -> None:
+def show_setting(row: ResultRow) -> str:
+    """Both knobs of an arm that has two."""
+    return ", ".join(show_knob(row, key) for key in ("lam", "tau") if key == "tau" or row.lam)
+
+
+def end_labels(axes: Axes, curve: Curve) -> list[Label]:
     """Arm and knob beside the marker of the highest price; of accuracies, the knob beside the other end."""
     groups = axes.settings(curve.points)
-    if len(groups) < 2:
-        return
+    if not groups:
+        return []
     places, texts = [means(axes, rows) for rows in groups], [show_knob(rows[0]) for rows in groups]
-    style = {"fontsize": 8.5, "color": COLOURS[curve.arm], "textcoords": "offset points", "zorder": 4}
     lowest, highest = places.index(min(places)), places.index(max(places))
-    named = lowest if axes.price == "accuracy" else highest
-    side = "right" if share_across(axis, places[named][0]) > 0.5 else "left"  # no label leaves the plot
-    beside = (-4 if side == "right" else 4, 8 if curve.arm == "temperature" else -14)
-    axis.annotate(f"{curve.arm}, {texts[named]}", places[named], beside, ha=side, **style)
-    if axes.price == "accuracy":  # by other prices all curves begin close together
-        axis.annotate(texts[highest], places[highest], (8, -3), **style)
-
-
-def share_across(axis: Any, x: float) -> float:
-    """How far from the left, 0, to the right, 1, an x lies."""
-    place = axis.transData.transform((x, 0.5))  # an accuracy, which is on no log scale
-    return float(axis.transAxes.inverted().transform(place)[0])
+    named, other = (lowest, highest) if axes.price == "accuracy" else (highest, lowest)
+    labels = [arm_label(*places[named], f"{curve.arm}, {texts[named]}", curve.arm)]
+    if axes.price == "accuracy" and other != named:  # by other prices all curves begin close together
+        labels.append(arm_label(*places[other], texts[other], curve.arm))
+    return labels
 
 
 def spans_widely(prices: Sequence[float]) -> bool:
@@ -169,14 +167,13 @@ def along(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarra
     return dense, np.interp(dense, x, y)
 
 
-def draw_gap(axis: Any, gap: Match) -> None:
-    """The difference that the finding is about, between the two lines."""
+def draw_gap(axis: Any, gap: Match) -> Label:
+    """The difference that the finding is about, between the two lines, and its label."""
     ends = [gap.student, gap.temperature]
     axis.plot([gap.level] * 2, ends, color=INK, linewidth=2, marker="_", markersize=9)
     difference, only = in_points(gap)[0].removeprefix("-"), " only" if gap.num_seeds == 1 else ""
     text = f"{difference} points{mark(gap)}\n{show_seeds(gap.num_seeds)}{only}"
-    middle = (gap.level, sum(ends) / 2)
-    axis.annotate(text, middle, (-6, 0), textcoords="offset points", ha="right", va="center", weight="bold")
+    return Label(gap.level, sum(ends) / 2, text, INK, "bold")
 
 
 def means(axes: Axes, rows: Rows) -> tuple[float, float]:
@@ -187,14 +184,14 @@ def means(axes: Axes, rows: Rows) -> tuple[float, float]:
 Bars = tuple[np.ndarray, np.ndarray]  # means (P,) of P settings over seeds, distances (2, P) to their bounds
 
 
-def price_bars(axes: Axes, groups: Iterable[Rows]) -> Bars:
-    """Of the prices; with one seed, one that is no accuracy has no bars."""
+def price_of(axes: Axes, rows: Rows) -> Triple:
+    """The price of a setting with its interval; with one seed, one that is no accuracy has none."""
     if axes.price == "accuracy":
-        return error_bars(groups, "teacher", axes.answers)
-    return to_bars(mean_interval([axes.place(row)[0] for row in rows]) for rows in groups)
+        return pooled(rows, "teacher", axes.answers)
+    return mean_interval([axes.place(row)[0] for row in rows])
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float]) -> Triple:
     """(mean, low, high) over seeds of numbers above 0, with a 95 % t interval; of one seed no interval."""
     mean = float(np.mean(values))
     if len(values) < 2 or not np.ptp(values) > 1e-9:
@@ -203,57 +200,49 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, float(low), float(high)
 
 
-def error_bars(groups: Iterable[Rows], who: str, answers: str) -> Bars:
-    return to_bars(pooled(rows, who, answers) for rows in groups)
-
-
-def to_bars(found: Iterable[tuple[float, float, float]]) -> Bars:
+def to_bars(found: Iterable[Triple]) -> Bars:
     values = np.array(list(found)).T
     return values[0], abs(values[1:] - values[0])
 
 
-def knob_panels(axes: Axes, curves: Sequence[Curve]) -> Iterable[Panel]:
+def knob_panels(axes: Axes, name: str, curves: Sequence[Curve]) -> Iterable[Panel]:
     """tau of the temperature arm, lam of the gradient's curves, and of a control that was run at several."""
     for key, arms in KNOBS:
         chosen = [curve for curve in curves if curve.arm in arms and axes.graded(curve.points)]
         if len({row.number(key) for row in all_rows(chosen)}) > 1:
-            title = f"{results.SYMBOLS[key]}, {' and '.join(arms)}: {ANSWERS[axes.answers]}"
-            yield Panel(title, functools.partial(draw_knob, axes, key, chosen))
+            title = f"{results.SYMBOLS[key]}, {' and '.join(arms)}: {name}"
+            yield Panel(title, functools.partial(draw_knob, axes, key, chosen), answers=axes.answers)
 
 
-def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> None:
+def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> Drawn:
     """The teacher's and the student's accuracy against a knob."""
+    drawn = Drawn(("curve", results.SYMBOLS[key], *results.TESTS, "seeds"))
     for curve, look in looks(curves):
         groups = axes.settings(curve.line)
         x = [rows[0].number(key) for rows in groups]
         end = int(np.argmax(x))
         student = line_look(curve, look) | {"markersize": 6, "elinewidth": 0.8}
-        teacher = student | {"marker": "x", "color": MUTED}
-        for who, style in (("teacher", teacher), ("student", student)):
-            y, bars = error_bars(groups, who, axes.answers)
+        looked = {"teacher": student | {"marker": "x", "color": MUTED}, "student": student}
+        found = {who: [pooled(rows, who, axes.answers) for rows in groups] for who in looked}
+        for who, style in looked.items():
+            y, bars = to_bars(found[who])
             axis.errorbar(x, y, bars, **style)
-            place = {"textcoords": "offset points", "fontsize": 8.5, "color": style["color"]}
-            axis.annotate(who, (x[end], y[end]), (7, -3), **place)
+            drawn.labels.append(Label(x[end], y[end], who, style["color"]))
+        for value, rows, teacher, taught in zip(x, groups, *found.values(), strict=True):
+            texts = numbers.show_setting(value), show_shares(teacher), show_shares(taught)
+            drawn.add((curve.name, *texts, str(len(rows))), (value, teacher[0]), (value, taught[0]))
     axis.margins(x=0.14)
     axis.set(xlabel=results.SYMBOLS[key])
     axis.yaxis.set_major_formatter(show_share)
+    return drawn
 
 
-def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> None:
+def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> Drawn:
     """A number of the training traces against the teacher's accuracy."""
     axes = Axes(main_answers(curves))
+    drawn = Drawn(("curve", "setting", "teacher", number.axis, "seeds"))
     for curve, look in looks(curves):
-        line = []
-        for group in axes.settings(curve.line):
-            rows = [row for row in group if number.column in row.columns]
-            if rows:
-                value = np.mean([row.number(number.column) for row in rows])
-                is_own = bool(rows[0].lam) == (curve.arm != "temperature")
-                line.append((axes.mean_price(rows), value, is_own))
-        if line:
-            x, y, owned = zip(*sorted(line), strict=True)
-            style = line_look(curve, look) | {"markersize": 6, "markevery": list(np.flatnonzero(owned))}
-            axis.plot(x, y, label=curve.label, **style)
+        draw_trait_line(axis, axes, number, curve, look, drawn)
     values = [row.number(number.column) for row in all_rows(curves)]
     if number.is_log and spans_widely(list(filter(is_number, values))):
         set_log(axis, "y")
@@ -264,6 +253,31 @@ def draw_trait(number: Number, curves: Sequence[Curve], axis: Any) -> None:
         axis.axhline(0, color=INK, linewidth=1)
     axis.xaxis.set_major_formatter(show_share)
     axis.set(xlabel=f"teacher accuracy ({ANSWERS[axes.answers]})", ylabel=number.axis)
+    return drawn
+
+
+def draw_trait_line(axis: Any, axes: Axes, number: Number, curve: Curve, look: Look, drawn: Drawn) -> None:
+    """A curve's line, with a marker at the points of its own, and its arm's name where it costs most."""
+    line = []
+    for group in axes.settings(curve.line):
+        rows = [row for row in group if number.column in row.columns]
+        if rows:
+            value = float(np.mean([row.number(number.column) for row in rows]))
+            is_own = bool(rows[0].lam) == (curve.arm != "temperature")
+            line.append((axes.mean_price(rows), value, is_own, rows))
+    if not line:
+        return
+    line.sort(key=lambda place: place[:3])
+    x, y, owned, groups = zip(*line, strict=True)
+    style = line_look(curve, look) | {"markersize": 6, "markevery": list(np.flatnonzero(owned))}
+    axis.plot(x, y, label=curve.label, **style)
+    for price, value, is_own, rows in line:
+        if is_own:
+            cells = show_percent(price), number.show(value), str(len(rows))
+            drawn.add((curve.name, show_setting(rows[0]), *cells), (price, value))
+    if look == LOOKS[0] and any(owned):
+        first = owned.index(True)
+        drawn.labels.append(arm_label(x[first], y[first], curve.arm, curve.arm))
 
 
 def main_answers(curves: Iterable[Curve]) -> str:
@@ -272,109 +286,48 @@ def main_answers(curves: Iterable[Curve]) -> str:
     return next((answers for answers in ANSWERS if Axes(answers).graded_rows(rows)), "raw")
 
 
-def loss_lines(curve: Curve, part: str) -> list[tuple[float, tuple[int, ...], np.ndarray]]:
-    """[(strength 0..1, steps, mean loss over seeds)] of a curve's students; seeds with other steps apart."""
+@dataclass(frozen=True)
+class LossLine:
+    """Mean loss over seeds of a setting's students at some steps; `strength`: of its knob, from 0 to 1."""
+
+    strength: float
+    row: ResultRow
+    num_seeds: int
+    steps: tuple[int, ...]
+    losses: np.ndarray
+
+
+def loss_lines(curve: Curve, part: str) -> list[LossLine]:
+    """Of a curve's students; seeds with other steps apart."""
     settings = sorted(by_setting(curve.points), key=lambda setting: (setting[0], abs(setting[1])))
-    lines: dict[tuple, list[list[float]]] = {}
+    lines: dict[tuple, list[tuple[ResultRow, list[float]]]] = {}
     for point in curve.points:
         line = point.stages["model"].get("losses", {}).get(part) or []
         key = settings.index(knobs(point.row)), tuple(step for step, _ in line)
-        lines.setdefault(key, []).append([loss for _, loss in line])
+        lines.setdefault(key, []).append((point.row, [loss for _, loss in line]))
     last = len(settings) - 1
     return [
-        (i / last if last else 1.0, steps, np.mean(losses, axis=0))
-        for (i, steps), losses in lines.items()
+        LossLine(i / last if last else 1.0, found[0][0], len(found), steps, np.mean([y for _, y in found], 0))
+        for (i, steps), found in lines.items()
         if steps
     ]
 
 
-def draw_losses(part: str, curves: Sequence[Curve], axis: Any) -> None:
+def draw_losses(part: str, curves: Sequence[Curve], axis: Any) -> Drawn:
     """Losses of the students during training; the paler, the weaker the arm's knob."""
+    drawn = Drawn(("curve", "setting", "training step", "nats/token", "seeds"))
     for curve, look in looks(curves):
-        for strength, steps, losses in loss_lines(curve, part):
-            style = line_look(curve, look) | {"markersize": 6, "alpha": 0.3 + 0.7 * strength}
-            style["markevery"] = -(-len(steps) // MOST_LOSS_MARKERS)
-            axis.plot(steps, losses, label=curve.label if strength == 1 else None, **style)
+        for line in loss_lines(curve, part):
+            every = -(-len(line.steps) // MOST_LOSS_MARKERS)
+            style = line_look(curve, look) | {"markersize": 6, "alpha": 0.3 + 0.7 * line.strength}
+            label = curve.label if line.strength == 1 else None
+            axis.plot(line.steps, line.losses, label=label, **style, markevery=every)
+            for step, loss in list(zip(line.steps, line.losses, strict=True))[::every]:
+                cells = str(step), show_number(float(loss)), str(line.num_seeds)
+                drawn.add((curve.name, show_setting(line.row), *cells), (step, float(loss)))
+            if look == LOOKS[0] and line.strength == 1:
+                text = f"{curve.arm}, {show_knob(line.row)}"
+                drawn.labels.append(arm_label(line.steps[-1], float(line.losses[-1]), text, curve.arm))
+    axis.margins(x=0.02)
     axis.set(xlabel="training step", ylabel="nats/token")
-
-
-def compose(panels: Sequence[Panel], title: str) -> Any:
-    """A figure of panels side by side, at most two in a row, with the legend of all below.
-
-    It grows with its legend: the axes of a figure of a fixed height collapsed under a long one.
-    """
-    from matplotlib.figure import Figure
-
-    num_columns = min(2, len(panels))
-    num_rows = -(-len(panels) // num_columns)
-    width, height = PANEL_SIZE[0] * num_columns, PANEL_SIZE[1] * num_rows + 0.3
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    legend: dict[str, Any] = {}
-    for axis, panel in zip(axes, panels, strict=False):
-        panel.draw(axis)
-        axis.set_title(panel.title)
-        handles, labels = axis.get_legend_handles_labels()
-        legend |= dict(zip(labels, handles, strict=True))
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    figure.suptitle(textwrap.fill(title, LEGEND_CHARACTERS * num_columns))
-    if legend:
-        columns = num_columns if max(map(len, legend)) <= LEGEND_CHARACTERS else 1
-        labels = [textwrap.fill(label, LEGEND_CHARACTERS * num_columns // columns) for label in legend]
-        place: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-        figure.legend(list(legend.values()), labels, **place)
-        num_lines = sum(label.count("\n") + 1 for label in labels) / columns
-        figure.set_figheight(height + LEGEND_LINE * (num_lines + 1))
-    return figure
-
-
-def write_plots(folder: Path, panels: Panels, title: str) -> None:
-    """NAME.png and NAME.svg of every plot that has panels, byte for byte the same for the same data."""
-    from matplotlib import style
-
-    with style.context(STYLE):
-        for name, drawn in panels.items():
-            if drawn:
-                figure = compose(drawn, title)
-                for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-                    with files.atomic_path(folder / f"{name}.{kind}") as path:
-                        figure.savefig(path, format=kind, dpi=160, metadata=metadata)
-                    figure.set_layout_engine("none")  # laid out once: it is half of the time
-
-
-def inline_svgs(panels: Panels) -> dict[str, list[tuple[Panel, str]]]:
-    """{name: [(panel, <svg> text)]}, each panel by itself, for a page that defines the colours."""
-    from matplotlib import style
-
-    with style.context(STYLE):
-        return {
-            name: [(panel, inline_svg(panel, f"{name}{i}-")) for i, panel in enumerate(drawn)]
-            for name, drawn in panels.items()
-        }
-
-
-def inline_svg(panel: Panel, prefix: str) -> str:
-    """One panel as an <svg> without size, header or background; its ids begin with `prefix`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=PANEL_SIZE, layout="constrained")
-    axis = figure.subplots()
-    panel.draw(axis)
-    file = io.StringIO()
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=metadata)
-    svg = file.getvalue()[file.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
-    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*" ', r'<svg \1aria-hidden="true" ', svg)
-    svg = re.sub(r'^(<svg [^>]*?)height="[^"]*" ', r"\1", svg)
-    svg = re.sub(r"(font: [\d.]+px|font: bold [\d.]+px|font: 700 [\d.]+px) [^;\"]*", r"\1 var(--font)", svg)
-    return replace_colours(svg)
-
-
-def replace_colours(svg: str) -> str:
-    """The page's colours, which follow the reader's light or dark scheme, for those of the files."""
-    names = {INK: "ink", MUTED: "muted", GRID: "grid"}
-    names |= {colour: variable(arm) for arm, colour in COLOURS.items()}
-    return re.sub("|".join(names), lambda found: f"var(--{names[found[0]]})", svg)
+    return drawn

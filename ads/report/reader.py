@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from ads.arms import ARMS, DELTA
+from ads.data.text import checked_equations
+from ads.report import answers
 from ads.report.curves import Point, group_by
 from ads.report.results import CAPS, ResultRow, show_knob
 from ads.stage import layout
@@ -19,22 +21,35 @@ MAX_CONTRASTS_PER_ARM = 4
 SIDES = ("clean", "defended")
 HAVE_DELTA = {arm.label for arm in ARMS if arm.inputs == DELTA}
 MAX_CONTRAST_BYTES = 3_000_000
+LEAST_PROBABILITY = 1e-9  # what a smaller one counts as
+LEAST_FLOAT = 1e-45  # of float32, which probabilities are computed in
+LEAST_SCALE = 0.3  # nats: shades of less would be of noise
 
 
-def load_contrasts(points: Iterable[Point]) -> dict[str, Any]:
-    """{points, scale, first} of a handful of points that stored clean and defended traces side by side."""
+def load_contrasts(points: Sequence[Point]) -> dict[str, Any]:
+    """{points, students, problems, first} of a handful of points that stored clean and defended traces side
+    by side, with what students wrote who were trained on such traces."""
     chosen = choose_contrasts(points)
     budget = MAX_CONTRAST_BYTES // max(1, len(chosen))
-    loaded: list[dict[str, Any]] = []
-    rows: list[ResultRow] = []
-    for point in chosen:
-        if problems := read_contrast(contrast_path(point), budget):
-            score = "Delta" if point.row.arm in HAVE_DELTA else "score"
-            loaded.append({"label": contrast_label(point.row), "score": score, "problems": problems})
-            rows.append(point.row)
-    shifts = [abs(shift(token)) for point in loaded for token in tokens_of(point) if len(token) > 2]
-    scale = float(np.clip(np.percentile(shifts, 95), 0.3, 4)) if shifts else 1.0
-    return {"points": loaded, "scale": round(scale, 3), "first": first_shown(rows)}
+    found = [(point, read_contrast(contrast_path(point), budget)) for point in chosen]
+    kept = [point for point, problems in found if problems]
+    loaded = [describe(point.row, problems) for point, problems in found if problems]
+    shown: dict[str, Any] = {"points": loaded, "first": first_shown([point.row for point in kept])}
+    return shown | answers.of_students(kept, points)
+
+
+def describe(row: ResultRow, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A point of the reader; `scale`: the largest shift of any of its tokens, in nats."""
+    tokens = [token for problem in problems for side in SIDES for token in problem[side]["tokens"]]
+    shifts = [abs(shift(token)) for token in tokens if len(token) > 2]
+    scale = max([LEAST_SCALE, *shifts])
+    return {
+        "label": contrast_label(row),
+        "score": "Delta" if row.arm in HAVE_DELTA else "score",
+        "tau": row.tau or 1.0,  # greedy traces are judged at tau 1
+        "scale": round(scale, 3),
+        "problems": problems,
+    }
 
 
 def first_shown(rows: Sequence[ResultRow]) -> int:
@@ -96,11 +111,27 @@ def read_contrast(path: Path, budget: int) -> list[dict[str, Any]]:
 
 
 def read_side(side: dict[str, Any]) -> dict[str, Any]:
-    tokens = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
+    """`wrong`: [first token, token after the last, right result] of equations that do not hold; `nll`: mean
+    -log clean probability, nats/token."""
+    tokens: list[list[Any]] = [[str(text), *map(short_float, numbers)] for text, *numbers in side["tokens"]]
     if any(len(token) not in (2, 4) for token in tokens):
         raise UserError("a token has other than 1 or 3 numbers")
     flags = {key: bool(side[key]) for key in ("finished", "is_correct")}
-    return {**flags, "tokens": tokens, "replaced": [range(len(tokens))[i] for i in side.get("replaced", ())]}
+    replaced = [range(len(tokens))[i] for i in side.get("replaced", ())]
+    surprises = [-math.log(max(clean, LEAST_FLOAT)) for _, clean, *_ in tokens]
+    nll = short_float(float(np.mean(surprises))) if tokens else None
+    return {**flags, "tokens": tokens, "replaced": replaced, "wrong": wrong_tokens(tokens), "nll": nll}
+
+
+def wrong_tokens(tokens: Sequence[list]) -> list[list]:
+    """[first token, token after the last, right result] of each equation that does not hold."""
+    starts = np.cumsum([0, *(len(text) for text, *_ in tokens)])
+    found = []
+    for match, right in checked_equations("".join(text for text, *_ in tokens)):
+        if right is not None:
+            first = np.searchsorted(starts, match.start(), "right") - 1
+            found.append([int(first), int(np.searchsorted(starts, match.end())), right])
+    return found
 
 
 def short_float(value: float) -> float:
@@ -108,11 +139,6 @@ def short_float(value: float) -> float:
     return float(f"{value:.4g}") if math.isfinite(value) else 0.0
 
 
-def tokens_of(point: dict[str, Any]) -> list[list]:
-    sides = [problem[side] for problem in point["problems"] for side in SIDES]
-    return [token for side in sides for token in side["tokens"]]
-
-
 def shift(token: list) -> float:
     """log(defended probability / clean probability), either of which may be 0."""
-    return math.log(max(token[2], 1e-9) / max(token[1], 1e-9))
+    return math.log(max(token[2], LEAST_PROBABILITY) / max(token[1], LEAST_PROBABILITY))

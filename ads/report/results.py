@@ -245,6 +245,20 @@ def answers_of(rows: Rows) -> dict[str, str]:
     return {a: name for a, name in ANSWERS.items() if is_graded[a]} or ANSWERS
 
 
+def distinct_answers(rows: Rows) -> dict[str, str]:
+    """answers_of the rows; where forced and raw ones agree in every test, one of them, named after both."""
+    found = answers_of(rows)
+    first, *others = found
+    agree = all(
+        row.accuracy(who, first).share == row.accuracy(who, other).share
+        for row in rows
+        for who in TESTS
+        for other in others
+    )
+    is_tested = any(row.accuracy(who, first).is_share for row in rows for who in TESTS)
+    return {first: " and ".join(found.values())} if others and agree and is_tested else dict(found)
+
+
 def lost_shares(row: ResultRow) -> list[tuple[str, str]]:
     """[(answers, test and value)] of the tests whose accuracy should be there, and is none."""
     lost = []

@@ -150,7 +150,7 @@ def one_step_line(arm: str, rows: Rows, clean: Mapping[tuple, float]) -> list[st
     lost = [clean[clean_key(row)] - row.share("student", RAW) for row in rows if clean_key(row) in clean]
     ends = " to ".join(numbers.show_signed(value) for value in (min(change), max(change)))
     mean = numbers.show_signed(float(np.mean(change)))
-    harm = f"{np.mean(lost):+.3f}" if lost else "-"
+    harm = numbers.fixed(float(np.mean(lost)), 3, "+") if lost else "-"
     return [arm, str(len(rows)), mean, ends, harm, rank_correlation(change, students)]
 
 
@@ -160,7 +160,7 @@ def rank_correlation(change: Sequence[float], students: Sequence[float]) -> str:
 
     if len(change) < 3 or len(set(change)) < 2 or len(set(students)) < 2:
         return f"- (n {len(change)})"
-    return f"{stats.spearmanr(change, students).statistic:+.2f} (n {len(change)})"
+    return f"{numbers.fixed(stats.spearmanr(change, students).statistic, 2, '+')} (n {len(change)})"
 
 
 def shared_settings(rows: Rows) -> str:
@@ -236,5 +236,7 @@ def to_csv(lines: Iterable[Mapping[str, Any]]) -> str:
 
 
 def defuse(value: object) -> object:
-    """Text that a spreadsheet would run as a formula gets a quote in front."""
+    """Text that a spreadsheet would run as a formula gets a quote in front; minus 0 is 0."""
+    if isinstance(value, float):
+        return value + 0
     return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value

@@ -7,7 +7,7 @@ from ads.arms import LABELS
 from ads.report import results
 from ads.report.compare import Match
 from ads.report.curves import Curve, group_by, pair_up, pooled
-from ads.report.numbers import interval_kind, show_number, show_percent, show_seeds
+from ads.report.numbers import fixed, interval_kind, show_number, show_percent, show_seeds
 from ads.report.results import ANSWERS, PRICES, SEEDS, ResultRow, Rows, mean_row
 
 HEADLINE_LEVEL = 0.75  # the finding is about the level nearest to this one
@@ -150,18 +150,19 @@ def controls(matches: Iterable[Match]) -> str:
 
 
 def whole_percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{fixed(100 * share, 0)} %"
 
 
 def in_points(match: Match) -> list[str]:
     """Texts of a Match's difference and, where it has one, its interval, in percentage points."""
     numbers = [match.difference] + ([] if match.low is None else [match.low, match.high])
-    return [f"{100 * number:.{digits_for(numbers[1:], 0)}f}" for number in numbers]
+    return [fixed(100 * number, digits_for(numbers[1:], 0)) for number in numbers]
 
 
 def digits_for(ends: Iterable[float], digits: int) -> int:
-    """The decimals to show: one more where a bound is within a point of 0, so that its sign can be read."""
-    return digits + any(abs(end) < 0.01 for end in ends)
+    """The decimals to show: more where a bound is close to 0, so that its sign can be read."""
+    nearest = min(map(abs, ends), default=1.0)
+    return digits + (nearest < 0.01) + (0 < nearest < 0.0005)
 
 
 def bounds(match: Match, ends: Sequence[str]) -> str:
@@ -188,5 +189,5 @@ def show_match(match: Match) -> str:
         return f"{text}; {match.note}"
     ends = [] if match.low is None else [match.low, match.high]
     digits = digits_for(ends, 3)
-    shown = bounds(match, [f"{end:.{digits}f}" for end in ends])
-    return f"{text}, difference {match.difference:.{digits}f}{shown}{doubt(match)}"
+    shown = bounds(match, [fixed(end, digits) for end in ends])
+    return f"{text}, difference {fixed(match.difference, digits)}{shown}{doubt(match)}"

@@ -206,7 +206,7 @@ def test_the_frontier_is_drawn_through_the_worst_students(tmp_path):
         "Worst student: raw answers",
         "Worst student: raw answers, price in NLL",
     ]
-    figure = report.plots.compose(panels[:1], "")
+    figure = report.figures.compose(panels[:1], "")
     (line,) = [line for line in figure.axes[0].get_lines() if str(line.get_label()).startswith("ADS")]
     assert sorted(line.get_ydata())[:2] == pytest.approx(
         [0.6, 0.8], abs=0.02

@@ -9,7 +9,7 @@ import pytest
 from helpers_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
 
 import report
-from ads.report import claims, page, plots, tables
+from ads.report import claims, figures, page, plots, tables
 from ads.report.bootstrap import load_draws
 from ads.report.compare import compare_arms
 from ads.report.curves import by_setting, make_curves
@@ -266,7 +266,7 @@ def test_the_best_way_of_asking_is_the_line_and_the_claim_and_all_stand_in_the_t
         ["2-shot", "2", ".250 [.000, .885]"],
         ["prefilled", "2", ".450 [.000, 1.000]"],
     ]
-    axis = plots.compose(plots.make_panels(curves, baselines, [])["tradeoff"], "").axes[0]
+    axis = figures.compose(plots.make_panels(curves, baselines, [])["tradeoff"], "").axes[0]
     grey = [line for line in axis.lines if line.get_color() == plots.COLOURS["undistilled"]]
     assert [line.get_ydata()[0] for line in grey] == [pytest.approx(0.45)]
 

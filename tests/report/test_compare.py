@@ -435,8 +435,10 @@ def test_a_doubt_is_marked_in_every_sentence_and_explained_once():
 
 def test_a_bound_near_0_shows_its_sign():
     near = Match("af", "ADS", "ADS", 0.75, 0.8, 0.7, 0.1, -0.0004, 0.2, 3, "")
-    assert "difference 0.1000 [-0.0004, 0.2000]" in show_match(near)
-    assert in_points(near) == ["10.0", "-0.0", "20.0"]
+    assert "difference 0.10000 [-0.00040, 0.20000]" in show_match(near)
+    assert in_points(near) == ["10.00", "-0.04", "20.00"]  # they were 10.0, -0.0 and 20.0
+    none = dataclasses.replace(near, low=-4.49e-8)
+    assert in_points(none) == ["10.00", "0.00", "20.00"] and "[0.00000, 0.20000]" in show_match(none)
     assert in_points(dataclasses.replace(near, low=0.01)) == ["10", "1", "20"]
 
 

@@ -11,7 +11,7 @@ import yaml
 from helpers_report import PROXY, curves_of, rows_of, write_both_arms, write_point, write_stage_1_and_2
 
 import report
-from ads.report import looks, page, plots, reader, tables
+from ads.report import figures, looks, page, plots, reader, tables
 from ads.report.claims import choose_arms
 from ads.report.experiments import load_experiments
 from ads.report.points import collect_points
@@ -172,11 +172,11 @@ def test_axes_do_not_collapse_under_a_long_legend(every, num_panels):
     axes = plots.Axes("raw")
 
     def draw(axis):
-        plots.draw_tradeoff(axes, curves, [], None, axis)
+        return plots.draw_tradeoff(axes, curves, [], None, axis)
 
-    with style.context(plots.STYLE), warnings.catch_warnings():
+    with style.context(figures.STYLE), warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = plots.compose([plots.Panel("title", draw)] * num_panels, "a title " * 20)
+        figure = figures.compose([plots.Panel("title", draw)] * num_panels, "a title " * 20)
         figure.draw_without_rendering()
     heights = [axis.get_window_extent().height / figure.dpi for axis in figure.axes if axis.get_visible()]
     assert len(heights) == num_panels and min(heights) > 2.2
@@ -191,7 +191,7 @@ def test_prices_that_one_text_stretches_are_drawn_on_a_log_scale(every, tmp_path
     drawn = {}
     for name, exp_dir in (("wide", every), ("narrow", write_both_arms(tmp_path / "x"))):
         panels = plots.make_panels(curves_of(exp_dir), [], [])
-        figure = plots.compose(panels["tradeoff"], "")
+        figure = figures.compose(panels["tradeoff"], "")
         drawn[name] = [axis.get_xscale() for axis in figure.axes]
     assert drawn == {"wide": ["linear", "log"] * 2, "narrow": ["linear"] * 4}
 

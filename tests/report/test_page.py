@@ -1,19 +1,23 @@
 """report.html in a real browser, from file://, and what a planted text could do there."""
 
+import base64
 import json
 import math
+import re
 import shutil
+import subprocess
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from helpers_report import rows_of, write_both_arms, write_point, write_stage_1_and_2, write_traces
 from markupsafe import escape
 
 import report
 from ads.arms import LABELS
-from ads.report import page, plots, reader, tables
+from ads.report import page, plots, reader, scale, tables
 from ads.report.curves import Point, make_curves
-from ads.report.results import read_row
+from ads.report.results import distinct_answers, read_row
 from ads.stage import files
 from ads.stage.inputs import fingerprint_model
 
@@ -79,6 +83,16 @@ def write_demo_seed(exp_dir, seed, num_problems):
         )
         if lam:
             write_contrast(exp_dir, f"a{i}", lam if direction == "gradient" else 0.4, rng)
+        write_words(exp_dir / "traces" / f"c{i}.parquet")
+
+
+def write_words(path):
+    """What a student wrote on each problem of its test: in every other one a sum that does not hold."""
+    table = pyarrow.parquet.read_table(path, columns=["id", "is_raw_correct", "is_af_correct"]).to_pydict()
+    n = len(table["id"])
+    wrote = [f"start with {i} . add 7 : {i} + 7 = {i + 7 + i % 2} . \\boxed{{ {i + 7} }}" for i in range(n)]
+    words = {"problem": [f"{i} and 7 ?" for i in range(n)], "solution": [str(i + 7) for i in range(n)]}
+    pyarrow.parquet.write_table(pyarrow.table(table | words | {"trace": wrote, "finished": [True] * n}), path)
 
 
 def make_losses(student, rng):
@@ -172,15 +186,14 @@ def choose(browser, selector, number):
 
 def shown(browser):
     """(problem, texts of the traces' tokens) that the reader shows."""
-    script = (
-        "return [...document.querySelectorAll('.trace')].map(t => [...t.children].map(s => s.textContent))"
-    )
+    traces = "[...document.querySelectorAll('#traces-box .trace')]"
+    script = f"return {traces}.map(trace => [...trace.children].map(token => token.textContent))"
     return find(browser, "#problem-text")[0].text, browser.execute_script(script)
 
 
 def contrast_of(browser, demo, number=0):
     """The stored problem behind what the reader shows first."""
-    label = find(browser, ".side h3")[1].text
+    label = find(browser, ".side h4")[1].text
     lam = float(label.split("\N{GREEK SMALL LETTER LAMDA} ")[1].split(",")[0])
     (point,) = [i for i, point in enumerate(DEMO) if point[1] == lam and point[4] == "gradient"]
     path = demo.parents[1] / "traces" / f"a{point}.contrast.json"
@@ -208,42 +221,51 @@ def test_page_shows_every_plot_and_section(browser, demo):
         "All points",
     ]
     svgs = [svg for svg in find(browser, "figure svg") if svg.is_displayed()]
-    assert len(svgs) == 2 + 4 + 4 + 2
+    assert len(svgs) == 1 + 2 + 4 + 2  # at one price, by forced answers
     assert all(svg.size["width"] > 300 and svg.size["height"] > 200 for svg in svgs)
     ids = browser.execute_script("return [...document.querySelectorAll('[id]')].map(e => e.id)")
     assert len(ids) > 100 and len(set(ids)) == len(ids)
     used = "return [...document.querySelectorAll('use')].map(e => e.getAttribute('xlink:href'))"
+    assert "generated problems, 2 seeds" in find(browser, ".size")[0].text
     assert {link.removeprefix("#") for link in browser.execute_script(used)} <= set(ids)
     assert "teacher accuracy" in svgs[0].get_attribute("textContent")
 
 
-def at_price(browser):
-    """The prices whose curves and comparisons are on the page now."""
-    found = find(browser, "main .at-accuracy, main .at-nll, nav .at-accuracy, nav .at-nll")
-    assert len(found) == 2 * (2 + 1 + 1) + 1  # two plots, a comparison and a link of each, a sentence of one
-    return {element.get_attribute("class").removeprefix("at-") for element in found if element.is_displayed()}
+def shown_now(browser):
+    """{(price, answers)} of the plots and comparisons that are on the page now."""
+    found = find(browser, "#trade-off figure, [id^=equal-] .panels > div")
+    assert len(found) == 4 + 4
+    displayed = [element for element in found if element.is_displayed()]
+    marks = "return arguments[0].closest('section').className + ' ' + arguments[0].className"
+    classes = [browser.execute_script(marks, element).split() for element in displayed]
+    assert len(classes) == 2  # a plot and a comparison
+    return {tuple(sorted(name for name in names if name[:3] in ("at-", "by-"))) for names in classes}
 
 
-def test_one_switch_turns_curves_and_comparisons_to_another_price(browser, demo):
-    """By mouse and keyboard, and without any script; on paper there is everything."""
+def test_switches_turn_curves_and_comparisons_to_another_price_and_other_answers(browser, demo):
+    """By mouse and keyboard, and without any script; paper shows what the screen did."""
     from selenium.webdriver import Keys
 
     open_page(browser, demo)
-    assert at_price(browser) == {"accuracy"}
+    assert shown_now(browser) == {("at-accuracy", "by-af")}
     find(browser, "label:has(#price-nll)")[0].click()
-    assert at_price(browser) == {"nll"}
+    assert shown_now(browser) == {("at-nll", "by-af")}
     assert "Students at equal teacher NLL" in [heading.text for heading in find(browser, "h2")]
+    find(browser, "label:has(#answers-raw)")[0].click()
+    assert shown_now(browser) == {("at-nll", "by-raw")}
     find(browser, "#price-nll")[0].send_keys(Keys.ARROW_LEFT)
-    assert at_price(browser) == {"accuracy"}
+    assert shown_now(browser) == {("at-accuracy", "by-raw")}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    assert at_price(browser) == {"accuracy", "nll"} and not find(browser, ".switch")[0].is_displayed()
+    assert shown_now(browser) == {("at-accuracy", "by-raw")}
+    assert not find(browser, ".switch")[0].is_displayed()
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     open_page(browser, demo, 375)
     find(browser, "#price-nll")[0].click()
-    found = at_price(browser), len(find(browser, "#point option"))
+    kinds = len(find(browser, "#point option")), len(find(browser, ".hit title"))
+    displayed = [figure.is_displayed() for figure in find(browser, "#trade-off figure")]
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
-    assert found == ({"nll"}, 0)
+    assert kinds[0] == 0 and kinds[1] > 50 and displayed == [False, True, False, False]
 
 
 @pytest.mark.parametrize("width", [320, 375, 1200])
@@ -257,6 +279,66 @@ def test_page_is_never_wider_than_the_screen(browser, demo, width):
         assert first_plot["y"] + first_plot["height"] < 800  # the trade-off is on the first screen
     else:
         assert first_plot["y"] < 2 * 800  # on a phone, what does not hold comes first
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_text_of_a_plot_lies_on_another_or_outside(browser, demo, width):
+    """The name of an arm lay on the axis, and knobs on each other where curves end close together."""
+    open_page(browser, demo, width)
+    script = """
+        const found = [];
+        for (const svg of document.querySelectorAll("figure svg")) {
+          const frame = svg.getBoundingClientRect();
+          const texts = [...svg.querySelectorAll("text")];
+          const boxes = texts.map(text => [text.textContent, text.getBoundingClientRect()]);
+          if (frame.width) boxes.forEach(([text, a], i) => {
+            if (a.left < frame.left || a.right > frame.right + 1) found.push(text);
+            for (const [other, b] of boxes.slice(i + 1)) {
+              const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+              const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+              if (across > 1 && down > 2) found.push(text + " on " + other);
+            }
+          });
+        }
+        return found;"""
+    assert browser.execute_script(script) == []
+    labels = [text.text for text in find(browser, "#trade-off svg text")]
+    assert any(text.startswith("ADS, ") for text in labels) and any("points" in text for text in labels)
+
+
+def test_a_marker_shows_its_numbers_and_a_table_has_them(browser, demo):
+    """To mouse and finger, and to all else in the table below."""
+    from selenium.webdriver import ActionChains
+
+    open_page(browser, demo)
+    figure = next(figure for figure in find(browser, "#trade-off figure") if figure.is_displayed())
+    assert tooltip_numbers(browser) is None
+    circles = figure.find_elements("css selector", ".hit")
+    assert len(circles) == len(DEMO)
+    figure.find_element("css selector", "summary").click()
+    lines = figure.find_elements("css selector", "tr")
+    assert len(lines) == 1 + len(circles) + 1  # a header, and the undistilled student
+    ActionChains(browser).move_to_element(circles[0]).perform()
+    name, *told = tooltip_numbers(browser)
+    cells = [cell.text for cell in lines[1].find_elements("css selector", "td")]
+    assert [name, "\N{GREEK SMALL LETTER TAU} 0.5"] == cells[:2]
+    assert all(line.endswith(f" {cell}") for line, cell in zip(told, cells[1:], strict=True))
+    rows, _ = rows_of(demo.parents[1], demo.parents[2] / "seed2")
+    shares = [row["student_af_accuracy"] for row in rows if (row["tau"], row["lam"]) == (0.5, 0)]
+    assert cells[3].startswith(f"{float(f'{100 * np.mean(shares):.3g}'):g} % [") and cells[4] == "2"
+
+
+def test_sections_are_reached_on_a_phone(browser, demo):
+    """The links were left out there."""
+    open_page(browser, demo, 390)
+    links = find(browser, "nav a")
+    assert links[0].is_displayed() and all(link.size["height"] >= 24 for link in links if link.is_displayed())
+
+
+def test_the_page_prints_on_few_sheets(browser, demo):
+    open_page(browser, demo)
+    pdf = browser.execute_cdp_cmd("Page.printToPDF", {"paperWidth": 8.27, "paperHeight": 11.69})["data"]
+    assert 1 <= len(re.findall(rb"/Type\s*/Page\b", base64.b64decode(pdf))) <= 5
 
 
 def test_reader_shows_whole_traces_and_another_problem_and_setting(browser, demo):
@@ -280,7 +362,7 @@ def test_reader_shows_whole_traces_and_another_problem_and_setting(browser, demo
         "permuted",
     }
     choose(browser, "#point", len(labels) - 1)
-    assert find(browser, ".side h3")[1].text.startswith(labels[-1]) and "24 apples" in shown(browser)[0]
+    assert find(browser, ".side h4")[1].text.startswith(labels[-1]) and "24 apples" in shown(browser)[0]
 
 
 def tooltip_numbers(browser):
@@ -349,11 +431,12 @@ def test_tokens_are_shaded_by_the_change_of_their_probability(browser, demo):
     spans = find(browser, ".trace")[1].find_elements("css selector", ".token")
     tokens = contrast_of(browser, demo)["defended"]["tokens"]
     shifts = [math.log(ads / clean) for _, clean, ads, _ in tokens]
+    roots = np.sqrt(np.abs(shifts))
     for span, shift in zip(spans, shifts, strict=True):
         red, _, blue, *alpha = map(float, span.value_of_css_property("background-color")[5:-1].split(","))
         assert (red > blue) == (shift > 0) or alpha[0] < 0.01
     alphas = [float(span.value_of_css_property("background-color").rpartition(",")[2][:-1]) for span in spans]
-    assert np.corrcoef(alphas, np.abs(shifts))[0, 1] > 0.9
+    assert np.corrcoef(alphas, roots)[0, 1] > 0.99
 
 
 def test_reader_underlines_what_a_corruption_replaced_and_shades_nothing(browser, tmp_path):
@@ -367,7 +450,7 @@ def test_reader_underlines_what_a_corruption_replaced_and_shades_nothing(browser
     path.write_text(json.dumps({"trace_name": "a5", "problems": problems}))
     report.main([str(exp_dir)])
     assert open_page(browser, exp_dir / "report" / "report.html")[0] == []
-    assert find(browser, ".side h3")[1].text.startswith("corrupted results: ")
+    assert find(browser, ".side h4")[1].text.startswith("corrupted results: ")
     clean, corrupted = (side.find_elements("css selector", ".token") for side in find(browser, ".trace"))
     lines = [span.value_of_css_property("text-decoration-line") for span in (*clean, *corrupted)]
     assert [i - len(clean) for i, line in enumerate(lines) if line == "underline"] == [3, 4]
@@ -385,6 +468,49 @@ def test_print_leaves_out_what_only_a_screen_can_do(browser, demo):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert not find(browser, ".controls")[0].is_displayed() and find(browser, ".trace")[0].is_displayed()
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_reader_marks_wrong_sums_and_filters_by_them(browser, tmp_path):
+    """A wrong step in a trace with the right answer is what a defence is after."""
+    exp_dir = write_both_arms(tmp_path / "x")
+    write_point(exp_dir, "5", 0.6, 0.04, (0.8, 0.6), (0.5, 0.4))
+    problems = write_contrast(exp_dir, "a5", 0.4, np.random.default_rng(0), 3)
+    for problem, step, is_correct in zip(problems, ("3 0", "3 1", "3 2"), (True, True, False), strict=True):
+        for side, text in (("clean", "3 0"), ("defended", step)):
+            words = f"2 3 + 7 = {text} .".split(" ")
+            tokens = [[word if word.isdigit() else f" {word} ", 0.5, 0.25, -0.00000449] for word in words]
+            problem[side] = {"finished": True, "is_correct": is_correct, "tokens": tokens}
+    (exp_dir / "traces" / "a5.contrast.json").write_text(json.dumps({"problems": problems}))
+    report.main([str(exp_dir)])
+    assert open_page(browser, exp_dir / "report" / "report.html")[0] == []
+    assert [option.text for option in find(browser, "#filter option")] == [
+        *("all problems (3)", "right answer, wrong step (1)", "right answer, no wrong step (1)"),
+        "wrong answer (1)",
+    ]
+    assert find(browser, "#traces-box .wrong") == []
+    choose(browser, "#filter", 1)
+    assert "21 apples" in shown(browser)[0] and len(find(browser, "#problem option")) == 1
+    wrong = find(browser, "#traces-box .wrong")
+    assert "".join(span.get_attribute("textContent") for span in wrong) == "23 + 7 = 31"
+    assert wrong[-1].get_attribute("data-right") == "30"
+    heading = find(browser, "#traces-box h4")[1].text
+    assert "1 wrong step" in heading and "NLL 0.693 nats/token" in heading
+    wrong[0].click()
+    assert tooltip_numbers(browser)[-1] == "Delta 0 nats"  # it was -0.00000449
+    shades = [span.value_of_css_property("background-color").rpartition(",")[2] for span in wrong]
+    assert {shade.strip(" )") for shade in shades} == {"0.75"}  # each the largest shift there is
+
+
+def test_reader_shows_what_students_then_write(browser, demo):
+    open_page(browser, demo)
+    assert [option.text for option in find(browser, "#test-problem option")][0] == "1: 0 and 7 ?"
+    choose(browser, "#test-problem", 1)
+    assert find(browser, "#test-text")[0].text == "1 and 7 ?"
+    clean, own = find(browser, "#answers-box .side")
+    assert clean.text.startswith("Student of clean traces (") and own.text.startswith("Student of ADS: ")
+    assert "1 wrong step" in own.text
+    (wrong,) = own.find_elements("css selector", ".wrong")
+    assert wrong.text.startswith("1 + 7 = 9") and wrong.get_attribute("data-right") == "8"
 
 
 PLANTED = "</script><script>window.planted = 1</script><img src=x onerror='window.planted = 2'>{{title}}&lt;"
@@ -434,7 +560,76 @@ def test_page_of_an_experiment_that_has_just_begun(browser, tmp_path):
     assert find(browser, "#point") == [] and len(find(browser, "figure svg")) == 2
 
 
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    """The source of axe-core, which finds what keeps people out of a page."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed: axe-core is not there")
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", AXE]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if result.returncode:
+        pytest.skip(f"npm cannot install {AXE}: {result.stderr.strip()[-200:]}")
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text()
+
+
+AXE = "axe-core@4.10.3"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_nothing_serious(browser, demo, axe, width, scheme):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    open_page(browser, demo, width)
+    browser.execute_script("document.querySelectorAll('details').forEach(found => { found.open = true; })")
+    browser.execute_script(axe)
+    run = "const done = arguments[0]; axe.run().then(found => done(found.violations))"
+    found = browser.execute_async_script(run)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+    assert [(rule["id"], rule["nodes"][0]["html"]) for rule in serious] == []
+
+
 # Without a browser
+
+
+def test_what_forced_and_raw_answers_agree_on_is_shown_once(tmp_path):
+    exp_dir = tmp_path / "x"
+    write_point(exp_dir, "1", 0.6, 0.0, (0.9, 0.9), (0.6, 0.6))
+    write_point(exp_dir, "2", 0.6, 0.03, (0.8, 0.8), (0.5, 0.5))
+    rows = [read_row(row) for row in rows_of(exp_dir)[0]]
+    assert distinct_answers(rows) == {"af": "forced and raw"}
+    report.main([str(exp_dir)])
+    text = (exp_dir / "report" / "report.html").read_text()
+    assert "Forced and raw answers" in text and 'id="answers-raw"' not in text
+    write_point(exp_dir, "3", 0.6, 0.06, (0.7, 0.7), (0.5, 0.4))
+    assert distinct_answers([read_row(row) for row in rows_of(exp_dir)[0]]) == {"af": "forced", "raw": "raw"}
+    assert distinct_answers([]) == {"af": "forced", "raw": "raw"}
+
+
+def test_the_scale_is_said_by_what_was_read(tmp_path):
+    """Of shipped models by their fingerprint, of others where their weights lie; else by name."""
+    shipped = report.shipped_models()
+    (student,) = [key for key, folder in shipped.items() if folder.name == "student"]
+    sidecar = {"config": {"teacher": "moved/away"}, "inputs": {"teacher": student}}
+    assert scale.in_words([sidecar], [], ["arithmetic_test"], shipped) == (
+        "Toy models of 170 thousand parameters, generated problems, no setting finished"
+    )
+    there = {"config": {"teacher": str(report.DEMO_MODELS / "teacher"), "student": None}, "inputs": {}}
+    assert list(scale.count_parameters([there], {}).values()) == [166912]
+    unknown = {"config": {"teacher": "owner/teacher-7B"}, "inputs": {}}
+    assert scale.in_words([unknown, sidecar], [], ["gsm8k_test"], shipped).startswith(
+        "Models: owner/teacher-7B, moved/away, no setting"
+    )
+    ours = {"config": {"teacher": "x/models/student_1/final"}, "inputs": {}}
+    assert scale.count_parameters([ours], shipped) == {}
+    assert scale.models_in_words({"a": 1_540_000_000, "b": 7_620_000_000}) == (
+        "Models of 1.5 billion to 7.6 billion parameters"
+    )
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    assert scale.count_in(tmp_path) is None
 
 
 def test_an_experiment_of_which_nothing_more_is_known_has_the_usual_note(demo, tmp_path):

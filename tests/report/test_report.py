@@ -33,11 +33,11 @@ from helpers_report import (
 
 import report
 from ads.data.traces import wilson_interval
-from ads.report import plots, results
+from ads.report import plots, results, tables
 from ads.report.curves import by_setting
 from ads.report.doubts import warning_lines
 from ads.report.experiments import load_experiments
-from ads.report.numbers import show_number, show_percent
+from ads.report.numbers import show_number, show_percent, show_setting, show_signed
 from ads.report.results import read_row
 from ads.stage import files, fingerprint
 
@@ -229,6 +229,11 @@ def test_a_number_that_is_text_is_left_out_of_the_means(tmp_path):
 
 def test_numbers_are_shown_in_one_way():
     assert [show_number(v) for v in (0.8382, -0.02, 1.0, 214, None)] == [".838", "-.020", "1.000", "214", "-"]
+    # what rounds to nothing is 0; it was -.000, and -0.0000
+    assert [show_number(v) for v in (-0.00000449, -0.0, 0.0, -0.0006)] == [".000", ".000", ".000", "-.001"]
+    assert [show_signed(v) for v in (-0.00000449, 0.00000449, -0.01)] == ["0.0000", "0.0000", "-0.0100"]
+    assert (show_percent(-0.0), show_setting(-0.0), tables.defuse(-0.0)) == ("0 %", "0", 0.0)
+    assert str(tables.defuse(-0.0)) == "0.0"
     # of two digits it was 1e+02 %
     assert [show_percent(v, 2) for v in (0.999, 1.0, 0.084, None)] == ["100 %", "100 %", "8.4 %", "-"]
 
