@@ -77,7 +77,10 @@ def show_help(arguments: list[str], default_yaml: str | None = None) -> None:
     if arguments in (["--help"], ["-h"]):
         text = [sys.modules["__main__"].__doc__ or ""]
         if default_yaml:
-            text += [f"Keys, as {default_yaml} has them:\n", (ROOT / default_yaml).read_text(encoding="utf-8")]
+            text += [
+                f"Keys, as {default_yaml} has them:\n",
+                (ROOT / default_yaml).read_text(encoding="utf-8"),
+            ]
         print("\n".join(text).strip())
         sys.exit(0)
 
