@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from helpers_docs import PAGES, blocks, commands
+from helpers_pipeline import places_of_packages
 
 README = ROOT / "README.md"
 # models of the hub, of which a fresh machine has none -> those of the demo
@@ -131,11 +132,11 @@ def make_experiment(place):
             shutil.copy(found, place / "runs" / "x" / "traces" / f"eval_student_{name}{suffix}")
 
 
-def run(place, text, codes=(0,)):
+def run(place, text, codes=(0,), **more):
     """A command in the clone, by bash; what it says where it fails."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
-    environment = {**kept, **SETTINGS, "PATH": path, "PYTHONPATH": ""}
+    environment = {**kept, **SETTINGS, "PATH": path, "PYTHONPATH": "", **more}
     command = ["bash", "-euo", "pipefail", "-c", text]
     result = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=1800)
     assert result.returncode in codes, f"{text}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
@@ -196,9 +197,9 @@ def install(clone, tmp_path, text):
         "uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ):
         pytest.skip("uv is not installed (extra test)")
-    code = "import torch, transformers, gentraces; print(torch.__version__)"
+    check = ".venv/bin/python -c 'import torch, transformers, gentraces'"
     try:
-        run(place, f"{text} && .venv/bin/python -c '{code}' && .venv/bin/python gentraces.py --help")
+        run(place, f"{text} && {check}", **places_of_packages())
     except AssertionError as error:
         if re.search("Failed to fetch|Could not find a version|NewConnectionError", str(error)):
             pytest.skip(f"no package index can be reached: {str(error)[-200:]}")
