@@ -69,7 +69,10 @@ WAYS = (
     (r"^bash bench/gpu\.sh$", (r"$", " --tiny"), "needs a GPU"),
     (
         r"^python search\.py .* -- ",
-        (" -- ", f" data_split=arithmetic_train max_samples=8 max_evaluations=1 -- {TINY.split(' ', 1)[1]} "),
+        (
+            " -- ",
+            f" data_split=arithmetic_train max_samples=8 max_evaluations=1 -- max_length=200 max_prompt_length=100 ",
+        ),
         "an hour",
     ),
     (r"^python gentraces\.py .*gsm8k", (r"gsm8k_(\w+)(.*)", rf"arithmetic_\1\2 {TINY}"), "needs the hub"),
