@@ -23,7 +23,8 @@ MODELS = {
     r"Qwen/Qwen2.5-0.5B": "demo/models/proxy",
     r"(?:meta-llama|HuggingFaceTB)/[\w.-]+": "demo/models/student",
 }
-TINY = "max_samples=8 max_length=200 max_prompt_length=100 answer_force=false"
+ROOM = "max_length=200 max_prompt_length=100"
+TINY = f"max_samples=8 {ROOM} answer_force=false"
 # for every command that does not set them itself
 SETTINGS = {
     "SKIP_SETUP": "1",  # the install lines and test_setup.py are about that
@@ -71,7 +72,7 @@ WAYS = (
         r"^python search\.py .* -- ",
         (
             " -- ",
-            f" data_split=arithmetic_train max_samples=8 max_evaluations=1 -- max_length=200 max_prompt_length=100 ",
+            f" data_split=arithmetic_train max_samples=8 max_evaluations=1 -- {ROOM} ",
         ),
         "an hour",
     ),
