@@ -28,6 +28,7 @@ SCRIPTS = ("gentraces.py", "save_grad.py", "attack.py", "distill.py")
 
 
 def main(arguments):
+    utils.show_help(arguments)
     if arguments[:1] in (["--check"], ["--check-all"]):
         sys.exit(check_stages(arguments[1:], is_whole=arguments[0] == "--check-all"))
     stages = [stage for group in groups_of(arguments) for stage in group]

@@ -5,7 +5,10 @@
 #
 #   bash pipeline.sh                                 run (the paper's models need GPUs)
 #   bash pipeline.sh --dry-run                       print every stage, its command and whether it is done, to do or refused
+#   bash pipeline.sh --help                          this text, and every setting with its value and meaning
 #   ATTACKS="naive correct mix25" bash pipeline.sh   a student for each of these attacks (attacks/, docs/attackers.md)
+#
+# Settings are variables of the environment, as ATTACKS is there. docs/reference.md says more of them.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -15,22 +18,21 @@ fail() {
 }
 
 [[ -n "${EXP_DIR-unset}" ]] || fail "EXP_DIR is empty: give a folder, or unset it for the default one"
-EXP_DIR="${EXP_DIR:-runs/gsm8k}"
+EXP_DIR="${EXP_DIR:-runs/gsm8k}" # all that is made goes to this folder
 # shellcheck disable=SC2088 # a tilde that the shell has not expanded
 case "$EXP_DIR" in
   -*) EXP_DIR="./$EXP_DIR" ;; # no option of some command
   \~ | \~/*) EXP_DIR="$HOME${EXP_DIR#\~}" ;;
   \~*) fail "EXP_DIR='$EXP_DIR': write that home folder out, or ./$EXP_DIR for what is named so" ;;
 esac
-DATASET="${DATASET:-gsm8k}"
-SEED="${SEED:-42}"
-TEACHER="${TEACHER:-deepseek-ai/DeepSeek-R1-Distill-Qwen-7B}"
-PROXY_STUDENT="${PROXY_STUDENT:-Qwen/Qwen2.5-3B}"
-if [[ -z "${STUDENT:-}" ]]; then # the base model has no chat template of its own
-  STUDENT="meta-llama/Llama-3.2-3B"
-  STUDENT_TOKENIZER="${STUDENT_TOKENIZER:-meta-llama/Llama-3.2-3B-Instruct}"
-fi
-STUDENT_TOKENIZER="${STUDENT_TOKENIZER:-$STUDENT}"
+DATASET="${DATASET:-gsm8k}" # gsm8k, hendrycks_math, mmlu, arithmetic (the demo's), or a folder of your own
+SEED="${SEED:-42}"          # of the random numbers
+TEACHER="${TEACHER:-deepseek-ai/DeepSeek-R1-Distill-Qwen-7B}" # a folder, or of the hub: OWNER/NAME or OWNER/NAME@COMMIT
+PROXY_STUDENT="${PROXY_STUDENT:-Qwen/Qwen2.5-3B}"             # of the teacher's tokenizer
+# The base model has no chat template of its own.
+[[ -n "${STUDENT:-}" ]] || STUDENT_TOKENIZER="${STUDENT_TOKENIZER:-meta-llama/Llama-3.2-3B-Instruct}"
+STUDENT="${STUDENT:-meta-llama/Llama-3.2-3B}"       # what an attacker trains
+STUDENT_TOKENIZER="${STUDENT_TOKENIZER:-$STUDENT}" # with a chat template
 DATA_DIR="${DATA_DIR:-}"             # folder of local copies of the datasets; empty: the hub
 NPROC="${NPROC:-}"                   # processes; empty: one per GPU
 JOBS="${JOBS:-1}"                    # grid points at once, each with NPROC processes (small models on a CPU)
@@ -42,13 +44,13 @@ TRACE_ARGS="${TRACE_ARGS:-num_contrasts=8}" # more of them, for the training tra
 BASE_ARGS="${BASE_ARGS:-}"           # more of them, for the undistilled student alone (few_shot=4 ...)
 FEW_SHOT_ARGS="${FEW_SHOT_ARGS:-}"   # the undistilled student again, with few_shot=4 ...
 PREFILL="${PREFILL:-}"               # the undistilled student again, made to begin with these words
-GRAD_ARGS="${GRAD_ARGS:-}"           # for save_grad.py
-TRAIN_ARGS="${TRAIN_ARGS:-}"         # for distill.py
+GRAD_ARGS="${GRAD_ARGS:-}"           # key=value words for save_grad.py
+TRAIN_ARGS="${TRAIN_ARGS:-}"         # key=value words for distill.py
 ATTACKS="${ATTACKS:-naive}"          # recipes of attacks/, or paths of one's own: each grid point gets a student of each
-ATTACK_ARGS="${ATTACK_ARGS:-}"       # for attack.py
-CLEAN_ARGS="${CLEAN_ARGS:-tau=0}"    # for the clean training traces that some attacks hold
-SOLO_ARGS="${SOLO_ARGS:-tau=1 num_samples=4}" # for the undistilled student's own answers, of the attack solo
-GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,lam,eps ...
+ATTACK_ARGS="${ATTACK_ARGS:-}"       # key=value words for attack.py
+CLEAN_ARGS="${CLEAN_ARGS:-tau=0}"    # more of them, for the clean training traces that some attacks hold
+SOLO_ARGS="${SOLO_ARGS:-tau=1 num_samples=4}" # more of them, for the undistilled student's own answers, of the attack solo
+GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,lam,eps ..., --file PATH
 
 # What a scheduler or an outer launcher left: a stage would wait for processes that never come. LAUNCH may need it.
 [[ -n "$LAUNCH" ]] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT \
@@ -93,9 +95,20 @@ parse_arguments() {
   for argument in "$@"; do
     case "$argument" in
       --dry-run) dry_run=1 ;;
-      *) fail "unknown argument '$argument': known is --dry-run; settings are environment variables (README)" ;;
+      -h | --help) print_help && exit ;;
+      *) fail "unknown argument '$argument': known are --dry-run and --help; settings are environment variables" ;;
     esac
   done
+}
+
+# The text above, and each setting with the value that it has now.
+print_help() {
+  local name meaning
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$here/pipeline.sh"
+  printf '\nSettings, as they are now:\n\n'
+  sed -n 's/^\([A-Z_]*\)="\${\1:-[^#]*}" *# *\(.*\)/\1 \2/p' "$here/pipeline.sh" |
+    while read -r name meaning; do printf '%s\n    %s\n' "$name=${!name}" "$meaning"; done
+  printf '\nSKIP_SETUP=1 takes the environment as it is; PYTHON is the one that makes it, where there is none.\n'
 }
 
 # Before the environment is set up: a machine without a GPU is better told before gigabytes are installed.

@@ -4,6 +4,7 @@
 #
 #   bash pipeline_demo.sh              one seed: 20 grid points, two of which with attackers
 #   SEEDS=3 bash pipeline_demo.sh      three seeds: fresh problems, fresh random numbers
+#   bash pipeline_demo.sh --help       this text, and that of pipeline.sh with the settings of the demo
 #
 # Students of GRID_ARGS copy the traces as they are; each point of MATRIX_ARGS gets a student of each of ATTACKS. Given
 # GRID_ARGS alone, these are the points of ATTACKS, as in pipeline.sh.
@@ -40,6 +41,12 @@ export GRID_ARGS="${GRID_ARGS:---points
   0.4,0.2,0,corrupt 0.4,0.4,0,corrupt 0.4,0.7,0,corrupt}"
 
 # The first seed's experiment is the folder itself; its report/ shows all seeds.
+case "${1:-}" in
+  -h | --help)
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    EXP_DIR="${EXP_DIR-runs/demo}" SEED="${SEED:-1}" exec bash "$here/pipeline.sh" --help
+    ;;
+esac
 demo_dir="${EXP_DIR-runs/demo}" first="${SEED:-1}" status=0
 [[ "$SEEDS" =~ ^[1-9][0-9]*$ && "$first" =~ ^[0-9]+$ ]] || {
   echo "pipeline_demo.sh: SEEDS='$SEEDS', SEED='$first': must be whole numbers, SEEDS from 1" >&2

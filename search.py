@@ -112,6 +112,7 @@ class Found:
 
 
 def main(arguments):
+    utils.show_help(arguments, "search_config.yaml")
     cfg, words = parse(arguments)
     hub.read_commits(stages_dir(cfg))
     check_stages(cfg, words)

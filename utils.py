@@ -44,6 +44,7 @@ def begin_stage(
     Exits with 0 when the stage is done already, NoRowsError where it made no row; with --check among the
     arguments, with NOT_DONE when it is not (its inputs need not be there yet).
     """
+    show_help(arguments, default_yaml)
     only_check, arguments = "--check" in arguments, [a for a in arguments if a != "--check"]
     cfg = load_config(config_class, ROOT / default_yaml, arguments)
     native_setting()
@@ -69,6 +70,19 @@ def begin_stage(
     if is_main_process():
         hub.record_commits(cfg.exp_dir)
     return cfg, inputs
+
+
+def show_help(arguments: list[str], default_yaml: str | None = None) -> None:
+    """Where --help is all that is asked: print the script's docstring and its keys, and leave."""
+    if arguments in (["--help"], ["-h"]):
+        text = [sys.modules["__main__"].__doc__ or ""]
+        if default_yaml:
+            text += [
+                f"Keys, as {default_yaml} has them:\n",
+                (ROOT / default_yaml).read_text(encoding="utf-8"),
+            ]
+        print("\n".join(text).strip())
+        sys.exit(0)
 
 
 def is_stage_finished(cfg: Any, inputs: dict[str, Any], only_check: bool = False) -> bool:

@@ -177,7 +177,9 @@ def decode_ours(model, teacher, delta, allowed_V, args, prompts, eos, limits=Non
     rule = sampling.Sampling(0.0, args.lam if delta else 0.0)
     timed = TimedDecoder.steps = []
     engine.Decoder = TimedDecoder
-    traces = {c.id: c.ids for c in engine.generate(models, rule, 0, requests, args.batch, cuda_graph=cuda_graph)}
+    traces = {
+        c.id: c.ids for c in engine.generate(models, rule, 0, requests, args.batch, cuda_graph=cuda_graph)
+    }
     return traces, timed
 
 

@@ -343,7 +343,10 @@ def make_ours(scale, device, is_ads):
         delta = ExactDerivative(model, draw_gradient(model), ids_V)
     teacher = make(scale.teacher, "qwen2", dtype_on(device), device)
     cfg = GenConfig(
-        max_length=scale.max_length, max_prompt_length=scale.prompt, answer_force=False, lam=LAM if is_ads else 0.0
+        max_length=scale.max_length,
+        max_prompt_length=scale.prompt,
+        answer_force=False,
+        lam=LAM if is_ads else 0.0,
     )
     numbers = sizes.factors(RANK) if sizes else 0
     plan = memory_plan.decoding(cfg, memory_plan.sizes_of(teacher.config), sizes, scale.batch, numbers)

@@ -23,6 +23,8 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from ads.data import grading
 
 FILES = {
@@ -609,7 +611,9 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data_dir", required=True, help="folder with the files of README's 'Without a network'"
+        "--data_dir",
+        required=True,
+        help="folder with the files that docs/reference.md lists (Data, Without a network)",
     )
     parser.add_argument("--part", choices=("train", "test", "both"), default="both")
     parser.add_argument("--per_kind", type=int, default=100, help="most pairs of a kind")

@@ -92,6 +92,7 @@ ARCHITECTURES = {
 
 
 def main(arguments):
+    utils.show_help(arguments)
     settings = {"out": str(OUT), "seed": "0", "scale": "1.0"}
     for argument in arguments:
         key, equals, value = argument.partition("=")

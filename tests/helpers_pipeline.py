@@ -69,3 +69,12 @@ def wait_until(holds, seconds=MOST_SECONDS):
             return
         time.sleep(0.05)
     raise AssertionError(holds)
+
+
+def places_of_packages():
+    """What pip is told of folders of packages, for uv, which does not read pip's settings."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+    ).stdout
+    found = {line.split("=", 1)[1].strip("'\"") for line in listed.splitlines() if ".find-links=" in line}
+    return {"UV_FIND_LINKS": ",".join(sorted(found))}

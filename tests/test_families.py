@@ -31,6 +31,9 @@ TOLERANCE = 1e-3
 
 HEAD = """# Families of language models
 
+[Start page](README.md). You learn here which families of models can be decoded, differentiated and
+distilled here, and in which words the others are refused.
+
 Written by `python tests/test_families.py`, and checked by the tests of that file. transformers {version},
 float32 on a CPU. Every family of causal language models of the library, and some variants, as a tiny random
 model with windows of {window} tokens, on rows from 9 to 70 tokens:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from helpers_pipeline import wait_until
+from helpers_pipeline import places_of_packages, wait_until
 
 PYPROJECT = """
 [build-system]
@@ -233,15 +233,6 @@ def test_uv_sets_up_this_project_with_the_versions_of_constraints_txt(uv, tmp_pa
     assert f"\ntorch=={torch_version.split('+')[0]}\n" in pinned
     assert f"\ntransformers=={transformers_version}" in pinned
     assert "uv = " in (tmp_path / ".venv" / "pyvenv.cfg").read_text()
-
-
-def places_of_packages():
-    """What pip is told of folders of packages, for uv, which does not read pip's settings."""
-    listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
-    ).stdout
-    found = {line.split("=", 1)[1].strip("'\"") for line in listed.splitlines() if ".find-links=" in line}
-    return {"UV_FIND_LINKS": ",".join(sorted(found))}
 
 
 def test_two_set_ups_at_once_make_one_environment(project, uv):

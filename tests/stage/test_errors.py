@@ -252,7 +252,7 @@ def bash(*words, **environment):
     (
         ({"CUDA_VISIBLE_DEVICES": ""}, (), "run pipeline_demo.sh"),
         ({"NPROC": "two"}, (), "NPROC='two': must be a whole number from 1"),
-        ({"NPROC": "1"}, ("--dryrun",), "unknown argument '--dryrun': known is --dry-run"),
+        ({"NPROC": "1"}, ("--dryrun",), "unknown argument '--dryrun': known are --dry-run and --help"),
     ),
 )
 def test_pipeline_refuses_in_one_line_before_anything_is_set_up(environment, options, words, tmp_path):
