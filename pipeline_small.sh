@@ -35,13 +35,13 @@ choose_settings() {
     cpu) settings_of_cpu ;;
     *) fail "MACHINE='$MACHINE': must be gpu or cpu" ;;
   esac
-  export EXP_DIR="${EXP_DIR-runs/small}" SEED="${SEED:-1}"
-  TEACHER_LEAST="${TEACHER_LEAST:-0.8}"
+  EXP_DIR="${EXP_DIR-runs/small}"
+  [[ -n "$EXP_DIR" ]] || fail "EXP_DIR is empty: give a folder, or unset it for the default one"
+  export EXP_DIR="${EXP_DIR/#\~\//$HOME/}" SEED="${SEED:-1}"
   TEACHER_PROBLEMS="${TEACHER_PROBLEMS:-200}"
   TEACHER_DIR="${TEACHER_DIR:-$EXP_DIR/teacher}" # experiments of other seeds may share it
   TEACHER_ARGS="max_samples=6000 lora=false lr=3e-4 num_epochs=3 ${TEACHER_ARGS:-}"
-  local num="$NUM_PROBLEMS"
-  export GEN_ARGS="max_samples=$num $GEN_ARGS"
+  export GEN_ARGS="max_samples=$NUM_PROBLEMS $GEN_ARGS"
 }
 
 # Nothing of it is gated. Qwen2.5-0.5B shares the teacher's tokenizer; the student's instruct sibling has a chat template.
@@ -52,7 +52,7 @@ settings_of_gpu() {
     export STUDENT=HuggingFaceTB/SmolLM2-360M
     export STUDENT_TOKENIZER="${STUDENT_TOKENIZER:-HuggingFaceTB/SmolLM2-360M-Instruct}"
   fi
-  NUM_PROBLEMS="${NUM_PROBLEMS:-5231}" MATCH="${MATCH-0.55}"
+  NUM_PROBLEMS="${NUM_PROBLEMS:-5231}" TEACHER_LEAST="${TEACHER_LEAST:-0.6}" MATCH="${MATCH-0.55}"
   export GEN_ARGS="max_length=768 max_prompt_length=384 ${GEN_ARGS:-}"
   export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=4 max_prompt_length=1664 max_length=2048}"
   export GRID_ARGS="${GRID_ARGS:---points
@@ -61,7 +61,8 @@ settings_of_gpu() {
     0.6,0.2,0,poe 0.6,0.5,0,poe 0.6,1.0,0,poe
     0.6,-0.01,0 0.6,-0.02,0 0.6,-0.04,0
     0.6,0.2,0,corrupt 0.6,0.4,0,corrupt 0.6,0.7,0,corrupt}"
-  ATTACKS="${ATTACKS-naive correct mix25 repair}" SEARCH_ARGS="rule=raw arms=ads,poe,temperature ${SEARCH_ARGS:-}"
+  ATTACKS="${ATTACKS-naive correct mix25 repair}"
+  SEARCH_ARGS="rule=raw max_evaluations=12 arms=ads,poe,temperature ${SEARCH_ARGS:-}"
 }
 
 # One model in all roles is the default, since other small ones are gated or have another chat format (docs/small.md).
@@ -69,7 +70,7 @@ settings_of_cpu() {
   export DATASET="${DATASET:-word_problems}" TEACHER="${TEACHER:-HuggingFaceTB/SmolLM2-135M-Instruct}"
   export PROXY_STUDENT="${PROXY_STUDENT:-$TEACHER}" STUDENT="${STUDENT:-$TEACHER}"
   export NPROC="${NPROC:-1}" ACCELERATE_USE_CPU=true
-  NUM_PROBLEMS="${NUM_PROBLEMS:-300}" MATCH="${MATCH-0.7}"
+  NUM_PROBLEMS="${NUM_PROBLEMS:-300}" TEACHER_LEAST="${TEACHER_LEAST:-0.8}" MATCH="${MATCH-0.7}"
   # No forced answers: a teacher trained on solutions has never seen the words that force one.
   export GEN_ARGS="max_length=320 max_prompt_length=192 answer_force=false ${GEN_ARGS:-}"
   export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=3 max_prompt_length=704 max_length=832}" PREFILL="${PREFILL-auto}"
@@ -81,7 +82,7 @@ settings_of_cpu() {
     0.6,-0.02,0 0.6,-0.05,0
     0.6,0.3,0,corrupt 0.6,0.6,0,corrupt}"
   ATTACKS="${ATTACKS-naive correct mix25 repair}"
-  SEARCH_ARGS="rule=raw max_samples=150 tolerance=0.03 max_evaluations=6 arms=ads,poe,temperature ${SEARCH_ARGS:-}"
+  SEARCH_ARGS="rule=raw max_samples=150 tolerance=0.03 lam_start=0.02 max_evaluations=10 arms=ads,poe,temperature ${SEARCH_ARGS:-}"
 }
 
 # The settings that no later stage checks before hours have passed.
@@ -107,7 +108,7 @@ utils.run_script(lambda words: (found := $1(*words)) is None or print(found))" "
 find_teacher() {
   [[ "$(in_python ability.is_any "$TEACHER_LEAST")" == False ]] || return 0
   local made="$TEACHER_DIR/models/teacher/final"
-  export HUB_RECORD="$EXP_DIR/hub.yaml"
+  record_commits
   measure_teacher given "$TEACHER"
   if [[ "$able" != yes ]]; then
     [[ "$DATASET" == word_problems || "$able" == unknown ]] ||
@@ -122,6 +123,19 @@ find_teacher() {
     fi
   fi
   unset HUB_RECORD
+}
+
+# The teacher is measured at the commits of the hub that the experiment then takes; a dry run records them in a copy.
+record_commits() {
+  export HUB_RECORD="$EXP_DIR/hub.yaml"
+  if [[ "$dry_run" == 0 ]]; then
+    mkdir -p -- "$EXP_DIR" || fail "EXP_DIR='$EXP_DIR' is not writable"
+    return
+  fi
+  copy="$(mktemp -d)"
+  trap 'rm -rf "$copy"' EXIT
+  [[ ! -f "$HUB_RECORD" ]] || cp "$HUB_RECORD" "$copy"
+  HUB_RECORD="$copy/hub.yaml"
 }
 
 # measure_teacher NAME MODEL: into `able` yes, no, or unknown in a dry run, into `told` how many it got right.

@@ -31,9 +31,7 @@ def load_training(cfg: TrainConfig, tokenizer: Any) -> tuple[list[Example], int]
     if not cfg.solutions:
         return load_examples(cfg, tokenizer, cfg.train_traces or "", cfg.weights)
     problems = load_problems(cfg.solutions, cfg.data_dir, cfg.max_samples, cfg.seed)
-    rows = [
-        {"problem": p["problem"], cfg.trace_colname: p["solution"], "finished": True} for p in problems
-    ]
+    rows = [{"problem": p["problem"], cfg.trace_colname: p["solution"], "finished": True} for p in problems]
     return make_examples(cfg, tokenizer, rows, cfg.solutions, cfg.weights)
 
 
