@@ -59,7 +59,8 @@ def load_problems(
 
     Returns dicts with id, problem, solution and the dataset's extras, in the dataset's order; max_samples
     takes a random subset that depends on the seed alone. `arithmetic` and `word_problems` are generated:
-    their seed makes the problems, max_samples is how many. Raises ValueError or FileNotFoundError in one line.
+    their seed makes the problems, max_samples is how many. Raises ValueError or FileNotFoundError in one
+    line.
     """
     dataset, _, split = data_split.rpartition("_")
     if dataset in GENERATED:

@@ -1,4 +1,4 @@
-"""The dataset `word_problems`: generated word problems in ordinary language, and solutions worked in sentences.
+"""The dataset `word_problems`: generated problems in ordinary language, and solutions worked in sentences.
 
 A problem is an opening, up to two events and a question, of two to four operations in all; every number in it
 is whole and within LEAST..MOST. A solution has a sentence for each, with its operations as equations, and
@@ -222,15 +222,15 @@ QUESTIONS = {
 }
 KINDS = OPENINGS | EVENTS | QUESTIONS
 SHE, HE = ("she", "her", "her"), ("he", "his", "him")
-NAMES = dict.fromkeys(
+WOMEN = (
     "Ada Amy Anna Clara Diana Ella Emma Fiona Grace Hannah Iris Julia Kate Laura Lily Maria Mia Nora Olga "
-    "Paula Rosa Ruth Sara Sofia Tina Vera Yuki Zoe".split(),
-    SHE,
-) | dict.fromkeys(
-    "Adam Alex Ali Carl Daniel David Eric Felix Frank George Henry Ivan Jack James Karl Leo Luis Mark Noah "
-    "Omar Oscar Paul Peter Robert Sam Simon Tom Victor".split(),
-    HE,
+    "Paula Rosa Ruth Sara Sofia Tina Vera Yuki Zoe"
 )
+MEN = (
+    "Adam Alex Ali Carl Daniel David Eric Felix Frank George Henry Ivan Jack James Karl Leo Luis Mark Noah "
+    "Omar Oscar Paul Peter Robert Sam Simon Tom Victor"
+)
+NAMES = dict.fromkeys(WOMEN.split(), SHE) | dict.fromkeys(MEN.split(), HE)
 RELATIVES = ("mother", "father", "sister", "brother", "aunt", "uncle", "cousin", "neighbor", "teacher")
 CONTAINED = {  # what there is, by what it comes in
     "boxes": ("pens", "pencils", "crayons", "candles", "chocolates", "tea bags", "nails", "light bulbs"),
