@@ -94,7 +94,7 @@ def fingerprint_data(data_split: str, data_dir: str | None = None) -> str:
     """What identifies the file behind a split, without reading its rows: contents, or name and commit."""
     dataset, _, split = data_split.rpartition("_")
     if dataset in GENERATED:
-        return fingerprint.fingerprint_file(GENERATED[dataset].__file__)
+        return fingerprint.fingerprint_file(str(GENERATED[dataset].__file__))
     if is_folder(dataset):
         return fingerprint.fingerprint_file(folder_file(Path(dataset), split))
     source = find_source(data_split)

@@ -28,7 +28,7 @@ Wording = tuple[str, str]  # how the problem tells it, and how the solution work
 class Kind:
     """Something that happens: its operations, the range of its numbers a and b, and how it is worded.
 
-    An operation is (left, sign, right) of v, what there was before, r, the last result, a and b. Wordings
+    An operation is `left sign right` of v, what there was before, r, the last result, a and b. Wordings
     have {x}, the first equation, and {y}, the second.
     """
 
@@ -60,7 +60,7 @@ OPENINGS = {
         ),
     ),
     "buys": Kind(
-        ("a*b",),
+        ("a * b",),
         (2, 9),
         (
             (
@@ -81,7 +81,7 @@ OPENINGS = {
 }
 EVENTS = {
     "gains": Kind(
-        ("v+a",),
+        ("v + a",),
         (2, 50),
         (
             ("{He} finds {a} more.", "{He} finds {a} more, so now {he} has {x} {items}."),
@@ -94,7 +94,7 @@ EVENTS = {
         ),
     ),
     "loses": Kind(
-        ("v-a",),
+        ("v - a",),
         (2, 50),
         (
             ("{He} loses {a} of them.", "{He} loses {a}, so {x} {items} are left."),
@@ -107,7 +107,7 @@ EVENTS = {
         ),
     ),
     "grows": Kind(
-        ("v*a",),
+        ("v * a",),
         (2, 4),
         (
             (
@@ -121,7 +121,7 @@ EVENTS = {
         ),
     ),
     "packs": Kind(
-        ("a*b", "v+r"),
+        ("a * b", "v + r"),
         (2, 6),
         (
             (
@@ -140,7 +140,7 @@ EVENTS = {
         (2, 12),
     ),
     "gifts": Kind(
-        ("a*b", "v-r"),
+        ("a * b", "v - r"),
         (2, 6),
         (
             (
@@ -170,7 +170,7 @@ QUESTIONS = {
         ),
     ),
     "shares": Kind(
-        ("v/a",),
+        ("v / a",),
         (2, 9),
         (
             (
@@ -188,7 +188,7 @@ QUESTIONS = {
         ),
     ),
     "sells": Kind(
-        ("v*a",),
+        ("v * a",),
         (2, 9),
         (
             (
@@ -206,7 +206,7 @@ QUESTIONS = {
         ),
     ),
     "together": Kind(
-        ("v+a", "v+r"),
+        ("v + a", "v + r"),
         (2, 30),
         (
             (
@@ -302,7 +302,8 @@ def work_out(steps: Computation) -> list[tuple[Equation, ...]] | None:
     found, value = [], steps[0].a
     for step in steps:
         equations: list[Equation] = []
-        for left, sign, right in KINDS[step.kind].operations:
+        for operation in KINDS[step.kind].operations:
+            left, sign, right = operation.split()
             known = {"v": value, "r": equations[-1].result if equations else 0, "a": step.a, "b": step.b}
             equation = Equation(known[left], sign, known[right], DO[sign](known[left], known[right]))
             is_whole = sign != "/" or equation.result * equation.right == equation.left
