@@ -2,6 +2,7 @@
 
     python distill.py train_traces=runs/x/traces/train.parquet holdout_traces=runs/x/traces/holdout.parquet \\
         student=meta-llama/Llama-3.2-3B tokenizer=meta-llama/Llama-3.2-3B-Instruct exp_dir=runs/x
+    python distill.py solutions=word_problems_pretrain lora=false do_eval=false student=... exp_dir=runs/x
     accelerate launch --config_file acc_config.yaml distill.py ...
 
 Settings: train_config.yaml, then key=value. --check only says whether the stage is done (exit code 0) or not
@@ -13,7 +14,8 @@ import time
 
 import utils
 from ads import chat
-from ads.data.examples import load_examples
+from ads.data.examples import load_examples, load_training
+from ads.data.problems import fingerprint_data
 from ads.stage import files, layout
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.fingerprint import fingerprint_json
@@ -36,8 +38,11 @@ def fingerprint_inputs(cfg):
     inputs = {
         "student": fingerprint_model(cfg.student),
         "tokenizer": fingerprint_tokenizer(cfg.tokenizer or cfg.student),
-        "train_traces": fingerprint_existing(cfg.train_traces, "make it with gentraces.py"),
     }
+    if cfg.solutions:
+        inputs["solutions"] = fingerprint_data(cfg.solutions, cfg.data_dir)
+    else:
+        inputs["train_traces"] = fingerprint_existing(cfg.train_traces, "make it with gentraces.py")
     if cfg.do_eval:
         inputs["holdout_traces"] = fingerprint_existing(cfg.holdout_traces, "make it with gentraces.py")
     return inputs
@@ -50,7 +55,7 @@ def distil(cfg, inputs, world):
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
     if place := chat.describe_place(tokenizer):
         print0(place)
-    train, num_cut = load_examples(cfg, tokenizer, cfg.train_traces, cfg.weights)
+    train, num_cut = load_training(cfg, tokenizer)
     weighting.count_masked(cfg.mask_share, train)  # which leaves some
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
     made_with = training.resolve_numerics(cfg, world.device)

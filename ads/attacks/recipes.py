@@ -22,7 +22,8 @@ SECTIONS: dict[str, type[Any]] = {"attack": AttackConfig, "distill": TrainConfig
 # settings that pipeline.sh gives: which stage it is, what it reads
 SET_BY_PIPELINE = {
     "attack": ("exp_dir", "trace_name", "traces", "seed", "tokenizer", *rows.INPUTS),
-    "distill": ("exp_dir", "model_name", "seed", "student", "tokenizer", "train_traces", "holdout_traces"),
+    "distill": ("exp_dir", "model_name", "seed", "student", "tokenizer", "train_traces", "holdout_traces")
+    + ("solutions", "data_dir", "max_samples"),
     "gentraces": (
         "exp_dir",
         "trace_name",

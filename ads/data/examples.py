@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ads import chat
+from ads.data.problems import load_problems
 from ads.data.tables import check_each, check_traces, read_parquet
 from ads.stage.errors import UserError
 from ads.stage.settings import AttackConfig, TrainConfig
@@ -22,8 +23,28 @@ def load_examples(
     """(examples of a trace dataset, how many were cut to max_length); their weights are those of the rows."""
     rows = read_parquet(path)
     check_traces(path, rows, text=("problem", cfg.trace_colname), flags=("finished",))
+    return make_examples(cfg, tokenizer, rows, str(path), with_weights)
+
+
+def load_training(cfg: TrainConfig, tokenizer: Any) -> tuple[list[Example], int]:
+    """(examples that a student is trained on, how many were cut): traces, or a data split's own solutions."""
+    if not cfg.solutions:
+        return load_examples(cfg, tokenizer, cfg.train_traces or "", cfg.weights)
+    problems = load_problems(cfg.solutions, cfg.data_dir, cfg.max_samples, cfg.seed)
+    rows = [{"problem": p["problem"], cfg.trace_colname: p["solution"], "finished": True} for p in problems]
+    return make_examples(cfg, tokenizer, rows, cfg.solutions, cfg.weights)
+
+
+def make_examples(
+    cfg: TrainConfig | AttackConfig,
+    tokenizer: Any,
+    rows: list[Example],
+    source: str,
+    with_weights: bool = False,
+) -> tuple[list[Example], int]:
+    """(examples of rows, how many were cut to max_length); source: where they are from, for what is said."""
     if with_weights:
-        check_each(path, rows, check_weight)
+        check_each(source, rows, check_weight)
     examples, num_cut = [], 0
     for row in rows:
         ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
@@ -34,9 +55,9 @@ def load_examples(
                 {"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length], **weight}
             )
     if not examples:
-        raise UserError(f"{path}: no trace has a token to train on within max_length={cfg.max_length}")
+        raise UserError(f"{source}: no trace has a token to train on within max_length={cfg.max_length}")
     if num_cut:
-        print0(f"{path}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
+        print0(f"{source}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
     return examples, num_cut
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ads.data import arithmetic
+from ads.data import arithmetic, word_problems
 from ads.data.tables import Row, check_each, check_row, read_lines, read_parquet
 from ads.stage import errors, fingerprint, hub
 from ads.stage.errors import MissingInputError, UserError
@@ -46,8 +46,9 @@ SOURCES = {
     ("mmlu", "train"): Source("mmlu_auxiliary_train", "cais/mmlu", ("all",), "auxiliary_train", MMLU),
     ("mmlu", "test"): Source("mmlu_test", "cais/mmlu", ("all",), "test", MMLU),
 }
-GENERATED = "arithmetic"  # needs no file
-DATASETS = sorted({dataset for dataset, _ in SOURCES} | {GENERATED})
+GENERATED = {"arithmetic": arithmetic, "word_problems": word_problems}  # need no file
+DATASETS = sorted({dataset for dataset, _ in SOURCES} | GENERATED.keys())
+SPLITS = ("train", "holdout", "test")  # of a known dataset that is not generated
 SHUFFLED = ("hendrycks_math", "mmlu")
 
 
@@ -57,12 +58,15 @@ def load_problems(
     """The problems of a split such as 'gsm8k_holdout' or 'path/to/folder_test'.
 
     Returns dicts with id, problem, solution and the dataset's extras, in the dataset's order; max_samples
-    takes a random subset that depends on the seed alone. `arithmetic` is generated: its seed makes the
-    problems, max_samples is how many. Raises ValueError or FileNotFoundError in one line.
+    takes a random subset that depends on the seed alone. `arithmetic` and `word_problems` are generated:
+    their seed makes the problems, max_samples is how many. Raises ValueError or FileNotFoundError in one
+    line.
     """
     dataset, _, split = data_split.rpartition("_")
-    if dataset == GENERATED:
-        return arithmetic.generate(split, seed, max_samples)
+    if dataset in GENERATED:
+        if max_samples is None and split not in GENERATED[dataset].SPLIT_SIZES:
+            raise UserError(f"{data_split} has no size of its own: set max_samples")
+        return GENERATED[dataset].generate(split, seed, max_samples)
     if is_folder(dataset):
         problems = load_folder(Path(dataset), split)
     else:
@@ -89,8 +93,8 @@ def permutation(num_rows: int, seed: int) -> list[int]:
 def fingerprint_data(data_split: str, data_dir: str | None = None) -> str:
     """What identifies the file behind a split, without reading its rows: contents, or name and commit."""
     dataset, _, split = data_split.rpartition("_")
-    if dataset == GENERATED:
-        return fingerprint.fingerprint_file(arithmetic.__file__)
+    if dataset in GENERATED:
+        return fingerprint.fingerprint_file(str(GENERATED[dataset].__file__))
     if is_folder(dataset):
         return fingerprint.fingerprint_file(folder_file(Path(dataset), split))
     source = find_source(data_split)
@@ -115,6 +119,8 @@ def find_source(data_split: str) -> Source:
             f"data_split={data_split!r}: {dataset!r} is neither a known dataset ({', '.join(DATASETS)}) "
             "nor a folder"
         )
+    if split not in SPLITS:
+        raise UserError(f"data_split={data_split!r}: {dataset} has {', '.join(SPLITS)} alone")
     return SOURCES[dataset, "test" if split == "test" else "train"]
 
 

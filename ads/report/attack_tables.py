@@ -211,11 +211,11 @@ def matrix_line(cell: Cell) -> dict[str, Any]:
 def headline(attacked: Attacked) -> str:
     """What the best attacker is left with, in one sentence; empty where nothing is compared."""
     best = words.headline(attacked.matches)
-    if best is None or len(attacked.attacks) < 2:
+    if best is None or len(attacked.compared) < 2:
         return ""
     return (
         f"At a teacher accuracy of {show_percent(best.level)} ({ANSWERS[best.answers]} answers), the best of "
-        f"{len(attacked.attacks)} attackers brings students to {words.whole_percent(best.temperature)} with "
+        f"{len(attacked.compared)} attackers brings students to {words.whole_percent(best.temperature)} with "
         f"temperature-sampled traces, to {words.whole_percent(best.student)} with {best.name} traces: "
         f"{words.how_much_less(best)}."
     )
@@ -244,11 +244,12 @@ def warning_lines(attacked: Attacked) -> list[str]:
     """What puts the worst students in doubt."""
     if len(attacked.attacks) > 1 and not attacked.choices:
         return ["WARNING: no worst student, as answers to single problems are missing"]
-    most = max((choice.num_attackers for choice in attacked.choices), default=0)
-    few = [choice for choice in attacked.choices if choice.num_attackers < most]
-    cases = [f"{row_name(choice.point.row)} ({choice.num_attackers} of {most})" for choice in few]
+    cases = [
+        f"{name} ({row_name(points[0].row)}{f' and {len(points) - 1} more' if len(points) > 1 else ''})"
+        for name, points in attacked.missing.items()
+    ]
     more = f" and {len(cases) - NUM_NAMED} more" if len(cases) > NUM_NAMED else ""
-    what = "WARNING: the worst student is that of fewer attackers than elsewhere"
+    what = "WARNING: the worst student is chosen without the attackers that some points have no student of"
     return [f"{what}: {', '.join(cases[:NUM_NAMED])}{more}"] if cases else []
 
 

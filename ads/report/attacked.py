@@ -36,6 +36,7 @@ class Attacked:
     cells: Sequence[Cell] = ()
     gaps: Mapping[str, Gap] = field(default_factory=dict)
     choices: Sequence[Choice] = ()
+    missing: Mapping[str, Points] = field(default_factory=dict)  # attackers of some points alone, by name
     curves: Sequence[Curve] = ()
     matches: Sequence[Match] = ()
     lines: Sequence[Line] = ()
@@ -46,6 +47,11 @@ class Attacked:
         """The attacks on published traces, by name."""
         return list(dict.fromkeys(attacker.name for attacker in self.attackers))
 
+    @property
+    def compared(self) -> list[str]:
+        """Those that the worst student is chosen among."""
+        return [name for name in self.attacks if name not in self.missing]
+
 
 def gather_attacked(
     points: Points, undistilled: Points, own: Points, recipes: Mapping[str, Recipe], levels: Levels | None
@@ -55,7 +61,7 @@ def gather_attacked(
         return Attacked()
     tests, missing = read_tests(part for point in (*points, *undistilled) for part in point.parts)
     names = {attacker.name for attacker in attackers}
-    choices = worst_students(points, tests) if len(names) > 1 else []
+    choices, lacking = worst_students(points, tests) if len(names) > 1 else ([], {})
     worst = make_curves(choice.point for choice in choices)
     if worst:  # which needs the tests' answers
         attackers.insert(
@@ -71,5 +77,5 @@ def gather_attacked(
     cells = make_matrix(attackers, {a: levels_at(pairs, a, levels) for a in axes}, draws, gaps)
     published = [attacker for attacker in attackers if attacker.name != WORST]
     matches, lines = compare_arms(worst, levels, draws), attacker_lines(attackers, recipes)
-    found = published, find_defences(attackers), cells, gaps, choices, worst, matches, lines
+    found = published, find_defences(attackers), cells, gaps, choices, lacking, worst, matches, lines
     return Attacked(*found, own_lines(own, recipes))

@@ -113,7 +113,7 @@ def attack_parts(found: findings.Findings, answers: Mapping[str, str]) -> dict[s
 
 def any_note(found: findings.Findings) -> tuple[str, str]:
     """What any experiment is and is not."""
-    num = len(found.attacked.attacks)
+    num = len(found.attacked.compared)
     return SEVERAL.format(num) if num > 1 else ONE_ATTACK, ANY_NOTE
 
 

@@ -3,6 +3,9 @@
 The highest of several test accuracies is too high an estimate of what the best attacker knows: part of it
 is luck with these problems. So the attacker is chosen on one half of the problems and reported on the other,
 and the same with the halves exchanged; each problem counts once.
+
+The best of sixteen attackers gets more than the best of three, so all points have the same attackers: those
+that every point has a student of, points that were copied as they are alone (naive) left out.
 """
 
 import hashlib
@@ -27,11 +30,10 @@ HALVES = (0, 1)
 @dataclass(frozen=True)
 class Choice:
     """The worst student of one point and replicate: by each kind of answers the attack that was chosen on
-    each half of the problems, among so many."""
+    each half of the problems."""
 
     point: Point
     attacks: Mapping[str, tuple[str, ...]]
-    num_attackers: int
 
 
 def half_of(problem: str) -> int:
@@ -53,13 +55,14 @@ def cross_fit(tests: Sequence[Test]) -> tuple[Test, tuple[int, ...]]:
     return {p: tests[chosen[1 - half]][p] for half in HALVES for p in halves[half]}, chosen
 
 
-def worst_students(points: Points, tests: dict[tuple, Test]) -> list[Choice]:
-    """The worst student of each point and replicate.
+def worst_students(points: Points, tests: dict[tuple, Test]) -> tuple[list[Choice], dict[str, list[Point]]]:
+    """The worst student of each point and replicate, and the points that lack an attacker of others, by who.
 
     `tests` are the answers by (path of the sidecar, answers); the worst students' are added to them.
     """
     choices: list[Choice] = []
-    for same in group_by(pool_copies(points), who_is_compared).values():
+    attacked, missing = points_attacked(points)
+    for same in attacked:
         path, attacks = Path(WORST, str(len(choices))), {}
         for answers in ANSWERS:
             found = {id(point): mean_test(point, answers, tests) for point in same}
@@ -70,8 +73,23 @@ def worst_students(points: Points, tests: dict[tuple, Test]) -> list[Choice]:
                 attacks[answers] = tuple(str(kept[i].row.attack) for i in chosen)
         if attacks:
             answered = {answers: tests[path, answers] for answers in attacks}
-            choices.append(Choice(worst_point(same[0], path, answered), attacks, len(same)))
-    return choices
+            choices.append(Choice(worst_point(same[0], path, answered), attacks))
+    return choices, missing
+
+
+def points_attacked(points: Points) -> tuple[list[list[Point]], dict[str, list[Point]]]:
+    """(each attacked point and replicate, with the attackers that all of these have; the points that lack an
+    attacker of others, by who). An attacker whom the traces left nothing to train on took part."""
+    tried = [p for p in points if p.row.student_n is not None or p.row.number("attack_n") == 0]
+    groups = list(group_by(pool_copies(tried), who_is_compared).values())
+    attackers = [{str(point.row.attack) for point in same} for same in groups]
+    several = [(same, names) for same, names in zip(groups, attackers, strict=True) if len(names) > 1]
+    everywhere = set.intersection(*(names for _, names in several)) if several else set()
+    missing = {
+        name: [same[0] for same, names in several if name not in names]
+        for name in sorted(set().union(*(names for _, names in several)) - everywhere)
+    }
+    return [[p for p in same if p.row.attack in everywhere] for same, _ in several], missing
 
 
 def who_is_compared(point: Point) -> tuple:

@@ -71,6 +71,11 @@ DATASET_SPLIT = "DATASET_SPLIT with SPLIT one of train, holdout, test"
 SplitName = Annotated[
     str, matching("(?s:.+)_(train|holdout|test)", DATASET_SPLIT), BeforeValidator(expand_path)
 ]
+Solutions = Annotated[
+    str,
+    matching("(?s:.+)_(train|pretrain)", "DATASET_SPLIT with SPLIT one of train, pretrain"),
+    BeforeValidator(expand_path),
+]
 Targets = Annotated[str, matching(several(r" *(\d+\.?\d*|\.\d+) *"), "numbers, such as 0.9,0.8,0.7")]
 Defence = Annotated[str, matching("|".join(DEFENCES), f"one of {', '.join(DEFENCES)}")]
 WITH_WORDS = [rf" *{name}( +\w+=[^\s,]+)* *" for name in SEARCHED]  # as in the grid: poe max_kl=0.1

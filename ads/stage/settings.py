@@ -28,6 +28,7 @@ from ads.stage.fields import (
     Scheduler,
     SearchedArms,
     Seed,
+    Solutions,
     SplitName,
     Targets,
     Trackers,
@@ -253,6 +254,9 @@ class TrainConfig:
     exp_dir: PathText = not_compared("runs/default")
     model_name: FileName = "student"
     train_traces: PathText | None = not_compared(None)
+    solutions: Solutions | None = None
+    data_dir: PathText | None = not_compared(None)
+    max_samples: int | None = Field(default=None, ge=1)
     holdout_traces: PathText | None = not_compared(None)
     trace_colname: str = "trace"
     max_length: int = Field(default=4096, ge=2)
@@ -297,10 +301,14 @@ class TrainConfig:
     def idle_keys(self) -> set[str]:
         """Keys without effect under these settings."""
         without_lora = set() if self.lora else {"lora_r", "lora_alpha", "lora_dropout"}
-        return without_lora | (set() if self.do_eval else {"eval_epochs"})
+        without_solutions = set() if self.solutions else {"solutions", "data_dir", "max_samples"}
+        return without_lora | without_solutions | (set() if self.do_eval else {"eval_epochs"})
 
     def check(self) -> None:
-        check_given(self, "train_traces", "the stage 3 traces, EXP_DIR/traces/NAME.parquet")
+        if not self.solutions:
+            check_given(self, "train_traces", "the stage 3 traces, EXP_DIR/traces/NAME.parquet")
+        elif self.train_traces:
+            raise UserError(f"solutions={self.solutions}: leave out train_traces={self.train_traces}")
         if self.do_eval:
             check_given(self, "holdout_traces", "the stage 1 traces (or do_eval=false)")
         if self.checkpoint and not (Path(self.checkpoint) / "trainer_state.json").is_file():

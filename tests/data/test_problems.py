@@ -236,7 +236,8 @@ def test_mmlu_may_have_from_two_to_ten_choices(data_dir):
 
 def test_unknown_dataset_and_missing_local_file(tmp_path):
     with pytest.raises(
-        ValueError, match="neither a known dataset \\(arithmetic, gsm8k, hendrycks_math, mmlu\\) nor a folder"
+        ValueError,
+        match="neither a known dataset \\(arithmetic, gsm8k, hendrycks_math, mmlu, word_problems\\) nor a",
     ):
         load_problems("gsm9k_test")
     with pytest.raises(FileNotFoundError, match="mmlu_test.jsonl.gz does not exist"):

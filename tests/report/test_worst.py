@@ -76,12 +76,23 @@ def test_the_headline_names_the_worst_student(tmp_path):
 
 
 def test_it_is_said_where_attackers_are_missing(tmp_path):
-    """In the middle of a sweep the worst of two students is no better than that of five."""
+    """In the middle of a sweep. The best of three attackers gets more than the best of two: temperature with
+    one and ADS with sixteen made a headline by which ADS helps the attacker."""
     (folder,) = write_sweep(tmp_path, (1,), 50, ATTACKS, SWEEP[:4])
-    assert not any("fewer attackers" in note for note in findings.gather([folder], None).notes)
+    found = findings.gather([folder], None)
+    assert not any("chosen without" in note for note in found.notes)
+    assert len(found.attacked.choices) == 4 and "best of 3 attackers" in findings.headline(found)
     (folder / "traces" / "c3_resample4.yaml").unlink()
-    (note,) = [note for note in findings.gather([folder], None).notes if "fewer attackers" in note]
-    assert note.endswith("elsewhere: ADS, τ 0.4, λ 8, seed 1 (2 of 3)")
+    found = findings.gather([folder], None)
+    (note,) = [note for note in found.notes if "chosen without" in note]
+    assert note.endswith("no student of: resample4 (ADS, τ 0.4, λ 8, seed 1)")
+    assert "best of 2 attackers" in findings.headline(found)
+    chosen = {name for choice in found.attacked.choices for name in choice.attacks["raw"]}
+    assert chosen <= {"naive", "mix25"} and len(found.attacked.choices) == 4
+    for name in ATTACKS[1:]:  # of a point that is copied as it is alone there is no worst student
+        (folder / "traces" / f"c3_{name}.yaml").unlink(missing_ok=True)
+    found = findings.gather([folder], None)
+    assert len(found.attacked.choices) == 3 and not any("chosen without" in note for note in found.notes)
 
 
 def test_one_attack_and_own_answers_have_no_worst_student(tmp_path):

@@ -197,7 +197,7 @@ TABLE = (
     ),
     (
         GEN + "data_split=gsm9k_test",
-        "'gsm9k' is neither a known dataset (arithmetic, gsm8k, hendrycks_math, mmlu) nor a folder",
+        "'gsm9k' is neither a known dataset (arithmetic, gsm8k, hendrycks_math, mmlu, word_problems) nor a",
     ),
     (GEN + "data_split={sums}_validation", "SPLIT one of train, holdout, test"),
     (GEN + "data_split=gsm8k_test data_dir={sums}", "gsm8k_platinum_test.jsonl.gz does not exist"),
