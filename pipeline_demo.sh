@@ -2,7 +2,7 @@
 # The whole experiment on the tiny models in demo/models and generated word problems: minutes on a CPU, no GPU, no
 # network beyond the package index. The same stages, scripts and files as pipeline.sh.
 #
-#   bash pipeline_demo.sh              one seed: 20 grid points, two of which with attackers
+#   bash pipeline_demo.sh              one seed: 20 grid points, three of which with attackers
 #   SEEDS=3 bash pipeline_demo.sh      three seeds: fresh problems, fresh random numbers
 #   bash pipeline_demo.sh --help       this text, and that of pipeline.sh with the settings of the demo
 #
@@ -26,7 +26,7 @@ export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}" ATTACK_ARGS="$float32 ${ATTACK_A
 export TRAIN_ARGS="lora=false lr=3e-3 num_epochs=3 per_device_batch_size=16 do_eval=false ${float32} ${TRAIN_ARGS:-}"
 # What the undistilled student reaches when it is asked in other ways. Prompts with worked problems are longer.
 export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=2 max_length=400 max_prompt_length=300}" PREFILL="${PREFILL-start with}"
-[[ -n "${GRID_ARGS:-}" ]] || MATRIX_ARGS="${MATRIX_ARGS---points 0.4,6.2,0 1.3,0,0}"
+[[ -n "${GRID_ARGS:-}" ]] || MATRIX_ARGS="${MATRIX_ARGS---points 0.4,6.2,0 1.3,0,0 1.4,0,0}"
 matrix="${MATRIX_ARGS:-}" attacks="${ATTACKS:-}"
 if [[ -n "$matrix" ]]; then # GRID_ARGS has the others
   attacks="${ATTACKS:-naive correct mix25 repair mask10 prefill solo $here/demo/attacks/longer.yaml}"
@@ -34,7 +34,7 @@ if [[ -n "$matrix" ]]; then # GRID_ARGS has the others
 fi
 export ATTACKS="${ATTACKS:-naive}"
 export GRID_ARGS="${GRID_ARGS:---points
-  0.4,0,0 1.0,0,0 1.2,0,0 1.4,0,0
+  0.4,0,0 1.0,0,0 1.2,0,0
   0.4,4,0 0.4,5.5,0 0.4,6.8,0 0.4,7.4,0
   0.4,-4,0 0.4,-7,0 0.4,-8,0 0.4,-9,0
   0.4,80,0,random,1 0.4,80,0,random,2 0.4,80,0,random,3
