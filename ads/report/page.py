@@ -64,28 +64,25 @@ def render(found: findings.Findings, panels: figures.Panels, scale: str, about: 
         "Gradient": gradients,
         "All points": True,
     }
-    return (
-        make_environment()
-        .from_string(TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            {module.__name__.rpartition(".")[2]: module for module in MODULES} | attacks,
-            found=found,
-            scale=scale,
-            answers=answers,
-            sections=sections,
-            about=about or any_note(found),
-            svgs=svgs,
-            legend=legend(found.curves, found.baselines),
-            arms=legend(found.curves, []),
-            asked=asked,
-            comparisons=comparisons,
-            **price_parts(sections, [*panels["tradeoff"], *attacks["matrix"]], comparisons),
-            one_step=one_step,
-            gradients=gradients,
-            contrasts=contrasts,
-            script_hash=script_hash(),
-            nbsp=NBSP,
-        )
+    template = make_environment().from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        {module.__name__.rpartition(".")[2]: module for module in MODULES} | attacks,
+        found=found,
+        scale=scale,
+        answers=answers,
+        sections=sections,
+        about=about or any_note(found),
+        svgs=svgs,
+        legend=legend(found.curves, found.baselines),
+        arms=legend(found.curves, []),
+        asked=asked,
+        comparisons=comparisons,
+        **price_parts(sections, [*panels["tradeoff"], *attacks["matrix"]], comparisons),
+        one_step=one_step,
+        gradients=gradients,
+        contrasts=contrasts,
+        script_hash=script_hash(),
+        nbsp=NBSP,
     )
 
 

@@ -25,7 +25,7 @@ def in_words(
     """
     models = models_in_words(count_parameters(sidecars, shipped))
     names = list(data)
-    are_generated = bool(names) and all(name.startswith(f"{GENERATED}_") for name in names)
+    are_generated = bool(names) and all(name.rpartition("_")[0] in GENERATED for name in names)
     parts = [models, "generated problems" if are_generated else "", seeds_in_words(curves)]
     return ", ".join(filter(None, parts))
 

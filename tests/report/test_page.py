@@ -15,7 +15,7 @@ from markupsafe import escape
 
 import report
 from ads.arms import LABELS
-from ads.report import page, plots, reader, scale, tables
+from ads.report import looks, page, plots, reader, scale, tables
 from ads.report.curves import Point, make_curves
 from ads.report.results import distinct_answers, read_row
 from ads.stage import files
@@ -649,7 +649,7 @@ def test_page_has_the_same_bytes_again(demo):
 
 def test_every_arm_has_a_colour_on_a_light_and_on_a_dark_page(demo):
     text = demo.read_text()
-    assert [text.count(f"--{plots.variable(label)}: #") for label in LABELS] == [2] * len(LABELS)
+    assert [text.count(f"--{looks.variable(label)}: #") for label in LABELS] == [2] * len(LABELS)
 
 
 def test_names_are_never_parts_of_the_template(tmp_path):

@@ -153,7 +153,8 @@ def test_every_key_of_the_training_settings_is_part_of_the_recipe_or_left_out_fo
     path = tmp_path / "models" / "b.yaml"
     sidecar = files.read_yaml(path) | {"path": path}
     left_out = sidecar["config"].keys() - settings_of(sidecar, TrainConfig).keys()
-    places = {"exp_dir", "model_name", "train_traces", "holdout_traces", "student", "tokenizer"}
+    places = {"solutions", "data_dir", "max_samples"}  # in the place of traces
+    places |= {"exp_dir", "model_name", "train_traces", "holdout_traces", "student", "tokenizer"}
     places |= {"report_to", "keep_checkpoints", "save_epochs", "do_eval", "eval_epochs", "seed"}
     assert left_out == places | {"per_device_batch_size", "gradient_checkpointing", "attn_implementation"}
 

@@ -61,7 +61,7 @@ OTHER_PROGRAMS = (
     "sbatch sweep.sh",
     "accelerate launch",
 )
-PIPELINES = ("pipeline.sh", "pipeline_demo.sh", "pipeline_math.sh", "pipeline_mmlu.sh")
+PIPELINES = ("pipeline.sh", "pipeline_demo.sh", "pipeline_math.sh", "pipeline_mmlu.sh", "pipeline_small.sh")
 PYTEST_OPTIONS = {"-m", "-n", "--hypothesis-profile"}
 MADE_BY_RUNS = {
     "EXP_DIR/hub.yaml",
@@ -73,12 +73,12 @@ MADE_BY_RUNS = {
 }
 
 
-def settings_of_pipeline():
-    text = "".join((ROOT / script).read_text() for script in PIPELINES)
+def settings_of(scripts):
+    text = "".join((ROOT / script).read_text() for script in scripts)
     return set(re.findall(r'^ *([A-Z_]+)="\$\{', text, re.MULTILINE))
 
 
-VARIABLES = settings_of_pipeline() | OTHER_VARIABLES
+VARIABLES = settings_of(PIPELINES) | OTHER_VARIABLES
 
 
 def check_command(words):
@@ -281,8 +281,11 @@ def test_every_file_that_is_named_exists_and_every_script_is_named():
 
 def test_every_setting_of_the_pipeline_is_in_the_reference_and_in_its_help(bash_help):
     reference = (DOCS / "reference.md").read_text()
-    settings = settings_of_pipeline()
+    small = "pipeline_small.sh"
+    settings = settings_of(set(PIPELINES) - {small})
     assert len(settings) > 20
+    own = settings_of([small]) - settings
+    assert len(own) > 3 and [name for name in own if f"`{name}`" not in (DOCS / "small.md").read_text()] == []
     assert [name for name in settings if not re.search(rf"`{name}`", reference)] == []
     shown = set(re.findall(r"^([A-Z_]+)=", bash_help("pipeline.sh"), re.MULTILINE))
     assert shown - {"SKIP_SETUP"} == settings - {"SEEDS", "OMP_NUM_THREADS"}

@@ -76,6 +76,12 @@ WAYS = (
         ),
         "an hour",
     ),
+    (r"pipeline_small\.sh", (r"(?s)^.*", "bash pipeline_small.sh --help"), "needs models of the hub, hours"),
+    (
+        r"^python distill\.py solutions=",
+        (r"6000 (.*)student=models/a", r"16 num_epochs=1 \1student=demo/models/student"),
+        "hours",
+    ),
     (r"^python gentraces\.py .*gsm8k", (r"gsm8k_(\w+)(.*)", rf"arithmetic_\1\2 {TINY}"), "needs the hub"),
 )
 MAY_FAIL = {r"^python search\.py": 1}  # some target was not hit, which is what the exit code says
