@@ -15,7 +15,7 @@ from markupsafe import escape
 
 import report
 from ads.arms import LABELS
-from ads.report import looks, page, plots, reader, scale, tables
+from ads.report import looks, page, reader, scale, tables
 from ads.report.curves import Point, make_curves
 from ads.report.results import distinct_answers, read_row
 from ads.stage import files
