@@ -239,9 +239,7 @@ def measure_steps(scale, device):
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 seconds = step_seconds(ours, scale, graph, device)
             figures = {"ms_per_step": 1e3 * seconds, "floor_ms": 1e3 * least, "of_floor": seconds / least}
-            if notes := said.getvalue().strip():  # it may not have been captured
-                figures["note"] = notes.splitlines()[0]
-            yield f"step, {name}{', captured' if graph else ''}", figures
+            yield f"step, {name}{', captured' if graph else ''}", figures | note_of(said)
         del teacher, delta, ours
         forget(device)
 
@@ -400,14 +398,21 @@ def measure_decoding(call, device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = now(device)
-    traces, steps = call()
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        traces, steps = call()
     seconds = now(device) - start
-    return {
+    return note_of(said) | {
         "tokens_per_second": sum(map(len, traces.values())) / seconds,
         "ms_per_step": 1e3 * statistics.median(step.seconds for step in steps),
         "seconds": seconds,
         **peak_gb(device),
     }
+
+
+def note_of(said):
+    """{"note": why steps were not captured}, where that was said."""
+    notes = said.getvalue().strip()
+    return {"note": notes.splitlines()[0]} if notes else {}
 
 
 def training_figures(sequences, seconds, device, plan):
@@ -455,30 +460,21 @@ def table(rows):
 
 def conclusions(rows):
     """The comparisons that the figures are for, of those that were measured."""
-    pairs = (
-        (
-            "ADS, useful tokens per second over the peer's",
-            "tokens_per_second",
-            "traces, ADS, captured",
-            "the peer's traces, ADS",
-        ),
-        (
-            "ADS in one batch, useful tokens per second over the peer's",
-            "tokens_per_second",
-            "one batch, ADS, captured",
-            "the peer's one batch, ADS",
-        ),
-        (
-            "plain, useful tokens per second over the peer's",
-            "tokens_per_second",
-            "traces, plain, captured",
-            "the peer's traces, plain",
-        ),
-        ("a step over a captured one, ADS", "ms_per_step", "step, ADS", "step, ADS, captured"),
-    )
+    ways = [
+        f"{way}{how}"
+        for way in ("traces, ADS", "one batch, ADS", "traces, plain")
+        for how in ("", ", captured")
+    ]
+    pairs = [
+        (f"{way}: useful tokens per second over the peer's", "tokens_per_second", way, f"the peer's {way}")
+        for way in ways
+    ]
+    pairs.append(("a step over a captured one, ADS", "ms_per_step", "step, ADS", "step, ADS, captured"))
     for title, key, a, b in pairs:
-        if key in rows.get(a, {}) and key in rows.get(b, {}) and "note" not in rows[b]:
-            yield f"{title}: {rows[a][key] / rows[b][key]:.2f}"
+        b = b if b in rows else b.removesuffix(", captured")
+        found = rows.get(a, {}), rows.get(b, {})
+        if all(key in row and "note" not in row for row in found):  # what was not captured is not compared
+            yield f"{title}: {found[0][key] / found[1][key]:.2f}"
 
 
 # the minutes that each may take

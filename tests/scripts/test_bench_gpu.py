@@ -19,7 +19,12 @@ import gpu
 ROWS = {
     "equal to the peer's",
     "traces, plain",
+    "traces, plain, captured",
     "traces, ADS",
+    "traces, ADS, captured",
+    "one batch, ADS",
+    "one batch, ADS, captured",
+    "the peer's one batch, ADS",
     "the peer's traces, plain",
     "the peer's traces, ADS",
     "step, plain",
@@ -45,7 +50,9 @@ def test_every_section_runs_and_traces_are_the_peer_s(monkeypatch):
     assert "there is no GPU" in rows["step, ADS, captured"]["note"]
     assert list(gpu.table(rows | {"lost": {"failed": "why"}}))[-1].endswith("failed: why")
     # what was not captured is not compared as if it were
-    assert ["over the peer's" in line for line in gpu.conclusions(rows)] == [True, True]
+    assert ["over the peer's" in line for line in gpu.conclusions(rows)] == [True] * 3
+    captured = {name: {k: v for k, v in found.items() if k != "note"} for name, found in rows.items()}
+    assert len(list(gpu.conclusions(captured))) == 7
 
 
 def test_both_ways_stop_at_the_same_lengths():
