@@ -355,12 +355,15 @@ run_point() {
 
 # With the samples of a problem that some attack asks for, where one does.
 sample_training_traces() {
-  local most
+  local most there
   teacher=("teacher=$TEACHER" "tau=$tau" "lam=$lam" "eps=$eps"
     ${more[@]+"${more[@]}"} "proxy_student=$PROXY_STUDENT" "grad_path=$gradient")
   want_stage "train_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
     "trace_name=train_$point" "holdout_traces=$holdout" ${trace_args[@]+"${trace_args[@]}"}
   most="$(sed -n 's/^[^	]*	needs	samples //p' <<<"$recipes" | sort -n | tail -n 1)"
+  # of an earlier run with other attacks; more of them than are wanted do as well
+  there="$(sed -n 's/^  num_samples: //p' "$EXP_DIR/traces/samples_$point.yaml" 2>/dev/null || true)"
+  [[ -z "$most" || "${there:-0}" -le "$most" ]] || most="$there"
   [[ -z "$most" ]] || is_greedy ||
     want_stage "samples_$point" gentraces.py "${problems[@]}" "${teacher[@]}" "data_split=${DATASET}_train" \
       "trace_name=samples_$point" "${same_problems[@]}" "num_samples=$most"

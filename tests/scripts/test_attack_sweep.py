@@ -98,6 +98,18 @@ def test_a_dry_run_shows_the_stages_of_all_attacks(model_folders, problem_folder
     assert not (tmp_path / "new").exists()
 
 
+def test_samples_of_an_earlier_run_do_for_attacks_that_need_fewer(model_folders, problem_folder, tmp_path):
+    """A sweep that went on with resample2 after resample4 was refused at every point."""
+    settings = {"ATTACKS": "resample4", "GRID_ARGS": ONE_POINT}
+    run_pipeline(model_folders, problem_folder, tmp_path, **settings)
+    settings["ATTACKS"] = "resample2"
+    result = run_pipeline(model_folders, problem_folder, tmp_path, "--dry-run", **settings)
+    assert (
+        f"done    samples_{POINT}" in result.stdout and f"to do   attack_{POINT}_resample2" in result.stdout
+    )
+    assert "refused" not in result.stdout
+
+
 @pytest.mark.parametrize(
     ("recipe_text", "words"),
     [
