@@ -104,7 +104,7 @@ def adjust(log_probs_BV, proxy_BV, sampling, keys_B, steps_B):
     if sampling.max_kl is None and not sampling.keep_top1:
         lam_B = log_p_BV.new_full((len(log_p_BV),), sampling.lam)
         log_q_BV = log_p_BV.add(score_BV, alpha=sampling.lam)
-        kl_B = caps.kl_of(log_q_BV, score_BV, lam_B)[0]
+        kl_B = caps.kl_of(log_q_BV, score_BV, lam_B)
         if sampling.tau not in (0, 1):  # log p is not normalised
             kl_B = kl_B + caps.log_normaliser(log_p_BV)
         return Adjusted(log_q_BV, score_BV, lam_B, kl_B.clamp_(min=0.0))
@@ -113,7 +113,7 @@ def adjust(log_probs_BV, proxy_BV, sampling, keys_B, steps_B):
     limits = sampling.max_kl, sampling.keep_top1, may_ask(log_p_BV.device)
     lam_B = caps.capped(log_p_BV, score_BV, sampling.lam, *limits)
     log_q_BV = caps.tilted(log_p_BV, score_BV, lam_B)
-    kl_B = caps.kl_of(log_q_BV, score_BV, lam_B)[0].clamp_(min=0.0)
+    kl_B = caps.kl_of(log_q_BV, score_BV, lam_B).clamp_(min=0.0)
     return Adjusted(log_q_BV, score_BV, lam_B, kl_B)
 
 

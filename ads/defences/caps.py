@@ -44,20 +44,23 @@ def tilted(log_p_BV, score_BV, lam_B):
 
 def kl(log_p_BV, score_BV, lam_B):
     """KL(q || p) (B,) in nats."""
-    return kl_of(tilted(log_p_BV, score_BV, lam_B), score_BV, lam_B)[0].clamp_(min=0.0)
+    return kl_of(tilted(log_p_BV, score_BV, lam_B), score_BV, lam_B).clamp_(min=0.0)
 
 
 def kl_of(tilted_BV, score_BV, lam_B):
-    """(KL(q || p) (B,), q (B, V)) of log p + lam s.
+    """KL(q || p) (B,) in nats of log p + lam s; rounding may leave it just below 0."""
+    q_BV, log_z_B = normalised(tilted_BV)
+    mean_B = q_BV.mul_(score_BV).sum(-1)  # not bmm, by which a row's sum would hang on the number of rows
+    return lam_B * mean_B - log_z_B
 
-    KL = lam E_q s - log Z, where Z = E_p exp(lam s) normalises q, and log Z is log p + lam s - log q of any
-    token.
+
+def normalised(tilted_BV):
+    """(q (B, V), log Z (B,)) of log p + lam s, where Z = E_p exp(lam s), and KL(q || p) = lam E_q s - log Z.
+
+    log Z is log p + lam s - log q of any token: here of the likeliest, whose q is not small.
     """
     q_BV = torch.softmax(tilted_BV, -1)
-    likeliest_B1 = q_BV.argmax(-1, keepdim=True)
-    log_z_B1 = tilted_BV.gather(-1, likeliest_B1) - q_BV.gather(-1, likeliest_B1).log()
-    mean_B = (q_BV * score_BV).sum(-1)  # not bmm, by which a row's sum would hang on the number of rows
-    return lam_B * mean_B - log_z_B1.squeeze(-1), q_BV
+    return q_BV, tilted_BV.amax(-1) - q_BV.amax(-1).log()
 
 
 def log_normaliser(log_p_BV):
@@ -80,38 +83,45 @@ def top1_bound(log_p_BV, score_BV, lam_B):
 
 def kl_bound(log_p_BV, score_BV, lam_B, max_kl, may_ask):
     """The largest lam_t up to lam whose KL is at most max_kl, to TOLERANCE of it."""
-    kl_B = kl(log_p_BV, score_BV, lam_B)
+    is_beyond_B = kl(log_p_BV, score_BV, lam_B) > max_kl
     if not may_ask:
-        found_B = solve(log_p_BV, score_BV, lam_B, kl_B, max_kl, may_ask)
-        return torch.where(kl_B > max_kl, found_B, lam_B)
-    rows = (kl_B > max_kl).nonzero().squeeze(-1)
+        return torch.where(is_beyond_B, solve(log_p_BV, score_BV, lam_B, max_kl, may_ask), lam_B)
+    rows = is_beyond_B.nonzero().squeeze(-1)
     if len(rows):
-        found = solve(log_p_BV[rows], score_BV[rows], lam_B[rows], kl_B[rows], max_kl, may_ask)
+        found = solve(log_p_BV[rows], score_BV[rows], lam_B[rows], max_kl, may_ask)
         lam_B = lam_B.index_copy(0, rows, found)
     return lam_B
 
 
-def solve(log_p_BV, score_BV, most_B, kl_B, max_kl, may_ask):
-    """lam_t (B,) with KL just below max_kl, of rows that exceed it at `most`, where it is `kl`."""
+def solve(log_p_BV, score_BV, most_B, max_kl, may_ask):
+    """lam_t (B,) with KL just below max_kl, of rows that exceed it at `most`."""
     aim, sign_B = AIM * max_kl, most_B.sign()
     # s counts from its value at the likeliest token: of numbers that cancel, small ones round less
     score_BV = score_BV - score_BV.gather(-1, log_p_BV.argmax(-1, keepdim=True))
     low_B, high_B = torch.zeros_like(most_B), most_B.abs()
-    size_B = high_B * (aim / kl_B).sqrt()  # near 0, KL grows with the square of lam
+    variance_B = moments(log_p_BV.exp(), score_BV)[1]
+    size_B = torch.minimum((2 * aim / variance_B).sqrt(), high_B / 2)  # near 0, KL is lam^2 Var_p(s) / 2
     for _ in range(NUM_STEPS):
-        kl_B, q_BV = kl_of(tilted(log_p_BV, score_BV, sign_B * size_B), score_BV, sign_B * size_B)
+        lam_B = sign_B * size_B
+        q_BV, log_z_B = normalised(tilted(log_p_BV, score_BV, lam_B))
+        mean_B, variance_B = moments(q_BV, score_BV)
+        kl_B = lam_B * mean_B - log_z_B
         is_met_B = (kl_B - aim).abs() <= TOLERANCE * max_kl
         low_B = torch.where((kl_B <= aim) | is_met_B, torch.maximum(low_B, size_B), low_B)
         high_B = torch.where(kl_B > aim, torch.minimum(high_B, size_B), high_B)
         if may_ask and bool((is_met_B | (high_B <= LEAST_SHARE * most_B.abs())).all()):
             break
-        next_B = size_B - (kl_B - aim) / (size_B * variance(q_BV, score_BV))
+        # the root of KL is nearly straight in lam: Newton's method on it takes fewer steps than on KL
+        root_B = kl_B.clamp(min=0.0).sqrt()
+        next_B = size_B - 2 * root_B * (root_B - aim**0.5) / (size_B * variance_B)
         is_inside_B = (next_B > low_B) & (next_B < high_B)
         size_B = torch.where(is_met_B, size_B, torch.where(is_inside_B, next_B, (low_B + high_B) / 2))
     return sign_B * low_B
 
 
-def variance(q_BV, score_BV):
-    """Var_q(s) (B,)."""
-    distance_BV = score_BV - (q_BV * score_BV).sum(-1, keepdim=True)
-    return distance_BV.square_().mul_(q_BV).sum(-1)
+def moments(q_BV, score_BV):
+    """(E_q s, Var_q s), each (B,); q is overwritten. The variance only says where to look next: it is E s^2
+    less the square of E s, which rounds, for two passes over the vocabulary less."""
+    weighted_BV = q_BV.mul_(score_BV)
+    mean_B = weighted_BV.sum(-1)
+    return mean_B, (weighted_BV.mul_(score_BV).sum(-1) - mean_B.square()).clamp_(min=0.0)
