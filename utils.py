@@ -21,6 +21,7 @@ from ads.stage.world import (
     World,
     check_launcher,
     exit_at_once,
+    has_joined,
     is_main_process,
     leave_world,
     print0,
@@ -29,6 +30,8 @@ from ads.stage.world import (
 )
 
 ROOT = Path(__file__).resolve().parent
+FAILED = 1  # exit code of a fault of the machine
+REFUSED = 2  # exit code of what a user can mend
 NOT_DONE = 3  # exit code of --check for a stage that is still to be done
 NO_ROWS = 4  # exit code of a stage that is done and has made no row for others to read
 
@@ -155,25 +158,26 @@ def run_script(main: Callable[[list[str]], object]) -> None:
     signals.handle_signals()
     try:
         main(sys.argv[1:])
-        leave(0)
+        leave(0, is_done=True)
     except errors.UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(REFUSED)
     except errors.NoRowsError as error:
         if is_main_process():
             print(f"no row left: {error}", file=sys.stderr, flush=True)
-        leave(NO_ROWS)
+        leave(NO_ROWS, is_done=True)
     except Exception as error:
         if fault := explain_fault(error):
             print(f"error: {fault}", file=sys.stderr, flush=True)
-            sys.exit(1)
+            leave(FAILED)
         raise
 
 
-def leave(code: int) -> None:
-    """End a process whose stage is done, with an exit code."""
-    leave_world()
-    if world_size() > 1:
+def leave(code: int, is_done: bool = False) -> None:
+    """End the process with an exit code; is_done: its stage is done, so it takes leave of the others."""
+    if has_joined():
+        if is_done:
+            leave_world()
         exit_at_once(code)
     if code:
         sys.exit(code)

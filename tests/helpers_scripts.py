@@ -1,5 +1,7 @@
 """Stages run as scripts on tiny models."""
 
+import socket
+
 import pyarrow.parquet
 from conftest import run_script
 
@@ -23,6 +25,12 @@ def save_grad(models, exp_dir, *more, holdout_of=None, **keywords):
     traces = f"holdout_traces={holdout_of or exp_dir}/traces/holdout.parquet"
     arguments = [f"exp_dir={exp_dir}", f"proxy_student={models['proxy']}", traces, *more]
     return run_script("save_grad.py", *arguments, **keywords)
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return str(place.getsockname()[1])
 
 
 def ads_arguments(models, exp_dir):

@@ -100,6 +100,7 @@ class World:
                 error = raised
         found, error = self.share((found, error))
         if error is not None:
+            self.barrier()  # no process may leave before all have heard why
             raise error
         return found
 
@@ -187,15 +188,21 @@ def python_handlers_off() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def has_joined() -> bool:
+    """Whether this process has met the others of its stage and not left them."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
 def leave_world() -> None:
     """Take leave of the other processes; without it their last messages may find nobody."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    import torch
+
+    torch.distributed.destroy_process_group()
 
 
 def exit_at_once(code: int) -> None:
-    """End one of several processes whose work is done, without taking the libraries apart.
+    """End one of several processes that has nothing left to do, without taking the libraries apart.
 
     Threads of a process group may still run then, and one process in hundreds would abort after all was done
     ("terminate called without an active exception"), which its launcher takes for a failure.

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from helpers_pipeline import (
     run_pipeline,
     wait_until,
 )
+from helpers_scripts import free_port
 
 from ads.data.tables import read_parquet
 from ads.stage import files
@@ -274,12 +274,6 @@ def test_two_machines_make_what_one_makes(experiment, model_folders, problem_fol
     for name in ("holdout", "student_base", "train_tau0.8_lam0_eps0", "eval_teacher_tau0.8_lam0_eps0"):
         assert files.read_yaml(tmp_path / "two" / "traces" / f"{name}.yaml")["world_size"] == 2
         assert responses(tmp_path / "two", name) == responses(experiment[0], name)
-
-
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
 
 
 def test_other_settings_are_refused_by_name(experiment, model_folders, problem_folder):

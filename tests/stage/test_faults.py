@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 from helpers_pipeline import has_ended, wait_until
+from helpers_scripts import free_port
 
 from ads.data.tables import read_parquet
 from ads.stage import files
@@ -254,12 +255,6 @@ def test_processes_that_nobody_joins_say_so(model_folders, problem_folder, tmp_p
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"error: process {rank} of 2 did not meet the others at")
-
-
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return str(place.getsockname()[1])
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
