@@ -32,19 +32,23 @@ TOLERANCE = 1e-3
 HEAD = """# Families of language models
 
 [Start page](README.md). You learn here which families of models can be decoded, differentiated and
-distilled here, and in which words the others are refused.
+distilled here, and why the others are refused.
 
-Written by `python tests/test_families.py`, and checked by the tests of that file. transformers {version},
-float32 on a CPU. Every family of causal language models of the library, and some variants, as a tiny random
-model with windows of {window} tokens, on rows from 9 to 70 tokens:
+*equal*: the same to rounding. *refused*: an error, before anything is sampled or trained. Its number leads to
+the message ([Lines](#lines); TYPE is the family), which says what to do: set `eps` above 0, set `lora=false`,
+lower `max_length`, or take another model. *not buildable*: the library makes no small model of it.
 
-- decode: greedy decoding in batches of unequal rows with a cache, against passes over one row without;
-- exact Delta: in batches with a cache, against the central difference in float64 of passes over one row;
-- gradient: of padded batches, against backpropagation of one row after another;
-- LoRA and merge: the student that `distill.py` saves, against the one it trained.
+Each family of causal language models in transformers {version}, and some variants, was tested as a tiny
+random model with attention windows of {window} tokens, in float32 on a CPU, on sequences of 9 to 70 tokens:
 
-*equal*: the same to rounding. *refused*: the project says so in one line, below by its number (TYPE is the
-family), before anything is sampled or trained. *not buildable*: the library makes no small model of it.
+| column | what is tested | against |
+|---|---|---|
+| decode | greedy decoding with a cache, in batches of unequal lengths | passes without, over one sequence |
+| exact Delta | with a cache, in batches | the central difference in float64, over one sequence |
+| gradient | the gradient of padded batches | backpropagation of one sequence after another |
+| LoRA and merge | the student that `distill.py` saves | the student that it trained |
+
+`python tests/test_families.py` writes this page; the tests of that file check it.
 """
 
 
