@@ -159,6 +159,13 @@ def solo(cfg: AttackConfig, tables: Tables, measure: Measure) -> Found:
     return list(first.values()), {"num_repeated": len(right) - len(first)}
 
 
+def solo_repair(cfg: AttackConfig, tables: Tables, measure: Measure) -> Found:
+    """The right ones of the student's own traces once their equations are put right; none are published."""
+    rows, repaired = repair_equations(cfg, tables, measure)
+    kept, repeated = solo(cfg, tables | {"traces": rows}, measure)
+    return kept, repaired | repeated
+
+
 def reweight(cfg: AttackConfig, tables: Tables, measure: Measure) -> Found:
     """All rows with weights exp(beta clip(a, -10, 10)), a the derivative of the student's holdout loss."""
     along = measure("derivative", tables["traces"])
@@ -190,6 +197,7 @@ ATTACKS = {
     "repair": Attack(repair_equations),
     "answer_only": Attack(answer_only),
     "solo": Attack(solo, is_own=True),
+    "solo_repair": Attack(solo_repair, is_own=True),
     "reweight": Attack(reweight, ("student", "holdout_traces"), ("beta",)),
 }
 
@@ -264,7 +272,7 @@ def reason(cfg: AttackConfig, stats: dict[str, Any]) -> str:
     given = f"none of the {stats['num_published']} published traces"
     if cfg.attack in ("correct", "resample"):
         return f"{given} has a right answer"
-    if cfg.attack == "solo":
+    if attack_of(cfg).is_own:
         return f"none of the student's {stats['num_published']} own traces has a right answer"
     if cfg.attack == "answer_only":
         return f"{given} states an answer"

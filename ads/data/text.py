@@ -17,6 +17,7 @@ EQUATION = re.compile(rf"(?<![\w.,])({NUMBER})(\s*)({SIGN})(\s*\$?)({NUMBER})(\s
 BEFORE = re.compile(rf"(?:(?<=[^*\s])[ \t]*(?:{SIGN})|[%^\d])[ \t]*\$?$")
 AFTER = re.compile(rf"[A-Za-z]*[ \t]*(?:(?:{SIGN})[ \t]*\$?(?:[(\d]|[A-Za-z]\b)|\^)|%| \d+/\d|\\[dt]?frac")
 BOX = re.compile(rf"(\\boxed\s*\{{\s*\$?\s*)({NUMBER})(\s*\}})")
+RETRACTED = re.compile(r"(?i)\b(?:wait|wrong|incorrect|mistake|sorry|oops|actually|again)\b")
 MOST_DIGITS = 28  # of two numbers together: so far their product is exact
 LOOP_WORDS, LOOP_TIMES = 12, 4  # so many words, so many times over, are a loop
 FOREIGN_SHARE = 0.01  # of a trace's letters
@@ -26,14 +27,18 @@ def repair(text: str) -> tuple[str, int]:
     """(the text with every equation `a op b = c` put right, how many were wrong).
 
     What is put right is worked on with: where a later equation or the final box repeats the wrong result, it
-    gets the right one, unless the text goes on from the right result by itself. Chains such as
-    2 + 3 * 4 = 14 are left as they are.
+    gets the right one, unless the text goes on from the right result by itself, or takes the equation back
+    and writes it once more. Chains such as 2 + 3 * 4 = 14 are left as they are.
     """
     parts, end, num_wrong = [], 0, 0
+    last, left, right = ("", "", ""), "", ""
     renamed: dict[str, str] = {}  # {result as it stands: as it should}
     for match in equations(text):
         first, gap, sign, space, second, equals, stated = match.groups()
-        left, right = worked_on(renamed, first, second)
+        is_again = (first, sign, second) == last and RETRACTED.search(text, end, match.start())
+        if not is_again:  # else its numbers are those of the one before
+            left, right = worked_on(renamed, first, second)
+        last = first, sign, second
         value, written = compute(left, sign, right), compute(first, sign, second)
         if value is None or written is None:
             continue

@@ -27,7 +27,7 @@ def write(folder, text, name="mine"):
 
 def test_the_attackers_that_are_there():
     wanted = "naive full correct fluent resample2 resample4 mix10 mix25 mix50 mask10 mask20 reweight_up"
-    wanted += " reweight_down repair answer_only prefill solo"
+    wanted += " reweight_down repair answer_only prefill solo solo_repair"
     assert sorted(wanted.split()) == NAMES
     recipes = [read_recipe(ROOT / "attacks" / f"{name}.yaml") for name in NAMES]
     assert len({recipe.label for recipe in recipes}) == len(NAMES)

@@ -155,6 +155,24 @@ def test_solo_keeps_each_right_text_once():
     assert ids(rows) == ["p/1", "p/2"] and stats["num_repeated"] == 1
 
 
+def test_solo_repair_keeps_each_text_that_is_right_once_it_is_repaired():
+    own = [sample(1, 1), sample(1, 2, right=False), sample(2, 1, right=False), sample(2, 2, right=False)]
+    texts = [
+        f"{equation} . \\boxed{{ {equation[-1]} }}"
+        for equation in ("2 + 3 = 5", "2 + 3 = 6", "1 * 5 = 4", "2 * 4 = 6")
+    ]
+    for row, text in zip(own, texts, strict=True):
+        row["trace"] = text
+    rows, stats = run("solo_repair", own)
+    assert [(row["id"], row["trace"]) for row in rows] == [
+        ("p/1", texts[0]),
+        ("p/2", "1 * 5 = 5 . \\boxed{ 5 }"),
+    ]
+    assert (stats["num_equations"], stats["num_repeated"]) == (3, 1)
+    rows, stats = run("solo_repair", own[3:])
+    assert rows == [] and "none of the student's 1 own traces has a right answer" in stats["reason"]
+
+
 @pytest.mark.parametrize("beta", (0.5, -0.5))
 def test_reweight_is_exponential_and_clipped(beta):
     given = dict(zip(("p/1", "p/2", "p/3", "p/4"), (0.0, 2.0, -30.0, 11.0), strict=True))

@@ -65,6 +65,20 @@ def test_what_goes_on_from_the_right_results_is_not_put_wrong():
     assert repair("12 - 3 = 2 . 9 * 2 = 46 . \\boxed{18}")[0] == "12 - 3 = 9 . 9 * 2 = 18 . \\boxed{18}"
 
 
+@pytest.mark.parametrize(
+    "text,wanted",
+    (
+        ("10 * 2 = 10 . wait , wrong : 10 * 2 = 20", "10 * 2 = 20 . wait , wrong : 10 * 2 = 20"),
+        ("3 * 2 = 7 . 7 * 2 = 7 . Wait, 7 * 2 = 14", "3 * 2 = 6 . 6 * 2 = 12 . Wait, 6 * 2 = 12"),
+        ("10 * 2 = 10 . wait : 10 * 3 = 30", "10 * 2 = 20 . wait : 20 * 3 = 60"),
+        ("10 * 2 = 10 . 10 * 2 = 20", "10 * 2 = 20 . 20 * 2 = 40"),  # nothing is taken back: doubled twice
+    ),
+)
+def test_an_equation_that_is_written_once_more_works_on_nothing(text, wanted):
+    """10 * 2 = 10, taken back and put right, once became 20 * 2 = 40."""
+    assert repair(text)[0] == wanted
+
+
 def test_nearly_all_equations_of_real_solutions_hold():
     path = shared_path("data", "gsm8k_platinum_test.jsonl.gz")
     rows = map(json.loads, gzip.decompress(path.read_bytes()).splitlines())
