@@ -11,8 +11,8 @@ import numpy as np
 
 from ads.report.bootstrap import Draws
 from ads.report.compare import Levels, Match, Measured, choose_levels, common_range, compare, directions
-from ads.report.curves import Axes, Curve, by_setting, group_by, pair_up, pooled
-from ads.report.numbers import show_interval, show_number
+from ads.report.curves import Axes, Curve, by_replicate, by_setting, group_by, pair_up, pooled
+from ads.report.numbers import show_interval, show_number, show_span
 from ads.report.results import ANSWERS, PRICES, ResultRow, Rows, graded, show_knob
 from ads.report.words import MARK, elicited, join_words, mark
 
@@ -175,7 +175,7 @@ def accuracies_for(pair: tuple[Curve, Curve], axes: Axes) -> Levels:
     low, high = common_range(pair, axes)
     if pair[0].arm == "temperature" or low <= max(LEVELS) or low >= high:
         return LEVELS
-    seeds = [group_by(axes.graded(curve.line), lambda point: point.row.replicate) for curve in pair]
+    seeds = [by_replicate(axes.graded(curve.line)) for curve in pair]
     lowest = max(axes.xy(points)[0].min() for side in seeds for points in side.values())
     return (float(np.ceil(1000 * lowest) / 1000),)
 
@@ -226,14 +226,8 @@ def show_directions(curve: Curve | None) -> str:
     """How many random directions a seed's reading is the mean of, where they are several."""
     if curve is None or curve.arm != "random direction":
         return ""
-    seeds = group_by(curve.points, lambda point: point.row.replicate).values()
-    num = [len(directions(points)) for points in seeds]
+    num = [len(directions(points)) for points in by_replicate(curve.points).values()]
     return f"mean of {show_span(num)} directions a seed" if max(num) > 1 else ""
-
-
-def show_span(numbers: Iterable[int]) -> str:
-    ends = sorted(numbers)
-    return " to ".join(map(str, dict.fromkeys((ends[0], ends[-1]))))
 
 
 def who_harms_more(claim: Claim, asked: Difference) -> str:

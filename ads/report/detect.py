@@ -15,8 +15,8 @@ from ads.data.tables import read_columns
 from ads.data.text import has_loop, is_foreign, num_equations
 from ads.report.attackers import defence_of
 from ads.report.curves import Point, Points, group_by
-from ads.report.numbers import seed_interval, show_interval, show_number, show_setting
-from ads.report.results import SYMBOLS
+from ads.report.numbers import Z, seed_interval, show_interval, show_number
+from ads.report.results import knob_of
 from ads.report.worst import HALVES, half_of
 from ads.stage.errors import UserError
 
@@ -27,7 +27,6 @@ CAPTION = (
 )
 FEATURES = ("NLL under the teacher", "loops", "foreign script", "sums that do not hold", "length")
 MOST_TRACES = 500  # of each dataset: reading their text is what takes time
-Z = 1.959964  # of a 95 % normal interval
 
 
 @dataclass(frozen=True)
@@ -201,8 +200,8 @@ def cells(detections: Sequence[Detection]) -> list[list[str]]:
     """Header and lines of the table."""
     lines = [["defence", "setting", "AUC", "95 % interval", "best feature alone", "seeds", "traces"]]
     for found in detections:
-        key, value = ("lam", found.lam) if found.lam else ("tau", found.tau)
-        knob, alone = f"{SYMBOLS[key]} {show_setting(value)}", f"{found.feature} {show_number(found.alone)}"
+        alone = f"{found.feature} {show_number(found.alone)}"
         numbers = [show_number(found.auc), show_interval(found.low, found.high), alone]
-        lines.append([found.label, knob, *numbers, str(found.num_seeds), str(found.num_traces)])
+        sizes = [str(found.num_seeds), str(found.num_traces)]
+        lines.append([found.label, knob_of(found.tau, found.lam), *numbers, *sizes])
     return lines if detections else []

@@ -150,9 +150,10 @@ def headline_doubt(findings: Findings) -> str:
 
 def main_finding(findings: Findings) -> str:
     """The finding on the students of one attack, where it is not the headline."""
-    finding = words.finding(findings.curves, findings.matches)
-    is_second = headline(findings) != finding
-    return attack_tables.main_alone(findings.attacked, finding) if is_second else ""
+    finding, attacks = words.finding(findings.curves, findings.matches), findings.attacked.attacks
+    if headline(findings) == finding:
+        return ""
+    return f"The attack {attacks[0]} alone: {finding[:1].lower()}{finding[1:]}" if attacks else finding
 
 
 def small_tables(findings: Findings, is_brief: bool = False) -> dict[str, tables.Cells]:

@@ -8,12 +8,10 @@ from typing import Any
 
 from ads.report.bootstrap import Test, read_answers
 from ads.report.experiments import TRACE_KEYS, Sidecar, is_attack, load_sidecar
-from ads.report.numbers import show_interval, show_number
+from ads.report.numbers import Z, show_interval, show_number
 from ads.report.results import ANSWERS
 from ads.stage import layout
 from ads.stage.errors import MissingInputError, UserError
-
-Z = 1.959964  # of a 95 % normal interval
 
 
 @dataclass(frozen=True)

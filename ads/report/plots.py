@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from ads.arms import LABELS
-from ads.report import numbers, results
+from ads.report import results
 from ads.report.compare import Match
 from ads.report.curves import Axes, Curve, all_rows, by_setting, knobs, pooled
 from ads.report.drawn import Drawn, Label, Triple, arm_label, show_amount, show_shares
 from ads.report.looks import COLOURS, LEVEL, LOOKS, MARKERS, Look, looks
-from ads.report.numbers import is_number, seed_interval, show_number, show_percent, show_seeds
-from ads.report.results import ANSWERS, PRICES, Number, ResultRow, Rows, show_knob
+from ads.report.numbers import is_number, seed_interval, show_number, show_percent, show_seeds, show_setting
+from ads.report.results import ANSWERS, PRICES, Number, ResultRow, Rows, show_knob, show_knobs
 from ads.report.words import elicited, headline, in_points, mark
 
 INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"  # as in STYLE
@@ -123,13 +123,8 @@ def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look, drawn: Drawn) ->
         bars.set_alpha(0.45)
     show_price = show_amount if PRICES[axes.price].unit else show_shares
     for rows, price, student in zip(groups, prices, students, strict=True):
-        cells = curve.name, show_setting(rows[0]), show_price(price), show_shares(student), str(len(rows))
+        cells = curve.name, show_knobs(rows[0]), show_price(price), show_shares(student), str(len(rows))
         drawn.add(cells, (price[0], student[0]))
-
-
-def show_setting(row: ResultRow) -> str:
-    """Both knobs of an arm that has two."""
-    return ", ".join(show_knob(row, key) for key in ("lam", "tau") if key == "tau" or row.lam)
 
 
 def end_labels(axes: Axes, curve: Curve) -> list[Label]:
@@ -229,7 +224,7 @@ def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> Drawn
             axis.errorbar(x, y, bars, **style)
             drawn.labels.append(Label(x[end], y[end], who, style["color"]))
         for value, rows, teacher, taught in zip(x, groups, *found.values(), strict=True):
-            texts = numbers.show_setting(value), show_shares(teacher), show_shares(taught)
+            texts = show_setting(value), show_shares(teacher), show_shares(taught)
             drawn.add((curve.name, *texts, str(len(rows))), (value, teacher[0]), (value, taught[0]))
     axis.margins(x=0.14)
     axis.set(xlabel=results.SYMBOLS[key])
@@ -274,7 +269,7 @@ def draw_trait_line(axis: Any, axes: Axes, number: Number, curve: Curve, look: L
     for price, value, is_own, rows in line:
         if is_own:
             cells = show_percent(price), number.show(value), str(len(rows))
-            drawn.add((curve.name, show_setting(rows[0]), *cells), (price, value))
+            drawn.add((curve.name, show_knobs(rows[0]), *cells), (price, value))
     if look == LOOKS[0] and any(owned):
         first = owned.index(True)
         drawn.labels.append(arm_label(x[first], y[first], curve.arm, curve.arm))
@@ -324,7 +319,7 @@ def draw_losses(part: str, curves: Sequence[Curve], axis: Any) -> Drawn:
             axis.plot(line.steps, line.losses, label=label, **style, markevery=every)
             for step, loss in list(zip(line.steps, line.losses, strict=True))[::every]:
                 cells = str(step), show_number(float(loss)), str(line.num_seeds)
-                drawn.add((curve.name, show_setting(line.row), *cells), (step, float(loss)))
+                drawn.add((curve.name, show_knobs(line.row), *cells), (step, float(loss)))
             if look == LOOKS[0] and line.strength == 1:
                 text = f"{curve.arm}, {show_knob(line.row)}"
                 drawn.labels.append(arm_label(line.steps[-1], float(line.losses[-1]), text, curve.arm))

@@ -12,7 +12,7 @@ from ads.arms import ARMS, DELTA
 from ads.data.text import checked_equations
 from ads.report import answers
 from ads.report.curves import Point, group_by
-from ads.report.results import CAPS, ResultRow, show_knob
+from ads.report.results import CAPS, ResultRow, show_knobs
 from ads.stage import layout
 from ads.stage.errors import UserError
 
@@ -86,8 +86,7 @@ def spread(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def contrast_label(row: ResultRow) -> str:
-    knobs = [show_knob(row, key) for key in ("lam", "tau") if key == "tau" or row.lam]
-    return f"{row.arm}: {', '.join([*knobs, *row.caps, f'seed {row.seed}'])}"
+    return f"{row.arm}: {', '.join([show_knobs(row), *row.caps, f'seed {row.seed}'])}"
 
 
 def read_contrast(path: Path, budget: int) -> list[dict[str, Any]]:

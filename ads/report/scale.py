@@ -9,7 +9,7 @@ from pathlib import Path
 from ads.data.problems import GENERATED
 from ads.report.curves import Curve, by_setting
 from ads.report.experiments import Sidecar
-from ads.report.numbers import short_name
+from ads.report.numbers import short_name, show_span
 
 TOY = 10_000_000  # parameters: models of fewer are no language models
 MODELS = ("teacher", "proxy_student", "student")  # settings of stages
@@ -36,7 +36,7 @@ def models_in_words(found: Mapping[str, int | None]) -> str:
     if not found or None in found.values():
         return f"Models: {', '.join(found)}" if found else ""
     kind = "Toy models" if counts[-1] < TOY else "Models"
-    return f"{kind} of {' to '.join(dict.fromkeys(map(show_size, (counts[0], counts[-1]))))} parameters"
+    return f"{kind} of {show_span(counts, show_size)} parameters"
 
 
 def show_size(count: int) -> str:
@@ -49,11 +49,10 @@ def show_size(count: int) -> str:
 
 def seeds_in_words(curves: Iterable[Curve]) -> str:
     """Of the settings with the fewest and with the most seeds."""
-    found = sorted({len(rows) for curve in curves for rows in by_setting(curve.points).values()})
+    found = {len(rows) for curve in curves for rows in by_setting(curve.points).values()}
     if not found:
         return "no setting finished"
-    span = " to ".join(map(str, dict.fromkeys((found[0], found[-1]))))
-    return f"{span} seed{'' if found[-1] == 1 else 's'}"
+    return f"{show_span(found)} seed{'' if max(found) == 1 else 's'}"
 
 
 def count_parameters(sidecars: Iterable[Sidecar], shipped: Mapping[str, Path]) -> dict[str, int | None]:
