@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from ads.report import attack_plots, figures, findings, page, pairs, plots, scale, tables
+from ads.report import figures, findings, page, pairs, plots, scale, tables
 from ads.report.findings import Findings
 from ads.stage import files, layout
 from ads.stage.errors import UserError
@@ -61,7 +61,7 @@ def write_report(folder: Path, exp_dirs: Sequence[Path], found: Findings) -> Non
         matrix = map(tables.reading_line, found.attacked.cells)
         files.write_text(folder / "matrix.csv", tables.to_csv(matrix))
     panels = plots.make_panels(found.curves, found.baselines, found.matches)
-    panels |= attack_plots.make_panels(found.attacked, found.baselines)
+    panels |= plots.worst_panels(found.attacked, found.baselines)
     figures.write_plots(folder, panels, findings.title(found))
     drawn = [name for name, shown in panels.items() if shown]
     files.write_text(folder / "report.md", findings.to_markdown(found, exp_dirs, drawn))

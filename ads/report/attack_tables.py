@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ads.report import words
-from ads.report.attacked import Attacked
+from ads.report.attacked import MADE_OF, SPENT, THREAT, Attacked, Line, card_lines
 from ads.report.attackers import Cell, defence_of
 from ads.report.curves import group_by
-from ads.report.details import MADE_OF, SPENT, THREAT, Line, card_lines
 from ads.report.doubts import name_some
 from ads.report.numbers import (
     show_count,
@@ -156,15 +155,8 @@ def made_of_cells(attacked: Attacked) -> Cells:
     cells = [["defence", "setting", "attacker", "seeds", "accuracy", *names]]
     for line in lines:
         numbers = [show_number(line.get(key)) for key in ("student_raw_accuracy", *shown)]
-        cells.append(
-            [
-                line["defence"],
-                knob_of(line["tau"], line["lam"]),
-                line["attacker"],
-                str(line["seeds"]),
-                *numbers,
-            ]
-        )
+        where = [line["defence"], knob_of(line["tau"], line["lam"]), line["attacker"]]
+        cells.append([*where, str(line["seeds"]), *numbers])
     return cells if lines else []
 
 

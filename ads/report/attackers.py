@@ -35,9 +35,9 @@ from ads.report.curves import (
     left_out,
     make_curves,
 )
+from ads.report.experiments import NAIVE, Recipe, title_of
 from ads.report.gap import Gap
 from ads.report.numbers import show_setting
-from ads.report.recipes import NAIVE, Recipe, title_of
 from ads.report.results import ResultRow, show_knob
 
 ATTACKERS = ("attack", "student", "student_few_shot")  # settings of the attacker, with those of these stages:

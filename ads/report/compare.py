@@ -189,8 +189,8 @@ def read_off(lines: Sequence[Any], levels: Levels | None) -> np.ndarray:
     """(1 + lines, ..., L): price, and each line's students there; a line is x, y (2, ..., P)."""
     last = lines[-1]
     if levels is None:
-        return np.stack([last[0], *(interpolate(*line, last[0]) for line in lines[:-1]), last[1]])
-    students = [interpolate(*line, levels) for line in lines]
+        return np.stack([last[0], *(interpolate(x, y, last[0]) for x, y in lines[:-1]), last[1]])
+    students = [interpolate(x, y, levels) for x, y in lines]
     return np.stack([np.broadcast_to(levels, students[0].shape), *students])
 
 

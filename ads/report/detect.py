@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ads.data.tables import read_columns
 from ads.data.text import has_loop, is_foreign, num_equations
 from ads.report.attackers import defence_of
 from ads.report.curves import Point, Points, group_by
+from ads.report.experiments import read_beside
 from ads.report.numbers import Z, seed_interval, show_interval, show_number
 from ads.report.results import knob_of
 from ads.report.worst import HALVES, half_of
-from ads.stage.errors import UserError
 
 CAPTION = (
     "AUC of a classifier (logistic regression on the features and their products) of single training traces, "
@@ -102,9 +101,8 @@ def lowest_tau(points: Points) -> dict[tuple, Point]:
 def read_traces(train: Mapping[str, Any]) -> Traces | None:
     """The features of a dataset's traces, of MOST_TRACES of its problems; None where its table lacks them."""
     text = train["config"].get("trace_colname", "trace")
-    try:
-        table = read_columns(train["path"].with_suffix(".parquet"), ("id", text, "teacher_nll", "num_tokens"))
-    except UserError:
+    table = read_beside(train, ("id", text, "teacher_nll", "num_tokens"))
+    if table is None:
         return None
     chosen = sorted(range(len(table["id"])), key=lambda i: hashlib.sha256(table["id"][i].encode()).digest())
     chosen = chosen[:MOST_TRACES]

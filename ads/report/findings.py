@@ -14,10 +14,9 @@ from ads.report.bootstrap import load_draws
 from ads.report.compare import Levels, Match, compare_arms
 from ads.report.curves import Curve, Point, all_rows, by_setting, make_curves
 from ads.report.doubts import unpaired_lines, warning_lines
-from ads.report.experiments import Experiment, Sidecar, load_experiments
+from ads.report.experiments import Experiment, Sidecar, all_recipes, load_experiments
 from ads.report.numbers import ONE_SEED, short_name, show_number
 from ads.report.points import collect_own, collect_points, collect_undistilled
-from ads.report.recipes import all_recipes
 from ads.report.results import PRICES, ResultRow, answers_of, show_accuracy, values_of
 from ads.stage.errors import UserError
 

@@ -23,9 +23,9 @@ from ads.report import (
     tables,
     words,
 )
+from ads.report.attacked import Line
 from ads.report.compare import Match
 from ads.report.curves import Curve
-from ads.report.details import Line
 from ads.report.numbers import NBSP
 from ads.report.results import ANSWERS, PRICES, Rows, distinct_answers
 

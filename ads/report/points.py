@@ -8,6 +8,7 @@ from ads.arms import DELTA, LABELS, TEXTS, arm_of
 from ads.report.curves import Point
 from ads.report.experiments import (
     CLEAN,
+    NAIVE,
     SAMPLING_KEYS,
     Experiment,
     Sidecar,
@@ -17,7 +18,6 @@ from ads.report.experiments import (
     trained,
 )
 from ads.report.numbers import short_name
-from ads.report.recipes import NAIVE
 from ads.report.results import (
     CAPS,
     CONFIGS,
