@@ -30,9 +30,8 @@ from ads.report.curves import (
     Point,
     Points,
     by_replicate,
-    curve_label,
+    curve_labels,
     group_by,
-    left_out,
     make_curves,
 )
 from ads.report.experiments import NAIVE, Recipe, title_of
@@ -169,8 +168,8 @@ def find_defences(attackers: Sequence[Attacker]) -> list[Defence]:
         key: [point for _, curve in same for point in curve.points]
         for key, same in group_by(curves, lambda pair: pair[0]).items()
     }
-    told = {name: left_out(name, [points[0].row for points in groups.values()]) for name in names}
-    found = [Defence(key, points[0].row.arm, curve_label(points, told)) for key, points in groups.items()]
+    labels = curve_labels(list(groups.values()), names)
+    found = [Defence(key, key[0], label) for key, label in zip(groups, labels, strict=True)]
     return sorted(found, key=lambda defence: LABELS.index(defence.arm))
 
 

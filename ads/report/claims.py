@@ -13,7 +13,7 @@ from ads.report.bootstrap import Draws
 from ads.report.compare import Levels, Match, Measured, choose_levels, common_range, compare, directions
 from ads.report.curves import Axes, Curve, by_replicate, by_setting, group_by, pair_up, pooled
 from ads.report.numbers import show_interval, show_number, show_span
-from ads.report.results import ANSWERS, PRICES, ResultRow, Rows, graded, show_knob
+from ads.report.results import PRICES, ResultRow, Rows, graded, show_knob
 from ads.report.words import MARK, elicited, join_words, mark
 
 RAW = "raw"
@@ -49,10 +49,6 @@ class Difference:
     least: float
     most: float = np.inf
     level: float | None = None
-
-    @property
-    def arms(self) -> tuple[str, str, str]:
-        return self.first, self.second, self.price
 
 
 DIFFERENCES = (
@@ -93,10 +89,9 @@ def make_claims(curves: Sequence[Curve], baselines: Rows, draws: Draws) -> list[
     arms = choose_arms(curves)
     if not arms:
         return []
-    matches = {asked.arms: compare_two(arms, *asked.arms, draws) for asked in DIFFERENCES}
     claims = [base_claim(arms["temperature"], baselines), clean_claim(arms["temperature"])]
     for asked in DIFFERENCES:
-        claims += difference_claims(asked, arms, matches[asked.arms])
+        claims += difference_claims(asked, arms, compare_two(asked, arms, draws))
     return claims
 
 
@@ -155,16 +150,13 @@ def clean_claim(temperature: Curve) -> Claim:
     return replace(claim, note=show_knob(rows[0]))
 
 
-def compare_two(
-    arms: Mapping[str, Curve], first: str, second: str, price: str, draws: Draws
-) -> list[Match] | None:
+def compare_two(asked: Difference, arms: Mapping[str, Curve], draws: Draws) -> list[Match] | None:
     """The matches of two arms at the claims' levels, by raw answers; None where an arm is missing."""
-    if not (first in arms and second in arms):
+    if not (asked.first in arms and asked.second in arms):
         return None
-    pair, axes = (arms[first], arms[second]), Axes(RAW, price)
-    levels = accuracies_for(pair, axes) if price == "accuracy" else choose_levels([pair], axes)
-    found = compare([pair], dict.fromkeys(ANSWERS, levels), draws, price)
-    return [match for match in found if match.answers == RAW]
+    pair, axes = (arms[asked.first], arms[asked.second]), Axes(RAW, asked.price)
+    levels = accuracies_for(pair, axes) if asked.price == "accuracy" else choose_levels([pair], axes)
+    return compare([pair], axes, levels, draws)
 
 
 def accuracies_for(pair: tuple[Curve, Curve], axes: Axes) -> Levels:

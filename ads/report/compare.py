@@ -75,11 +75,9 @@ def interpolate(x: np.ndarray, y: np.ndarray, levels: Levels | np.ndarray) -> np
 
 def compare_arms(curves: Sequence[Curve], levels: Levels | None, draws: Draws) -> list[Match]:
     """The arms at equal teacher accuracies, those given or else the usual ones, and at each other price."""
-    pairs, matches = pair_up(curves), []
-    for price in PRICES:
-        chosen = {answers: levels_at(pairs, Axes(answers, price), levels) for answers in ANSWERS}
-        matches += compare(pairs, chosen, draws, price)
-    return matches
+    pairs = pair_up(curves)
+    every = [Axes(answers, price) for price in PRICES for answers in ANSWERS]
+    return [match for axes in every for match in compare(pairs, axes, levels_at(pairs, axes, levels), draws)]
 
 
 def levels_at(pairs: Pairs, axes: Axes, levels: Levels | None) -> Levels:
@@ -112,18 +110,14 @@ def common_range(pair: tuple[Curve, Curve], axes: Axes) -> tuple[float, float]:
     return max(lows), min(max(found, default=-np.inf) for found in prices)
 
 
-def compare(pairs: Pairs, levels: Mapping[str, Levels], draws: Draws, price: str = "accuracy") -> list[Match]:
-    """A Match per pair of curves, answers and level (`levels`: {answers: prices}).
-
-    An arm of one setting is compared at its own price.
-    """
+def compare(pairs: Pairs, axes: Axes, levels: Levels, draws: Draws) -> list[Match]:
+    """A Match per pair of curves and level; an arm of one setting is compared at its own price."""
     arms = [curve.arm for _, curve in pairs]
     matches = []
-    for axes in (Axes(answers, price) for answers in ANSWERS):
-        for first, curve in pairs:
-            name = curve.arm if arms.count(curve.arm) == 1 and not curve.caps else curve.short_label
-            found = compare_pair(axes, first, curve, name, levels[axes.answers], draws)
-            matches += found if curve.arm == "ADS" and not curve.caps else without_gaps(found)
+    for first, curve in pairs:
+        name = curve.arm if arms.count(curve.arm) == 1 and not curve.caps else curve.short_label
+        found = compare_pair(axes, first, curve, name, levels, draws)
+        matches += found if curve.arm == "ADS" and not curve.caps else without_gaps(found)
     return matches
 
 

@@ -103,11 +103,16 @@ def make_curves(points: Iterable[Point]) -> list[Curve]:
     points = pool_copies(points)
     names = results.differing([point.row for point in points], results.SEEDS)
     groups = list(group_by(points, curve_of).values())
-    told = {key: left_out(key, [group[0].row for group in groups]) for key in names}
     return [
-        Curve(group[0].row.arm, curve_label(group, told), group, find_start(points, group[0].row))
-        for group in groups
+        Curve(group[0].row.arm, label, group, find_start(points, group[0].row))
+        for group, label in zip(groups, curve_labels(groups, names), strict=True)
     ]
+
+
+def curve_labels(groups: Sequence[Points], names: Iterable[str]) -> list[str]:
+    """The labels of curves by their points; `names`: the settings in which they differ."""
+    told = {name: left_out(name, [points[0].row for points in groups]) for name in names}
+    return [curve_label(points, told) for points in groups]
 
 
 def left_out(key: str, curves: Rows) -> Any:

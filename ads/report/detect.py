@@ -6,7 +6,7 @@ Clean are the traces of the same seed without a defence, at the lowest temperatu
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -48,9 +48,9 @@ class Detection:
     low: float | None
     high: float | None
     num_seeds: int
-    num_traces: int = 0
-    feature: str = ""
-    alone: float = 0.5
+    num_traces: int
+    feature: str
+    alone: float
 
 
 def detect(points: Points, labels: Mapping[Any, str]) -> list[Detection]:
@@ -136,10 +136,8 @@ def measure(point: Point, label: str, pairs: Sequence[tuple[Traces, Traces]]) ->
     alone = [best_way(labels_N, column_N) for column_N in features_NF.T]
     best, row = int(np.argmax(alone)), point.row
     ends = (low, high) if np.isfinite(low) else (None, None)
-    num_traces = sum(len(defended.halves_N) for _, defended in pairs)
-    auc = float(np.mean(aucs))
-    detection = Detection(row.arm, row.tau, row.lam, label, auc, ends[0], ends[1], len(pairs))
-    return replace(detection, num_traces=num_traces, feature=FEATURES[best], alone=alone[best])
+    numbers = float(np.mean(aucs)), *ends, len(pairs), sum(len(traces.halves_N) for _, traces in pairs)
+    return Detection(row.arm, row.tau, row.lam, label, *numbers, FEATURES[best], alone[best])
 
 
 def of_half(traces: Traces, half: int) -> Traces:

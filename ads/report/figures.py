@@ -2,9 +2,10 @@
 
 import html
 import io
+import itertools
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,8 +227,8 @@ def write_labels(axis: Any, drawn: Drawn) -> None:
 def find_place(axis: Any, note: Any, renderer: Any, boxes: Sequence[Any], paths: Sequence[Any]) -> Any:
     """The box of a note, put where it is free of boxes and paths; None where there is no such place."""
     frame = axis.get_window_extent(renderer)
-    for place, horizontal, vertical in candidates():
-        note.set(position=place, ha=horizontal, va=vertical)
+    for distance, ((right, up), horizontal, vertical) in itertools.product(DISTANCES, SIDES):
+        note.set(position=(distance * right, distance * up), ha=horizontal, va=vertical)
         box = note.get_window_extent(renderer).padded(1)
         inside = frame.x0 < box.x0 and frame.y0 < box.y0 and box.y1 < frame.y1
         if not inside or box.x1 > axis.figure.bbox.x1 or any(map(box.overlaps, boxes)):
@@ -235,12 +236,6 @@ def find_place(axis: Any, note: Any, renderer: Any, boxes: Sequence[Any], paths:
         if not any(path.intersects_bbox(box, filled=False) for path in paths):
             return box
     return None
-
-
-def candidates() -> Iterator[tuple[tuple[float, float], str, str]]:
-    for distance in DISTANCES:
-        for (right, up), horizontal, vertical in SIDES:
-            yield (distance * right, distance * up), horizontal, vertical
 
 
 def around(axis: Any, x: float, y: float) -> Any:

@@ -129,5 +129,4 @@ def show_pair(pair: Pair) -> str:
 
 def record(pairs: Sequence[Pair]) -> dict[str, Any]:
     """{answers: numbers}, for the last line."""
-    found = {pair.answers: asdict(pair) for pair in pairs}
-    return {name: {k: v for k, v in numbers.items() if k != "answers"} for name, numbers in found.items()}
+    return {pair.answers: {k: v for k, v in asdict(pair).items() if k != "answers"} for pair in pairs}

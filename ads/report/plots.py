@@ -104,8 +104,9 @@ def draw_worst(axes: Axes, attacked: Attacked, baselines: Rows, axis: Any) -> Dr
     drawn = draw_tradeoff(axes, attacked.curves, baselines, None, axis)
     style = {"color": COLOURS["undistilled"], "linestyle": OWN.of_line, "linewidth": 1.4}
     for line in attacked.own_lines:
-        if f"student_{axes.answers}_accuracy" in line:
-            share, low, high = (line[f"student_{axes.answers}_{name}"] for name in ("accuracy", "low", "high"))
+        start = f"student_{axes.answers}_"
+        if f"{start}accuracy" in line:
+            share, low, high = (line[f"{start}{name}"] for name in ("accuracy", "low", "high"))
             axis.axhline(share, label=line["attacker"], **style)
             drawn.add((line["attacker"], "-", "-", show_shares((share, low, high)), str(line["seeds"])))
     return drawn

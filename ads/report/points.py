@@ -129,11 +129,6 @@ def collect_points(experiments: Iterable[Experiment]) -> list[Point]:
     return in_order(point for e in experiments for point in points_of(e))
 
 
-def collect_baselines(experiments: Iterable[Experiment]) -> list[ResultRow]:
-    """The rows of the undistilled students."""
-    return [point.row for point in collect_undistilled(experiments)]
-
-
 def collect_undistilled(experiments: Iterable[Experiment]) -> list[Point]:
     """The undistilled students, as they were asked."""
     students = [test for e in experiments for test in e.tests_by_model.get(None, [])]

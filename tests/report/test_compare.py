@@ -112,7 +112,7 @@ def match_of(rng, num_problems, seeds=(1,), **settings):
         answers |= more
     pairs = pair_up(make_curves(points))
     draws = Draws(draw_accuracies(pairs, answers))
-    (match,) = compare(pairs, {"af": (0.75,), "raw": (0.75,)}, draws)
+    (match,) = compare(pairs, Axes("raw"), (0.75,), draws)
     return match
 
 
@@ -215,7 +215,7 @@ def plain_points(seed, shares, arm="ADS", num_problems=600):
 
 def compared(points, levels=(0.75,)):
     pairs = pair_up(make_curves(points))
-    return compare(pairs, {"af": levels, "raw": levels}, Draws())
+    return compare(pairs, Axes("raw"), levels, Draws())
 
 
 def test_a_level_that_few_resamples_reach_has_no_interval():
@@ -310,7 +310,7 @@ def priced_curves(ads_nlls=(0.02, 0.2, 0.5), seed=1):
 
 def compare_nll(points, levels, draws=()):
     pairs = pair_up(make_curves(points))
-    return compare(pairs, {"af": (), "raw": levels}, Draws(dict(draws)), "nll")
+    return compare(pairs, Axes("raw", "nll"), levels, Draws(dict(draws)))
 
 
 def test_students_at_equal_nll_are_read_off_lines_against_nll():
