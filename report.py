@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from ads.report import attack_plots, attack_tables, figures, findings, page, pairs, plots, scale, tables
+from ads.report import figures, findings, page, pairs, plots, scale, tables
 from ads.report.findings import Findings
 from ads.stage import files, layout
 from ads.stage.errors import UserError
@@ -53,15 +53,15 @@ def write_report(folder: Path, exp_dirs: Sequence[Path], found: Findings) -> Non
         folder / "results.csv",
         tables.to_csv(tables.result_lines([*found.points, *found.own], found.baselines)),
     )
-    files.write_text(folder / "comparisons.csv", tables.to_csv(map(tables.match_line, found.matches)))
+    files.write_text(folder / "comparisons.csv", tables.to_csv(map(tables.reading_line, found.matches)))
     files.write_text(folder / "claims.csv", tables.to_csv(map(tables.claim_line, found.claims)))
     if found.attacked.lines:
         attacked = [*found.attacked.lines, *found.attacked.own_lines]
         files.write_text(folder / "attackers.csv", tables.to_csv(attacked))
-        lines = map(attack_tables.matrix_line, found.attacked.cells)
-        files.write_text(folder / "matrix.csv", tables.to_csv(lines))
+        matrix = map(tables.reading_line, found.attacked.cells)
+        files.write_text(folder / "matrix.csv", tables.to_csv(matrix))
     panels = plots.make_panels(found.curves, found.baselines, found.matches)
-    panels |= attack_plots.make_panels(found.attacked, found.baselines)
+    panels |= plots.worst_panels(found.attacked, found.baselines)
     figures.write_plots(folder, panels, findings.title(found))
     drawn = [name for name, shown in panels.items() if shown]
     files.write_text(folder / "report.md", findings.to_markdown(found, exp_dirs, drawn))

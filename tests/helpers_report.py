@@ -13,7 +13,7 @@ from ads.data.traces import wilson_interval
 from ads.report import figures, plots
 from ads.report.curves import make_curves
 from ads.report.experiments import load_experiments
-from ads.report.points import collect_baselines, collect_points
+from ads.report.points import collect_points, collect_undistilled
 from ads.report.results import read_row
 from ads.stage import sidecar
 from ads.stage.config import to_dict
@@ -160,10 +160,14 @@ def run(*arguments):
     return result.returncode, result.stdout, result.stderr
 
 
+def baselines_of(experiments):
+    return [point.row for point in collect_undistilled(experiments)]
+
+
 def rows_of(*exp_dirs):
     """(lines of results.csv of the points, of the undistilled students)."""
     experiments = load_experiments(exp_dirs)
-    points, baselines = collect_points(experiments), collect_baselines(experiments)
+    points, baselines = collect_points(experiments), baselines_of(experiments)
     return [point.row.columns for point in points], [row.columns for row in baselines]
 
 
@@ -177,7 +181,7 @@ def curves_of(*exp_dirs):
 
 def draw(*exp_dirs):
     """The figure of the trade-off."""
-    baselines = collect_baselines(load_experiments(exp_dirs))
+    baselines = baselines_of(load_experiments(exp_dirs))
     panels = plots.make_panels(curves_of(*exp_dirs), baselines, [])
     return figures.compose(panels["tradeoff"], "")
 

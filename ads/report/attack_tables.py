@@ -1,20 +1,16 @@
 """Tables and sentences of the attackers, as cells of text and as the lines of CSV files."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ads.report import words
-from ads.report.attacked import Attacked
+from ads.report.attacked import MADE_OF, SPENT, THREAT, Attacked, Line, card_lines
 from ads.report.attackers import Cell, defence_of
 from ads.report.curves import group_by
-from ads.report.details import MADE_OF, SPENT, THREAT, Line, card_lines
-from ads.report.doubts import NUM_NAMED
+from ads.report.doubts import name_some
 from ads.report.numbers import (
-    ONE_SEED,
-    interval_kind,
     show_count,
     show_interval,
     show_number,
@@ -22,7 +18,7 @@ from ads.report.numbers import (
     show_seeds,
     show_setting,
 )
-from ads.report.results import ANSWERS, PRICES, SYMBOLS, row_name
+from ads.report.results import ANSWERS, PRICES, knob_of, row_name
 from ads.report.worst import WORST
 
 Cells = list[list[str]]
@@ -131,18 +127,12 @@ def worst_cells(attacked: Attacked) -> Cells:
         )
         chosen = show_chosen(attacked, line, answers)
         numbers = [taught, share, show_interval(*ends), alone, chosen, str(line["seeds"])]
-        cells.append([line["defence"], show_setting_of(line), *numbers])
+        cells.append([line["defence"], knob_of(line["tau"], line["lam"]), *numbers])
     return cells if worst else []
 
 
 def setting_of(line: Line) -> tuple:
     return line["defence"], line["tau"], line["lam"]
-
-
-def show_setting_of(line: Line) -> str:
-    """The knob of a line's curve."""
-    key = "lam" if line["lam"] else "tau"
-    return f"{SYMBOLS[key]} {show_setting(line[key])}"
 
 
 def show_chosen(attacked: Attacked, line: Line, answers: str) -> str:
@@ -165,7 +155,8 @@ def made_of_cells(attacked: Attacked) -> Cells:
     cells = [["defence", "setting", "attacker", "seeds", "accuracy", *names]]
     for line in lines:
         numbers = [show_number(line.get(key)) for key in ("student_raw_accuracy", *shown)]
-        cells.append([line["defence"], show_setting_of(line), line["attacker"], str(line["seeds"]), *numbers])
+        where = [line["defence"], knob_of(line["tau"], line["lam"]), line["attacker"]]
+        cells.append([*where, str(line["seeds"]), *numbers])
     return cells if lines else []
 
 
@@ -197,15 +188,6 @@ def show_threat(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return show_percent(value) if isinstance(value, float) and 0 < value < 1 else show_setting(value)
-
-
-def matrix_line(cell: Cell) -> dict[str, Any]:
-    """A line of matrix.csv."""
-    kind = "" if cell.low is None else interval_kind(cell.num_seeds)
-    found = {"rule": cell.answers, **dataclasses.asdict(cell)}
-    del found["answers"]
-    interval = f"problem bootstrap, {kind}" if kind == ONE_SEED else kind
-    return found | {"flags": "; ".join(cell.flags), "interval": interval}
 
 
 def headline(attacked: Attacked) -> str:
@@ -248,13 +230,5 @@ def warning_lines(attacked: Attacked) -> list[str]:
         f"{name} ({row_name(points[0].row)}{f' and {len(points) - 1} more' if len(points) > 1 else ''})"
         for name, points in attacked.missing.items()
     ]
-    more = f" and {len(cases) - NUM_NAMED} more" if len(cases) > NUM_NAMED else ""
     what = "WARNING: the worst student is chosen without the attackers that some points have no student of"
-    return [f"{what}: {', '.join(cases[:NUM_NAMED])}{more}"] if cases else []
-
-
-def main_alone(attacked: Attacked, finding: str) -> str:
-    """A finding on the students of the main attack, where the first finding is about the best attacker."""
-    if not attacked.attacks:
-        return finding
-    return f"The attack {attacked.attacks[0]} alone: {finding[:1].lower()}{finding[1:]}"
+    return [f"{what}: {name_some(cases)}"] if cases else []

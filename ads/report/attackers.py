@@ -14,22 +14,29 @@ from ads.arms import LABELS
 from ads.report import results
 from ads.report.bootstrap import Draws
 from ads.report.compare import (
-    Interval,
     Levels,
     Measured,
-    Replicate,
+    Readings,
     directions,
-    drawn_xy,
-    interpolate,
+    interval_of,
     is_lone,
     line_flags,
-    percentiles,
+    read_sides,
     widest_bracket,
 )
-from ads.report.curves import Axes, Curve, Point, Points, curve_label, group_by, left_out, make_curves
+from ads.report.curves import (
+    Axes,
+    Curve,
+    Point,
+    Points,
+    by_replicate,
+    curve_labels,
+    group_by,
+    make_curves,
+)
+from ads.report.experiments import NAIVE, Recipe, title_of
 from ads.report.gap import Gap
-from ads.report.numbers import seed_interval, show_setting
-from ads.report.recipes import NAIVE, Recipe, title_of
+from ads.report.numbers import show_setting
 from ads.report.results import ResultRow, show_knob
 
 ATTACKERS = ("attack", "student", "student_few_shot")  # settings of the attacker, with those of these stages:
@@ -131,7 +138,7 @@ def find_attackers(points: Points, recipes: Mapping[str, Recipe]) -> list[Attack
     for name in sorted({*groups, *emptied}, key=lambda name: (name != main_attack(points), name)):
         found = list(groups.get(name, {}).values()) or [{}]
         rows = [curve.points[0].row for curves in found for curve in curves.values()]
-        differing = [key for key in results.differing(rows) if is_attackers(key) and key not in results.SEEDS]
+        differing = list(filter(is_attackers, results.differing(rows, results.SEEDS)))
         label = title_of(recipes, name)
         for curves in found:
             told = [curve.points[0].row for curve in curves.values()][:1] if len(found) > 1 else []
@@ -156,13 +163,13 @@ def find_defences(attackers: Sequence[Attacker]) -> list[Defence]:
     """The defences that any attacker has students of, in the order of the arms."""
     curves = [(key, curve) for attacker in attackers for key, curve in attacker.curves.items()]
     rows = [point.row for _, curve in curves for point in curve.points]
-    names = [key for key in results.differing(rows) if not is_attackers(key) and key not in results.SEEDS]
+    names = [key for key in results.differing(rows, results.SEEDS) if not is_attackers(key)]
     groups = {
         key: [point for _, curve in same for point in curve.points]
         for key, same in group_by(curves, lambda pair: pair[0]).items()
     }
-    told = {name: left_out(name, [points[0].row for points in groups.values()]) for name in names}
-    found = [Defence(key, points[0].row.arm, curve_label(points, told)) for key, points in groups.items()]
+    labels = curve_labels(list(groups.values()), names)
+    found = [Defence(key, key[0], label) for key, label in zip(groups, labels, strict=True)]
     return sorted(found, key=lambda defence: LABELS.index(defence.arm))
 
 
@@ -189,9 +196,11 @@ def make_cells(
     missing = f"{NO_ROW} ({'; '.join(emptied)})" if emptied else NOT_REACHED
     if curve is None or not axes.graded(curve.line):
         return [replace(blank, is_own=True, note=missing if emptied else "no student")]
+    own = is_lone(curve)
+    points = axes.graded(curve.points if own else curve.line)
+    measured, drawn = read_sides(axes, [by_replicate(points)], None if own else levels, draws)
     cells = []
-    measured, drawn = read_curve(axes, curve, levels, draws)
-    for i, level in enumerate([None] if is_lone(curve) else levels):
+    for i, level in enumerate([None] if own else levels):
         found = {key: values[:, i] for key, values in measured.items() if np.isfinite(values[:, i]).all()}
         cell = replace(blank, level=level, is_own=level is None)
         if not found:
@@ -199,84 +208,40 @@ def make_cells(
             continue
         if level is None:
             cell = replace(cell, level=float(np.mean([price for price, _ in found.values()])))
-        resampled = {key: values[:, i] for key, values in drawn.items() if key in found}
+        resampled = {key: values[1, :, i] for key, values in drawn.items() if key in found}
         cell = fill_student(cell, found, resampled, draws.missing, len(measured))
         cell = fill_gap(cell, curve, found, resampled, gap)
         cells.append(replace(cell, flags=tuple(flags_of(axes, curve, found, level))))
     return cells
 
 
-Found = Mapping[Replicate, np.ndarray]
-
-
-def read_curve(axes: Axes, curve: Curve, levels: Levels, draws: Draws) -> tuple[Found, Found]:
-    """By replicate: price and students' accuracy (2, L) at each level; the accuracy (B, L) under resamples.
-
-    Random directions are read off one by one, and their mean is the replicate's.
-    """
-    own = is_lone(curve)
-    measured, drawn = {}, {}
-    for key, points in group_by(
-        curve.points if own else curve.line, lambda point: point.row.replicate
-    ).items():
-        lines = [graded for points in directions(points) if (graded := axes.graded(points))]
-        if not lines:
-            continue
-        measured[key] = np.mean([read_line(axes.xy(line), None if own else levels) for line in lines], axis=0)
-        resampled = [xy for line in lines if (xy := drawn_xy(axes, line, draws)) is not None]
-        if len(resampled) == len(lines):
-            drawn[key] = np.mean([read_line(xy, None if own else levels)[1] for xy in resampled], axis=0)
-    return measured, drawn
-
-
-def read_line(xy: np.ndarray, levels: Levels | None) -> np.ndarray:
-    """Price and accuracy (2, ..., L) at the levels of a curve x, y (2, ..., P); None: at its only point."""
-    if levels is None:
-        return xy.mean(axis=-1, keepdims=True)
-    students = interpolate(xy[0], xy[1], levels)
-    return np.stack([np.broadcast_to(levels, students.shape), students])
-
-
-def fill_student(cell: Cell, found: Found, drawn: Found, missing: str, num_measured: int) -> Cell:
+def fill_student(cell: Cell, found: Readings, drawn: Readings, missing: str, num_measured: int) -> Cell:
     """The cell with its accuracy, the mean over seeds, and that one's interval."""
     values = np.array([share for _, share in found.values()])
-    only = next(iter(drawn.values()), None)
-    low, high, note = interval_of(values, only, missing, 0.0, 1.0)
+    low, high, note = interval_of(values, list(drawn.values()), missing, least=0.0)
     reached = f"{len(found)} of {num_measured} seeds reach it" if len(found) < num_measured else ""
     note = "; ".join(filter(None, (note, reached)))
     return replace(cell, student=float(values.mean()), low=low, high=high, num_seeds=len(found), note=note)
 
 
-def fill_gap(cell: Cell, curve: Curve, found: Found, drawn: Found, gap: Gap) -> Cell:
+def fill_gap(cell: Cell, curve: Curve, found: Readings, drawn: Readings, gap: Gap) -> Cell:
     """The cell with its share of the gap: the mean over seeds of each seed's own."""
     rows = {point.row.replicate: point.row for point in curve.points}
     shares = [gap.share(rows[key], float(share)) for key, (_, share) in found.items()]
     if any(share is None for share in shares):
         return replace(cell, gap_note="no gap to share in, or no undistilled student")
     resampled = [gap.drawn_share(rows[key], students) for key, students in drawn.items()]
-    only = resampled[0] if resampled else None
-    low, high, _ = interval_of(np.array(shares), only, "", -np.inf, np.inf)
+    kept = [students for students in resampled[:1] if students is not None]
+    low, high, _ = interval_of(np.array(shares), kept, "", -np.inf, np.inf)
     return replace(cell, gap=float(np.mean(shares)), gap_low=low, gap_high=high)
 
 
-def interval_of(
-    values: np.ndarray, drawn: np.ndarray | None, missing: str, least: float, most: float
-) -> Interval:
-    """The t interval over seeds; of one seed the percentiles of what was drawn, over its problems only."""
-    if len(values) > 1:
-        low, high = map(float, seed_interval(values, least, most))
-        return (low, high, "") if np.isfinite(low) else (None, None, "no interval: the seeds do not differ")
-    if drawn is None:
-        return None, None, f"no interval: {missing}"
-    return percentiles(drawn)
-
-
-def flags_of(axes: Axes, curve: Curve, found: Found, level: float | None) -> list[str]:
+def flags_of(axes: Axes, curve: Curve, found: Readings, level: float | None) -> list[str]:
     """What makes a reading doubtful, as it does a comparison of two curves."""
     texts: dict[str, None] = {}
     if level is None:
         return []
-    for key, points in group_by(curve.line, lambda point: point.row.replicate).items():
+    for key, points in by_replicate(curve.line).items():
         for line in directions(points) if key in found else ():
             flags = line_flags(axes, line, level, widest_bracket(axes, [line]))
             texts |= dict.fromkeys(f"{kind}: {case}" for kind, case in flags)

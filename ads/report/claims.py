@@ -11,9 +11,9 @@ import numpy as np
 
 from ads.report.bootstrap import Draws
 from ads.report.compare import Levels, Match, Measured, choose_levels, common_range, compare, directions
-from ads.report.curves import Axes, Curve, by_setting, group_by, pair_up, pooled
-from ads.report.numbers import show_interval, show_number
-from ads.report.results import ANSWERS, PRICES, ResultRow, Rows, graded, show_knob
+from ads.report.curves import Axes, Curve, by_replicate, by_setting, group_by, pair_up, pooled
+from ads.report.numbers import show_interval, show_number, show_span
+from ads.report.results import PRICES, ResultRow, Rows, graded, show_knob
 from ads.report.words import MARK, elicited, join_words, mark
 
 RAW = "raw"
@@ -49,10 +49,6 @@ class Difference:
     least: float
     most: float = np.inf
     level: float | None = None
-
-    @property
-    def arms(self) -> tuple[str, str, str]:
-        return self.first, self.second, self.price
 
 
 DIFFERENCES = (
@@ -93,10 +89,9 @@ def make_claims(curves: Sequence[Curve], baselines: Rows, draws: Draws) -> list[
     arms = choose_arms(curves)
     if not arms:
         return []
-    matches = {asked.arms: compare_two(arms, *asked.arms, draws) for asked in DIFFERENCES}
     claims = [base_claim(arms["temperature"], baselines), clean_claim(arms["temperature"])]
     for asked in DIFFERENCES:
-        claims += difference_claims(asked, arms, matches[asked.arms])
+        claims += difference_claims(asked, arms, compare_two(asked, arms, draws))
     return claims
 
 
@@ -155,16 +150,13 @@ def clean_claim(temperature: Curve) -> Claim:
     return replace(claim, note=show_knob(rows[0]))
 
 
-def compare_two(
-    arms: Mapping[str, Curve], first: str, second: str, price: str, draws: Draws
-) -> list[Match] | None:
+def compare_two(asked: Difference, arms: Mapping[str, Curve], draws: Draws) -> list[Match] | None:
     """The matches of two arms at the claims' levels, by raw answers; None where an arm is missing."""
-    if not (first in arms and second in arms):
+    if not (asked.first in arms and asked.second in arms):
         return None
-    pair, axes = (arms[first], arms[second]), Axes(RAW, price)
-    levels = accuracies_for(pair, axes) if price == "accuracy" else choose_levels([pair], axes)
-    found = compare([pair], dict.fromkeys(ANSWERS, levels), draws, price)
-    return [match for match in found if match.answers == RAW]
+    pair, axes = (arms[asked.first], arms[asked.second]), Axes(RAW, asked.price)
+    levels = accuracies_for(pair, axes) if asked.price == "accuracy" else choose_levels([pair], axes)
+    return compare([pair], axes, levels, draws)
 
 
 def accuracies_for(pair: tuple[Curve, Curve], axes: Axes) -> Levels:
@@ -175,7 +167,7 @@ def accuracies_for(pair: tuple[Curve, Curve], axes: Axes) -> Levels:
     low, high = common_range(pair, axes)
     if pair[0].arm == "temperature" or low <= max(LEVELS) or low >= high:
         return LEVELS
-    seeds = [group_by(axes.graded(curve.line), lambda point: point.row.replicate) for curve in pair]
+    seeds = [by_replicate(axes.graded(curve.line)) for curve in pair]
     lowest = max(axes.xy(points)[0].min() for side in seeds for points in side.values())
     return (float(np.ceil(1000 * lowest) / 1000),)
 
@@ -226,14 +218,8 @@ def show_directions(curve: Curve | None) -> str:
     """How many random directions a seed's reading is the mean of, where they are several."""
     if curve is None or curve.arm != "random direction":
         return ""
-    seeds = group_by(curve.points, lambda point: point.row.replicate).values()
-    num = [len(directions(points)) for points in seeds]
+    num = [len(directions(points)) for points in by_replicate(curve.points).values()]
     return f"mean of {show_span(num)} directions a seed" if max(num) > 1 else ""
-
-
-def show_span(numbers: Iterable[int]) -> str:
-    ends = sorted(numbers)
-    return " to ".join(map(str, dict.fromkeys((ends[0], ends[-1]))))
 
 
 def who_harms_more(claim: Claim, asked: Difference) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ads.report import results
 from ads.report.bootstrap import NUM_DRAWS, Draws
-from ads.report.curves import Axes, Curve, Point, Points, by_setting, group_by, knobs, pair_up
+from ads.report.curves import Axes, Curve, Point, Points, by_replicate, by_setting, group_by, knobs, pair_up
 from ads.report.numbers import seed_interval
 from ads.report.results import ANSWERS, NO_SHARE, POOLED, PRICES, TESTS, show_knob
 
@@ -23,7 +23,7 @@ Pairs = Sequence[tuple[Curve, Curve]]
 Levels = Sequence[float]
 Replicate = tuple[int, int | None]  # its seeds
 Sides = Sequence[Mapping[Replicate, Points]]
-Readings = Mapping[Replicate, np.ndarray]  # the price, the first curve's student, the other's
+Readings = Mapping[Replicate, np.ndarray]  # the price, each curve's student
 Measured = Any  # a float, or None where there is none
 Interval = tuple[Measured, Measured, str]  # low, high, why there are none
 
@@ -75,11 +75,9 @@ def interpolate(x: np.ndarray, y: np.ndarray, levels: Levels | np.ndarray) -> np
 
 def compare_arms(curves: Sequence[Curve], levels: Levels | None, draws: Draws) -> list[Match]:
     """The arms at equal teacher accuracies, those given or else the usual ones, and at each other price."""
-    pairs, matches = pair_up(curves), []
-    for price in PRICES:
-        chosen = {answers: levels_at(pairs, Axes(answers, price), levels) for answers in ANSWERS}
-        matches += compare(pairs, chosen, draws, price)
-    return matches
+    pairs = pair_up(curves)
+    every = [Axes(answers, price) for price in PRICES for answers in ANSWERS]
+    return [match for axes in every for match in compare(pairs, axes, levels_at(pairs, axes, levels), draws)]
 
 
 def levels_at(pairs: Pairs, axes: Axes, levels: Levels | None) -> Levels:
@@ -112,18 +110,14 @@ def common_range(pair: tuple[Curve, Curve], axes: Axes) -> tuple[float, float]:
     return max(lows), min(max(found, default=-np.inf) for found in prices)
 
 
-def compare(pairs: Pairs, levels: Mapping[str, Levels], draws: Draws, price: str = "accuracy") -> list[Match]:
-    """A Match per pair of curves, answers and level (`levels`: {answers: prices}).
-
-    An arm of one setting is compared at its own price.
-    """
+def compare(pairs: Pairs, axes: Axes, levels: Levels, draws: Draws) -> list[Match]:
+    """A Match per pair of curves and level; an arm of one setting is compared at its own price."""
     arms = [curve.arm for _, curve in pairs]
     matches = []
-    for axes in (Axes(answers, price) for answers in ANSWERS):
-        for first, curve in pairs:
-            name = curve.arm if arms.count(curve.arm) == 1 and not curve.caps else curve.short_label
-            found = compare_pair(axes, first, curve, name, levels[axes.answers], draws)
-            matches += found if curve.arm == "ADS" and not curve.caps else without_gaps(found)
+    for first, curve in pairs:
+        name = curve.arm if arms.count(curve.arm) == 1 and not curve.caps else curve.short_label
+        found = compare_pair(axes, first, curve, name, levels, draws)
+        matches += found if curve.arm == "ADS" and not curve.caps else without_gaps(found)
     return matches
 
 
@@ -140,7 +134,7 @@ def compare_pair(
     points, at = (other.points, [None]) if is_lone(other) else (other.line, levels)
     if not axes.graded(points):
         return []
-    sides = [group_by(side, lambda point: point.row.replicate) for side in (first.line, points)]
+    sides = [by_replicate(side) for side in (first.line, points)]
     measured, drawn = read_sides(axes, sides, None if is_lone(other) else levels, draws)
     matches = []
     for i, level in enumerate(at):
@@ -157,26 +151,25 @@ def is_lone(curve: Curve) -> bool:
 
 
 def read_sides(axes: Axes, sides: Sides, levels: Levels | None, draws: Draws) -> tuple[Readings, Readings]:
-    """What is read off at the levels, as measured (3, L) and under resampled problems (3, B, L).
+    """What is read off one curve or two at the levels, or at the last one's own price where there are none:
+    as measured (1 + sides, L) and under resampled problems (1 + sides, B, L).
 
     Random directions of a replicate are read off one by one, and their mean is the replicate's.
     """
+    *others, last = sides
     measured: dict[Replicate, np.ndarray] = {}
     drawn: dict[Replicate, np.ndarray] = {}
-    for key in [key for key in sides[1] if key in sides[0]]:
-        lines = [axes.graded(points) for points in (sides[0][key], *directions(sides[1][key]))]
-        if not all(lines):
+    for key in (key for key in last if all(key in side for side in others)):
+        beside = [axes.graded(side[key]) for side in others]
+        lines = [axes.graded(points) for points in directions(last[key])]
+        if not all((*beside, *lines)):
             continue
-        measured[key] = mean_reading([axes.xy(points) for points in lines], levels)
-        resampled = [xy for points in lines if (xy := drawn_xy(axes, points, draws)) is not None]
-        if len(resampled) == len(lines):
-            drawn[key] = mean_reading(resampled, levels)
+        readings = [[axes.xy(points) for points in (*beside, line)] for line in lines]
+        measured[key] = np.mean([read_off(reading, levels) for reading in readings], axis=0)
+        resampled = [[drawn_xy(axes, points, draws) for points in (*beside, line)] for line in lines]
+        if not any(xy is None for reading in resampled for xy in reading):
+            drawn[key] = np.mean([read_off(reading, levels) for reading in resampled], axis=0)
     return measured, drawn
-
-
-def mean_reading(lines: Sequence[np.ndarray], levels: Levels | None) -> np.ndarray:
-    """What is read off the first line and each other one, their mean."""
-    return np.mean([read_off(lines[0], other, levels) for other in lines[1:]], axis=0)
 
 
 def directions(points: Points) -> list[list[Point]]:
@@ -186,11 +179,12 @@ def directions(points: Points) -> list[list[Point]]:
     return [[*start, *group] for group in groups.values()] or [start]
 
 
-def read_off(first: np.ndarray, other: np.ndarray, levels: Levels | None) -> np.ndarray:
-    """(3, ..., L): price, the first curve's student, the other's; curves are x, y (2, ..., P)."""
+def read_off(lines: Sequence[Any], levels: Levels | None) -> np.ndarray:
+    """(1 + lines, ..., L): price, and each line's students there; a line is x, y (2, ..., P)."""
+    last = lines[-1]
     if levels is None:
-        return np.stack([other[0], interpolate(first[0], first[1], other[0]), other[1]])
-    students = [interpolate(curve[0], curve[1], levels) for curve in (first, other)]
+        return np.stack([last[0], *(interpolate(x, y, last[0]) for x, y in lines[:-1]), last[1]])
+    students = [interpolate(x, y, levels) for x, y in lines]
     return np.stack([np.broadcast_to(levels, students[0].shape), *students])
 
 
@@ -216,10 +210,8 @@ def fill(match: Match, measured: Readings, drawn: Readings, missing: str) -> Mat
     match = replace(match, level=level, temperature=first, student=other, num_seeds=len(paired))
     if not paired:
         return replace(match, note="not reached by both" if measured else "no seed in common")
-    if len(paired) > 1:
-        low, high, note = over_seeds(found[1] - found[2])
-    else:
-        low, high, note = over_problems(drawn.get(paired[0]), missing)
+    resampled = [drawn[key][1] - drawn[key][2] for key in paired if key in drawn]
+    low, high, note = interval_of(found[1] - found[2], resampled, missing)
     return replace(match, difference=first - other, low=low, high=high, note=note)
 
 
@@ -233,22 +225,16 @@ def reached_by(measured: Readings) -> list[Replicate]:
     return [key for key, values in measured.items() if np.isfinite(values).all()]
 
 
-def over_seeds(differences: np.ndarray) -> Interval:
-    """The t interval over seeds."""
-    low, high = map(float, seed_interval(differences))
-    if not np.isfinite(low):
-        return None, None, "no interval: the seeds do not differ"
-    return low, high, ""
-
-
-def over_problems(drawn: np.ndarray | None, missing: str) -> Interval:
-    """What one seed's differences (3, B) under resampled problems span: their 95 % percentile interval.
-
-    It knows nothing of how seeds differ.
+def interval_of(
+    values: np.ndarray, drawn: Sequence[np.ndarray], missing: str, least: float = -1.0, most: float = 1.0
+) -> Interval:
+    """The t interval over seeds; of one seed what its readings (B,) under resampled problems span, which
+    knows nothing of how seeds differ. No value can lie beyond `least` and `most`.
     """
-    if drawn is None:
-        return None, None, f"no interval: {missing}"
-    return percentiles(drawn[1] - drawn[2])
+    if len(values) > 1:
+        low, high = map(float, seed_interval(values, least, most))
+        return (low, high, "") if np.isfinite(low) else (None, None, "no interval: the seeds do not differ")
+    return percentiles(drawn[0]) if drawn else (None, None, f"no interval: {missing}")
 
 
 def percentiles(drawn: np.ndarray) -> Interval:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ads.report import results
-from ads.report.numbers import pooled_interval, show_setting
+from ads.report.numbers import pooled_interval, show_setting, show_span
 from ads.report.results import SYMBOLS, ResultRow, Rows
 
 T = TypeVar("T")
@@ -80,6 +80,10 @@ def group_by(items: Iterable[T], key: Callable[[T], Any]) -> dict[Any, list[T]]:
     return groups
 
 
+def by_replicate(points: Iterable["Point"]) -> dict[tuple[int, int | None], list["Point"]]:
+    return group_by(points, lambda point: point.row.replicate)
+
+
 def pool_copies(points: Iterable[Point]) -> list[Point]:
     """The complete points; those with the same settings and seeds as one, the mean of their numbers."""
     pooled = []
@@ -97,13 +101,18 @@ def what_was_run(point: Point) -> tuple:
 def make_curves(points: Iterable[Point]) -> list[Curve]:
     """The curves through the complete points, in the order of the arms."""
     points = pool_copies(points)
-    names = [key for key in results.differing([point.row for point in points]) if key not in results.SEEDS]
+    names = results.differing([point.row for point in points], results.SEEDS)
     groups = list(group_by(points, curve_of).values())
-    told = {key: left_out(key, [group[0].row for group in groups]) for key in names}
     return [
-        Curve(group[0].row.arm, curve_label(group, told), group, find_start(points, group[0].row))
-        for group in groups
+        Curve(group[0].row.arm, label, group, find_start(points, group[0].row))
+        for group, label in zip(groups, curve_labels(groups, names), strict=True)
     ]
+
+
+def curve_labels(groups: Sequence[Points], names: Iterable[str]) -> list[str]:
+    """The labels of curves by their points; `names`: the settings in which they differ."""
+    told = {name: left_out(name, [points[0].row for points in groups]) for name in names}
+    return [curve_label(points, told) for points in groups]
 
 
 def left_out(key: str, curves: Rows) -> Any:
@@ -138,9 +147,8 @@ def curve_label(points: Points, told: Mapping[str, Any]) -> str:
     columns = [point.row.columns for point in points]
     first, parts = columns[0], [points[0].row.arm]
     for key in ("tau", "lam") if points[0].row.lam else ("tau",):
-        values = results.values_of(columns, key)
-        ends = dict.fromkeys((values[0], values[-1]))
-        parts.append(f"{SYMBOLS[key]} = {' to '.join(map(show_setting, ends))}")
+        span = show_span(results.values_of(columns, key), show_setting)
+        parts.append(f"{SYMBOLS[key]} = {span}")
     named = [name for name, default in told.items() if first.get(name) not in (None, default)]
     parts += [results.show_named(name, first[name]) for name in named]
     return ", ".join(parts)

@@ -6,19 +6,18 @@ Clean are the traces of the same seed without a defence, at the lowest temperatu
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ads.data.tables import read_columns
 from ads.data.text import has_loop, is_foreign, num_equations
 from ads.report.attackers import defence_of
 from ads.report.curves import Point, Points, group_by
-from ads.report.numbers import seed_interval, show_interval, show_number, show_setting
-from ads.report.results import SYMBOLS
+from ads.report.experiments import read_beside
+from ads.report.numbers import Z, seed_interval, show_interval, show_number
+from ads.report.results import knob_of
 from ads.report.worst import HALVES, half_of
-from ads.stage.errors import UserError
 
 CAPTION = (
     "AUC of a classifier (logistic regression on the features and their products) of single training traces, "
@@ -27,7 +26,6 @@ CAPTION = (
 )
 FEATURES = ("NLL under the teacher", "loops", "foreign script", "sums that do not hold", "length")
 MOST_TRACES = 500  # of each dataset: reading their text is what takes time
-Z = 1.959964  # of a 95 % normal interval
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,9 @@ class Detection:
     low: float | None
     high: float | None
     num_seeds: int
-    num_traces: int = 0
-    feature: str = ""
-    alone: float = 0.5
+    num_traces: int
+    feature: str
+    alone: float
 
 
 def detect(points: Points, labels: Mapping[Any, str]) -> list[Detection]:
@@ -103,9 +101,8 @@ def lowest_tau(points: Points) -> dict[tuple, Point]:
 def read_traces(train: Mapping[str, Any]) -> Traces | None:
     """The features of a dataset's traces, of MOST_TRACES of its problems; None where its table lacks them."""
     text = train["config"].get("trace_colname", "trace")
-    try:
-        table = read_columns(train["path"].with_suffix(".parquet"), ("id", text, "teacher_nll", "num_tokens"))
-    except UserError:
+    table = read_beside(train, ("id", text, "teacher_nll", "num_tokens"))
+    if table is None:
         return None
     chosen = sorted(range(len(table["id"])), key=lambda i: hashlib.sha256(table["id"][i].encode()).digest())
     chosen = chosen[:MOST_TRACES]
@@ -139,10 +136,8 @@ def measure(point: Point, label: str, pairs: Sequence[tuple[Traces, Traces]]) ->
     alone = [best_way(labels_N, column_N) for column_N in features_NF.T]
     best, row = int(np.argmax(alone)), point.row
     ends = (low, high) if np.isfinite(low) else (None, None)
-    num_traces = sum(len(defended.halves_N) for _, defended in pairs)
-    auc = float(np.mean(aucs))
-    detection = Detection(row.arm, row.tau, row.lam, label, auc, ends[0], ends[1], len(pairs))
-    return replace(detection, num_traces=num_traces, feature=FEATURES[best], alone=alone[best])
+    numbers = float(np.mean(aucs)), *ends, len(pairs), sum(len(traces.halves_N) for _, traces in pairs)
+    return Detection(row.arm, row.tau, row.lam, label, *numbers, FEATURES[best], alone[best])
 
 
 def of_half(traces: Traces, half: int) -> Traces:
@@ -201,8 +196,8 @@ def cells(detections: Sequence[Detection]) -> list[list[str]]:
     """Header and lines of the table."""
     lines = [["defence", "setting", "AUC", "95 % interval", "best feature alone", "seeds", "traces"]]
     for found in detections:
-        key, value = ("lam", found.lam) if found.lam else ("tau", found.tau)
-        knob, alone = f"{SYMBOLS[key]} {show_setting(value)}", f"{found.feature} {show_number(found.alone)}"
+        alone = f"{found.feature} {show_number(found.alone)}"
         numbers = [show_number(found.auc), show_interval(found.low, found.high), alone]
-        lines.append([found.label, knob, *numbers, str(found.num_seeds), str(found.num_traces)])
+        sizes = [str(found.num_seeds), str(found.num_traces)]
+        lines.append([found.label, knob_of(found.tau, found.lam), *numbers, *sizes])
     return lines if detections else []

@@ -25,10 +25,14 @@ def warning_lines(experiments: Iterable[Experiment], points: Sequence[Point] = (
     lines = []
     for kind, same in group_by([*found, *point_doubts(points)], lambda doubt: doubt[0]).items():
         cases = sorted({(badness, short_name(case)) for _, badness, case in same}, reverse=True)
-        named = ", ".join(case for _, case in cases[:NUM_NAMED])
-        more = f" and {len(cases) - NUM_NAMED} more" if len(cases) > NUM_NAMED else ""
-        lines.append(f"WARNING: {kind}: {named}{more}")
+        lines.append(f"WARNING: {kind}: {name_some([case for _, case in cases])}")
     return lines
+
+
+def name_some(cases: Sequence[str]) -> str:
+    """The first cases by name, and how many more there are."""
+    more = f" and {len(cases) - NUM_NAMED} more" if len(cases) > NUM_NAMED else ""
+    return f"{', '.join(cases[:NUM_NAMED])}{more}"
 
 
 def point_doubts(points: Sequence[Point]) -> Iterator[Doubt]:

@@ -5,14 +5,14 @@ names of grid points are never parsed.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ads.arms import DEFENCES
+from ads.data.tables import read_columns
 from ads.report.curves import group_by
-from ads.report.recipes import NAIVE, Recipe, read_recipes, recipes_of
 from ads.stage import files, hub, layout
 from ads.stage.errors import MissingInputError, UserError
 from ads.stage.sidecar import upgraded
@@ -24,7 +24,17 @@ TRACE_KEYS = ("exp_dir", "teacher", "is_teacher", "data_split", "few_shot", *SAM
 ATTACK_KEYS = ("attack", "traces", "seed")
 MODEL_KEYS = ("student", "train_traces", "seed")
 CLEAN = "clean_traces"
+NAIVE = "naive"  # the attack that curves and claims are about
 ATTACK_TRACES = ("traces", CLEAN, "samples", "holdout_traces")  # what an attack may read of others
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """attacks/NAME.yaml, as far as a report needs it."""
+
+    label: str
+    threat: Mapping[str, Any] = field(default_factory=dict)
+    attack: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,6 +163,14 @@ def load_sidecar(path: Path, config_keys: Iterable[str]) -> Sidecar:
     return {**sidecar, "config": config, "path": path}
 
 
+def read_beside(sidecar: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, list] | None:
+    """Columns of the table beside a sidecar; None where they are not there."""
+    try:
+        return read_columns(sidecar["path"].with_suffix(".parquet"), names)
+    except UserError:
+        return None
+
+
 def has_changed(reader: Sidecar, name: str, writer: Sidecar, output: str = "") -> bool:
     """Whether what one stage read is no longer what another wrote, its table of traces unless `output` names
     something else; old sidecars do not say."""
@@ -215,3 +233,44 @@ def attack_names(experiment: Experiment, stages: Stages, student: Sidecar) -> li
     if named and not (attack and named == NAIVE):
         return [named]
     return recipes_of(experiment.recipes, attack["config"]) if attack else [""]
+
+
+def read_recipes(exp_dir: Path) -> dict[str, Recipe]:
+    """{name: recipe} of EXP_DIR/attacks/."""
+    return {path.stem: read_recipe(path) for path in layout.all_of("recipe", exp_dir)}
+
+
+def title_of(recipes: Mapping[str, Recipe], attack: str) -> str:
+    """An attack by its name, and its label where there is one."""
+    label = recipes[attack].label if attack in recipes else attack
+    return attack if label == attack else f"{attack}: {label}"
+
+
+def all_recipes(experiments: Iterable[Experiment]) -> dict[str, Recipe]:
+    """The recipes of several experiments; of one name, the first."""
+    return {name: recipe for e in reversed(list(experiments)) for name, recipe in e.recipes.items()}
+
+
+def read_recipe(path: Path) -> Recipe:
+    found = files.read_yaml(path)
+    parts = {name: found.get(name) or {} for name in ("threat", "attack")}
+    if not all(isinstance(part, dict) for part in parts.values()):
+        raise UserError(f"{path} is not the recipe of an attack: threat and attack hold key: value")
+    return Recipe(str(found.get("label", path.stem)), **parts)
+
+
+def recipes_of(recipes: Mapping[str, Recipe], config: Mapping[str, Any]) -> list[str]:
+    """The recipes that ask attack.py for these settings, by name; where none does, its own name."""
+    asked = {name: recipe.attack for name, recipe in recipes.items() if recipe.attack}
+    fitting = [
+        name for name, words in asked.items() if all(agrees(words[key], config.get(key)) for key in words)
+    ]
+    return fitting or [config["attack"]]
+
+
+def agrees(asked: object, done: object) -> bool:
+    """Whether a value of a recipe is that of a stage, which read it as a word."""
+    try:
+        return float(str(asked)) == float(str(done))
+    except ValueError:
+        return str(asked) == str(done)

@@ -14,10 +14,9 @@ from ads.report.bootstrap import load_draws
 from ads.report.compare import Levels, Match, compare_arms
 from ads.report.curves import Curve, Point, all_rows, by_setting, make_curves
 from ads.report.doubts import unpaired_lines, warning_lines
-from ads.report.experiments import Experiment, Sidecar, load_experiments
+from ads.report.experiments import Experiment, Sidecar, all_recipes, load_experiments
 from ads.report.numbers import ONE_SEED, short_name, show_number
 from ads.report.points import collect_own, collect_points, collect_undistilled
-from ads.report.recipes import all_recipes
 from ads.report.results import PRICES, ResultRow, answers_of, show_accuracy, values_of
 from ads.stage.errors import UserError
 
@@ -150,9 +149,10 @@ def headline_doubt(findings: Findings) -> str:
 
 def main_finding(findings: Findings) -> str:
     """The finding on the students of one attack, where it is not the headline."""
-    finding = words.finding(findings.curves, findings.matches)
-    is_second = headline(findings) != finding
-    return attack_tables.main_alone(findings.attacked, finding) if is_second else ""
+    finding, attacks = words.finding(findings.curves, findings.matches), findings.attacked.attacks
+    if headline(findings) == finding:
+        return ""
+    return f"The attack {attacks[0]} alone: {finding[:1].lower()}{finding[1:]}" if attacks else finding
 
 
 def small_tables(findings: Findings, is_brief: bool = False) -> dict[str, tables.Cells]:

@@ -1,12 +1,15 @@
 """How a report shows numbers, and the 95 % intervals it gives them."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ads.data.traces import wilson_interval
 
 NBSP = "\N{NO-BREAK SPACE}"
+Z = 1.959964  # of a 95 % normal interval
 ONE_SEED = "this seed's problems only"  # what an interval of one seed is about
 
 
@@ -55,6 +58,12 @@ def show_percent(share: float | None, digits: int = 3, space: str = " ") -> str:
 
 def show_interval(low: float | None, high: float | None) -> str:
     return "-" if low is None else f"[{show_number(low)}, {show_number(high)}]"
+
+
+def show_span(values: Iterable[Any], show: Callable[[Any], str] = str, separator: str = " to ") -> str:
+    """The least and the largest value, as in "2 to 3"; one where both are shown alike."""
+    ends = sorted(values)
+    return separator.join(dict.fromkeys((show(ends[0]), show(ends[-1]))))
 
 
 def show_seeds(num_seeds: int) -> str:

@@ -23,9 +23,9 @@ from ads.report import (
     tables,
     words,
 )
+from ads.report.attacked import Line
 from ads.report.compare import Match
 from ads.report.curves import Curve
-from ads.report.details import Line
 from ads.report.numbers import NBSP
 from ads.report.results import ANSWERS, PRICES, Rows, distinct_answers
 
@@ -104,7 +104,7 @@ def attack_parts(found: findings.Findings, answers: Mapping[str, str]) -> dict[s
     return {
         "matrix": [table for table in matrix if table.answers in answers],
         "cards": attack_tables.card_cells(found.attacked),
-        "worst_legend": legend(found.attacked.curves, found.baselines) + own_legend(found.attacked.own_lines),
+        "worst_legend": legend(found.attacked.curves, found.baselines, found.attacked.own_lines),
     }
 
 
@@ -130,22 +130,15 @@ def script_hash() -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def legend(curves: Sequence[Curve], baselines: Rows) -> list[dict[str, str]]:
-    """What each line of the trade-off is, without repetitions."""
+def legend(curves: Sequence[Curve], baselines: Rows, own: Iterable[Line] = ()) -> list[dict[str, str]]:
+    """What each line of the trade-off is, without repetitions; `own`: students of no published trace."""
     lines = [(curve.arm, look, curve.label) for curve, look in looks.looks(curves)]
     drawn = [label for answers in ANSWERS for label in words.elicited(baselines, answers)]
     lines += [("undistilled", looks.LEVEL, label) for label in drawn]
+    lines += [("undistilled", looks.OWN, line["attacker"]) for line in own]
     return [
         {"colour": looks.variable(arm), "key": looks.key_svg(arm, look), "label": label}
         for arm, look, label in dict.fromkeys(lines)
-    ]
-
-
-def own_legend(lines: Iterable[Line]) -> list[dict[str, str]]:
-    """The students that need no published trace, among the worst ones."""
-    key = looks.key_svg("undistilled", looks.OWN)
-    return [
-        {"colour": looks.variable("undistilled"), "key": key, "label": line["attacker"]} for line in lines
     ]
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 from ads.report.bootstrap import Test, read_answers
 from ads.report.experiments import TRACE_KEYS, Sidecar, is_attack, load_sidecar
-from ads.report.numbers import show_interval, show_number
+from ads.report.numbers import Z, show_interval, show_number
 from ads.report.results import ANSWERS
 from ads.stage import layout
 from ads.stage.errors import MissingInputError, UserError
-
-Z = 1.959964  # of a 95 % normal interval
 
 
 @dataclass(frozen=True)
@@ -131,5 +129,4 @@ def show_pair(pair: Pair) -> str:
 
 def record(pairs: Sequence[Pair]) -> dict[str, Any]:
     """{answers: numbers}, for the last line."""
-    found = {pair.answers: asdict(pair) for pair in pairs}
-    return {name: {k: v for k, v in numbers.items() if k != "answers"} for name, numbers in found.items()}
+    return {pair.answers: {k: v for k, v in asdict(pair).items() if k != "answers"} for pair in pairs}

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 
 from ads.arms import LABELS
-from ads.report import numbers, results
+from ads.report import results
+from ads.report.attacked import Attacked
 from ads.report.compare import Match
 from ads.report.curves import Axes, Curve, all_rows, by_setting, knobs, pooled
-from ads.report.drawn import Drawn, Label, Triple, arm_label, show_amount, show_shares
-from ads.report.looks import COLOURS, LEVEL, LOOKS, MARKERS, Look, looks
-from ads.report.numbers import is_number, seed_interval, show_number, show_percent, show_seeds
-from ads.report.results import ANSWERS, PRICES, Number, ResultRow, Rows, show_knob
+from ads.report.figures import INK, MUTED, Drawn, Label, Panel, Triple, arm_label, show_amount, show_shares
+from ads.report.looks import COLOURS, LEVEL, LOOKS, MARKERS, OWN, Look, looks
+from ads.report.numbers import is_number, seed_interval, show_number, show_percent, show_seeds, show_setting
+from ads.report.results import ANSWERS, PRICES, Number, ResultRow, Rows, show_knob, show_knobs
 from ads.report.words import elicited, headline, in_points, mark
 
-INK, MUTED, GRID = "#1b2231", "#5b6474", "#e1e5ec"  # as in STYLE
-PANEL_SIZE = (4.6, 3.6)  # inches
 MOST_LOSS_MARKERS = 6  # on a line
 WIDE_SPAN = 50  # of prices, from the least to the largest
 NO_CONTROLS = ("temperature", "ADS", "negative lambda", "undistilled")
@@ -27,17 +26,6 @@ KNOBS = (  # of which arms there is a panel; the gradient's two share one
     *(("tau", ("temperature",)), ("lam", ("ADS", "negative lambda"))),
     *(("lam", (arm,)) for arm in LABELS if arm not in NO_CONTROLS),
 )
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One set of axes; `draw(axis)` fills it. `price`, `answers`: what it is about, where there is a panel of
-    each."""
-
-    title: str
-    draw: Callable[[Any], Drawn]
-    price: str = ""
-    answers: str = ""
 
 
 def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Match]) -> dict[str, list[Panel]]:
@@ -48,10 +36,8 @@ def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Matc
         for axes in (Axes(answers, price) for price in PRICES):
             if axes.price == "accuracy" or axes.graded_rows(rows):
                 shown = gap if gap and (gap.answers, gap.price) == (answers, axes.price) else None
-                price = "" if axes.price == "accuracy" else f", price in {PRICES[axes.price].short}"
                 draw = functools.partial(draw_tradeoff, axes, curves, baselines, shown)
-                title = f"{name.capitalize()} answers{price}"
-                panels["tradeoff"].append(Panel(title, draw, axes.price, answers))
+                panels["tradeoff"].append(price_panel(axes, f"{name.capitalize()} answers", draw))
         panels["knobs"] += knob_panels(Axes(answers), name, curves)
     for number in results.NUMBERS:
         if number.title and any(number.column in row.columns for row in rows):
@@ -61,6 +47,23 @@ def make_panels(curves: Sequence[Curve], baselines: Rows, matches: Iterable[Matc
         if any(loss_lines(curve, part) for curve in curves):
             panels["losses"].append(Panel(title, functools.partial(draw_losses, part, curves)))
     return panels
+
+
+def worst_panels(attacked: Attacked, baselines: Rows) -> dict[str, list[Panel]]:
+    """{"worst": a panel for each kind of answers and each price}: what each defence leaves to the best
+    attacker; none without several attackers."""
+    rows, panels = all_rows(attacked.curves), []
+    for answers, name in results.distinct_answers(rows).items() if rows else ():
+        for axes in (Axes(answers, price) for price in PRICES):
+            if axes.graded_rows(rows):
+                draw = functools.partial(draw_worst, axes, attacked, baselines)
+                panels.append(price_panel(axes, f"Worst student: {name} answers", draw))
+    return {"worst": panels} if panels else {}
+
+
+def price_panel(axes: Axes, title: str, draw: Callable[[Any], Drawn]) -> Panel:
+    price = "" if axes.price == "accuracy" else f", price in {PRICES[axes.price].short}"
+    return Panel(f"{title}{price}", draw, axes.price, axes.answers)
 
 
 def show_share(value: float, _position: int | None = None) -> str:
@@ -96,6 +99,19 @@ def draw_tradeoff(
     return drawn
 
 
+def draw_worst(axes: Axes, attacked: Attacked, baselines: Rows, axis: Any) -> Drawn:
+    """The worst students' curves as those of one attack are drawn, and what needs no published trace."""
+    drawn = draw_tradeoff(axes, attacked.curves, baselines, None, axis)
+    style = {"color": COLOURS["undistilled"], "linestyle": OWN.of_line, "linewidth": 1.4}
+    for line in attacked.own_lines:
+        start = f"student_{axes.answers}_"
+        if f"{start}accuracy" in line:
+            share, low, high = (line[f"{start}{name}"] for name in ("accuracy", "low", "high"))
+            axis.axhline(share, label=line["attacker"], **style)
+            drawn.add((line["attacker"], "-", "-", show_shares((share, low, high)), str(line["seeds"])))
+    return drawn
+
+
 def line_look(curve: Curve, look: Look) -> dict[str, Any]:
     """What draws a curve's line and markers."""
     style = {"color": COLOURS[curve.arm], "linestyle": look.of_line, "linewidth": 1.6}
@@ -123,13 +139,8 @@ def draw_curve(axis: Any, axes: Axes, curve: Curve, look: Look, drawn: Drawn) ->
         bars.set_alpha(0.45)
     show_price = show_amount if PRICES[axes.price].unit else show_shares
     for rows, price, student in zip(groups, prices, students, strict=True):
-        cells = curve.name, show_setting(rows[0]), show_price(price), show_shares(student), str(len(rows))
+        cells = curve.name, show_knobs(rows[0]), show_price(price), show_shares(student), str(len(rows))
         drawn.add(cells, (price[0], student[0]))
-
-
-def show_setting(row: ResultRow) -> str:
-    """Both knobs of an arm that has two."""
-    return ", ".join(show_knob(row, key) for key in ("lam", "tau") if key == "tau" or row.lam)
 
 
 def end_labels(axes: Axes, curve: Curve) -> list[Label]:
@@ -229,7 +240,7 @@ def draw_knob(axes: Axes, key: str, curves: Sequence[Curve], axis: Any) -> Drawn
             axis.errorbar(x, y, bars, **style)
             drawn.labels.append(Label(x[end], y[end], who, style["color"]))
         for value, rows, teacher, taught in zip(x, groups, *found.values(), strict=True):
-            texts = numbers.show_setting(value), show_shares(teacher), show_shares(taught)
+            texts = show_setting(value), show_shares(teacher), show_shares(taught)
             drawn.add((curve.name, *texts, str(len(rows))), (value, teacher[0]), (value, taught[0]))
     axis.margins(x=0.14)
     axis.set(xlabel=results.SYMBOLS[key])
@@ -274,7 +285,7 @@ def draw_trait_line(axis: Any, axes: Axes, number: Number, curve: Curve, look: L
     for price, value, is_own, rows in line:
         if is_own:
             cells = show_percent(price), number.show(value), str(len(rows))
-            drawn.add((curve.name, show_setting(rows[0]), *cells), (price, value))
+            drawn.add((curve.name, show_knobs(rows[0]), *cells), (price, value))
     if look == LOOKS[0] and any(owned):
         first = owned.index(True)
         drawn.labels.append(arm_label(x[first], y[first], curve.arm, curve.arm))
@@ -324,7 +335,7 @@ def draw_losses(part: str, curves: Sequence[Curve], axis: Any) -> Drawn:
             axis.plot(line.steps, line.losses, label=label, **style, markevery=every)
             for step, loss in list(zip(line.steps, line.losses, strict=True))[::every]:
                 cells = str(step), show_number(float(loss)), str(line.num_seeds)
-                drawn.add((curve.name, show_setting(line.row), *cells), (step, float(loss)))
+                drawn.add((curve.name, show_knobs(line.row), *cells), (step, float(loss)))
             if look == LOOKS[0] and line.strength == 1:
                 text = f"{curve.arm}, {show_knob(line.row)}"
                 drawn.labels.append(arm_label(line.steps[-1], float(line.losses[-1]), text, curve.arm))

@@ -8,6 +8,7 @@ from ads.arms import DELTA, LABELS, TEXTS, arm_of
 from ads.report.curves import Point
 from ads.report.experiments import (
     CLEAN,
+    NAIVE,
     SAMPLING_KEYS,
     Experiment,
     Sidecar,
@@ -17,7 +18,6 @@ from ads.report.experiments import (
     trained,
 )
 from ads.report.numbers import short_name
-from ads.report.recipes import NAIVE
 from ads.report.results import (
     CAPS,
     CONFIGS,
@@ -127,11 +127,6 @@ def data_name(trace: Sidecar) -> str:
 def collect_points(experiments: Iterable[Experiment]) -> list[Point]:
     """The grid points of all experiments, by arm, tau, lam and seed; exact repetitions once."""
     return in_order(point for e in experiments for point in points_of(e))
-
-
-def collect_baselines(experiments: Iterable[Experiment]) -> list[ResultRow]:
-    """The rows of the undistilled students."""
-    return [point.row for point in collect_undistilled(experiments)]
 
 
 def collect_undistilled(experiments: Iterable[Experiment]) -> list[Point]:

@@ -1,8 +1,11 @@
-"""The trace reader of the page: tokens of defended traces beside their clean twins, coloured by the score."""
+"""The trace reader of the page: tokens of defended traces beside their clean twins, coloured by the score.
+
+Below them stands what students wrote on a few test problems: those of such traces and those of clean ones.
+"""
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,10 @@ import numpy as np
 
 from ads.arms import ARMS, DELTA
 from ads.data.text import checked_equations
-from ads.report import answers
 from ads.report.curves import Point, group_by
-from ads.report.results import CAPS, ResultRow, show_knob
+from ads.report.experiments import read_beside
+from ads.report.numbers import show_percent
+from ads.report.results import CAPS, ResultRow, show_knobs
 from ads.stage import layout
 from ads.stage.errors import UserError
 
@@ -24,6 +28,10 @@ MAX_CONTRAST_BYTES = 3_000_000
 LEAST_PROBABILITY = 1e-9  # what a smaller one counts as
 LEAST_FLOAT = 1e-45  # of float32, which probabilities are computed in
 LEAST_SCALE = 0.3  # nats: shades of less would be of noise
+MAX_ANSWERS = 4  # problems of a test
+MAX_ANSWER_BYTES = 600_000  # of all students together
+MOST_CHARACTERS = 20_000  # of one answer
+Written = dict[str, Any]
 
 
 def load_contrasts(points: Sequence[Point]) -> dict[str, Any]:
@@ -35,7 +43,7 @@ def load_contrasts(points: Sequence[Point]) -> dict[str, Any]:
     kept = [point for point, problems in found if problems]
     loaded = [describe(point.row, problems) for point, problems in found if problems]
     shown: dict[str, Any] = {"points": loaded, "first": first_shown([point.row for point in kept])}
-    return shown | answers.of_students(kept, points)
+    return shown | load_students(kept, points)
 
 
 def describe(row: ResultRow, problems: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -86,8 +94,7 @@ def spread(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def contrast_label(row: ResultRow) -> str:
-    knobs = [show_knob(row, key) for key in ("lam", "tau") if key == "tau" or row.lam]
-    return f"{row.arm}: {', '.join([*knobs, *row.caps, f'seed {row.seed}'])}"
+    return f"{row.arm}: {', '.join([show_knobs(row), *row.caps, f'seed {row.seed}'])}"
 
 
 def read_contrast(path: Path, budget: int) -> list[dict[str, Any]]:
@@ -142,3 +149,69 @@ def short_float(value: float) -> float:
 def shift(token: list) -> float:
     """log(defended probability / clean probability), either of which may be 0."""
     return math.log(max(token[2], LEAST_PROBABILITY) / max(token[1], LEAST_PROBABILITY))
+
+
+def load_students(chosen: Sequence[Point], points: Sequence[Point]) -> dict[str, Any]:
+    """{students, pairs}: the students, and for each chosen point the places (its own, that of clean traces)
+    among them; None where answers are not there."""
+    clean = [clean_point(point, points) for point in chosen]
+    tests = {path: point for point in (*chosen, *clean) if (path := test_path(point)) is not None}
+    budget = MAX_ANSWER_BYTES // max(1, len(tests))
+    students: dict[Any, Written] = {}
+    for path, point in tests.items():
+        if point is not None and (written := read_answers(point, budget)):
+            accuracy = point.row.accuracy("student", "raw").share
+            students[path] = {"accuracy": show_percent(accuracy), "answers": written}
+    places = {path: i for i, path in enumerate(students)}
+    pairs = [[places.get(test_path(p)), places.get(test_path(c))] for p, c in zip(chosen, clean, strict=True)]
+    return {"students": list(students.values()), "pairs": pairs}
+
+
+def test_path(point: Point | None) -> Any:
+    """The sidecar of a point's test of its student."""
+    return point.stages["student"]["path"] if point is not None and "student" in point.stages else None
+
+
+def clean_point(point: Point, points: Sequence[Point]) -> Point | None:
+    """The temperature point of lowest tau of the same seeds, data, models and attack."""
+    names = ("seed", "student_seed", "data", "teacher", "student", "attack")
+    wanted = [getattr(point.row, name) for name in names]
+    plain = [p for p in points if p.row.arm == "temperature" and p.row.is_complete]
+    same = [p for p in plain if [getattr(p.row, name) for name in names] == wanted]
+    return min(same, key=lambda p: p.row.tau, default=None)
+
+
+def read_answers(point: Point, budget: int) -> list[Written]:
+    """The first problems of a test by id, so that all students' are the same, as many as fit the budget."""
+    test = point.stages["student"]
+    text = test["config"].get("trace_colname", "trace")
+    names = ("id", "problem", "solution", text, "finished", "is_raw_correct")
+    table = read_beside(test, names)
+    if table is None:
+        return []
+    written: list[Written] = []
+    for i in sorted(range(len(table["id"])), key=lambda i: order_of(table["id"][i]))[:MAX_ANSWERS]:
+        written.append(describe_answer({name: table[name][i] for name in names}, text))
+        budget -= len(json.dumps(written[-1]))
+        if budget < 0:
+            return written[:-1]
+    return written
+
+
+def order_of(problem: str) -> tuple:
+    """Numbers in an id by their size."""
+    return tuple((part.isdigit(), int(part) if part.isdigit() else 0, part) for part in problem.split("/"))
+
+
+def describe_answer(row: Mapping[str, Any], text: str) -> Written:
+    """An answer; `parts`: its text cut at equations that do not hold, [text, right result or None]."""
+    trace, parts, end = str(row[text])[:MOST_CHARACTERS], list[list[str | None]](), 0
+    for match, right in checked_equations(trace):
+        if right is not None:
+            parts += [[trace[end : match.start()], None], [match[0], right]]
+            end = match.end()
+    return {
+        **{key: str(row[key]) for key in ("id", "problem", "solution")},
+        **{"finished": bool(row["finished"]), "is_correct": bool(row["is_raw_correct"])},
+        "parts": [*parts, [trace[end:], None]],
+    }

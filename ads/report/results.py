@@ -4,7 +4,7 @@ A new number in tables and plots is a line of NUMBERS; a new price to compare ar
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -294,8 +294,8 @@ def concerns_defence(key: str) -> bool:
     return stage == "gradient" or name in DEFENCE_SETTINGS
 
 
-def differing(rows: Rows) -> list[str]:
-    """The settings in which rows differ, as few as tell the rows apart.
+def differing(rows: Rows, but: Container[str] = ()) -> list[str]:
+    """The settings in which rows differ, as few as tell the rows apart, without those of `but`.
 
     A cap is one where any row sets it. The student's seed is one only where it is not the seed of the traces.
     Where a setting of several stages differs between the same rows, the first stage's is named. Fingerprints
@@ -312,7 +312,7 @@ def differing(rows: Rows) -> list[str]:
     for key in [*(key for key in found.values() if key.endswith(FILES)), "recipe"]:
         if num_groups(columns, [*names, key]) > num_groups(columns, names) and values_of(columns, key)[1:]:
             names.append(key)
-    return names
+    return [name for name in names if name not in but]
 
 
 def num_groups(columns: Iterable[Columns], names: Iterable[str]) -> int:
@@ -350,6 +350,17 @@ def show_knob(row: ResultRow, key: str = "") -> str:
     """A row's tau or lam with its symbol, such as that of its arm's curve."""
     key = key or ("lam" if row.lam else "tau")
     return f"{SYMBOLS[key]} {show_setting(row.number(key))}"
+
+
+def knob_of(tau: float, lam: float) -> str:
+    """The knob of an arm's curve with its symbol: lam where it is not 0."""
+    key, value = ("lam", lam) if lam else ("tau", tau)
+    return f"{SYMBOLS[key]} {show_setting(value)}"
+
+
+def show_knobs(row: ResultRow) -> str:
+    """Both knobs of an arm that has two."""
+    return ", ".join(show_knob(row, key) for key in ("lam", "tau") if key == "tau" or row.lam)
 
 
 def row_name(row: ResultRow) -> str:

@@ -1,19 +1,18 @@
 """How large an experiment is, in words: its models, its problems, its seeds."""
 
-import json
 import math
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from ads.data.problems import GENERATED
 from ads.report.curves import Curve, by_setting
 from ads.report.experiments import Sidecar
-from ads.report.numbers import short_name
+from ads.report.numbers import short_name, show_span
 
 TOY = 10_000_000  # parameters: models of fewer are no language models
 MODELS = ("teacher", "proxy_student", "student")  # settings of stages
-MOST_HEADER = 100_000_000  # bytes, of a file of weights
 
 
 def in_words(
@@ -36,7 +35,7 @@ def models_in_words(found: Mapping[str, int | None]) -> str:
     if not found or None in found.values():
         return f"Models: {', '.join(found)}" if found else ""
     kind = "Toy models" if counts[-1] < TOY else "Models"
-    return f"{kind} of {' to '.join(dict.fromkeys(map(show_size, (counts[0], counts[-1]))))} parameters"
+    return f"{kind} of {show_span(counts, show_size)} parameters"
 
 
 def show_size(count: int) -> str:
@@ -49,11 +48,10 @@ def show_size(count: int) -> str:
 
 def seeds_in_words(curves: Iterable[Curve]) -> str:
     """Of the settings with the fewest and with the most seeds."""
-    found = sorted({len(rows) for curve in curves for rows in by_setting(curve.points).values()})
+    found = {len(rows) for curve in curves for rows in by_setting(curve.points).values()}
     if not found:
         return "no setting finished"
-    span = " to ".join(map(str, dict.fromkeys((found[0], found[-1]))))
-    return f"{span} seed{'' if found[-1] == 1 else 's'}"
+    return f"{show_span(found)} seed{'' if max(found) == 1 else 's'}"
 
 
 def count_parameters(sidecars: Iterable[Sidecar], shipped: Mapping[str, Path]) -> dict[str, int | None]:
@@ -72,14 +70,11 @@ def count_parameters(sidecars: Iterable[Sidecar], shipped: Mapping[str, Path]) -
 def count_in(folder: Path) -> int | None:
     """The numbers in a folder's files of weights, by their headers; None without such files."""
     try:
-        sizes = [numbers_in(path) for path in sorted(folder.glob("*.safetensors"))]
-    except (OSError, ValueError, LookupError, TypeError, struct.error):
+        return sum(map(numbers_in, folder.glob("*.safetensors"))) or None
+    except (OSError, SafetensorError):
         return None
-    return sum(sizes) or None
 
 
 def numbers_in(path: Path) -> int:
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(min(size, MOST_HEADER)))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    with safe_open(path, "numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

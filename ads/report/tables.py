@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ads.report import numbers, results
+from ads.report.attackers import Cell
 from ads.report.claims import RAW, Claim
 from ads.report.compare import Match
 from ads.report.curves import Curve, Point, all_rows, by_setting, group_by, pool_copies, pooled
@@ -54,7 +55,7 @@ def point_cells(rows: Rows) -> Cells:
     """A line per point, caps named with its arm; a setting has a column only where points differ in it."""
     if not rows:
         return []
-    settings = ["tau", "lam", *(key for key in results.differing(rows) if key not in results.CAPS)]
+    settings = ["tau", "lam", *results.differing(rows, results.CAPS)]
     tests = [(who, answers) for who in results.TESTS for answers in results.answers_of(rows)]
     shown = [
         n for n in results.NUMBERS if n.heading and (n.is_always or any(n.column in r.columns for r in rows))
@@ -175,9 +176,8 @@ def shared_settings(rows: Rows) -> str:
 
 def show_sizes(rows: Rows, separator: str) -> str:
     """The number of test problems; the least and the largest where numbers differ."""
-    found = {row.size(who) for row in rows for who in results.TESTS}
-    sizes = sorted(size for size in found if size is not None)
-    return separator.join(map(str, dict.fromkeys(sizes[:1] + sizes[-1:]))) or "-"
+    sizes = {row.size(who) for row in rows for who in results.TESTS} - {None}
+    return numbers.show_span(sizes, separator=separator) if sizes else "-"
 
 
 def aligned(cells: Cells, align: Callable[[str, int], str] = str.rjust) -> list[str]:
@@ -210,12 +210,12 @@ def result_line(row: ResultRow, flags: Iterable[str]) -> dict[str, Any]:
     return {**row.columns, "interval": f"Wilson, {numbers.ONE_SEED}", "flags": "; ".join(flags)}
 
 
-def match_line(match: Match) -> dict[str, Any]:
-    """A line of comparisons.csv."""
-    kind = "" if match.low is None else numbers.interval_kind(match.num_seeds)
-    found = {"rule": match.answers, **dataclasses.asdict(match), "flags": "; ".join(match.flags)}
-    del found["answers"]
-    return found | {"interval": f"problem bootstrap, {kind}" if kind == numbers.ONE_SEED else kind}
+def reading_line(found: Match | Cell) -> dict[str, Any]:
+    """A line of comparisons.csv or of matrix.csv."""
+    kind = "" if found.low is None else numbers.interval_kind(found.num_seeds)
+    line = {"rule": found.answers, **dataclasses.asdict(found), "flags": "; ".join(found.flags)}
+    del line["answers"]
+    return line | {"interval": f"problem bootstrap, {kind}" if kind == numbers.ONE_SEED else kind}
 
 
 def claim_line(claim: Claim) -> dict[str, Any]:

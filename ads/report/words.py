@@ -28,7 +28,7 @@ def by_label(baselines: Rows, answers: str | None = None) -> dict[str, list[Resu
 
     Ways of asking have other lengths, too: these are named only where nothing else tells two apart.
     """
-    names = [name for name in results.differing(baselines) if name not in SEEDS]
+    names = results.differing(baselines, SEEDS)
     more = [name for name in names if name not in ("student", "student_few_shot", "student_prefill")]
     labels = {}
     for label, group in group_by(baselines, lambda row: ask_label(row, "student" in names)).items():
@@ -100,8 +100,7 @@ def explain_no_finding(curves: Sequence[Curve]) -> str:
         return f"No point of {' or '.join(missing)} is complete yet: there is nothing to compare."
     if not any(curve.arm == "ADS" for _, curve in pair_up(curves)):
         first = [c.points[0].row for c in curves if c.arm in ("temperature", "ADS")]
-        names = [key for key in results.differing(first) if key not in SEEDS]
-        names = [key for key in names if not results.concerns_defence(key)]
+        names = [key for key in results.differing(first, SEEDS) if not results.concerns_defence(key)]
         what = ", ".join(map(results.show_name, names)) or "what one of them does not name"
         return f"The temperature and the ADS curve differ in {what}: nothing is compared."
     return "The temperature and the ADS curve have no teacher accuracy in common: nothing is compared."

@@ -12,8 +12,8 @@ from helpers_report import run, write_point, write_stage_1_and_2
 from scipy import stats
 
 import report
-from ads.report import attack_plots, attack_tables, findings, page
-from ads.report.details import SPENT
+from ads.report import attack_tables, findings, page, plots, tables
+from ads.report.attacked import SPENT
 from ads.report.worst import WORST
 from ads.stage import files
 
@@ -75,7 +75,7 @@ def test_one_seed_has_the_interval_of_its_problems(tmp_path):
         0.45 < cell.low < 0.56 and 0.64 < cell.high < 0.75
     )  # of 200 problems +- .068, read at a price that varies
     assert cell.gap_low < cell.gap < cell.gap_high
-    line = attack_tables.matrix_line(cell)
+    line = tables.reading_line(cell)
     assert (line["rule"], line["interval"]) == ("raw", "problem bootstrap, this seed's problems only")
     without = findings.gather([write_small(tmp_path / "none")], (0.8,))
     cell = cells_of(without, "ADS", 0.8)["naive"]
@@ -201,7 +201,7 @@ def test_as_a_user_runs_it(tmp_path):
 
 def test_the_frontier_is_drawn_through_the_worst_students(tmp_path):
     found = findings.gather([write_small(tmp_path, parquet=True)], None)
-    panels = attack_plots.make_panels(found.attacked, found.baselines)["worst"]
+    panels = plots.worst_panels(found.attacked, found.baselines)["worst"]
     assert [panel.title for panel in panels] == [
         "Worst student: raw answers",
         "Worst student: raw answers, price in NLL",
@@ -211,5 +211,5 @@ def test_the_frontier_is_drawn_through_the_worst_students(tmp_path):
     assert sorted(line.get_ydata())[:2] == pytest.approx(
         [0.6, 0.8], abs=0.02
     )  # its start at temperature is above
-    assert not attack_plots.make_panels(type(found.attacked)(), [])
+    assert not plots.worst_panels(type(found.attacked)(), [])
     assert "stroke-dasharray" in page.own_legend([{"attacker": "solo"}])[0]["key"]

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers_report import STUDENT, run, write_point, write_stage_1_and_2, write_traces
+from helpers_report import STUDENT, baselines_of, run, write_point, write_stage_1_and_2, write_traces
 
 import report
 from ads.report import claims, figures, page, plots, tables
@@ -15,7 +15,7 @@ from ads.report.compare import compare_arms
 from ads.report.curves import by_setting, make_curves
 from ads.report.experiments import load_experiment
 from ads.report.numbers import show_number
-from ads.report.points import collect_baselines, collect_points
+from ads.report.points import collect_points
 from ads.stage import files
 
 # (tau, lam, direction): (teacher, student, NLL of the teacher's traces, one-step change)
@@ -73,7 +73,7 @@ def load(*exp_dirs):
     """(claims by key, curves, baselines)."""
     experiments = [load_experiment(path) for path in exp_dirs]
     curves = make_curves(collect_points(experiments))
-    baselines = collect_baselines(experiments)
+    baselines = baselines_of(experiments)
     found = {}
     for claim in claims.make_claims(curves, baselines, load_draws(curves)):
         found.setdefault(claim.key, []).append(claim)

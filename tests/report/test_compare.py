@@ -16,9 +16,8 @@ from ads.report.compare import (
     choose_levels,
     compare,
     interpolate,
+    interval_of,
     num_crossings,
-    over_problems,
-    over_seeds,
     without_gaps,
 )
 from ads.report.curves import Axes, Point, make_curves, pair_up
@@ -113,7 +112,7 @@ def match_of(rng, num_problems, seeds=(1,), **settings):
         answers |= more
     pairs = pair_up(make_curves(points))
     draws = Draws(draw_accuracies(pairs, answers))
-    (match,) = compare(pairs, {"af": (0.75,), "raw": (0.75,)}, draws)
+    (match,) = compare(pairs, Axes("raw"), (0.75,), draws)
     return match
 
 
@@ -142,7 +141,7 @@ def test_interval_over_seeds_is_student_s_and_ends_where_values_do():
 
 def test_seeds_that_happen_to_agree_are_no_certainty():
     assert np.isnan(seed_interval([0.3] * 3)).all()
-    assert over_seeds(np.array([0.1 + 0.2, 0.3, 0.3])) == (
+    assert interval_of(np.array([0.1 + 0.2, 0.3, 0.3]), [], "") == (
         None,
         None,
         "no interval: the seeds do not differ",
@@ -216,12 +215,12 @@ def plain_points(seed, shares, arm="ADS", num_problems=600):
 
 def compared(points, levels=(0.75,)):
     pairs = pair_up(make_curves(points))
-    return compare(pairs, {"af": levels, "raw": levels}, Draws())
+    return compare(pairs, Axes("raw"), levels, Draws())
 
 
 def test_a_level_that_few_resamples_reach_has_no_interval():
     drawn = np.where(np.arange(NUM_DRAWS) % 5 == 0, np.nan, 0.2)
-    low, high, note = over_problems(np.stack([drawn, drawn, drawn]), "")
+    low, high, note = interval_of(np.array([0.2]), [drawn], "")
     assert (low, high) == (None, None) and "end of a curve" in note
 
 
@@ -311,7 +310,7 @@ def priced_curves(ads_nlls=(0.02, 0.2, 0.5), seed=1):
 
 def compare_nll(points, levels, draws=()):
     pairs = pair_up(make_curves(points))
-    return compare(pairs, {"af": (), "raw": levels}, Draws(dict(draws)), "nll")
+    return compare(pairs, Axes("raw", "nll"), levels, Draws(dict(draws)))
 
 
 def test_students_at_equal_nll_are_read_off_lines_against_nll():

@@ -176,7 +176,7 @@ def test_axes_do_not_collapse_under_a_long_legend(every, num_panels):
 
     with style.context(figures.STYLE), warnings.catch_warnings():
         warnings.simplefilter("error")
-        figure = figures.compose([plots.Panel("title", draw)] * num_panels, "a title " * 20)
+        figure = figures.compose([figures.Panel("title", draw)] * num_panels, "a title " * 20)
         figure.draw_without_rendering()
     heights = [axis.get_window_extent().height / figure.dpi for axis in figure.axes if axis.get_visible()]
     assert len(heights) == num_panels and min(heights) > 2.2

@@ -9,6 +9,7 @@ from conftest import ROOT
 from helpers_report import (
     PROXY,
     STUDENT,
+    baselines_of,
     curves_of,
     draw,
     drawn_points,
@@ -32,7 +33,7 @@ from ads.report.curves import by_setting, pooled
 from ads.report.doubts import unpaired_lines, warning_lines
 from ads.report.experiments import load_experiments
 from ads.report.numbers import ONE_SEED
-from ads.report.points import collect_baselines, collect_points, settings_of
+from ads.report.points import collect_points, settings_of
 from ads.report.results import NO_SHARE, POOLED, row_name
 from ads.report.words import MARK, by_label, finding
 from ads.stage import files
@@ -200,7 +201,7 @@ def test_undistilled_students_of_two_seeds_with_equal_numbers_are_two(tmp_path):
     base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test"}
     for seed, share in ((1, 0.02), (2, 0.02), (3, 0.05)):
         write_traces(tmp_path, f"base{seed}", share, share, seed=seed, **base)
-    baselines = collect_baselines(load_experiments([tmp_path]))
+    baselines = baselines_of(load_experiments([tmp_path]))
     assert [row.seed for row in baselines] == [1, 2, 3]
     ((label, rows),) = by_label(baselines, "af").items()
     assert label == "undistilled student, 0-shot" and pooled(rows, "student", "af")[0] == pytest.approx(0.03)
@@ -210,7 +211,7 @@ def test_undistilled_students_that_are_unlike_are_two_lines(tmp_path):
     base = {"is_teacher": False, "teacher": STUDENT, "data_split": "gsm8k_test"}
     write_traces(tmp_path, "short", 0.1, 0.1, max_length=99, **base)
     write_traces(tmp_path, "long", 0.3, 0.3, **base)
-    groups = by_label(collect_baselines(load_experiments([tmp_path])), "af")
+    groups = by_label(baselines_of(load_experiments([tmp_path])), "af")
     assert sorted(groups) == [f"undistilled student, 0-shot, student test max_length {n}" for n in (1024, 99)]
 
 
