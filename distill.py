@@ -9,19 +9,17 @@ Settings: train_config.yaml, then key=value. --check only says whether the stage
 (3).
 """
 
-import shutil
 import time
 
 import utils
 from ads import chat
 from ads.data.examples import load_examples, load_training
 from ads.data.problems import fingerprint_data
-from ads.stage import files, layout
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.fingerprint import fingerprint_json
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import TrainConfig
-from ads.stage.sidecar import open_parts, write_sidecar
+from ads.stage.sidecar import open_parts
 from ads.stage.world import print0
 from utils import print_result
 
@@ -71,7 +69,7 @@ def distil(cfg, inputs, world):
 
 
 def finish(cfg, inputs, made_with, trainer, counts, seconds):
-    """Registry, sidecar (last), and only then away with the checkpoints."""
+    """What the student has learned, and what ends every stage."""
     history = trainer.state.log_history
     curves = {
         name: [[entry["step"], entry[key]] for entry in history if key in entry]
@@ -85,12 +83,8 @@ def finish(cfg, inputs, made_with, trainer, counts, seconds):
         "holdout_loss_start": holdout[0],
         "holdout_loss": holdout[-1],
     }
-    entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "model"), entry)
     outputs, more = [cfg.student_path], {"losses": curves, **made_with}
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **more)
-    for path in cfg.leftovers:
-        shutil.rmtree(path)
+    utils.finish_stage(cfg, "model", cfg.model_path, inputs, stats, seconds, outputs, **more)
     print_result(model_name=cfg.model_name, model=str(cfg.student_path), **stats)
 
 

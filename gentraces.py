@@ -10,7 +10,6 @@ Settings: gen_config.yaml, then key=value. --check only says whether the stage i
 
 import functools
 import json
-import shutil
 import time
 
 import utils
@@ -21,16 +20,15 @@ from ads.data.problems import take_subset
 from ads.data.prompts import choose_prefill, make_rows
 from ads.data.published import answer_only, truncated
 from ads.data.traces import columns_of, compute_stats, fingerprint_inputs, grade, save_traces
-from ads.stage import files, layout
+from ads.stage import files
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.fingerprint import fingerprint_json
 from ads.stage.settings import GenConfig
-from ads.stage.sidecar import open_parts, write_sidecar
+from ads.stage.sidecar import open_parts
 from ads.stage.world import print0
 from utils import print_result
 
 LOADED = []  # (settings, what load_models() gave) of the last stage of this process
-PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
 
 
 def main(arguments):
@@ -167,26 +165,23 @@ def decode_to_parts(cfg, decode, requests, to_columns, world, batch_size):
     from tqdm import tqdm
 
     folder = cfg.parts_dir / "traces"
-    done = world.share(set(files.read_parts(folder)) if world.is_main else None)
+    done = utils.rows_in_parts(folder, len(requests), world)
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
-    if len(mine) < len(requests) // world.size:
-        print0(f"{len(done)} of {len(requests)} rows are there from an earlier run")
-    progress = tqdm(total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2)
-    rows, num_tokens, start, written = [], 0, time.time(), time.monotonic()
-    try:
-        for completion in decode(mine):
-            rows.append(to_columns(completion))
-            num_tokens += len(completion.ids)
-            progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
-            progress.update()
-            if len(rows) >= min(PART_ROWS, batch_size) or time.monotonic() - written > PART_SECONDS:
-                files.write_part(folder, world.rank, rows)
-                rows, written = [], time.monotonic()
-    finally:  # stopped, or another row failed: what is finished is kept
-        progress.close()
-        if rows:
-            files.write_part(folder, world.rank, rows)
-    return num_tokens
+    bar = {"total": len(mine), "desc": "traces", "unit": "row", "mininterval": 2}
+    with tqdm(**bar, disable=not world.is_main) as progress:
+        ended = told(map(to_columns, decode(mine)), progress)
+        rows = files.write_parts(folder, world.rank, ended, batch_size)
+    return sum(row["num_tokens"] for row in rows)
+
+
+def told(rows, progress):
+    """The rows, each told to the progress bar once it has been taken."""
+    start, num_tokens = time.time(), 0
+    for row in rows:
+        yield row
+        num_tokens += row["num_tokens"]
+        progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
+        progress.update()
 
 
 def save_contrasts(cfg, models, tokenizer, rows, world):
@@ -237,12 +232,8 @@ def one_step_test(cfg, table, world):
 
 
 def finish(cfg, inputs, stats, notes, seconds):
-    """Registry, sidecar (last), and only then away with the parts."""
-    entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "trace"), entry)
     outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
-    shutil.rmtree(cfg.parts_dir)
+    utils.finish_stage(cfg, "trace", cfg.traces_path, inputs, stats, seconds, outputs, **notes)
     print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
 
 

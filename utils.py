@@ -12,11 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ads.stage import errors, files, hub, signals
+from ads.stage import errors, files, hub, layout, signals
 from ads.stage.config import ignored_keys, load_config, native_setting, to_dict
 from ads.stage.errors import UserError
 from ads.stage.inputs import check_not_deleted
-from ads.stage.sidecar import is_finished, made_at_unknown_commits, made_by_other_code, read_sidecar
+from ads.stage.sidecar import (
+    is_finished,
+    made_at_unknown_commits,
+    made_by_other_code,
+    read_sidecar,
+    write_sidecar,
+)
 from ads.stage.world import (
     World,
     check_launcher,
@@ -121,6 +127,35 @@ def run_stage(cfg: Any, inputs: dict[str, Any], make: Callable[[Any, dict[str, A
         world.barrier()
     if reason := world.ask_main(why_no_rows, cfg):
         raise errors.NoRowsError(reason)
+
+
+def rows_in_parts(parts_dir: Path, num_rows: int, world: World) -> set[str]:
+    """The ids of the rows, of num_rows, that an earlier run has stored, as the main process finds them."""
+    done = world.share(set(files.read_parts(parts_dir)) if world.is_main else None)
+    if done:
+        print0(f"{len(done)} of {num_rows} rows are there from an earlier run")
+    return done
+
+
+def finish_stage(
+    cfg: Any,
+    kind: str,
+    made: Path,
+    inputs: dict[str, Any],
+    stats: dict[str, Any],
+    seconds: float,
+    outputs: list[Path],
+    **more: Any,
+) -> None:
+    """Registry, sidecar (last), and only then away with what a finished stage no longer needs.
+
+    kind: the registry, trace or model; made: what the line there is about.
+    """
+    entry = {"name": made.name, "path": str(made), "config": to_dict(cfg), "stats": stats}
+    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, kind), entry)
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **more)
+    for path in cfg.leftovers:
+        shutil.rmtree(path)
 
 
 def check_rows(cfg: Any) -> None:
