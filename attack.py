@@ -54,7 +54,6 @@ def measure(cfg, world, what, given):
     Batches are the same whatever has been measured before, and each is measured by one process.
     """
     from ads.attacks import likelihood
-    from ads.delta.loss import make_batches
 
     if not given:
         return {}
@@ -65,11 +64,10 @@ def measure(cfg, world, what, given):
     folder, ids = cfg.parts_dir / what, [row["id"] for row in given]
     done = utils.rows_in_parts(folder, len(ids), world)
     batch_size = cfg.batch_size if what == "nll" else 1
-    batches = make_batches(likelihood.number_all(examples), batch_size, cfg.batch_tokens)
-    left = [batch for batch in batches if any(ids[s.number] not in done for s in batch)]
+    batches = likelihood.batches_of(examples, batch_size, cfg.batch_tokens)
+    left = [batch for batch in batches if any(ids[i] not in done for i in batch)]
     if mine := left[world.rank :: world.size]:
-        numbers = [[s.number for s in batch] for batch in mine]
-        measure_to_parts(cfg, world, what, tokenizer, ids, examples, numbers)
+        measure_to_parts(cfg, world, what, tokenizer, ids, examples, mine)
     world.barrier()
     found = world.ask_main(files.read_all_parts, folder, ids, world.size)
     return {name: found[name][what] for name in ids}
