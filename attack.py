@@ -43,9 +43,9 @@ def attack_traces(cfg, inputs, world):
 
 def resolve_numerics(cfg, device):
     """What dtype "auto" stands for on this machine: parts made in another one are not gone on with."""
-    from ads.loading import resolve_dtype
+    from ads.loading import dtype_name
 
-    return {"resolved_dtype": str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.")}
+    return {"resolved_dtype": dtype_name(cfg.dtype, device)}
 
 
 def measure(cfg, world, what, given):

@@ -66,12 +66,12 @@ def generate_traces(cfg, inputs, world):
 
 def resolve_numerics(cfg, device):
     """What dtypes "auto" stands for on this machine: parts made in another one are not gone on with."""
-    from ads.loading import resolve_dtype
+    from ads.loading import dtype_name
 
     dtypes = {"resolved_dtype": cfg.dtype}
     if cfg.has_proxy:
         dtypes["resolved_proxy_dtype"] = cfg.proxy_dtype
-    return {key: str(resolve_dtype(name, device)).removeprefix("torch.") for key, name in dtypes.items()}
+    return {key: dtype_name(name, device) for key, name in dtypes.items()}
 
 
 def models_of(cfg, inputs, tokenizer, world):

@@ -225,9 +225,7 @@ def explain_fault(error: Exception) -> str | None:
         return f"the disk is full ({text}): free space and run again, what is finished is kept"
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{text}: not allowed to read or write there; mend that or choose another place"
-    # the last of a part of a GPU (MIG): see is_out_of_memory
-    told = "out of memory", "can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT FAILED"
-    if isinstance(error, MemoryError) or any(words in text for words in told):
+    if isinstance(error, MemoryError) or any(words in text for words in ("out of memory", *errors.NO_MEMORY)):
         return f"out of memory ({text}): lower batch_size or per_device_batch_size, or max_length"
     if "CUDA driver error" in text:
         return f"{text}: if this is a virtual GPU or WSL, set PYTORCH_ALLOC_CONF=expandable_segments:False"
