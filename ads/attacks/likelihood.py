@@ -8,7 +8,7 @@ import math
 import torch
 
 from ads import chat
-from ads.data.examples import num_tokens
+from ads.data.examples import num_labels, num_tokens
 from ads.delta import gradient
 from ads.delta.loss import Sequence, collate, make_batches, token_losses
 from ads.loading import load_model, resolve_dtype
@@ -23,10 +23,6 @@ def batches_of(examples, batch_size, batch_tokens):
     """Batches of examples, dicts with input_ids and labels, as lists of their places."""
     lengths = list(map(num_tokens, examples))
     return make_batches(range(len(examples)), batch_size, batch_tokens, length=lengths.__getitem__)
-
-
-def num_labels(example):
-    return sum(label != chat.IGNORED_LABEL for label in example["labels"])
 
 
 def label_losses(model, examples, batch_size=8, batch_tokens=2048, progress=iter):
