@@ -16,13 +16,12 @@ import time
 import utils
 from ads import chat
 from ads.attacks import rows
-from ads.data.examples import load_examples, num_tokens
+from ads.data.examples import example_of, load_examples, num_tokens
 from ads.data.traces import save_traces
 from ads.stage import files
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.settings import AttackConfig
 from ads.stage.sidecar import open_parts
-from ads.stage.world import print0
 from utils import print_result
 
 
@@ -58,9 +57,7 @@ def measure(cfg, world, what, given):
     if not given:
         return {}
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
-    if place := chat.describe_place(tokenizer):
-        print0(place)
-    examples = [likelihood.example_of(cfg, tokenizer, row) for row in given]
+    examples = [example_of(cfg, tokenizer, row)[0] for row in given]
     folder, ids = cfg.parts_dir / what, [row["id"] for row in given]
     done = utils.rows_in_parts(folder, len(ids), world)
     batch_size = cfg.batch_size if what == "nll" else 1

@@ -20,7 +20,6 @@ from ads.stage.fingerprint import fingerprint_json
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import TrainConfig
 from ads.stage.sidecar import open_parts
-from ads.stage.world import print0
 from utils import print_result
 
 NUM_COMPARED, COMPARED_TOKENS = 3, 256  # sequences, and tokens of each, that a saved student is checked on
@@ -51,8 +50,6 @@ def distil(cfg, inputs, world):
 
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
-    if place := chat.describe_place(tokenizer):
-        print0(place)
     train, num_cut = load_training(cfg, tokenizer)
     weighting.count_masked(cfg.mask_share, train)  # which leaves some
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None

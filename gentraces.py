@@ -39,8 +39,6 @@ def main(arguments):
 def generate_traces(cfg, inputs, world):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
-    if place := chat.describe_place(tokenizer):
-        print0(place)
     prefill = choose_prefill(cfg)
     rows, num_left_out = make_rows(cfg, tokenizer, prefill)
     prompts = fingerprint_json({row.id: row.prompt_ids for row in rows})

@@ -56,12 +56,6 @@ def to_device(model, examples):
     return batch, batch.pop("labels")
 
 
-def example_of(cfg, tokenizer, row):
-    """The example that distill.py would make of a row."""
-    ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
-    return {"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]}
-
-
 def load_student(cfg, tokenizer, longest, device, dtype):
     """The undistilled student, tried out on batches of up to `longest` tokens."""
     print0(f"loading {cfg.student}")

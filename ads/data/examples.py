@@ -47,9 +47,8 @@ def make_examples(
         check_each(source, rows, check_weight)
     examples, num_cut = [], 0
     for row in rows:
-        ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
-        num_cut += len(ids) > cfg.max_length
-        example = {"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]}
+        example, is_cut = example_of(cfg, tokenizer, row)
+        num_cut += is_cut
         if num_labels(example):
             examples.append(example | ({"weight": float(row["weight"])} if with_weights else {}))
     if not examples:
@@ -57,6 +56,13 @@ def make_examples(
     if num_cut:
         print0(f"{source}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
     return examples, num_cut
+
+
+def example_of(cfg: TrainConfig | AttackConfig, tokenizer: Any, row: Example) -> tuple[Example, bool]:
+    """(the example of a row, whether it was cut to max_length)."""
+    ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
+    example = {"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]}
+    return example, len(ids) > cfg.max_length
 
 
 def check_weight(row: Example) -> None:
