@@ -37,7 +37,7 @@ def attack_traces(cfg, inputs, world):
     world.ask_main(open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
     found = attack.make(cfg, tables, functools.partial(measure, cfg, world))
     if world.is_main:
-        finish(cfg, inputs, made_with, found[0], rows.count(cfg, tables, found), time.time() - start)
+        finish(cfg, inputs, made_with, found[0], rows.count(cfg, tables, found), start)
 
 
 def resolve_numerics(cfg, device):
@@ -95,7 +95,7 @@ def measure_to_parts(cfg, world, what, tokenizer, ids, examples, batches):
     files.write_parts(cfg.parts_dir / what, world.rank, found, 4 * cfg.batch_size)
 
 
-def finish(cfg, inputs, made_with, found, stats, seconds):
+def finish(cfg, inputs, made_with, found, stats, start):
     """The table, or none; and what ends every stage."""
     if found:
         save_traces(cfg, found)
@@ -103,7 +103,7 @@ def finish(cfg, inputs, made_with, found, stats, seconds):
         shutil.rmtree(cfg.traces_path, ignore_errors=True)
         cfg.parquet_path.unlink(missing_ok=True)
     outputs = [cfg.parquet_path] if found else []
-    utils.finish_stage(cfg, "trace", cfg.traces_path, inputs, stats, seconds, outputs, **made_with)
+    utils.finish_stage(cfg, "trace", cfg.traces_path, inputs, stats, start, *outputs, **made_with)
     print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
 
 

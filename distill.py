@@ -62,10 +62,10 @@ def distil(cfg, inputs, world):
         rows = [example["input_ids"][:COMPARED_TOKENS] for example in train[:NUM_COMPARED]]
         training.save_student(cfg, training.unwrap_model(trainer), tokenizer, world.device, rows)
         counts = {"n": len(trained), "num_cut": num_cut, **weighting.describe(cfg, train, trained)}
-        finish(cfg, inputs, made_with, trainer, counts, time.time() - start)
+        finish(cfg, inputs, made_with, trainer, counts, start)
 
 
-def finish(cfg, inputs, made_with, trainer, counts, seconds):
+def finish(cfg, inputs, made_with, trainer, counts, start):
     """What the student has learned, and what ends every stage."""
     history = trainer.state.log_history
     curves = {
@@ -80,8 +80,8 @@ def finish(cfg, inputs, made_with, trainer, counts, seconds):
         "holdout_loss_start": holdout[0],
         "holdout_loss": holdout[-1],
     }
-    outputs, more = [cfg.student_path], {"losses": curves, **made_with}
-    utils.finish_stage(cfg, "model", cfg.model_path, inputs, stats, seconds, outputs, **more)
+    given = cfg, "model", cfg.model_path, inputs, stats, start, cfg.student_path
+    utils.finish_stage(*given, losses=curves, **made_with)
     print_result(model_name=cfg.model_name, model=str(cfg.student_path), **stats)
 
 

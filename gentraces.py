@@ -59,7 +59,7 @@ def generate_traces(cfg, inputs, world):
     if world.is_main:
         save_traces(cfg, table)
         stats = compute_stats(cfg, table) | num_left_out | diagnostics | speed
-        finish(cfg, inputs, stats, notes | made_with, time.time() - start)
+        finish(cfg, inputs, stats, notes | made_with, start)
 
 
 def resolve_numerics(cfg, device):
@@ -229,9 +229,9 @@ def one_step_test(cfg, table, world):
     return effects.one_step(proxy, taught, holdout, cfg.one_step, world)
 
 
-def finish(cfg, inputs, stats, notes, seconds):
+def finish(cfg, inputs, stats, notes, start):
     outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
-    utils.finish_stage(cfg, "trace", cfg.traces_path, inputs, stats, seconds, outputs, **notes)
+    utils.finish_stage(cfg, "trace", cfg.traces_path, inputs, stats, start, *outputs, **notes)
     print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
 
 

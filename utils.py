@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from ads.stage.config import ignored_keys, load_config, native_setting, to_dict
 from ads.stage.errors import UserError
 from ads.stage.inputs import check_not_deleted
 from ads.stage.sidecar import (
+    Record,
     is_finished,
     made_at_unknown_commits,
     made_by_other_code,
@@ -45,9 +47,9 @@ NO_ROWS = 4  # exit code of a stage that is done and has made no row for others 
 def begin_stage(
     config_class: type[Any],
     default_yaml: str,
-    fingerprint_inputs: Callable[[Any], dict[str, Any]],
+    fingerprint_inputs: Callable[[Any], Record],
     arguments: list[str],
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, Record]:
     """(config, input fingerprints) of a stage that is still to be done, its folder made.
 
     Exits with 0 when the stage is done already, NoRowsError where it made no row; with --check among the
@@ -70,7 +72,8 @@ def begin_stage(
             hub.record_commits(cfg.exp_dir)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
     if (only_check or world_size() == 1) and is_stage_finished(cfg, inputs, only_check):
-        check_rows(cfg)
+        if reason := why_no_rows(cfg):
+            raise errors.NoRowsError(reason)
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
@@ -94,7 +97,7 @@ def show_help(arguments: list[str], default_yaml: str | None = None) -> None:
         sys.exit(0)
 
 
-def is_stage_finished(cfg: Any, inputs: dict[str, Any], only_check: bool = False) -> bool:
+def is_stage_finished(cfg: Any, inputs: Record, only_check: bool = False) -> bool:
     """Whether the stage is done with these settings and inputs, which is said; clears away what a kill left.
 
     only_check: the exit code tells that, and nothing is said but what there is to know besides.
@@ -111,7 +114,7 @@ def is_stage_finished(cfg: Any, inputs: dict[str, Any], only_check: bool = False
     return True
 
 
-def run_stage(cfg: Any, inputs: dict[str, Any], make: Callable[[Any, dict[str, Any], World], None]) -> None:
+def run_stage(cfg: Any, inputs: Record, make: Callable[[Any, Record, World], None]) -> None:
     """make(cfg, inputs, world) with all processes joined and the stage's lock held by the main one.
 
     Where another run held the lock, the stage may be done by now.
@@ -138,30 +141,17 @@ def rows_in_parts(parts_dir: Path, num_rows: int, world: World) -> set[str]:
 
 
 def finish_stage(
-    cfg: Any,
-    kind: str,
-    made: Path,
-    inputs: dict[str, Any],
-    stats: dict[str, Any],
-    seconds: float,
-    outputs: list[Path],
-    **more: Any,
+    cfg: Any, kind: str, made: Path, inputs: Record, stats: Record, start: float, *outputs: Path, **more: Any
 ) -> None:
     """Registry, sidecar (last), and only then away with what a finished stage no longer needs.
 
-    kind: the registry, trace or model; made: what the line there is about.
+    kind: the registry, trace or model; made: what its line is about; start: when the stage began.
     """
     entry = {"name": made.name, "path": str(made), "config": to_dict(cfg), "stats": stats}
     files.append_jsonl(layout.path_of("registry", cfg.exp_dir, kind), entry)
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **more)
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, time.time() - start, outputs, **more)
     for path in cfg.leftovers:
         shutil.rmtree(path)
-
-
-def check_rows(cfg: Any) -> None:
-    """NoRowsError where the finished stage made no row."""
-    if reason := why_no_rows(cfg):
-        raise errors.NoRowsError(reason)
 
 
 def why_no_rows(cfg: Any) -> str | None:
