@@ -28,6 +28,8 @@ from ads.stage.sidecar import open_parts
 from ads.stage.world import print0
 from utils import print_result
 
+CUTS = {"answer_only": answer_only, "truncated": truncated}
+BATCHES_AT_ONCE = 4  # of texts that are published in the place of what is sampled
 LOADED = []  # (settings, what load_models() gave) of the last stage of this process
 
 
@@ -135,27 +137,35 @@ def force_ids(tokenizer, eos, by_id, request, response_ids):
 
 
 def decode_rows(cfg, models, tokenizer, by_id, forcing, batch_size, requests):
-    """The Completions of requests: sampled, or of a text that is published in the place of what was."""
+    """Yield the Completions of requests: sampled, or of a text that is published in the place of what was.
+
+    Such texts are made of a few batches at a time: a kill costs what is sampled before its text is made.
+    """
     from ads.decode.engine import generate
     from ads.decode.replay import complete
     from ads.delta.arm_models import sampling_of
 
     has_graphs = models.allowed_V.device.type == "cuda" if cfg.cuda_graph == "auto" else cfg.cuda_graph
-    given = models, sampling_of(cfg, models.shared_V), cfg.seed, requests, batch_size
+    given = models, sampling_of(cfg, models.shared_V), cfg.seed
     if cfg.defence not in TEXTS:
-        return generate(*given, forcing, has_graphs)
-    sampled = {} if cfg.defence == "external" else {c.id: c for c in generate(*given, None, has_graphs)}
-    responses = []
-    for request in requests:
-        row = by_id[request.id]
-        text = row.published
-        if cfg.defence != "external":
-            cut = answer_only if cfg.defence == "answer_only" else truncated
-            trace = chat.response_text(tokenizer, row.opening + sampled[row.id].ids, models.eos)
-            text = cut(trace, row.problem["solution"])
-        ids = [*chat.encode_next(tokenizer, text), tokenizer.eos_token_id]
-        responses.append(ids[: request.max_new_tokens])
-    return complete(models, cfg.seed, requests, responses, forcing, batch_size)
+        yield from generate(*given, requests, batch_size, forcing, has_graphs)
+        return
+    for first in range(0, len(requests), size := BATCHES_AT_ONCE * batch_size):
+        some, sampled = requests[first : first + size], {}
+        if cfg.defence in CUTS:
+            sampled = {c.id: c.ids for c in generate(*given, some, batch_size, None, has_graphs)}
+        texts = [published_text(cfg, models, tokenizer, by_id[r.id], sampled.get(r.id)) for r in some]
+        responses = [[*chat.encode_next(tokenizer, text), tokenizer.eos_token_id] for text in texts]
+        cut = [ids[: r.max_new_tokens] for r, ids in zip(some, responses, strict=True)]
+        yield from complete(models, cfg.seed, some, cut, forcing, batch_size)
+
+
+def published_text(cfg, models, tokenizer, row, sampled_ids):
+    """A trace made elsewhere, or what is cut out of the one that was sampled."""
+    if sampled_ids is None:
+        return row.published
+    trace = chat.response_text(tokenizer, row.opening + sampled_ids, models.eos)
+    return CUTS[cfg.defence](trace, row.problem["solution"])
 
 
 def decode_to_parts(cfg, decode, requests, to_columns, world, batch_size):
