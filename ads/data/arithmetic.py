@@ -10,7 +10,6 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 SPLIT_SIZES = {"train": 2400, "test": 600, "holdout": 600}
 SHARES = ("pretrain",) * 7 + ("train", "test", "holdout")  # of all computations, by hash
@@ -63,7 +62,6 @@ class Step:
         return f"{value} {SIGNS[self.kind]} {self.amount} ="
 
 
-Option = TypeVar("Option")
 Computation = tuple[int, tuple[Step, ...]]  # the start value and the steps
 
 
@@ -85,7 +83,7 @@ def generate(split: str, seed: int | str, count: int | None = None) -> list[dict
     return rows
 
 
-def pick(rng: random.Random, options: Sequence[Option]) -> Option:
+def pick(rng: random.Random, options: tuple[str, ...]) -> str:
     """One of the options. Random.random() alone is the same in every version of Python."""
     return options[int(rng.random() * len(options))]
 

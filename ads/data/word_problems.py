@@ -329,11 +329,15 @@ def tell(rng: random.Random, steps: Computation) -> tuple[str, str]:
     for step, found in zip(steps, equations, strict=True):
         shown = dict(zip("xy", map(str, found), strict=False))
         numbers = {"a": str(step.a), "b": str(step.b), "A": TIMES.get(step.a, "")}
-        problem, solution = pick(rng, KINDS[step.kind].wordings)
+        problem, solution = pick_wording(rng, KINDS[step.kind].wordings)
         told.append(problem.format(**words, **numbers))
         worked += [solution.format(**words, **numbers, **shown)] if solution else []
         value = found[-1].result if found else value
     return " ".join(told), " ".join([*worked, CONCLUDED.format(value=value)])
+
+
+def pick_wording(rng: random.Random, wordings: tuple[Wording, ...]) -> Wording:
+    return wordings[int(rng.random() * len(wordings))]
 
 
 def draw_words(rng: random.Random) -> dict[str, str]:
@@ -341,7 +345,7 @@ def draw_words(rng: random.Random) -> dict[str, str]:
     name, friend = (pick(rng, tuple(NAMES)) for _ in range(2))
     while friend == name:
         friend = pick(rng, tuple(NAMES))
-    items, boxes = pick(rng, ITEMS)
+    items, boxes = ITEMS[int(rng.random() * len(ITEMS))]
     he, his, him = NAMES[name]
     pronouns = {"he": he, "his": his, "him": him, "He": he.capitalize(), "His": his.capitalize()}
     return {"name": name, "friend": friend, "items": items, "boxes": boxes, **pronouns} | {
