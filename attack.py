@@ -9,22 +9,20 @@ Settings: attack_config.yaml, then key=value. --check only says whether the stag
 """
 
 import functools
+import itertools
 import shutil
 import time
 
 import utils
 from ads import chat
 from ads.attacks import rows
-from ads.data.examples import load_examples, num_tokens
+from ads.data.examples import example_of, load_examples, num_tokens
 from ads.data.traces import save_traces
-from ads.stage import files, layout
+from ads.stage import files
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.settings import AttackConfig
-from ads.stage.sidecar import open_parts, write_sidecar
-from ads.stage.world import print0
+from ads.stage.sidecar import open_parts
 from utils import print_result
-
-PART_ROWS, PART_SECONDS = 32, 60  # measured rows are written by then: what a kill without notice may cost
 
 
 def main(arguments):
@@ -39,14 +37,14 @@ def attack_traces(cfg, inputs, world):
     world.ask_main(open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
     found = attack.make(cfg, tables, functools.partial(measure, cfg, world))
     if world.is_main:
-        finish(cfg, inputs, made_with, found[0], rows.count(cfg, tables, found), time.time() - start)
+        finish(cfg, inputs, made_with, found[0], rows.count(cfg, tables, found), start)
 
 
 def resolve_numerics(cfg, device):
     """What dtype "auto" stands for on this machine: parts made in another one are not gone on with."""
-    from ads.loading import resolve_dtype
+    from ads.loading import dtype_name
 
-    return {"resolved_dtype": str(resolve_dtype(cfg.dtype, device)).removeprefix("torch.")}
+    return {"resolved_dtype": dtype_name(cfg.dtype, device)}
 
 
 def measure(cfg, world, what, given):
@@ -55,24 +53,18 @@ def measure(cfg, world, what, given):
     Batches are the same whatever has been measured before, and each is measured by one process.
     """
     from ads.attacks import likelihood
-    from ads.delta.loss import make_batches
 
     if not given:
         return {}
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
-    if place := chat.describe_place(tokenizer):
-        print0(place)
-    examples = [likelihood.example_of(cfg, tokenizer, row) for row in given]
+    examples = [example_of(cfg, tokenizer, row)[0] for row in given]
     folder, ids = cfg.parts_dir / what, [row["id"] for row in given]
-    done = world.share(set(files.read_parts(folder)) if world.is_main else None)
+    done = utils.rows_in_parts(folder, len(ids), world)
     batch_size = cfg.batch_size if what == "nll" else 1
-    batches = make_batches(likelihood.number_all(examples), batch_size, cfg.batch_tokens)
-    left = [batch for batch in batches if any(ids[s.number] not in done for s in batch)]
-    if len(left) < len(batches):
-        print0(f"{len(done)} of {len(ids)} rows are there from an earlier run")
+    batches = likelihood.batches_of(examples, batch_size, cfg.batch_tokens)
+    left = [batch for batch in batches if any(ids[i] not in done for i in batch)]
     if mine := left[world.rank :: world.size]:
-        numbers = [[s.number for s in batch] for batch in mine]
-        measure_to_parts(cfg, world, what, tokenizer, ids, examples, numbers)
+        measure_to_parts(cfg, world, what, tokenizer, ids, examples, mine)
     world.barrier()
     found = world.ask_main(files.read_all_parts, folder, ids, world.size)
     return {name: found[name][what] for name in ids}
@@ -97,32 +89,21 @@ def measure_to_parts(cfg, world, what, tokenizer, ids, examples, batches):
         bar = functools.partial(progress, desc="gradient")
         gradients = likelihood.loss_gradient(model, holdout, cfg.batch_size, cfg.batch_tokens, bar)
         of_batch = functools.partial(likelihood.derivatives, model, gradients)
-    measured, written = [], time.monotonic()
-    try:
-        for batch in progress(batches, desc=what):
-            values = of_batch([examples[i] for i in batch])
-            measured += [{"id": ids[i], what: x} for i, x in zip(batch, values, strict=True)]
-            is_full = len(measured) >= min(PART_ROWS, 4 * cfg.batch_size)
-            if is_full or time.monotonic() - written > PART_SECONDS:
-                files.write_part(cfg.parts_dir / what, world.rank, measured)
-                measured, written = [], time.monotonic()
-    finally:  # stopped, or another batch failed: what is measured is kept
-        if measured:
-            files.write_part(cfg.parts_dir / what, world.rank, measured)
+    each = itertools.chain.from_iterable
+    values = each(of_batch([examples[i] for i in batch]) for batch in progress(batches, desc=what))
+    found = ({"id": ids[i], what: value} for i, value in zip(each(batches), values, strict=True))
+    files.write_parts(cfg.parts_dir / what, world.rank, found, 4 * cfg.batch_size)
 
 
-def finish(cfg, inputs, made_with, found, stats, seconds):
-    """Table, registry, sidecar (last), and only then away with the parts."""
+def finish(cfg, inputs, made_with, found, stats, start):
+    """The table, or none; and what ends every stage."""
     if found:
         save_traces(cfg, found)
     else:  # what an earlier run left
         shutil.rmtree(cfg.traces_path, ignore_errors=True)
         cfg.parquet_path.unlink(missing_ok=True)
-    entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "trace"), entry)
     outputs = [cfg.parquet_path] if found else []
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **made_with)
-    shutil.rmtree(cfg.parts_dir)
+    utils.finish_stage(cfg, "trace", cfg.traces_path, inputs, stats, start, *outputs, **made_with)
     print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
 
 

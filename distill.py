@@ -9,20 +9,17 @@ Settings: train_config.yaml, then key=value. --check only says whether the stage
 (3).
 """
 
-import shutil
 import time
 
 import utils
 from ads import chat
 from ads.data.examples import load_examples, load_training
 from ads.data.problems import fingerprint_data
-from ads.stage import files, layout
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.fingerprint import fingerprint_json
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import TrainConfig
-from ads.stage.sidecar import open_parts, write_sidecar
-from ads.stage.world import print0
+from ads.stage.sidecar import open_parts
 from utils import print_result
 
 NUM_COMPARED, COMPARED_TOKENS = 3, 256  # sequences, and tokens of each, that a saved student is checked on
@@ -53,8 +50,6 @@ def distil(cfg, inputs, world):
 
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.student, cfg.tokenizer)
-    if place := chat.describe_place(tokenizer):
-        print0(place)
     train, num_cut = load_training(cfg, tokenizer)
     weighting.count_masked(cfg.mask_share, train)  # which leaves some
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
@@ -67,11 +62,11 @@ def distil(cfg, inputs, world):
         rows = [example["input_ids"][:COMPARED_TOKENS] for example in train[:NUM_COMPARED]]
         training.save_student(cfg, training.unwrap_model(trainer), tokenizer, world.device, rows)
         counts = {"n": len(trained), "num_cut": num_cut, **weighting.describe(cfg, train, trained)}
-        finish(cfg, inputs, made_with, trainer, counts, time.time() - start)
+        finish(cfg, inputs, made_with, trainer, counts, start)
 
 
-def finish(cfg, inputs, made_with, trainer, counts, seconds):
-    """Registry, sidecar (last), and only then away with the checkpoints."""
+def finish(cfg, inputs, made_with, trainer, counts, start):
+    """What the student has learned, and what ends every stage."""
     history = trainer.state.log_history
     curves = {
         name: [[entry["step"], entry[key]] for entry in history if key in entry]
@@ -85,12 +80,8 @@ def finish(cfg, inputs, made_with, trainer, counts, seconds):
         "holdout_loss_start": holdout[0],
         "holdout_loss": holdout[-1],
     }
-    entry = {"name": cfg.model_name, "path": str(cfg.model_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "model"), entry)
-    outputs, more = [cfg.student_path], {"losses": curves, **made_with}
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **more)
-    for path in cfg.leftovers:
-        shutil.rmtree(path)
+    given = cfg, "model", cfg.model_path, inputs, stats, start, cfg.student_path
+    utils.finish_stage(*given, losses=curves, **made_with)
     print_result(model_name=cfg.model_name, model=str(cfg.student_path), **stats)
 
 

@@ -10,7 +10,6 @@ Settings: gen_config.yaml, then key=value. --check only says whether the stage i
 
 import functools
 import json
-import shutil
 import time
 
 import utils
@@ -21,16 +20,17 @@ from ads.data.problems import take_subset
 from ads.data.prompts import choose_prefill, make_rows
 from ads.data.published import answer_only, truncated
 from ads.data.traces import columns_of, compute_stats, fingerprint_inputs, grade, save_traces
-from ads.stage import files, layout
+from ads.stage import files
 from ads.stage.config import ignored_keys, to_dict
 from ads.stage.fingerprint import fingerprint_json
 from ads.stage.settings import GenConfig
-from ads.stage.sidecar import open_parts, write_sidecar
+from ads.stage.sidecar import open_parts
 from ads.stage.world import print0
 from utils import print_result
 
+CUTS = {"answer_only": answer_only, "truncated": truncated}
+BATCHES_AT_ONCE = 4  # of texts that are published in the place of what is sampled
 LOADED = []  # (settings, what load_models() gave) of the last stage of this process
-PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
 
 
 def main(arguments):
@@ -41,8 +41,6 @@ def main(arguments):
 def generate_traces(cfg, inputs, world):
     start = time.time()
     tokenizer = chat.load_tokenizer_for(cfg.teacher, cfg.tokenizer)
-    if place := chat.describe_place(tokenizer):
-        print0(place)
     prefill = choose_prefill(cfg)
     rows, num_left_out = make_rows(cfg, tokenizer, prefill)
     prompts = fingerprint_json({row.id: row.prompt_ids for row in rows})
@@ -63,17 +61,17 @@ def generate_traces(cfg, inputs, world):
     if world.is_main:
         save_traces(cfg, table)
         stats = compute_stats(cfg, table) | num_left_out | diagnostics | speed
-        finish(cfg, inputs, stats, notes | made_with, time.time() - start)
+        finish(cfg, inputs, stats, notes | made_with, start)
 
 
 def resolve_numerics(cfg, device):
     """What dtypes "auto" stands for on this machine: parts made in another one are not gone on with."""
-    from ads.loading import resolve_dtype
+    from ads.loading import dtype_name
 
     dtypes = {"resolved_dtype": cfg.dtype}
     if cfg.has_proxy:
         dtypes["resolved_proxy_dtype"] = cfg.proxy_dtype
-    return {key: str(resolve_dtype(name, device)).removeprefix("torch.") for key, name in dtypes.items()}
+    return {key: dtype_name(name, device) for key, name in dtypes.items()}
 
 
 def models_of(cfg, inputs, tokenizer, world):
@@ -139,27 +137,35 @@ def force_ids(tokenizer, eos, by_id, request, response_ids):
 
 
 def decode_rows(cfg, models, tokenizer, by_id, forcing, batch_size, requests):
-    """The Completions of requests: sampled, or of a text that is published in the place of what was."""
+    """Yield the Completions of requests: sampled, or of a text that is published in the place of what was.
+
+    Such texts are made of a few batches at a time: a kill costs what is sampled before its text is made.
+    """
     from ads.decode.engine import generate
     from ads.decode.replay import complete
     from ads.delta.arm_models import sampling_of
 
     has_graphs = models.allowed_V.device.type == "cuda" if cfg.cuda_graph == "auto" else cfg.cuda_graph
-    given = models, sampling_of(cfg, models.shared_V), cfg.seed, requests, batch_size
+    given = models, sampling_of(cfg, models.shared_V), cfg.seed
     if cfg.defence not in TEXTS:
-        return generate(*given, forcing, has_graphs)
-    sampled = {} if cfg.defence == "external" else {c.id: c for c in generate(*given, None, has_graphs)}
-    responses = []
-    for request in requests:
-        row = by_id[request.id]
-        text = row.published
-        if cfg.defence != "external":
-            cut = answer_only if cfg.defence == "answer_only" else truncated
-            trace = chat.response_text(tokenizer, row.opening + sampled[row.id].ids, models.eos)
-            text = cut(trace, row.problem["solution"])
-        ids = [*chat.encode_next(tokenizer, text), tokenizer.eos_token_id]
-        responses.append(ids[: request.max_new_tokens])
-    return complete(models, cfg.seed, requests, responses, forcing, batch_size)
+        yield from generate(*given, requests, batch_size, forcing, has_graphs)
+        return
+    for first in range(0, len(requests), size := BATCHES_AT_ONCE * batch_size):
+        some, sampled = requests[first : first + size], {}
+        if cfg.defence in CUTS:
+            sampled = {c.id: c.ids for c in generate(*given, some, batch_size, None, has_graphs)}
+        texts = [published_text(cfg, models, tokenizer, by_id[r.id], sampled.get(r.id)) for r in some]
+        responses = [[*chat.encode_next(tokenizer, text), tokenizer.eos_token_id] for text in texts]
+        cut = [ids[: r.max_new_tokens] for r, ids in zip(some, responses, strict=True)]
+        yield from complete(models, cfg.seed, some, cut, forcing, batch_size)
+
+
+def published_text(cfg, models, tokenizer, row, sampled_ids):
+    """A trace made elsewhere, or what is cut out of the one that was sampled."""
+    if sampled_ids is None:
+        return row.published
+    trace = chat.response_text(tokenizer, row.opening + sampled_ids, models.eos)
+    return CUTS[cfg.defence](trace, row.problem["solution"])
 
 
 def decode_to_parts(cfg, decode, requests, to_columns, world, batch_size):
@@ -167,26 +173,23 @@ def decode_to_parts(cfg, decode, requests, to_columns, world, batch_size):
     from tqdm import tqdm
 
     folder = cfg.parts_dir / "traces"
-    done = world.share(set(files.read_parts(folder)) if world.is_main else None)
+    done = utils.rows_in_parts(folder, len(requests), world)
     mine = [r for k, r in enumerate(requests) if k % world.size == world.rank and r.id not in done]
-    if len(mine) < len(requests) // world.size:
-        print0(f"{len(done)} of {len(requests)} rows are there from an earlier run")
-    progress = tqdm(total=len(mine), desc="traces", unit="row", disable=not world.is_main, mininterval=2)
-    rows, num_tokens, start, written = [], 0, time.time(), time.monotonic()
-    try:
-        for completion in decode(mine):
-            rows.append(to_columns(completion))
-            num_tokens += len(completion.ids)
-            progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
-            progress.update()
-            if len(rows) >= min(PART_ROWS, batch_size) or time.monotonic() - written > PART_SECONDS:
-                files.write_part(folder, world.rank, rows)
-                rows, written = [], time.monotonic()
-    finally:  # stopped, or another row failed: what is finished is kept
-        progress.close()
-        if rows:
-            files.write_part(folder, world.rank, rows)
-    return num_tokens
+    bar = {"total": len(mine), "desc": "traces", "unit": "row", "mininterval": 2}
+    with tqdm(**bar, disable=not world.is_main) as progress:
+        ended = told(map(to_columns, decode(mine)), progress)
+        rows = files.write_parts(folder, world.rank, ended, batch_size)
+    return sum(row["num_tokens"] for row in rows)
+
+
+def told(rows, progress):
+    """The rows, each told to the progress bar once it has been taken."""
+    start, num_tokens = time.time(), 0
+    for row in rows:
+        yield row
+        num_tokens += row["num_tokens"]
+        progress.set_postfix_str(f"{num_tokens / (time.time() - start):.0f} tokens/s", refresh=False)
+        progress.update()
 
 
 def save_contrasts(cfg, models, tokenizer, rows, world):
@@ -236,13 +239,9 @@ def one_step_test(cfg, table, world):
     return effects.one_step(proxy, taught, holdout, cfg.one_step, world)
 
 
-def finish(cfg, inputs, stats, notes, seconds):
-    """Registry, sidecar (last), and only then away with the parts."""
-    entry = {"name": cfg.trace_name, "path": str(cfg.traces_path), "config": to_dict(cfg), "stats": stats}
-    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, "trace"), entry)
+def finish(cfg, inputs, stats, notes, start):
     outputs = [path for path in (cfg.parquet_path, cfg.contrast_path) if path.is_file()]
-    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, seconds, outputs, **notes)
-    shutil.rmtree(cfg.parts_dir)
+    utils.finish_stage(cfg, "trace", cfg.traces_path, inputs, stats, start, *outputs, **notes)
     print_result(trace_name=cfg.trace_name, sidecar=str(cfg.sidecar_path), **stats)
 
 

@@ -267,7 +267,7 @@ def measure(stage, cfg):
     n = stats["n"]
     if cfg.match == "accuracy":
         # with two right and two wrong ones more (Agresti and Coull): all right on 20 is not without an error
-        share = (stats[cfg.rule]["num_correct"] + 2) / (n + 4)
+        share = (stats[cfg.rule]["num_correct"] / stage.num_samples + 2) / (n + 4)
         return Measured(stats[cfg.rule]["accuracy"], math.sqrt(share * (1 - share) / (n + 4)), n)
     if n < 2:
         raise UserError(f"{stage.parquet_path} is of one problem: a standard error takes two, of max_samples")

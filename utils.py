@@ -7,16 +7,24 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ads.stage import errors, files, hub, signals
+from ads.stage import errors, files, hub, layout, signals
 from ads.stage.config import ignored_keys, load_config, native_setting, to_dict
 from ads.stage.errors import UserError
 from ads.stage.inputs import check_not_deleted
-from ads.stage.sidecar import is_finished, made_at_unknown_commits, made_by_other_code, read_sidecar
+from ads.stage.sidecar import (
+    Record,
+    is_finished,
+    made_at_unknown_commits,
+    made_by_other_code,
+    read_sidecar,
+    write_sidecar,
+)
 from ads.stage.world import (
     World,
     check_launcher,
@@ -39,9 +47,9 @@ NO_ROWS = 4  # exit code of a stage that is done and has made no row for others 
 def begin_stage(
     config_class: type[Any],
     default_yaml: str,
-    fingerprint_inputs: Callable[[Any], dict[str, Any]],
+    fingerprint_inputs: Callable[[Any], Record],
     arguments: list[str],
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, Record]:
     """(config, input fingerprints) of a stage that is still to be done, its folder made.
 
     Exits with 0 when the stage is done already, NoRowsError where it made no row; with --check among the
@@ -64,7 +72,8 @@ def begin_stage(
             hub.record_commits(cfg.exp_dir)
     # Of several processes one might see the stage done and leave while another waits: they look once joined.
     if (only_check or world_size() == 1) and is_stage_finished(cfg, inputs, only_check):
-        check_rows(cfg)
+        if reason := why_no_rows(cfg):
+            raise errors.NoRowsError(reason)
         sys.exit(0)
     if only_check:
         sys.exit(NOT_DONE)
@@ -88,7 +97,7 @@ def show_help(arguments: list[str], default_yaml: str | None = None) -> None:
         sys.exit(0)
 
 
-def is_stage_finished(cfg: Any, inputs: dict[str, Any], only_check: bool = False) -> bool:
+def is_stage_finished(cfg: Any, inputs: Record, only_check: bool = False) -> bool:
     """Whether the stage is done with these settings and inputs, which is said; clears away what a kill left.
 
     only_check: the exit code tells that, and nothing is said but what there is to know besides.
@@ -105,7 +114,7 @@ def is_stage_finished(cfg: Any, inputs: dict[str, Any], only_check: bool = False
     return True
 
 
-def run_stage(cfg: Any, inputs: dict[str, Any], make: Callable[[Any, dict[str, Any], World], None]) -> None:
+def run_stage(cfg: Any, inputs: Record, make: Callable[[Any, Record, World], None]) -> None:
     """make(cfg, inputs, world) with all processes joined and the stage's lock held by the main one.
 
     Where another run held the lock, the stage may be done by now.
@@ -123,10 +132,26 @@ def run_stage(cfg: Any, inputs: dict[str, Any], make: Callable[[Any, dict[str, A
         raise errors.NoRowsError(reason)
 
 
-def check_rows(cfg: Any) -> None:
-    """NoRowsError where the finished stage made no row."""
-    if reason := why_no_rows(cfg):
-        raise errors.NoRowsError(reason)
+def rows_in_parts(parts_dir: Path, num_rows: int, world: World) -> set[str]:
+    """The ids of the rows, of num_rows, that an earlier run has stored, as the main process finds them."""
+    done = world.share(set(files.read_parts(parts_dir)) if world.is_main else None)
+    if done:
+        print0(f"{len(done)} of {num_rows} rows are there from an earlier run")
+    return done
+
+
+def finish_stage(
+    cfg: Any, kind: str, made: Path, inputs: Record, stats: Record, start: float, *outputs: Path, **more: Any
+) -> None:
+    """Registry, sidecar (last), and only then away with what a finished stage no longer needs.
+
+    kind: the registry, trace or model; made: what its line is about; start: when the stage began.
+    """
+    entry = {"name": made.name, "path": str(made), "config": to_dict(cfg), "stats": stats}
+    files.append_jsonl(layout.path_of("registry", cfg.exp_dir, kind), entry)
+    write_sidecar(cfg.sidecar_path, to_dict(cfg), inputs, stats, time.time() - start, outputs, **more)
+    for path in cfg.leftovers:
+        shutil.rmtree(path)
 
 
 def why_no_rows(cfg: Any) -> str | None:
@@ -190,9 +215,7 @@ def explain_fault(error: Exception) -> str | None:
         return f"the disk is full ({text}): free space and run again, what is finished is kept"
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{text}: not allowed to read or write there; mend that or choose another place"
-    # the last of a part of a GPU (MIG): see is_out_of_memory
-    told = "out of memory", "can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT FAILED"
-    if isinstance(error, MemoryError) or any(words in text for words in told):
+    if isinstance(error, MemoryError) or any(words in text for words in ("out of memory", *errors.NO_MEMORY)):
         return f"out of memory ({text}): lower batch_size or per_device_batch_size, or max_length"
     if "CUDA driver error" in text:
         return f"{text}: if this is a virtual GPU or WSL, set PYTORCH_ALLOC_CONF=expandable_segments:False"

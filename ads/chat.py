@@ -13,6 +13,7 @@ from datetime import datetime
 
 from ads.stage import errors, hub
 from ads.stage.errors import UserError
+from ads.stage.world import print0
 
 SYSTEM_PROMPT = "You are a helpful assistant. Reason step by step and put your final answer within \\boxed{}."
 FORCE_TEXT = "\n\n**Final Answer**\n\\[\\boxed{"
@@ -57,19 +58,22 @@ def load_tokenizer(name, need_chat_template=True):
 def load_tokenizer_for(model_name, tokenizer_name=None):
     """The tokenizer of a model: its own, or `tokenizer_name`, which must then have the same vocabulary.
 
-    A base model often has no chat template: then that of its instruct sibling is named.
+    A base model often has no chat template: then that of its instruct sibling is named. Where its template
+    shows no system message, that is said.
     """
     tokenizer = load_tokenizer(tokenizer_name or model_name)
     if tokenizer_name and tokenizer_name != model_name:
         try:
             own = load_tokenizer(model_name, need_chat_template=False)
         except (ValueError, FileNotFoundError):  # the model comes without one
-            return tokenizer
+            own = tokenizer
         if ordinary := compare_tokens(tokenizer, own)[1]:
             raise UserError(
                 f"tokenizer {tokenizer_name!r} does not belong to model {model_name!r}: "
                 f"{describe_mismatch(ordinary)}"
             )
+    if place := describe_place(tokenizer):
+        print0(place)
     return tokenizer
 
 

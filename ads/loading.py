@@ -140,3 +140,8 @@ def resolve_dtype(dtype: str, device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     return getattr(torch, dtype)
+
+
+def dtype_name(dtype: str, device) -> str:
+    """The same as a config's key names it."""
+    return str(resolve_dtype(dtype, device)).removeprefix("torch.")

@@ -66,21 +66,17 @@ def log_probs(logits_BR, allowed_V):
 
 
 def sample(log_probs_BV, proxy_BV, sampling, keys_B, steps_B):
-    """Draw one token id per row, (B,) int64.
+    """(a token id per row, (B,) int64; the Adjusted that it was drawn from).
 
     proxy_BV: what the defence's proxy gives, Delta or log-probabilities; None where lam = 0. keys_B and
     steps_B are int64: a row's key (see `row_key`) and how many tokens it has sampled so far. At tau = 0:
     argmax of log p_T + lam_t s.
     """
-    return pick(adjust(log_probs_BV, proxy_BV, sampling, keys_B, steps_B).log_q_BV, sampling, keys_B, steps_B)
-
-
-def pick(log_q_BV, sampling, keys_B, steps_B):
-    """A token id per row, (B,), of log q up to a constant per row."""
+    adjusted = adjust(log_probs_BV, proxy_BV, sampling, keys_B, steps_B)
     if sampling.tau == 0:
-        return log_q_BV.argmax(-1)
-    log_q_BV = truncate(log_q_BV, sampling.top_k, sampling.top_p)
-    return draw(log_q_BV, uniforms(keys_B, steps_B))
+        return adjusted.log_q_BV.argmax(-1), adjusted
+    log_q_BV = truncate(adjusted.log_q_BV, sampling.top_k, sampling.top_p)
+    return draw(log_q_BV, uniforms(keys_B, steps_B)), adjusted
 
 
 @dataclass(frozen=True)

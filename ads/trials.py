@@ -21,9 +21,7 @@ def tried_ids(model, number: int) -> list[int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CPU allocators raise a plain RuntimeError; on a part of a GPU (MIG) CUDA's fails to tell why."""
-    told = "can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT FAILED"
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in told)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in errors.NO_MEMORY)
 
 
 def agrees(found, wanted, slack=1) -> bool:

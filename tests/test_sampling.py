@@ -51,15 +51,17 @@ def test_tied_tokens_share_their_fate():
     assert (sampling.truncate(tied, 0, 0.3) > -torch.inf).tolist() == [[False, True, True, True, False]]
 
 
+def sample(*given):
+    return sampling.sample(*given)[0]
+
+
 def test_draws_follow_the_antidistillation_distribution():
     """Frequencies over 200,000 draws against softmax(log p / tau + lam Delta), formula written out."""
     log_p, delta = torch.log_softmax(scores(1), -1), scores(1, seed=1)
     wanted_V = torch.softmax(log_p / 0.7 + 0.5 * delta, -1)[0]
     n = 200_000
     key_n, step_n = torch.full((n,), sampling.row_key(7, "x")), torch.arange(n)
-    tokens_n = sampling.sample(
-        log_p.expand(n, -1), delta.expand(n, -1), Sampling(tau=0.7, lam=0.5), key_n, step_n
-    )
+    tokens_n = sample(log_p.expand(n, -1), delta.expand(n, -1), Sampling(tau=0.7, lam=0.5), key_n, step_n)
     found_V = torch.bincount(tokens_n, minlength=V) / n
     assert (found_V - wanted_V).abs().max() < 5 * (0.25 / n) ** 0.5
 
@@ -68,8 +70,8 @@ def test_lam_zero_is_plain_temperature_sampling_bit_for_bit():
     log_p, delta = torch.log_softmax(scores(), -1), scores(seed=1)
     steps = torch.zeros(6, dtype=torch.int64)
     for tau in (0.0, 0.6, 2.0):
-        plain = sampling.sample(log_p, None, Sampling(tau, 0.0, 10, 0.9), keys(6), steps)
-        with_delta = sampling.sample(log_p, delta, Sampling(tau, 0.0, 10, 0.9), keys(6), steps)
+        plain = sample(log_p, None, Sampling(tau, 0.0, 10, 0.9), keys(6), steps)
+        with_delta = sample(log_p, delta, Sampling(tau, 0.0, 10, 0.9), keys(6), steps)
         assert torch.equal(plain, with_delta)
 
 
@@ -78,8 +80,8 @@ def test_a_constant_in_delta_changes_nothing():
     distribution = Sampling(0.8, 0.6, 20, 0.9)
     steps = torch.zeros(6, dtype=torch.int64)
     assert torch.equal(
-        sampling.sample(log_p, delta, distribution, keys(6), steps),
-        sampling.sample(log_p, delta + 4.0, distribution, keys(6), steps),
+        sample(log_p, delta, distribution, keys(6), steps),
+        sample(log_p, delta + 4.0, distribution, keys(6), steps),
     )
 
 
@@ -87,16 +89,14 @@ def test_scaling_the_gradient_is_scaling_lam():
     log_p, delta = torch.log_softmax(scores(), -1), scores(seed=1)
     steps = torch.zeros(6, dtype=torch.int64)
     assert torch.equal(
-        sampling.sample(log_p, 4 * delta, Sampling(1.0, 0.125), keys(6), steps),
-        sampling.sample(log_p, delta, Sampling(1.0, 0.5), keys(6), steps),
+        sample(log_p, 4 * delta, Sampling(1.0, 0.125), keys(6), steps),
+        sample(log_p, delta, Sampling(1.0, 0.5), keys(6), steps),
     )
 
 
 def test_greedy_is_the_argmax_of_log_p_plus_lam_delta():
     log_p, delta = torch.log_softmax(scores(), -1), scores(seed=1)
-    tokens = sampling.sample(
-        log_p, delta, Sampling(0.0, 0.7, 1, 0.1), keys(6), torch.zeros(6, dtype=torch.int64)
-    )
+    tokens = sample(log_p, delta, Sampling(0.0, 0.7, 1, 0.1), keys(6), torch.zeros(6, dtype=torch.int64))
     assert torch.equal(tokens, (log_p + 0.7 * delta).argmax(-1))
 
 
@@ -132,7 +132,7 @@ def test_rounding_noise_moves_no_draw_far():
     steps = torch.zeros(500, dtype=torch.int64)
     noisy = log_p + 1e-6 * torch.randn(500, V, generator=torch.Generator().manual_seed(4))
     distribution = Sampling(1.0)
-    same = sampling.sample(log_p, None, distribution, keys(500), steps) == sampling.sample(
+    same = sample(log_p, None, distribution, keys(500), steps) == sample(
         noisy, None, distribution, keys(500), steps
     )
     assert same.all()
@@ -164,8 +164,8 @@ def test_permutation_hangs_on_problem_and_step_alone():
 def test_permuted_sampling_draws_from_the_permuted_delta():
     log_probs_BV, delta_BV = scores(500).log_softmax(-1), scores(500, seed=1)
     key_B, steps_B = keys(500), torch.zeros(500, dtype=torch.int64)
-    found = sampling.sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5, score=permuted), key_B, steps_B)
+    found = sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5, score=permuted), key_B, steps_B)
     permuted_BV = permute(delta_BV, key_B, steps_B)
-    wanted = sampling.sample(log_probs_BV, permuted_BV, Sampling(0.8, 0.5), key_B, steps_B)
-    plain = sampling.sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5), key_B, steps_B)
+    wanted = sample(log_probs_BV, permuted_BV, Sampling(0.8, 0.5), key_B, steps_B)
+    plain = sample(log_probs_BV, delta_BV, Sampling(0.8, 0.5), key_B, steps_B)
     assert torch.equal(found, wanted) and not torch.equal(found, plain)

@@ -4,11 +4,11 @@ In its chat format, as `distill.py` trains it. Shapes: T tokens, N labels.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from ads import chat
+from ads.data.examples import num_labels, num_tokens
 from ads.delta import gradient
 from ads.delta.loss import Sequence, collate, make_batches, token_losses
 from ads.loading import load_model, resolve_dtype
@@ -19,21 +19,10 @@ from ads.trials import try_batches
 DIGITS = 4  # of nats that are kept: what is beyond hangs on how rows are batched
 
 
-@dataclass(frozen=True)
-class Numbered(Sequence):
-    """A training sequence that knows its place in a list."""
-
-    number: int = -1
-
-
-def number_all(examples):
-    """The Numbered of each example, a dict with input_ids and labels."""
-    num_prompt_tokens = [len(e["labels"]) - num_labels(e) for e in examples]
-    return [Numbered(e["input_ids"], num_prompt_tokens[i], i) for i, e in enumerate(examples)]
-
-
-def num_labels(example):
-    return sum(label != chat.IGNORED_LABEL for label in example["labels"])
+def batches_of(examples, batch_size, batch_tokens):
+    """Batches of examples, dicts with input_ids and labels, as lists of their places."""
+    lengths = list(map(num_tokens, examples))
+    return make_batches(range(len(examples)), batch_size, batch_tokens, length=lengths.__getitem__)
 
 
 def label_losses(model, examples, batch_size=8, batch_tokens=2048, progress=iter):
@@ -42,10 +31,9 @@ def label_losses(model, examples, batch_size=8, batch_tokens=2048, progress=iter
     examples: dicts with input_ids and labels, as of `load_examples`. The model is left as it is.
     """
     losses = [torch.zeros(0)] * len(examples)
-    for batch in progress(make_batches(number_all(examples), batch_size, batch_tokens)):
-        numbers = [s.number for s in batch]
-        for number, found in zip(numbers, losses_of(model, [examples[i] for i in numbers]), strict=True):
-            losses[number] = found
+    for batch in progress(batches_of(examples, batch_size, batch_tokens)):
+        for i, found in zip(batch, losses_of(model, [examples[i] for i in batch]), strict=True):
+            losses[i] = found
     return losses
 
 
@@ -68,12 +56,6 @@ def to_device(model, examples):
     return batch, batch.pop("labels")
 
 
-def example_of(cfg, tokenizer, row):
-    """The example that distill.py would make of a row."""
-    ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
-    return {"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]}
-
-
 def load_student(cfg, tokenizer, longest, device, dtype):
     """The undistilled student, tried out on batches of up to `longest` tokens."""
     print0(f"loading {cfg.student}")
@@ -93,7 +75,8 @@ def loss_gradient(model, examples, batch_size, batch_tokens, progress=iter):
 
     Each process computes all of it, in the same batches: shares of several would add up to other last digits.
     """
-    gradient.add_gradient_(model, number_all(examples), len(examples), batch_size, progress, batch_tokens)
+    sequences = [Sequence(e["input_ids"], num_tokens(e) - num_labels(e)) for e in examples]
+    gradient.add_gradient_(model, sequences, len(sequences), batch_size, progress, batch_tokens)
     gradient.norms(model)  # that are finite, and not all 0
     found = [p.grad for p in model.parameters()]
     model.zero_grad()

@@ -17,7 +17,7 @@ from ads.attacks.weighting import weighted
 from ads.data.examples import fill_up, longest_first, num_tokens, order_examples
 from ads.decode import memory_plan
 from ads.delta.loss import collate, token_losses
-from ads.loading import check_loadable, free_bytes, load_model, recomputed, resolve_dtype
+from ads.loading import check_loadable, dtype_name, free_bytes, load_model, recomputed, resolve_dtype
 from ads.stage import files, layout
 from ads.stage.errors import UserError
 from ads.stage.fingerprint import importable
@@ -70,10 +70,10 @@ def load_student(cfg, tokenizer, device):
 
 def resolve_numerics(cfg, device):
     """What "auto" stands for on this machine: flash_attention_2 where it can run, for one."""
-    dtype, attention = resolve_dtype(cfg.dtype, device), cfg.attn_implementation
-    if attention == "auto" and device != "cpu" and importable("flash-attn") and dtype.itemsize == 2:
+    dtype, attention = dtype_name(cfg.dtype, device), cfg.attn_implementation
+    if attention == "auto" and device != "cpu" and importable("flash-attn") and dtype != "float32":
         attention = "flash_attention_2"
-    return {"resolved_dtype": str(dtype).removeprefix("torch."), "attention": attention}
+    return {"resolved_dtype": dtype, "attention": attention}
 
 
 def most_per_device(cfg, model, longest, world):

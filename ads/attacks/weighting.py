@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from ads import chat
-from ads.attacks.likelihood import label_losses, num_labels
+from ads.attacks.likelihood import label_losses
+from ads.data.examples import num_labels
 from ads.stage import files
 from ads.stage.errors import UserError
 from ads.stage.world import print0

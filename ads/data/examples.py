@@ -47,18 +47,22 @@ def make_examples(
         check_each(source, rows, check_weight)
     examples, num_cut = [], 0
     for row in rows:
-        ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
-        num_cut += len(ids) > cfg.max_length
-        if any(label != chat.IGNORED_LABEL for label in labels[: cfg.max_length]):
-            weight = {"weight": float(row["weight"])} if with_weights else {}
-            examples.append(
-                {"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length], **weight}
-            )
+        example, is_cut = example_of(cfg, tokenizer, row)
+        num_cut += is_cut
+        if num_labels(example):
+            examples.append(example | ({"weight": float(row["weight"])} if with_weights else {}))
     if not examples:
         raise UserError(f"{source}: no trace has a token to train on within max_length={cfg.max_length}")
     if num_cut:
         print0(f"{source}: {num_cut} of {len(rows)} sequences are cut to max_length={cfg.max_length}")
     return examples, num_cut
+
+
+def example_of(cfg: TrainConfig | AttackConfig, tokenizer: Any, row: Example) -> tuple[Example, bool]:
+    """(the example of a row, whether it was cut to max_length)."""
+    ids, labels = chat.student_example(tokenizer, row["problem"], row[cfg.trace_colname], row["finished"])
+    example = {"input_ids": ids[: cfg.max_length], "labels": labels[: cfg.max_length]}
+    return example, len(ids) > cfg.max_length
 
 
 def check_weight(row: Example) -> None:
@@ -101,3 +105,8 @@ def fill_up(examples: list[Example], size: int) -> list[Example]:
 
 def num_tokens(example: Example) -> int:
     return len(example["input_ids"])
+
+
+def num_labels(example: Example) -> int:
+    """How many tokens of an example are trained on."""
+    return sum(label != chat.IGNORED_LABEL for label in example["labels"])

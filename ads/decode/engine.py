@@ -189,8 +189,8 @@ class Decoder:
         """
         newest_N, keys_N, num_ids_N, _, num_given_N, pace_N = state_6N
         log_probs_NV = sampling.log_probs(logits_NR, self.models.allowed_V)
-        adjusted = sampling.adjust(log_probs_NV, proxy_NV, self.distribution, keys_N, num_ids_N)
-        tokens_N = sampling.pick(adjusted.log_q_BV, self.distribution, keys_N, num_ids_N)
+        given = log_probs_NV, proxy_NV, self.distribution, keys_N, num_ids_N
+        tokens_N, adjusted = sampling.sample(*given)
         if self.models.corruption:
             tokens_N = self.models.corruption.corrupt(tokens_N, rows)
         if given_NM is not None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from ads import chat
+from ads.data.examples import num_labels, num_tokens
 from ads.loading import free_bytes
 from ads.stage import errors, hub
 from ads.stage.errors import UserError
@@ -296,8 +297,7 @@ def check_gradient(cfg, sequences, free):
 def check_distillation(cfg, examples, free, num_processes):
     """The same for the student of a TrainConfig, what is trained of it, and the longest of the examples."""
     for student in known_sizes(free, cfg.student):
-        longest = max(len(e["input_ids"]) for e in examples)
-        num_logits = max(sum(label != chat.IGNORED_LABEL for label in e["labels"]) for e in examples)
+        longest, num_logits = (max(map(count, examples)) for count in (num_tokens, num_labels))
         most = longest * (1 if cfg.per_device_batch_size == "auto" else cfg.per_device_batch_size)
         pairs = (longest, num_logits), (most, most)
         plans = [[distillation(cfg, student, *pair, num_processes) for pair in pairs]]
@@ -311,8 +311,7 @@ def check_distillation(cfg, examples, free, num_processes):
 def check_measuring(cfg, examples, free, has_gradients):
     """The same for the student of an AttackConfig, and the longest of the examples."""
     for student in known_sizes(free, cfg.student):
-        longest = max(len(e["input_ids"]) for e in examples)
-        num_logits = max(sum(label != chat.IGNORED_LABEL for label in e["labels"]) for e in examples)
+        longest, num_logits = (max(map(count, examples)) for count in (num_tokens, num_labels))
         most = max(cfg.batch_tokens, longest)
         plans = [
             measuring(cfg, student, *pair, has_gradients) for pair in ((longest, num_logits), (most, most))

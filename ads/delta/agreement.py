@@ -17,7 +17,7 @@ from ads.delta.check import make_checked
 from ads.delta.exact import log_probs_change
 from ads.dual.factors import dense
 from ads.dual.rules import halves
-from ads.loading import load_model, resolve_dtype
+from ads.loading import dtype_name, load_model
 from ads.stage.errors import UserError
 
 LEAST_PROBABILITY = 1e-4
@@ -33,19 +33,15 @@ def diagnose(cfg, model, compressed, half, sequences):
     Raises ValueError where there is nothing to compare.
     """
     device = model.get_input_embeddings().weight.device
-    dtype = resolve_dtype(cfg.proxy_dtype, device)
+    dtype = dtype_name(cfg.proxy_dtype, device)
     full = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     truth_PV, log_probs_PV = exact(twin(model), full.__getitem__, sequences)
     if not likely(log_probs_PV)[1].any():
         raise UserError(f"nowhere in {len(truth_PV)} positions have three tokens p > {LEAST_PROBABILITY:g}")
     compare = functools.partial(agreement, truth_PV=truth_PV, log_probs_PV=log_probs_PV)
-    found = {
-        "num_positions": len(truth_PV),
-        "dtype": str(dtype).removeprefix("torch."),
-        "rank": cfg.grad_rank,
-    }
+    found = {"num_positions": len(truth_PV), "dtype": dtype, "rank": cfg.grad_rank}
     given = cfg.proxy_student, cfg.proxy_dtype, device, cfg.attn_implementation
-    rounded = twin(model) if dtype == torch.float32 else load_model(*given)
+    rounded = twin(model) if dtype == "float32" else load_model(*given)
     found["exact"] = compare(exact(rounded, compressed.__getitem__, sequences)[0])
     del rounded
     moved = load_model(*given)

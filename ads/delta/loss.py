@@ -49,17 +49,21 @@ def load_sequences(path, max_length, max_samples=None, seed=0):
     return kept, len(rows) - len(kept)
 
 
-def make_batches(sequences, batch_size, batch_tokens=math.inf):
-    """Lists of at most batch_size sequences of like lengths, longest first.
+def length_of(sequence):
+    return len(sequence.ids)
+
+
+def make_batches(sequences, batch_size, batch_tokens=math.inf, length=length_of):
+    """Lists of at most batch_size sequences of like lengths, longest first; length: of one, in tokens.
 
     A batch ends before more than MAX_PADDING of it would be padding, or where it would have more than
     batch_tokens tokens, padding included; a longer sequence stands alone.
     """
     batches = []
-    for s in sorted(sequences, key=lambda s: -len(s.ids)):
+    for s in sorted(sequences, key=length, reverse=True):
         batch = batches[-1] if batches else []
-        tokens = sum(len(other.ids) for other in batch) + len(s.ids)
-        padded = (len(batch) + 1) * len((batch or [s])[0].ids)
+        tokens = sum(map(length, [*batch, s]))
+        padded = (len(batch) + 1) * length((batch or [s])[0])
         is_full = len(batch) == batch_size or padded > batch_tokens
         if not batch or is_full or tokens < (1 - MAX_PADDING) * padded:
             batches.append([s])

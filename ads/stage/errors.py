@@ -1,5 +1,9 @@
 """Errors that a user can mend, and one line on those of others."""
 
+# Said of memory that has run out by what raises a plain RuntimeError: CPU allocators, and CUDA's on a part of
+# a GPU (MIG), which fails to tell why.
+NO_MEMORY = ("can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT FAILED")
+
 
 class UserError(ValueError):
     """What a user can mend: one line with the value and the remedy. Scripts print it and exit with 2."""

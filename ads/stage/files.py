@@ -25,6 +25,7 @@ from ads.stage.errors import MissingInputError, UserError
 
 UMASK = os.umask(0o077)  # it can only be read by being set
 os.umask(UMASK)
+PART_ROWS, PART_SECONDS = 32, 60  # finished rows are written by then: what a kill without notice may cost
 LATE_SECONDS = 90  # after which a network file system shows what other machines have written
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)  # of a file system without flock
 
@@ -107,6 +108,28 @@ def write_part(parts_dir: Path, rank: int, rows: Iterable[dict[str, Any]]) -> No
     """
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_text(parts_dir / f"{time.time_ns():020d}-{rank}-{checksum(text.encode())}.jsonl", text)
+
+
+def write_parts(
+    parts_dir: Path, rank: int, rows: Iterable[dict[str, Any]], most: int = PART_ROWS
+) -> list[dict[str, Any]]:
+    """Store rows as they come, at most `most` a part, and return them.
+
+    Where this process is stopped, or making the next row fails, what is finished is stored first.
+    """
+    found: list[dict[str, Any]] = []
+    num_stored, last_write = 0, time.monotonic()
+    try:
+        for row in rows:
+            found.append(row)
+            is_full = len(found) - num_stored >= min(PART_ROWS, most)
+            if is_full or time.monotonic() - last_write > PART_SECONDS:
+                write_part(parts_dir, rank, found[num_stored:])
+                num_stored, last_write = len(found), time.monotonic()
+    finally:
+        if num_stored < len(found):
+            write_part(parts_dir, rank, found[num_stored:])
+    return found
 
 
 def read_parts(parts_dir: Path) -> dict[str, dict[str, Any]]:

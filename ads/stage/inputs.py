@@ -18,8 +18,10 @@ from ads.stage.sidecar import check_output, read_sidecar, write_record
 def fingerprint_existing(path: str | Path, remedy: str) -> str:
     """What identifies a file that a stage reads; NotMadeError that says how to make it.
 
-    UserError if a stage made it and it has changed since.
+    UserError for a folder, and if a stage made the file and it has changed since.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: give the file beside it, such as {Path(path).name}.parquet")
     if not Path(path).is_file():
         raise NotMadeError(f"{path} does not exist: {remedy}")
     check_output(layout.sidecar_of(Path(path)), path)

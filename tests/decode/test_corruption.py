@@ -55,7 +55,7 @@ def what_plain_sampling_draws(demo, request, ids):
         logits_TV = demo.teacher.model(inputs).logits[0, len(request.prompt_ids) - 1 : -1]
     keys_T = torch.full((len(ids),), sampling.row_key(SEED, request.id))
     log_probs_TV = sampling.log_probs(logits_TV, demo.allowed_V)
-    return sampling.sample(log_probs_TV, None, DISTRIBUTION, keys_T, torch.arange(len(ids))).tolist()
+    return sampling.sample(log_probs_TV, None, DISTRIBUTION, keys_T, torch.arange(len(ids)))[0].tolist()
 
 
 def is_likely(num_corrupted, num_results, share):

@@ -243,10 +243,10 @@ def test_sampling_asks_a_gpu_nothing(distribution, monkeypatch):
     keys, steps = torch.arange(8) * 7919, torch.arange(8)
     delta = delta[:, :50] if distribution.lam else None
     log_probs = sampling.log_probs(logits, torch.ones(50, dtype=torch.bool))
-    wanted = sampling.sample(log_probs, delta, distribution, keys, steps)
+    wanted, _ = sampling.sample(log_probs, delta, distribution, keys, steps)
     monkeypatch.setattr(sampling, "may_ask", lambda device: False)
     with Questions():
         log_probs = sampling.log_probs(logits, torch.ones(50, dtype=torch.bool))
-        assert torch.equal(sampling.sample(log_probs, delta, distribution, keys, steps), wanted)
+        assert torch.equal(sampling.sample(log_probs, delta, distribution, keys, steps)[0], wanted)
     with Questions(), pytest.raises(AssertionError, match="host would wait"):
         (delta if distribution.lam else logits).any().item()

@@ -76,6 +76,7 @@ def kl(log_q_V, log_p_V):
 def decode_uncached(models, settings, row, seed=1):
     """(ids, log p_T of them, sums of KL and lam_t) of one row."""
     key, ids, sums = torch.tensor([sampling.row_key(seed, row.id)]), list(row.prompt_ids), [0.0, 0.0, 0.0]
+    of_q = dataclasses.replace(settings, tau=float(settings.tau > 0))  # which has its tau already
     for step in range(row.max_new_tokens):
         logits_V, proxy_V = (
             m.model(torch.tensor([ids])).logits[0, -1] for m in (models.teacher, models.proxy.models[0])
@@ -83,7 +84,7 @@ def decode_uncached(models, settings, row, seed=1):
         log_p_V = torch.log_softmax(logits_V.double(), -1)
         proxy_V = proxy_V.masked_fill(~models.proxy.shared_V, -math.inf)
         log_q_V, lam, price = written_out(settings, log_p_V, torch.log_softmax(proxy_V.double(), -1))
-        ids.append(sampling.pick(log_q_V[None].float(), settings, key, torch.tensor([step])).item())
+        ids.append(sampling.sample(log_q_V[None].float(), None, of_q, key, torch.tensor([step]))[0].item())
         sums = [a + b for a, b in zip(sums, (log_p_V[ids[-1]].item(), price, lam), strict=True)]
         if ids[-1] in EOS:
             break

@@ -7,9 +7,16 @@ import pytest
 from conftest import ROOT, run_script
 from helpers_scripts import rows_of
 
+from ads import chat
+from ads.data.prompts import make_rows
 from ads.data.published import answer_only, truncated
+from ads.decode.cached_model import CachedModel
+from ads.decode.rows import Request
+from ads.delta.arm_models import load_models
 from ads.stage import files
 from ads.stage.inputs import fingerprint_model
+from ads.stage.settings import GenConfig
+from gentraces import decode_rows
 
 MODELS = ROOT / "demo" / "models"
 SMALL = ["max_samples=40", "max_length=200", "max_prompt_length=100", "batch_size=40", "tau=1.0", "top_k=0"]
@@ -112,6 +119,24 @@ def test_100_of_our_own_traces_read_back_teach_the_same_student(tmp_path):
         assert stats["teacher_nll"] == pytest.approx(native[0]["teacher_nll"], abs=1e-5)
     untaught = fingerprint_model(str(MODELS / "student"))
     assert native[1] != untaught and 0 < native[0]["raw"]["num_correct"] <= 100
+
+
+def test_a_text_is_cut_down_before_all_are_sampled(monkeypatch):
+    """No row was once kept before the last had been sampled: a kill cost hours, and so did the next one."""
+    settings = {"tau": 1.0, "max_samples": 12, "max_length": 200, "answer_force": False}
+    teacher = str(MODELS / "teacher")
+    cfg = GenConfig(teacher=teacher, defence="truncated", data_split="arithmetic_test", **settings)
+    tokenizer, prompts, prefill = chat.load_tokenizer(teacher), [], CachedModel.prefill
+    models, _ = load_models(cfg, tokenizer, None, "cpu")
+    rows = {row.id: row for row in make_rows(cfg, tokenizer, "")[0]}
+    requests = [Request(row.id, row.prompt_ids, 60) for row in rows.values()]
+    monkeypatch.setattr(
+        CachedModel, "prefill", lambda self, ids, slots: prompts.extend(ids) or prefill(self, ids, slots)
+    )
+    found = decode_rows(cfg, models, tokenizer, rows, None, 2, requests)
+    next(found)
+    assert len(prompts) == 8 + 1, "four batches to sample, and the first text to read"
+    assert len(list(found)) == 11
 
 
 def test_problems_of_one_s_own_are_graded_by_their_answer(exp, tmp_path):

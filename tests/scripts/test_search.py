@@ -18,7 +18,7 @@ import search
 from ads.data import arithmetic
 from ads.data.problems import load_problems
 from ads.stage import files
-from ads.stage.settings import SearchConfig
+from ads.stage.settings import GenConfig, SearchConfig
 
 CFG = SearchConfig(targets="0.5")
 LIMITS = search.Limits(0.0, 0.01, 1.28)
@@ -324,6 +324,16 @@ def test_a_hit_that_other_problems_do_not_confirm_is_flagged(again, told, is_hit
     alone = replace(found, again=None)
     assert search.describe(alone, CFG)["holds"] is None and search.describe(alone, CFG)["accuracy"] == 0.51
     assert search.grid_lines(alone, CFG, ["proxy_student=p"])[1] == "#   not measured again on other problems"
+
+
+def test_the_error_of_an_accuracy_of_several_samples_is_that_of_its_problems(tmp_path):
+    """num_correct counts samples: taken for problems, the search ended in `math domain error`."""
+    stage = GenConfig(exp_dir=str(tmp_path), trace_name="t", tau=0.6, num_samples=4)
+    stats = {"n": 20, "af": {"accuracy": 0.9, "num_correct": 72}}
+    files.write_text(stage.sidecar_path, json.dumps({"stats": stats}))
+    measured = search.measure(stage, CFG)
+    assert (measured.value, measured.n) == (0.9, 20)
+    assert measured.standard_error == pytest.approx((20 / 24 * 4 / 24 / 24) ** 0.5)
 
 
 @pytest.fixture(scope="module")

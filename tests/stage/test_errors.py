@@ -152,6 +152,8 @@ TABLE = (
     (GRAD + "proxy_student={nan_model}", "logits of the 'qwen2' model are not finite: check its weights"),
     (GRAD + "tokenizer={small_model}/none", "neither a folder nor the name of a model on the hub"),
     (GRAD + "holdout_traces={exp}/none.parquet", "none.parquet does not exist: make it with gentraces.py"),
+    # which is there, but as the dataset's folder: it was once said not to exist
+    (GRAD + "holdout_traces={exp}/traces/holdout", "holdout is a folder: give the file beside it, such as"),
     (
         GRAD + "tokenizer={teacher} holdout_traces={folder}/damaged.parquet",
         "damaged.parquet is not a readable parquet file",
