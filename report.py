@@ -2,6 +2,7 @@
 
     python report.py runs/gsm8k
     python report.py runs/seed42 runs/seed43    # several seeds, or one sweep spread over machines
+    python report.py runs/gsm8k --without repair --out runs/no_repair    # as if an attacker were not there
     python report.py runs/gsm8k --pair eval_student_a eval_student_b    # two tests, problem by problem
 
 Stages are joined by the settings and path tails in their sidecars, as experiments get moved; the names of
@@ -28,15 +29,15 @@ DEMO_NOTES = utils.ROOT / "demo" / "notes.txt"  # what is known of experiments w
 
 
 def main(arguments: Sequence[str]) -> None:
-    exp_dirs, folder, levels, pair = parse_arguments(arguments)
+    exp_dirs, folder, levels, without, pair = parse_arguments(arguments)
     if pair:
         show_pairs(pairs.compare_tests(pair, exp_dirs))
         return
-    found = findings.gather(exp_dirs, levels)
+    found = findings.gather(exp_dirs, levels, without)
     print0(*findings.terminal_lines(found), sep="\n")
     utils.prepare_exp_dir(folder)
     with files.stage_lock(folder if folder.parent != exp_dirs[0] else exp_dirs[0], "report"):
-        write_report(folder, exp_dirs, found)
+        write_report(folder, arguments, found)
     paths = {"report": str(folder / "report.md"), "page": str(folder / "report.html")}
     print0(*(f"{name}: {path}" for name, path in paths.items()), sep="\n")
     print_result(
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     )
 
 
-def write_report(folder: Path, exp_dirs: Sequence[Path], found: Findings) -> None:
+def write_report(folder: Path, arguments: Sequence[str], found: Findings) -> None:
     """All files of EXP_DIR/report/."""
     files.write_text(
         folder / "results.csv",
@@ -64,7 +65,7 @@ def write_report(folder: Path, exp_dirs: Sequence[Path], found: Findings) -> Non
     panels |= plots.worst_panels(found.attacked, found.baselines)
     figures.write_plots(folder, panels, findings.title(found))
     drawn = [name for name, shown in panels.items() if shown]
-    files.write_text(folder / "report.md", findings.to_markdown(found, exp_dirs, drawn))
+    files.write_text(folder / "report.md", findings.to_markdown(found, arguments, drawn))
     about = DEMO_NOTES.read_text(encoding="utf-8").splitlines() if is_demo(found) else ()
     words = scale.in_words(found.sidecars, found.curves, found.data, shipped_models())
     files.write_text(folder / "report.html", page.render(found, panels, words, about))
@@ -75,17 +76,19 @@ def show_pairs(found: Sequence[pairs.Pair]) -> None:
     print_result(**pairs.record(found))
 
 
-Parsed = tuple[list[Path], Path, tuple[float, ...] | None, list[str] | None]
+Parsed = tuple[list[Path], Path, tuple[float, ...] | None, list[str], list[str] | None]
 
 
 def parse_arguments(arguments: Sequence[str]) -> Parsed:
-    """(experiment folders, folder to write to, teacher accuracies to compare at, tests to compare)."""
+    """(experiment folders, folder to write to, teacher accuracies to compare at, attackers to leave out,
+    tests to compare)."""
     parser = argparse.ArgumentParser(
         prog="report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("exp_dirs", nargs="*", metavar="EXP_DIR")
     parser.add_argument("--out", metavar="FOLDER", help="default: report/ in the first EXP_DIR")
     parser.add_argument("--at", metavar="0.85,0.75", help="teacher accuracies to compare the arms at")
+    parser.add_argument("--without", nargs="+", default=[], metavar="ATTACK", help="attackers to leave out")
     parser.add_argument(
         "--pair",
         nargs=2,
@@ -100,7 +103,7 @@ def parse_arguments(arguments: Sequence[str]) -> Parsed:
     out = layout.path_of("report", exp_dirs[0] if exp_dirs else "")
     if parsed.out is not None:
         out = Path(expand_home("--out", parsed.out))
-    return exp_dirs, out, levels, parsed.pair
+    return exp_dirs, out, levels, parsed.without, parsed.pair
 
 
 def parse_levels(text: str) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 from ads.report import words
 from ads.report.attacked import MADE_OF, SPENT, THREAT, Attacked, Line, card_lines
 from ads.report.attackers import Cell, defence_of
+from ads.report.compare import Match
 from ads.report.curves import group_by
 from ads.report.doubts import name_some
 from ads.report.numbers import (
@@ -197,10 +198,19 @@ def headline(attacked: Attacked) -> str:
         return ""
     return (
         f"At a teacher accuracy of {show_percent(best.level)} ({ANSWERS[best.answers]} answers), the best of "
-        f"{len(attacked.compared)} attackers brings students to {words.whole_percent(best.temperature)} with "
-        f"temperature-sampled traces, to {words.whole_percent(best.student)} with {best.name} traces: "
-        f"{words.how_much_less(best)}."
+        f"{len(attacked.compared)} attackers brings students to {words.percent(best.temperature, best)} with "
+        f"temperature-sampled traces, to {words.percent(best.student, best)} with {best.name} traces: "
+        f"{words.how_much_less(best)}.{without_traces(attacked, best)}"
     )
+
+
+def without_traces(attacked: Attacked, best: Match) -> str:
+    """The best attacker without any published trace, where the defended traces bring no more than that."""
+    name = f"student_{best.answers}_accuracy"
+    own = max(attacked.own_lines, key=lambda line: line.get(name, -1.0), default={})
+    if own.get(name, -1.0) < best.student:
+        return ""
+    return f" Without any published trace, {own['attacker']} brings them to {words.percent(own[name], best)}."
 
 
 def gap_sentence(attacked: Attacked) -> str:

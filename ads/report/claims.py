@@ -14,7 +14,7 @@ from ads.report.compare import Levels, Match, Measured, choose_levels, common_ra
 from ads.report.curves import Axes, Curve, by_replicate, by_setting, group_by, pair_up, pooled
 from ads.report.numbers import show_interval, show_number, show_span
 from ads.report.results import PRICES, ResultRow, Rows, graded, show_knob
-from ads.report.words import MARK, elicited, join_words, mark
+from ads.report.words import MARK, elicited, headline, join_words, mark
 
 RAW = "raw"
 MOST_BASE = 0.25  # of the undistilled student, asked in the best way
@@ -63,6 +63,9 @@ DIFFERENCES = (
 )
 
 
+WORST = Difference("g", "temperature", "ADS", "accuracy", "above 0", ABOVE_0)
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim, the number it is about, and the verdict; `note` says what was missing or who harms more.
@@ -85,7 +88,7 @@ class Claim:
 
 
 def make_claims(curves: Sequence[Curve], baselines: Rows, draws: Draws) -> list[Claim]:
-    """The claims a to f of an experiment, whatever of them was measured."""
+    """The claims a to f of an experiment, whatever of them was measured; g: `worst_claim`."""
     arms = choose_arms(curves)
     if not arms:
         return []
@@ -93,6 +96,20 @@ def make_claims(curves: Sequence[Curve], baselines: Rows, draws: Draws) -> list[
     for asked in DIFFERENCES:
         claims += difference_claims(asked, arms, compare_two(asked, arms, draws))
     return claims
+
+
+def worst_claim(matches: Iterable[Match]) -> list[Claim]:
+    """The claim g, of matches of the worst students: that ADS leaves the best attacker less."""
+    ours = [match for match in matches if (match.arm, match.answers, match.price) == ("ADS", RAW, "accuracy")]
+    if not ours:
+        return []
+    match = headline(ours) or ours[0]
+    name = difference_name(WORST, None if match.difference is None else match.level)
+    claim = Claim(WORST.key, f"worst students: {name}: {WORST.words}", least=WORST.least, note=match.note)
+    if match.difference is None:
+        return [claim]
+    claim = replace(claim, flags=match.flags, price=match.price)
+    return [judge(claim, match.difference, match.low, match.high, match.num_seeds)]
 
 
 def choose_arms(curves: Sequence[Curve]) -> dict[str, Curve]:
@@ -252,7 +269,7 @@ def failures(claims: Sequence[Claim]) -> str:
     verdicts = {key: verdict_of(same) for key, same in group_by(claims, lambda claim: claim.key).items()}
     keys = {v: [key for key in verdicts if verdicts[key] == v] for v in (HOLDS, PARTLY, UNMEASURED)}
     text = f"On {seeds_in_words(claims)}, by {RAW} answers, {join_words(keys[HOLDS]) or 'none'} of the claims"
-    parts = [f"{text} a to f hold{'s' if len(keys[HOLDS]) == 1 else ''}."]
+    parts = [f"{text} a to {claims[-1].key} hold{'s' if len(keys[HOLDS]) == 1 else ''}."]
     if failed := [claim for claim in claims if claim.verdict.startswith(FAILS)]:
         parts.append(f"Does not hold: {'; '.join(show_failures(failed))}.")
     for verdict in (PARTLY, UNMEASURED):

@@ -12,7 +12,7 @@ from ads.report.attacked import Attacked, gather_attacked
 from ads.report.attackers import defence_of, of_main_attack
 from ads.report.bootstrap import load_draws
 from ads.report.compare import Levels, Match, compare_arms
-from ads.report.curves import Curve, Point, all_rows, by_setting, make_curves
+from ads.report.curves import Curve, Point, Points, all_rows, by_setting, make_curves
 from ads.report.doubts import unpaired_lines, warning_lines
 from ads.report.experiments import Experiment, Sidecar, all_recipes, load_experiments
 from ads.report.numbers import ONE_SEED, short_name, show_number
@@ -74,25 +74,41 @@ class Findings:
         return [sidecar for experiment in self.experiments for sidecar in experiment.gradients.values()]
 
 
-def gather(exp_dirs: Sequence[Path], levels: Levels | None) -> Findings:
-    """All of it, from the folders' sidecars; `levels`: teacher accuracies to compare at, None: the usual."""
+def gather(exp_dirs: Sequence[Path], levels: Levels | None, without: Sequence[str] = ()) -> Findings:
+    """All of it, from the folders' sidecars; `levels`: teacher accuracies to compare at, None: the usual;
+    `without`: attackers to leave out, by name."""
     experiments = load_experiments(exp_dirs)
     if not any(experiment.sidecars for experiment in experiments):
         raise UserError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
     points, undistilled, own = (f(experiments) for f in (collect_points, collect_undistilled, collect_own))
+    points, own = leave_out(without, points, own)
     baselines, recipes = [point.row for point in undistilled], all_recipes(experiments)
     curves = make_curves(of_main_attack(points))
     draws = load_draws(curves)
-    notes = [*map(baseline_line, baselines)] or ["undistilled student: -"]
+    notes = [f"left out, as asked: {', '.join(without)}"] if without else []
+    notes += [*map(baseline_line, baselines)] or ["undistilled student: -"]
     gradients = (gradient for experiment in experiments for gradient in experiment.gradients.values())
     notes += dict.fromkeys(map(gradient_line, gradients)) or ["gradient: -"]
     notes += [*warning_lines(experiments, points), *unpaired_lines(curves)]
     matches, claimed = compare_arms(curves, levels, draws), claims.make_claims(curves, baselines, draws)
     attacked = gather_attacked(points, undistilled, own, recipes, levels)
     detections = detect.detect(points, labels_of(curves))
+    claimed += claims.worst_claim(attacked.matches)
     notes += attack_tables.warning_lines(attacked)
     found = experiments, points, own, baselines, curves, matches, claimed, notes
     return Findings(*found, attacked, detections)
+
+
+def leave_out(names: Sequence[str], *found: Points) -> list[list[Point]]:
+    """Points without the students of some attackers; UserError where a name is of none of them, or of all."""
+    known = sorted({str(point.row.attack) for points in found for point in points})
+    for name in names:
+        if name not in known:
+            raise UserError(f"--without {name}: it has no student here; {', '.join(known)} have some")
+    kept = [[point for point in points if point.row.attack not in names] for points in found]
+    if names and not any(kept):
+        raise UserError(f"--without {' '.join(names)}: nothing is left; leave one of them in")
+    return kept
 
 
 def labels_of(curves: Iterable[Curve]) -> dict[Any, str]:
@@ -182,8 +198,8 @@ def terminal_lines(findings: Findings) -> Iterable[str]:
     yield from sentences(findings)
 
 
-def to_markdown(findings: Findings, exp_dirs: Sequence[Path], plots: Iterable[str]) -> str:
-    """report.md; `plots` are the names of those that were drawn."""
+def to_markdown(findings: Findings, arguments: Sequence[str], plots: Iterable[str]) -> str:
+    """report.md; `arguments`: of the command; `plots`: the names of those that were drawn."""
     rows, inline = findings.rows, tables.inline
     lines = ["# Results", "", *map(inline, sentences(findings)), ""]
     for caption, cells in small_tables(findings).items():
@@ -197,7 +213,7 @@ def to_markdown(findings: Findings, exp_dirs: Sequence[Path], plots: Iterable[st
         if found := [words.show_match(match) for match in findings.matches if match.price == name]:
             lines += ["", f"At equal {price.words}, {MATCHED}:", "", *(f"- {inline(line)}" for line in found)]
     lines += ["", *(f"![{name}]({name}.png)" for name in plots)]
-    lines += ["", "Made by", "", f"    {shlex.join(['python', 'report.py', *map(str, exp_dirs)])}", ""]
+    lines += ["", "Made by", "", f"    {shlex.join(['python', 'report.py', *arguments])}", ""]
     return "\n".join([*lines, f"from {inline(provenance(findings.sidecars))}", ""])
 
 

@@ -11,6 +11,7 @@ from ads.report.numbers import fixed, interval_kind, show_number, show_percent, 
 from ads.report.results import ANSWERS, PRICES, SEEDS, ResultRow, Rows, mean_row
 
 HEADLINE_LEVEL = 0.75  # the finding is about the level nearest to this one
+SMALL = 0.05  # a difference of accuracies that is shown to a tenth of a point
 MARK = "(!)"  # after a number that is in doubt
 
 
@@ -77,8 +78,8 @@ def finding(curves: Sequence[Curve], matches: Iterable[Match]) -> str:
         return explain_no_finding(curves)
     text = (
         f"At a teacher accuracy of {show_percent(best.level)} ({ANSWERS[best.answers]} answers), temperature-"
-        f"sampled traces bring students to {whole_percent(best.temperature)}, {best.name} traces to "
-        f"{whole_percent(best.student)}"
+        f"sampled traces bring students to {percent(best.temperature, best)}, {best.name} traces to "
+        f"{percent(best.student, best)}"
     )
     return f"{text}: {how_much_less(best)}."
 
@@ -121,8 +122,8 @@ def second_finding(matches: Iterable[Match]) -> str:
     difference, *ends = in_points(other)
     return (
         f"By {ANSWERS[other.answers]} answers, at a teacher accuracy of {show_percent(other.level)}: "
-        f"{whole_percent(other.temperature)} by temperature, {whole_percent(other.student)} by {other.name}, "
-        f"a difference of {difference} points{bounds(other, ends)}{mark(other)}."
+        f"{percent(other.temperature, other)} by temperature, {percent(other.student, other)} by "
+        f"{other.name}, a difference of {difference} points{bounds(other, ends)}{mark(other)}."
         f"{doubt(other) if other.flags != best.flags else ''}"
     )
 
@@ -152,10 +153,21 @@ def whole_percent(share: float) -> str:
     return f"{fixed(100 * share, 0)} %"
 
 
+def percent(share: float, match: Match) -> str:
+    """A student's accuracy beside the difference of a Match."""
+    return f"{fixed(100 * share, decimals(match))} %"
+
+
+def decimals(match: Match) -> int:
+    """How many decimals of a percentage a Match needs: whole points would hide how large a small one is."""
+    return int(abs(match.difference) < SMALL)
+
+
 def in_points(match: Match) -> list[str]:
     """Texts of a Match's difference and, where it has one, its interval, in percentage points."""
     numbers = [match.difference] + ([] if match.low is None else [match.low, match.high])
-    return [fixed(100 * number, digits_for(numbers[1:], 0)) for number in numbers]
+    digits = max(decimals(match), digits_for(numbers[1:], 0))
+    return [fixed(100 * number, digits) for number in numbers]
 
 
 def digits_for(ends: Iterable[float], digits: int) -> int:

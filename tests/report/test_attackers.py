@@ -1,6 +1,7 @@
 """The matrix of attackers against defences, shares of the gap, what students are made of, threat cards."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pyarrow
@@ -199,6 +200,42 @@ def test_as_a_user_runs_it(tmp_path):
     assert "&lt;script&gt;" in markdown and "![worst](worst.png)" in markdown
 
 
+def test_attackers_can_be_left_out(tmp_path):
+    """Who counts as an attacker is the reader's to say: mix25 needs clean traces."""
+    (folder,) = write_sweep(tmp_path, (1,), 50, ("naive", "mix25", "solo"), SWEEP[:5])
+    code, output, _ = run(folder, "--without", "mix25", "--out", tmp_path / "less")
+    assert code == 0 and "left out, as asked: mix25" in output and "the best of" not in output
+    assert "solo" in (tmp_path / "less" / "attackers.csv").read_text(encoding="utf-8")
+    assert "--without mix25" in (tmp_path / "less" / "report.md").read_text(encoding="utf-8")
+    code, _, errors = run(folder, "--without", "mix26")
+    assert (code, errors) == (
+        2,
+        "error: --without mix26: it has no student here; mix25, naive, solo have some\n",
+    )
+    code, _, errors = run(folder, "--without", "naive", "mix25", "solo")
+    assert code == 2 and "nothing is left; leave one of them in" in errors
+
+
+@pytest.mark.parametrize("share", (0.1, 0.99))
+def test_an_attacker_that_needs_no_published_trace_is_named_where_it_does_as_well(tmp_path, share):
+    """Students that recompute equations once counted as what traces give away: a calculator needs no trace."""
+    folder = write_small(tmp_path, parquet=True)
+    found = findings.gather([folder], None).attacked
+    own = {"attacker": "solo", "student_raw_accuracy": share}
+    found = dataclasses.replace(found, own_lines=[own])
+    text = "Without any published trace, solo brings them to 99 %."
+    assert attack_tables.headline(found).endswith(text) == (share == 0.99)
+
+
+def test_claim_g_is_about_the_worst_students(tmp_path):
+    found = findings.gather([write_small(tmp_path, parquet=True)], None)
+    (claim,) = [claim for claim in found.claims if claim.key == "g"]
+    match = next(m for m in found.attacked.matches if m.arm == "ADS" and f"{m.level:.2%}"[:2] in claim.claim)
+    assert claim.claim.startswith("worst students: temperature - ADS at a teacher accuracy of")
+    assert (claim.found, claim.low) == (match.difference, match.low) and claim.verdict.endswith("seed only")
+    assert "of the claims a to g hold" in claims.failures(found.claims)
+
+
 def test_the_frontier_is_drawn_through_the_worst_students(tmp_path):
     found = findings.gather([write_small(tmp_path, parquet=True)], None)
     panels = plots.worst_panels(found.attacked, found.baselines)["worst"]
@@ -212,4 +249,4 @@ def test_the_frontier_is_drawn_through_the_worst_students(tmp_path):
         [0.6, 0.8], abs=0.02
     )  # its start at temperature is above
     assert not plots.worst_panels(type(found.attacked)(), [])
-    assert "stroke-dasharray" in page.own_legend([{"attacker": "solo"}])[0]["key"]
+    assert "stroke-dasharray" in page.legend([], [], [{"attacker": "solo"}])[0]["key"]
