@@ -13,7 +13,7 @@ from helpers_report import run, write_point, write_stage_1_and_2
 from scipy import stats
 
 import report
-from ads.report import attack_tables, findings, page, plots, tables
+from ads.report import attack_tables, claims, findings, page, plots, tables
 from ads.report.attacked import SPENT
 from ads.report.worst import WORST
 from ads.stage import files
@@ -218,7 +218,7 @@ def test_attackers_can_be_left_out(tmp_path):
 
 @pytest.mark.parametrize("share", (0.1, 0.99))
 def test_an_attacker_that_needs_no_published_trace_is_named_where_it_does_as_well(tmp_path, share):
-    """Students that recompute equations once counted as what traces give away: a calculator needs no trace."""
+    """Repaired traces once counted as what traces give away, though a calculator needs none."""
     folder = write_small(tmp_path, parquet=True)
     found = findings.gather([folder], None).attacked
     own = {"attacker": "solo", "student_raw_accuracy": share}

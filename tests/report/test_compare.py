@@ -413,7 +413,8 @@ def test_raw_answers_are_not_passed_over_in_silence():
     assert headline([raw, forced]) == forced
     text = second_finding([raw, forced])
     assert text.endswith(
-        "52.0 % by temperature, 51.0 % by ADS, a difference of 1.0 points [-2.0, 3.0] (t interval over 3 seeds)."
+        "52.0 % by temperature, 51.0 % by ADS, a difference of 1.0 points [-2.0, 3.0] "
+        "(t interval over 3 seeds)."
     )
     assert second_finding([raw]) == second_finding([]) == ""
 
