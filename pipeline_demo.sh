@@ -6,8 +6,8 @@
 #   SEEDS=3 bash pipeline_demo.sh      three seeds: fresh problems, fresh random numbers
 #   bash pipeline_demo.sh --help       this text, and that of pipeline.sh with the settings of the demo
 #
-# Students of GRID_ARGS copy the traces as they are; each point of MATRIX_ARGS gets a student of each of ATTACKS. Given
-# GRID_ARGS alone, these are the points of ATTACKS, as in pipeline.sh.
+# Students of GRID_ARGS copy the traces as they are; then each point of MATRIX_ARGS gets a student of each of ATTACKS.
+# Given GRID_ARGS alone, these are the points of ATTACKS, as in pipeline.sh.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -28,14 +28,14 @@ export TRAIN_ARGS="lora=false lr=3e-3 num_epochs=3 per_device_batch_size=16 do_e
 export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=2 max_length=400 max_prompt_length=300}" PREFILL="${PREFILL-start with}"
 [[ -n "${GRID_ARGS:-}" ]] || MATRIX_ARGS="${MATRIX_ARGS---points 0.4,6.2,0 1.3,0,0 1.4,0,0}"
 matrix="${MATRIX_ARGS:-}" attacks="${ATTACKS:-}"
-if [[ -n "$matrix" ]]; then # GRID_ARGS has the others
+if [[ -n "$matrix" ]]; then
   attacks="${ATTACKS:-naive correct mix25 repair mask10 prefill solo solo_repair}"
   ATTACKS=naive
 fi
 export ATTACKS="${ATTACKS:-naive}"
 export GRID_ARGS="${GRID_ARGS:---points
-  0.4,0,0 1.0,0,0 1.2,0,0
-  0.4,4,0 0.4,5.5,0 0.4,6.8,0 0.4,7.4,0
+  0.4,0,0 1.0,0,0 1.2,0,0 1.3,0,0 1.4,0,0
+  0.4,4,0 0.4,5.5,0 0.4,6.2,0 0.4,6.8,0 0.4,7.4,0
   0.4,-7,0 0.4,-8,0 0.4,-9,0
   0.4,80,0,random,1 0.4,80,0,random,2 0.4,80,0,random,3
   0.4,0.4,0,corrupt 0.4,0.7,0,corrupt}"
@@ -60,7 +60,7 @@ for ((seed = first; seed < first + SEEDS; seed++)); do
   folder="$demo_dir"
   [[ "$seed" == "$first" ]] || folder="$demo_dir/seed$seed"
   folders+=("$folder")
-  echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about 10 minutes each on 2 cores"
+  echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about 11 minutes each on 2 cores"
   EXP_DIR="$folder" SEED="$seed" bash "$here/pipeline.sh" "$@" || status=$?
   [[ "$status" -lt 2 ]] || exit "$status" # 1: some grid point failed
   [[ -n "$matrix" ]] || continue

@@ -239,7 +239,7 @@ def test_demo_plans_every_stage(tmp_path):
     assert found.returncode == 0, found.stderr
     shared, own = 5, 2 + 2 * 3  # clean traces, the student's own; what solo and solo_repair make of these
     # of an attacked point; prefill asks the student of naive, which is named again
-    naive, attacked = 4 * 15, 3 * (4 + 3 * 3 + 2 + 2)
+    naive, attacked = 4 * 18, 3 * (4 + 3 * 3 + 2 + 2)
     assert found.stdout.count("to do   ") == 2 * (shared + naive + shared + own + attacked)
     assert "seed2" in found.stdout and "student_tau1.3_lam0_eps0_mask10" in found.stdout
     assert run_demo(SEEDS="0").returncode == 2 and "SEEDS='0'" in run_demo(SEEDS="0").stderr
