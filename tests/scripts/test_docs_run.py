@@ -134,6 +134,7 @@ def make_experiment(place):
         place,
         f"{traces} trace_name=solo_own is_teacher=false tau=1 num_samples=4 teacher=demo/models/student",
     )
+    (place / "runs" / "x" / "matched.txt").write_text("0.6 0.5 0\n")  # a shortened search finds none
     for name in ("gsm8k", "seed42", "seed43", "demo"):
         shutil.copytree(place / "runs" / "x", place / "runs" / name)
     for name in ("a", "b"):
