@@ -2,8 +2,9 @@
 # The whole experiment on the tiny models in demo/models and generated word problems: minutes on a CPU, no GPU, no
 # network beyond the package index. The same stages, scripts and files as pipeline.sh.
 #
-#   bash pipeline_demo.sh              one seed: 18 grid points, three of which with attackers
-#   SEEDS=3 bash pipeline_demo.sh      three seeds: fresh problems, fresh random numbers
+#   bash pipeline_demo.sh              one seed: 12 grid points, three of which with attackers
+#   SEEDS=5 bash pipeline_demo.sh      five seeds, as published: fresh problems, fresh random numbers, 18 points each
+#   FULL=1 bash pipeline_demo.sh       one seed with all of these points and attackers
 #   bash pipeline_demo.sh --help       this text, and that of pipeline.sh with the settings of the demo
 #
 # Students of GRID_ARGS copy the traces as they are; then each point of MATRIX_ARGS gets a student of each of ATTACKS.
@@ -28,17 +29,19 @@ export TRAIN_ARGS="lora=false lr=3e-3 num_epochs=3 per_device_batch_size=16 do_e
 export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=2 max_length=400 max_prompt_length=300}" PREFILL="${PREFILL-start with}"
 [[ -n "${GRID_ARGS:-}" ]] || MATRIX_ARGS="${MATRIX_ARGS---points 0.4,6.2,0 1.3,0,0 1.4,0,0}"
 matrix="${MATRIX_ARGS:-}" attacks="${ATTACKS:-}"
+FULL="${FULL:-$([[ "$SEEDS" == 1 ]] && echo 0 || echo 1)}"
+more_points="1.0,0,0 0.4,6.8,0 0.4,-8,0 0.4,80,0,random,2 0.4,80,0,random,3 0.4,0.4,0,corrupt"
+more_attacks=mask10
+[[ "$FULL" == 1 ]] || more_points="" more_attacks=""
 if [[ -n "$matrix" ]]; then
-  attacks="${ATTACKS:-naive correct mix25 repair mask10 prefill solo solo_repair}"
+  attacks="${ATTACKS:-naive correct mix25 repair $more_attacks prefill solo solo_repair}"
   ATTACKS=naive
 fi
 export ATTACKS="${ATTACKS:-naive}"
 export GRID_ARGS="${GRID_ARGS:---points
-  0.4,0,0 1.0,0,0 1.2,0,0 1.3,0,0 1.4,0,0
-  0.4,4,0 0.4,5.5,0 0.4,6.2,0 0.4,6.8,0 0.4,7.4,0
-  0.4,-7,0 0.4,-8,0 0.4,-9,0
-  0.4,80,0,random,1 0.4,80,0,random,2 0.4,80,0,random,3
-  0.4,0.4,0,corrupt 0.4,0.7,0,corrupt}"
+  0.4,0,0 1.2,0,0 1.3,0,0 1.4,0,0
+  0.4,4,0 0.4,5.5,0 0.4,6.2,0 0.4,7.4,0
+  0.4,-7,0 0.4,-9,0 0.4,80,0,random,1 0.4,0.7,0,corrupt $more_points}"
 
 # The first seed's experiment is the folder itself; its report/ shows all seeds.
 case "${1:-}" in
@@ -52,6 +55,10 @@ demo_dir="${EXP_DIR-runs/demo}" first="${SEED:-1}" status=0
   echo "pipeline_demo.sh: SEEDS='$SEEDS', SEED='$first': must be whole numbers, SEEDS from 1" >&2
   exit 2
 }
+[[ "$FULL" =~ ^[01]$ ]] || {
+  echo "pipeline_demo.sh: FULL='$FULL': must be 1 (all points and attackers) or 0" >&2
+  exit 2
+}
 # shellcheck source=setup.sh
 source "$here/setup.sh" ""
 export JOBS="${JOBS:-$(cd "$here" && python -c 'from ads.stage.machine import num_cpus; print(num_cpus())')}"
@@ -60,7 +67,7 @@ for ((seed = first; seed < first + SEEDS; seed++)); do
   folder="$demo_dir"
   [[ "$seed" == "$first" ]] || folder="$demo_dir/seed$seed"
   folders+=("$folder")
-  echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about 11 minutes each on 2 cores"
+  echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about $((9 + 4 * FULL)) minutes each on 2 cores"
   EXP_DIR="$folder" SEED="$seed" bash "$here/pipeline.sh" "$@" || status=$?
   [[ "$status" -lt 2 ]] || exit "$status" # 1: some grid point failed
   [[ -n "$matrix" ]] || continue

@@ -312,7 +312,7 @@ def bash_help(tmp_path):
     "script,words",
     (
         ("pipeline.sh", ["EXP_DIR=runs/gsm8k", "--dry-run", "JOBS=1\n    grid points at once"]),
-        ("pipeline_demo.sh", ["SEEDS=3 bash", "EXP_DIR=runs/demo\n", "DATASET=arithmetic\n", "NPROC=1\n"]),
+        ("pipeline_demo.sh", ["SEEDS=5 bash", "EXP_DIR=runs/demo\n", "DATASET=arithmetic\n", "NPROC=1\n"]),
         ("pipeline_math.sh", ["EXP_DIR=runs/math\n", "GEN_ARGS=max_samples=2880 max_length=2048"]),
         ("pipeline_mmlu.sh", ["EXP_DIR=runs/mmlu\n", "HOLDOUT_ARGS=max_samples=5120 max_length=1024"]),
     ),
