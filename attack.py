@@ -19,9 +19,7 @@ from ads.attacks import rows
 from ads.data.examples import example_of, load_examples, num_tokens
 from ads.data.traces import save_traces
 from ads.stage import files
-from ads.stage.config import ignored_keys, to_dict
 from ads.stage.settings import AttackConfig
-from ads.stage.sidecar import open_parts
 from utils import print_result
 
 
@@ -34,7 +32,7 @@ def attack_traces(cfg, inputs, world):
     start = time.time()
     attack, tables = rows.attack_of(cfg), rows.read_tables(cfg)
     made_with = resolve_numerics(cfg, world.device) if "student" in attack.reads else {}
-    world.ask_main(open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
+    utils.begin_parts(cfg, cfg.parts_dir, inputs | made_with, world)
     found = attack.make(cfg, tables, functools.partial(measure, cfg, world))
     if world.is_main:
         finish(cfg, inputs, made_with, found[0], rows.count(cfg, tables, found), start)

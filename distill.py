@@ -15,11 +15,9 @@ import utils
 from ads import chat
 from ads.data.examples import load_examples, load_training
 from ads.data.problems import fingerprint_data
-from ads.stage.config import ignored_keys, to_dict
 from ads.stage.fingerprint import fingerprint_json
 from ads.stage.inputs import fingerprint_existing, fingerprint_model, fingerprint_tokenizer
 from ads.stage.settings import TrainConfig
-from ads.stage.sidecar import open_parts
 from utils import print_result
 
 NUM_COMPARED, COMPARED_TOKENS = 3, 256  # sequences, and tokens of each, that a saved student is checked on
@@ -55,7 +53,7 @@ def distil(cfg, inputs, world):
     holdout = load_examples(cfg, tokenizer, cfg.holdout_traces)[0] if cfg.do_eval else None
     made_with = training.resolve_numerics(cfg, world.device)
     made_with |= {"sequences": fingerprint_json([train, holdout])}
-    world.ask_main(open_parts, cfg.model_path, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
+    utils.begin_parts(cfg, cfg.model_path, inputs | made_with, world)
 
     trainer, trained = training.train_student(cfg, tokenizer, train, holdout, world)
     if world.is_main:

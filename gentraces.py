@@ -21,10 +21,8 @@ from ads.data.prompts import choose_prefill, make_rows
 from ads.data.published import answer_only, truncated
 from ads.data.traces import columns_of, compute_stats, fingerprint_inputs, grade, save_traces
 from ads.stage import files
-from ads.stage.config import ignored_keys, to_dict
 from ads.stage.fingerprint import fingerprint_json
 from ads.stage.settings import GenConfig
-from ads.stage.sidecar import open_parts
 from ads.stage.world import print0
 from utils import print_result
 
@@ -46,7 +44,7 @@ def generate_traces(cfg, inputs, world):
     prompts = fingerprint_json({row.id: row.prompt_ids for row in rows})
     made_with = resolve_numerics(cfg, world.device) | {"prompts": prompts}
     made_with |= {"resolved_prefill": prefill} if cfg.prefill == "auto" else {}
-    world.ask_main(open_parts, cfg.parts_dir, to_dict(cfg), inputs | made_with, ignored_keys(cfg))
+    utils.begin_parts(cfg, cfg.parts_dir, inputs | made_with, world)
 
     models, notes = models_of(cfg, inputs, tokenizer, world)
     speed = sample_rows(cfg, models, tokenizer, rows, world)

@@ -22,6 +22,7 @@ from ads.stage.sidecar import (
     is_finished,
     made_at_unknown_commits,
     made_by_other_code,
+    open_parts,
     read_sidecar,
     write_sidecar,
 )
@@ -130,6 +131,11 @@ def run_stage(cfg: Any, inputs: Record, make: Callable[[Any, Record, World], Non
         world.barrier()
     if reason := world.ask_main(why_no_rows, cfg):
         raise errors.NoRowsError(reason)
+
+
+def begin_parts(cfg: Any, folder: Path, inputs: Record, world: World) -> None:
+    """Prepare the folder of unfinished work; UserError if what it holds was made in another way."""
+    world.ask_main(open_parts, folder, to_dict(cfg), inputs, ignored_keys(cfg))
 
 
 def rows_in_parts(parts_dir: Path, num_rows: int, world: World) -> set[str]:

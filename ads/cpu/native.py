@@ -206,9 +206,8 @@ class CompiledStep:
             "panels": num_threads * PANEL * self.widest_input * self.is_bfloat16,
             "packed": whole(num_rows, LANES) * self.widest_input * self.has_tiles,
         }
-        sizes = {
-            name: whole(size, LANES) for name, size in sizes.items()
-        }  # each begins a line of the CPU's cache
+        # each begins a line of the CPU's cache
+        sizes = {name: whole(size, LANES) for name, size in sizes.items()}
         rooms = torch.empty(sum(sizes.values())).split(list(sizes.values()))
         given = given | dict(zip(sizes, rooms, strict=True))
         addresses = {name: tensor.data_ptr() or None for name, tensor in given.items()}

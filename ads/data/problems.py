@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ads.data import arithmetic, word_problems
-from ads.data.tables import Row, check_each, check_row, read_lines, read_parquet
+from ads.data.tables import Row, check_each, check_row, read_lines, read_rows
 from ads.stage import errors, fingerprint, hub
 from ads.stage.errors import MissingInputError, UserError
 from ads.stage.fields import expand_home
@@ -235,12 +235,7 @@ def load_folder(folder: Path, split: str) -> list[Row]:
     """Rows of <folder>/<split>.jsonl, .jsonl.gz or .parquet: problem, solution, perhaps id."""
     path = folder_file(folder, split)
     check = functools.partial(check_problem, columns=("problem", "solution"))
-    if path.suffix == ".parquet":
-        rows = read_parquet(path)
-        check_each(path, rows, check)
-    else:
-        rows = read_lines(path, check)
-    rows = one_table(path, rows)
+    rows = one_table(path, read_rows(path, check))
     problems = [{**row, "id": str(row.get("id", f"{folder.name}/{split}/{i}"))} for i, row in enumerate(rows)]
     if len({row["id"] for row in problems}) < len(problems):
         raise UserError(f"{path}: the ids in column 'id' are not all different")

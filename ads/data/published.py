@@ -6,15 +6,12 @@ A folder of traces made elsewhere has train.jsonl and test.jsonl (or .jsonl.gz, 
 
 import re
 from pathlib import Path
-from typing import Any
 
 from ads.data import grading
 from ads.data.problems import folder_file
-from ads.data.tables import check_each, check_row, read_lines, read_parquet
+from ads.data.tables import Row, check_row, read_rows
 from ads.stage.errors import UserError
 from ads.stage.world import print0
-
-Row = dict[str, Any]
 
 
 def read_published(folder: str, split: str, problems: list[Row]) -> list[Row]:
@@ -23,13 +20,8 @@ def read_published(folder: str, split: str, problems: list[Row]) -> list[Row]:
     They are known by their text. Others of the folder are problems of their own where they have an answer.
     """
     path, known = folder_file(Path(folder), split), {row["problem"].strip(): row for row in problems}
-    if path.suffix == ".parquet":
-        rows = read_parquet(path)
-        check_each(path, rows, check_published)
-    else:
-        rows = read_lines(path, check_published)
     found: dict[str, Row] = {}
-    for i, row in enumerate(rows):
+    for i, row in enumerate(read_rows(path, check_published)):
         problem = known.get(row["problem"].strip())
         if problem is None:
             if not row.get("answer"):

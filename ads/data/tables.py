@@ -16,6 +16,15 @@ Names = tuple[str, ...]
 Check = Callable[[Row], object]  # raises ValueError with what is wrong
 
 
+def read_rows(path: Path, check: Check) -> list[Row]:
+    """The rows of a .parquet, .jsonl or .jsonl.gz file; ValueError naming the first that check refuses."""
+    if path.suffix != ".parquet":
+        return read_lines(path, check)
+    rows = read_parquet(path)
+    check_each(path, rows, check)
+    return rows
+
+
 def read_lines(path: Path, check: Check) -> list[Row]:
     """The JSON objects of a .jsonl or .jsonl.gz file; ValueError naming the first line that will not do.
 

@@ -28,9 +28,8 @@ HUB_FILES = {
 }
 TOKENIZER_FILES = ("tokenizer*", "chat_template*", "vocab*", "merges*")
 HUB = "hub:"  # begins the fingerprint of what is there
-COMMITS: dict[
-    str, str
-] = {}  # {name on the hub: commit} in this process: what is fingerprinted is what is loaded
+# {name on the hub: commit} in this process: what is fingerprinted is what is loaded
+COMMITS: dict[str, str] = {}
 OF_DATASETS = "datasets/"  # begins their names there
 HUB_SECONDS = 10  # to wait for an answer
 
