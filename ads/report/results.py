@@ -230,9 +230,8 @@ def mean_row(rows: Rows) -> ResultRow:
 def answers_of(rows: Rows) -> dict[str, str]:
     """The part of ANSWERS by which any of the rows' tests was graded; all where none was."""
     tests = [(row, who) for row in rows for who in TESTS]
-    return {
-        a: ANSWERS[a] for a in ANSWERS if any(row.accuracy(who, a).is_share for row, who in tests)
-    } or ANSWERS
+    found = [answers for answers in ANSWERS if any(row.accuracy(who, answers).is_share for row, who in tests)]
+    return {answers: ANSWERS[answers] for answers in found or ANSWERS}
 
 
 def distinct_answers(rows: Rows) -> dict[str, str]:
