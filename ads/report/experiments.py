@@ -1,4 +1,4 @@
-"""The sidecars of an experiment's folder, and which stage read what another wrote.
+"""The sidecars and recipes of an experiment's folder, and which stage read what another wrote.
 
 Stages are joined by the settings and the ends of paths in their sidecars, as experiments get moved; the
 names of grid points are never parsed.
