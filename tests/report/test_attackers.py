@@ -212,4 +212,4 @@ def test_the_frontier_is_drawn_through_the_worst_students(tmp_path):
         [0.6, 0.8], abs=0.02
     )  # its start at temperature is above
     assert not plots.worst_panels(type(found.attacked)(), [])
-    assert "stroke-dasharray" in page.own_legend([{"attacker": "solo"}])[0]["key"]
+    assert "stroke-dasharray" in page.legend([], [], [{"attacker": "solo"}])[0]["key"]
