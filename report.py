@@ -31,7 +31,9 @@ DEMO_NOTES = utils.ROOT / "demo" / "notes.txt"  # what is known of experiments w
 def main(arguments: Sequence[str]) -> None:
     exp_dirs, folder, levels, without, pair = parse_arguments(arguments)
     if pair:
-        show_pairs(pairs.compare_tests(pair, exp_dirs))
+        compared = pairs.compare_tests(pair, exp_dirs)
+        print0(*map(pairs.show_pair, compared), sep="\n")
+        print_result(**pairs.record(compared))
         return
     found = findings.gather(exp_dirs, levels, without)
     print0(*findings.terminal_lines(found), sep="\n")
@@ -69,11 +71,6 @@ def write_report(folder: Path, arguments: Sequence[str], found: Findings) -> Non
     about = DEMO_NOTES.read_text(encoding="utf-8").splitlines() if is_demo(found) else ()
     words = scale.in_words(found.sidecars, found.curves, found.data, shipped_models())
     files.write_text(folder / "report.html", page.render(found, panels, words, about))
-
-
-def show_pairs(found: Sequence[pairs.Pair]) -> None:
-    print0(*map(pairs.show_pair, found), sep="\n")
-    print_result(**pairs.record(found))
 
 
 Parsed = tuple[list[Path], Path, tuple[float, ...] | None, list[str], list[str] | None]

@@ -220,7 +220,7 @@ def gap_sentence(attacked: Attacked) -> str:
 
 
 def small_tables(attacked: Attacked, is_brief: bool) -> dict[str, Cells]:
-    """{caption: cells}, those with anything in them; is_brief: the matrix at one level of each price."""
+    """{caption: cells}; is_brief: the matrix at one level of each price."""
     tables = matrix_tables(attacked)
     if is_brief:
         tables = [same[0] for same in group_by(tables, lambda table: table.price).values()]
@@ -228,8 +228,7 @@ def small_tables(attacked: Attacked, is_brief: bool) -> dict[str, Cells]:
     found[f"The worst student at each setting, {HOW_WORST}"] = worst_cells(attacked)
     if not is_brief:
         found[f"What students are made of, {MADE_OF_WORDS}"] = made_of_cells(attacked)
-    found[f"Threat cards, {CARDS}"] = card_cells(attacked)
-    return {caption: cells for caption, cells in found.items() if cells}
+    return found | {f"Threat cards, {CARDS}": card_cells(attacked)}
 
 
 def warning_lines(attacked: Attacked) -> list[str]:

@@ -79,7 +79,7 @@ def gather_attacked(
         )
     curves = [curve for attacker in attackers for curve in attacker.curves.values()]
     of_base = [key for key in tests if key[0] in [point.stages["student"]["path"] for point in undistilled]]
-    draws = Draws(draw_accuracies([(curve,) for curve in curves], tests, of_base), missing)
+    draws = Draws(draw_accuracies(curves, tests, of_base), missing)
     main = of_main_attack(points)
     pairs, answered = pair_up(make_curves(main)), answers_of([point.row for point in points])
     axes = [Axes(answers, price) for answers in answered for price in PRICES]

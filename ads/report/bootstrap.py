@@ -39,7 +39,7 @@ def load_draws(curves: Sequence[Curve]) -> Draws:
     if not pairs:
         return Draws()
     tests, missing = read_tests(part for curve in curves for point in curve.line for part in point.parts)
-    return Draws(draw_accuracies(pairs, tests), missing)
+    return Draws(draw_accuracies([curve for pair in pairs for curve in pair], tests), missing)
 
 
 def read_tests(points: Iterable[Point]) -> tuple[dict[tuple, Test], str]:
@@ -84,7 +84,7 @@ def share_by_problem(problems: Sequence[str], correct: Sequence[bool]) -> Test:
 
 
 def draw_accuracies(
-    pairs: Iterable[tuple[Curve, ...]], tests: Mapping[tuple, Test], others: Iterable[tuple] = ()
+    curves: Iterable[Curve], tests: Mapping[tuple, Test], others: Iterable[tuple] = ()
 ) -> dict[tuple, np.ndarray]:
     """{(replicate, path, answers): accuracies (B,)} of tests by (path, answers).
 
@@ -92,7 +92,7 @@ def draw_accuracies(
     `others`, tests that are set beside those of every replicate.
     """
     seen: dict[tuple, dict[tuple, None]] = {}
-    for curve in {id(curve): curve for pair in pairs for curve in pair}.values():
+    for curve in curves:
         for point in [part for pooled in curve.line for part in pooled.parts]:
             keys = [(point.stages[who]["path"], answers) for who in TESTS for answers in ANSWERS]
             seen.setdefault(point.row.replicate, {}).update(dict.fromkeys(k for k in keys if k in tests))

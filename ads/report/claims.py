@@ -13,7 +13,7 @@ from ads.report.bootstrap import Draws
 from ads.report.compare import Levels, Match, Measured, choose_levels, common_range, compare, directions
 from ads.report.curves import Axes, Curve, by_replicate, by_setting, group_by, pair_up, pooled
 from ads.report.numbers import show_interval, show_number, show_span
-from ads.report.results import PRICES, ResultRow, Rows, graded, show_knob
+from ads.report.results import PRICES, ResultRow, Rows, show_knob
 from ads.report.words import MARK, elicited, headline, join_words, mark
 
 RAW = "raw"
@@ -160,7 +160,7 @@ def clean_claim(temperature: Curve) -> Claim:
     """a: there is something to learn."""
     text = f"student of clean traces (temperature at its lowest): at least {show_number(LEAST_CLEAN, 2)}"
     blank = Claim("a", text, least=LEAST_CLEAN)
-    rows = graded(next(iter(by_setting(temperature.points).values())), RAW)
+    rows = Axes(RAW).graded_rows(next(iter(by_setting(temperature.points).values())))
     if not rows:
         return replace(blank, note=f"no {RAW} answers")
     claim = judge(blank, *pooled(rows, "student", RAW), len(rows))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ads.report import results
-from ads.report.numbers import pooled_interval, show_setting, show_span
+from ads.report.numbers import is_number, pooled_interval, show_setting, show_span
 from ads.report.results import SYMBOLS, ResultRow, Rows
 
 T = TypeVar("T")
@@ -199,8 +199,10 @@ class Axes:
         """The points that have a place in them."""
         return [point for point in points if self.graded_rows([point.row])]
 
-    def graded_rows(self, seeds: Rows) -> list[ResultRow]:
-        return results.graded(seeds, self.answers, self.price)
+    def graded_rows(self, rows: Rows) -> list[ResultRow]:
+        """The rows whose teacher and student were both graded, and whose price is known."""
+        rows = [row for row in rows if all(row.accuracy(who, self.answers).is_share for who in results.TESTS)]
+        return [row for row in rows if is_number(row.price(self.price, self.answers))]
 
     def settings(self, points: Iterable[Point]) -> list[list[ResultRow]]:
         """The rows of all seeds, a list a setting, without those that have no place."""

@@ -136,8 +136,9 @@ def measure(point: Point, label: str, pairs: Sequence[tuple[Traces, Traces]]) ->
     alone = [best_way(labels_N, column_N) for column_N in features_NF.T]
     best, row = int(np.argmax(alone)), point.row
     ends = (low, high) if np.isfinite(low) else (None, None)
-    numbers = float(np.mean(aucs)), *ends, len(pairs), sum(len(traces.halves_N) for _, traces in pairs)
-    return Detection(row.arm, row.tau, row.lam, label, *numbers, FEATURES[best], alone[best])
+    sizes = len(pairs), sum(len(defended.halves_N) for _, defended in pairs)
+    about = row.arm, row.tau, row.lam, label
+    return Detection(*about, float(np.mean(aucs)), ends[0], ends[1], *sizes, FEATURES[best], alone[best])
 
 
 def of_half(traces: Traces, half: int) -> Traces:

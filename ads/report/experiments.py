@@ -1,4 +1,4 @@
-"""The sidecars of an experiment's folder, and which stage read what another wrote.
+"""The sidecars and recipes of an experiment's folder, and which stage read what another wrote.
 
 Stages are joined by the settings and the ends of paths in their sidecars, as experiments get moved; the
 names of grid points are never parsed.
@@ -139,7 +139,7 @@ def load_experiment(path: Path) -> Experiment:
         {file.stem: load_sidecar(file, MODEL_KEYS) for file in models},
         {file.stem: load_sidecar(file, ("proxy_student",)) for file in gradients},
         {name: sidecar for name, sidecar in found.items() if is_attack(sidecar)},
-        read_recipes(path),
+        {file.stem: read_recipe(file) for file in layout.all_of("recipe", path)},
     )
 
 
@@ -233,11 +233,6 @@ def attack_names(experiment: Experiment, stages: Stages, student: Sidecar) -> li
     if named and not (attack and named == NAIVE):
         return [named]
     return recipes_of(experiment.recipes, attack["config"]) if attack else [""]
-
-
-def read_recipes(exp_dir: Path) -> dict[str, Recipe]:
-    """{name: recipe} of EXP_DIR/attacks/."""
-    return {path.stem: read_recipe(path) for path in layout.all_of("recipe", exp_dir)}
 
 
 def title_of(recipes: Mapping[str, Recipe], attack: str) -> str:

@@ -1,4 +1,4 @@
-"""Panels as figures: side by side in files, one by one in the page."""
+"""Panels as figures: what a panel holds besides ink, where labels go, and the files and the page."""
 
 import html
 import io

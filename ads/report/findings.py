@@ -4,7 +4,6 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ads.delta import agreement_table
 from ads.report import attack_tables, claims, detect, tables, words
@@ -92,7 +91,8 @@ def gather(exp_dirs: Sequence[Path], levels: Levels | None, without: Sequence[st
     notes += [*warning_lines(experiments, points), *unpaired_lines(curves)]
     matches, claimed = compare_arms(curves, levels, draws), claims.make_claims(curves, baselines, draws)
     attacked = gather_attacked(points, undistilled, own, recipes, levels)
-    detections = detect.detect(points, labels_of(curves))
+    labels = {defence_of(curve.points[0].row): curve.label for curve in curves}
+    detections = detect.detect(points, labels)
     claimed += claims.worst_claim(attacked.matches)
     notes += attack_tables.warning_lines(attacked)
     found = experiments, points, own, baselines, curves, matches, claimed, notes
@@ -109,11 +109,6 @@ def leave_out(names: Sequence[str], *found: Points) -> list[list[Point]]:
     if names and not any(kept):
         raise UserError(f"--without {' '.join(names)}: nothing is left; leave one of them in")
     return kept
-
-
-def labels_of(curves: Iterable[Curve]) -> dict[Any, str]:
-    """{defence: label} of curves of one attacker."""
-    return {defence_of(curve.points[0].row): curve.label for curve in curves}
 
 
 def baseline_line(row: ResultRow) -> str:

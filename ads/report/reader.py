@@ -102,19 +102,27 @@ def read_contrast(path: Path, budget: int) -> list[dict[str, Any]]:
 
     Older files call the defended side "ads", whatever the defence.
     """
-    problems = []
     try:
-        for problem in json.loads(path.read_text(encoding="utf-8"))["problems"]:
-            texts = {key: str(problem[key]) for key in ("id", "problem", "solution")}
-            found = problem if SIDES[1] in problem else {**problem, SIDES[1]: problem["ads"]}
-            problems.append(texts | {side: read_side(found[side]) for side in SIDES})
-            budget -= len(json.dumps(problems[-1]))
-            if budget < 0:
-                problems.pop()
-                break
+        return within(map(read_problem, json.loads(path.read_text(encoding="utf-8"))["problems"]), budget)
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} is not a file of contrasted traces: delete it") from error
-    return problems
+
+
+def within(found: Iterable[Written], budget: int) -> list[Written]:
+    """The first of them, as many as fit the budget of bytes."""
+    kept = []
+    for one in found:
+        budget -= len(json.dumps(one))
+        if budget < 0:
+            break
+        kept.append(one)
+    return kept
+
+
+def read_problem(problem: Mapping[str, Any]) -> Written:
+    texts = {key: str(problem[key]) for key in ("id", "problem", "solution")}
+    found = problem if SIDES[1] in problem else {**problem, SIDES[1]: problem["ads"]}
+    return texts | {side: read_side(found[side]) for side in SIDES}
 
 
 def read_side(side: dict[str, Any]) -> dict[str, Any]:
@@ -189,13 +197,8 @@ def read_answers(point: Point, budget: int) -> list[Written]:
     table = read_beside(test, names)
     if table is None:
         return []
-    written: list[Written] = []
-    for i in sorted(range(len(table["id"])), key=lambda i: order_of(table["id"][i]))[:MAX_ANSWERS]:
-        written.append(describe_answer({name: table[name][i] for name in names}, text))
-        budget -= len(json.dumps(written[-1]))
-        if budget < 0:
-            return written[:-1]
-    return written
+    first = sorted(range(len(table["id"])), key=lambda i: order_of(table["id"][i]))[:MAX_ANSWERS]
+    return within((describe_answer({name: table[name][i] for name in names}, text) for i in first), budget)
 
 
 def order_of(problem: str) -> tuple:

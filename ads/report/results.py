@@ -36,13 +36,8 @@ CAPS = {  # columns of a defence by scores, empty where they are not set; in wor
     "keep_top1": "top-1 kept",
     "plausibility": "plausibility {}",
 }
-DEFENCE_SETTINGS = (
-    "eps",
-    "proxy_dtype",
-    "proxy_student files",
-    "grad_rank",
-    *CAPS,
-)  # play no part without lam
+# which play no part without lam
+DEFENCE_SETTINGS = ("eps", "proxy_dtype", "proxy_student files", "grad_rank", *CAPS)
 CONFIGS = {  # whose settings a column STAGE.SETTING, or SETTING, holds
     **dict.fromkeys(("", "train", "teacher", "student"), GenConfig),
     **{"model": TrainConfig, "gradient": GradConfig},
@@ -232,31 +227,21 @@ def mean_row(rows: Rows) -> ResultRow:
     return read_row(columns)
 
 
-def graded(rows: Rows, answers: str, price: str = "accuracy") -> list[ResultRow]:
-    """The rows whose teacher and student were both graded by these answers, and whose price is known."""
-    rows = [row for row in rows if all(row.accuracy(who, answers).is_share for who in TESTS)]
-    return [row for row in rows if is_number(row.price(price, answers))]
-
-
 def answers_of(rows: Rows) -> dict[str, str]:
     """The part of ANSWERS by which any of the rows' tests was graded; all where none was."""
-    tested = [(row, who) for row in rows for who in TESTS]
-    is_graded = {a: any(row.accuracy(who, a).is_share for row, who in tested) for a in ANSWERS}
-    return {a: name for a, name in ANSWERS.items() if is_graded[a]} or ANSWERS
+    tests = [(row, who) for row in rows for who in TESTS]
+    found = [answers for answers in ANSWERS if any(row.accuracy(who, answers).is_share for row, who in tests)]
+    return {answers: ANSWERS[answers] for answers in found or ANSWERS}
 
 
 def distinct_answers(rows: Rows) -> dict[str, str]:
     """answers_of the rows; where forced and raw ones agree in every test, one of them, named after both."""
     found = answers_of(rows)
-    first, *others = found
-    agree = all(
-        row.accuracy(who, first).share == row.accuracy(who, other).share
-        for row in rows
-        for who in TESTS
-        for other in others
-    )
-    is_tested = any(row.accuracy(who, first).is_share for row in rows for who in TESTS)
-    return {first: " and ".join(found.values())} if others and agree and is_tested else dict(found)
+    tests = [[row.accuracy(who, answers) for answers in found] for row in rows for who in TESTS]
+    agree = all(one.share == first.share for first, *others in tests for one in others)
+    is_tested = any(first.is_share for first, *_ in tests)
+    is_one = len(found) > 1 and agree and is_tested
+    return {next(iter(found)): " and ".join(found.values())} if is_one else dict(found)
 
 
 def lost_shares(row: ResultRow) -> list[tuple[str, str]]:
@@ -294,7 +279,7 @@ def concerns_defence(key: str) -> bool:
     return stage == "gradient" or name in DEFENCE_SETTINGS
 
 
-def differing(rows: Rows, but: Container[str] = ()) -> list[str]:
+def differing(rows: Rows, but: Container[str]) -> list[str]:
     """The settings in which rows differ, as few as tell the rows apart, without those of `but`.
 
     A cap is one where any row sets it. The student's seed is one only where it is not the seed of the traces.

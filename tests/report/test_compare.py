@@ -111,7 +111,7 @@ def match_of(rng, num_problems, seeds=(1,), **settings):
         points += [*found["temperature"], *found["ADS"]]
         answers |= more
     pairs = pair_up(make_curves(points))
-    draws = Draws(draw_accuracies(pairs, answers))
+    draws = Draws(draw_accuracies([curve for pair in pairs for curve in pair], answers))
     (match,) = compare(pairs, Axes("raw"), (0.75,), draws)
     return match
 
@@ -356,7 +356,7 @@ def test_problems_are_resampled_for_students_alone_and_nll_is_held():
     points, answers = make_points(np.random.default_rng(3), 400, 1)
     points = [*priced(points["temperature"], 0.1, 0.4), *priced(points["ADS"], 0.1, 0.4)]
     pairs = pair_up(make_curves(points))
-    draws = draw_accuracies(pairs, answers)
+    draws = draw_accuracies([curve for pair in pairs for curve in pair], answers)
     (match,) = compare_nll(points, (0.4,), draws)
     students = [draws[(1, 1), f"1/{arm}1-student", "raw"] for arm in ("temperature", "ADS")]
     assert (match.low, match.high) == pytest.approx(tuple(np.percentile(np.subtract(*students), (2.5, 97.5))))

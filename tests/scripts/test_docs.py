@@ -288,7 +288,7 @@ def test_every_setting_of_the_pipeline_is_in_the_reference_and_in_its_help(bash_
     assert len(own) > 3 and [name for name in own if f"`{name}`" not in (DOCS / "small.md").read_text()] == []
     assert [name for name in settings if not re.search(rf"`{name}`", reference)] == []
     shown = set(re.findall(r"^([A-Z_]+)=", bash_help("pipeline.sh"), re.MULTILINE))
-    assert shown - {"SKIP_SETUP"} == settings - {"SEEDS", "OMP_NUM_THREADS"}
+    assert shown - {"SKIP_SETUP"} == settings - {"SEEDS", "FULL", "OMP_NUM_THREADS"}
 
 
 @pytest.fixture
