@@ -36,7 +36,6 @@ SETTINGS = {
     "TEACHER": "demo/models/teacher",
     "PROXY_STUDENT": "demo/models/proxy",
     "STUDENT": "demo/models/student",
-    "STUDENT_TOKENIZER": "demo/models/student",
     "GEN_ARGS": f"{TINY} batch_size=8",
     "TRAIN_ARGS": "lora=false num_epochs=1 per_device_batch_size=4",
     "GRAD_ARGS": "num_diagnosed=1",
@@ -75,6 +74,11 @@ WAYS = (
             f" data_split=arithmetic_train max_samples=8 max_evaluations=1 -- {ROOM} ",
         ),
         "an hour",
+    ),
+    (
+        r"--file runs/x/matched\.txt",
+        ('--file [^"]*', "--points 0.6,0.5,0"),
+        "the shortened search finds none",
     ),
     (r"pipeline_small\.sh", (r"(?s)^.*", "bash pipeline_small.sh --help"), "needs models of the hub, hours"),
     (
@@ -134,7 +138,6 @@ def make_experiment(place):
         place,
         f"{traces} trace_name=solo_own is_teacher=false tau=1 num_samples=4 teacher=demo/models/student",
     )
-    (place / "runs" / "x" / "matched.txt").write_text("0.6 0.5 0\n")  # a shortened search finds none
     for name in ("gsm8k", "seed42", "seed43", "demo"):
         shutil.copytree(place / "runs" / "x", place / "runs" / name)
     for name in ("a", "b"):
