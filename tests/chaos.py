@@ -255,13 +255,14 @@ def run_shards(args, models, problems, place, reference, durations):
 
 
 def missing_or_doubled(exp_dir):
-    """Grid points that the report does not have exactly once."""
+    """Students of grid points that the report does not have exactly once."""
     subprocess.run([sys.executable, str(ROOT / "report.py"), str(exp_dir)], check=True, capture_output=True)
     with (exp_dir / "report" / "results.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["arm"] and row["tau"]]
-    found = collections.Counter((float(row["tau"]), float(row["lam"])) for row in rows)
-    wanted = {tuple(map(float, point.split(",")[:2])): 1 for point in POINTS}
-    return [] if found == wanted else [f"points {dict(found)}, not {wanted}"]
+    found = collections.Counter((float(row["tau"]), float(row["lam"]), row["attack"]) for row in rows)
+    attacks = SETTINGS.get("ATTACKS", "naive").split()
+    wanted = {(*map(float, point.split(",")[:2]), attack): 1 for point in POINTS for attack in attacks}
+    return [] if found == wanted else [f"students {dict(found)}, not {wanted}"]
 
 
 if __name__ == "__main__":
