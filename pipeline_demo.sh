@@ -2,7 +2,7 @@
 # The whole experiment on the tiny models in demo/models and generated word problems: minutes on a CPU, no GPU, no
 # network beyond the package index. The same stages, scripts and files as pipeline.sh.
 #
-#   bash pipeline_demo.sh              one seed: 12 grid points, three of which with attackers
+#   bash pipeline_demo.sh              one seed: 12 grid points, four of which with attackers
 #   SEEDS=5 bash pipeline_demo.sh      five seeds, as published: fresh problems, fresh random numbers, 18 points each
 #   FULL=1 bash pipeline_demo.sh       one seed with all of these points and attackers
 #   bash pipeline_demo.sh --help       this text, and that of pipeline.sh with the settings of the demo
@@ -27,7 +27,7 @@ export GRAD_ARGS="batch_size=30 ${GRAD_ARGS:-}" ATTACK_ARGS="$float32 ${ATTACK_A
 export TRAIN_ARGS="lora=false lr=3e-3 num_epochs=3 per_device_batch_size=16 do_eval=false ${float32} ${TRAIN_ARGS:-}"
 # What the undistilled student reaches when it is asked in other ways. Prompts with worked problems are longer.
 export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=2 max_length=400 max_prompt_length=300}" PREFILL="${PREFILL-start with}"
-[[ -n "${GRID_ARGS:-}" ]] || MATRIX_ARGS="${MATRIX_ARGS---points 0.4,6.2,0 1.3,0,0 1.4,0,0}"
+[[ -n "${GRID_ARGS:-}" ]] || MATRIX_ARGS="${MATRIX_ARGS---points 0.4,6.2,0 0.4,7.4,0 1.3,0,0 1.4,0,0}"
 matrix="${MATRIX_ARGS:-}" attacks="${ATTACKS:-}"
 FULL="${FULL:-$([[ "$SEEDS" == 1 ]] && echo 0 || echo 1)}"
 more_points="1.0,0,0 0.4,6.8,0 0.4,-8,0 0.4,80,0,random,2 0.4,80,0,random,3 0.4,0.4,0,corrupt"

@@ -239,7 +239,7 @@ def test_demo_plans_every_stage(tmp_path):
     assert found.returncode == 0, found.stderr
     shared, own = 5, 2 + 2 * 3  # clean traces, the student's own; what solo and solo_repair make of these
     # of an attacked point; prefill asks the student of naive, which is named again
-    naive, attacked = 4 * 18, 3 * (4 + 3 * 3 + 2 + 2)
+    naive, attacked = 4 * 18, 4 * (4 + 3 * 3 + 2 + 2)
     assert found.stdout.count("to do   ") == 2 * (shared + naive + shared + own + attacked)
     assert "seed2" in found.stdout and "student_tau1.3_lam0_eps0_mask10" in found.stdout
     assert run_demo(SEEDS="0").returncode == 2 and "SEEDS='0'" in run_demo(SEEDS="0").stderr
@@ -249,7 +249,7 @@ def test_demo_plans_every_stage(tmp_path):
 def test_one_seed_has_fewer_points_and_attackers(tmp_path):
     found = run_demo("--dry-run", EXP_DIR=str(tmp_path))
     planned = set(re.findall(r"to do   (student_tau\S+):", found.stdout))
-    assert len(planned) == 12 + 3 * 3 and not any("mask10" in stage for stage in planned)
+    assert len(planned) == 12 + 4 * 3 and not any("mask10" in stage for stage in planned)
 
 
 def test_demo_with_few_problems_runs_to_its_report(tmp_path):
