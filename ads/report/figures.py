@@ -226,16 +226,23 @@ def write_labels(axis: Any, drawn: Drawn) -> None:
 
 def find_place(axis: Any, note: Any, renderer: Any, boxes: Sequence[Any], paths: Sequence[Any]) -> Any:
     """The box of a note, put where it is free of boxes and paths; None where there is no such place."""
-    frame = axis.get_window_extent(renderer)
+    frame, edge = axis.get_window_extent(renderer), right_edge(axis, renderer)
     for distance, ((right, up), horizontal, vertical) in itertools.product(DISTANCES, SIDES):
         note.set(position=(distance * right, distance * up), ha=horizontal, va=vertical)
         box = note.get_window_extent(renderer).padded(1)
         inside = frame.x0 < box.x0 and frame.y0 < box.y0 and box.y1 < frame.y1
-        if not inside or box.x1 > axis.figure.bbox.x1 or any(map(box.overlaps, boxes)):
+        if not inside or box.x1 > edge or any(map(box.overlaps, boxes)):
             continue
         if not any(path.intersects_bbox(box, filled=False) for path in paths):
             return box
     return None
+
+
+def right_edge(axis: Any, renderer: Any) -> float:
+    """How far right a label may reach: to what the next axes have beside them, or the figure's edge."""
+    end = axis.get_window_extent(renderer).x1
+    others = [other.get_tightbbox(renderer) for other in axis.figure.axes if other.get_visible()]
+    return min((box.x0 for box in others if box.x0 > end), default=axis.figure.bbox.x1)
 
 
 def around(axis: Any, x: float, y: float) -> Any:

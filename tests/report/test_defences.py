@@ -186,6 +186,25 @@ def test_axes_do_not_collapse_under_a_long_legend(every, num_panels):
     assert [text.get_text().replace("\n", " ") for text in legend.get_texts()] == [c.label for c in curves]
 
 
+def draw_at_the_edge(axis):
+    """A marker at the right end of its axes, and a label that is wider than what is beside it."""
+    axis.plot([0, 1], [0, 1], label="a line")
+    axis.set(ylabel="student accuracy")
+    return figures.Drawn(
+        labels=[figures.Label(1.0, 0.5, "corrupted results, 0.7", "black")], spots=[(1.0, 0.5, 0)]
+    )
+
+
+def test_a_label_stays_off_the_next_axes():
+    """It once ran over the numbers of the axes beside it."""
+    figure = figures.compose([figures.Panel("title", draw_at_the_edge)] * 2, "")
+    renderer = figure.canvas.get_renderer()
+    first, second = figure.axes
+    (label,) = first.texts
+    next_one = min(t.get_window_extent(renderer).x0 for t in (*second.get_yticklabels(), second.yaxis.label))
+    assert label.get_window_extent(renderer).x1 < next_one
+
+
 def test_prices_that_one_text_stretches_are_drawn_on_a_log_scale(every, tmp_path):
     """The NLL of bare answers pressed all other arms onto the axis."""
     drawn = {}
