@@ -67,7 +67,7 @@ for ((seed = first; seed < first + SEEDS; seed++)); do
   folder="$demo_dir"
   [[ "$seed" == "$first" ]] || folder="$demo_dir/seed$seed"
   folders+=("$folder")
-  echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about $((9 + 4 * FULL)) minutes each on 2 cores"
+  echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about $((9 + 5 * FULL)) minutes each on 2 cores"
   EXP_DIR="$folder" SEED="$seed" bash "$here/pipeline.sh" "$@" || status=$?
   [[ "$status" -lt 2 ]] || exit "$status" # 1: some grid point failed
   [[ -n "$matrix" ]] || continue
