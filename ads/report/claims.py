@@ -106,10 +106,7 @@ def worst_claim(matches: Iterable[Match]) -> list[Claim]:
     match = headline(ours) or ours[0]
     name = difference_name(WORST, None if match.difference is None else match.level)
     claim = Claim(WORST.key, f"worst students: {name}: {WORST.words}", least=WORST.least, note=match.note)
-    if match.difference is None:
-        return [claim]
-    claim = replace(claim, flags=match.flags, price=match.price)
-    return [judge(claim, match.difference, match.low, match.high, match.num_seeds)]
+    return [judge_match(claim, match)]
 
 
 def choose_arms(curves: Sequence[Curve]) -> dict[str, Curve]:
@@ -206,9 +203,7 @@ def difference_claims(
         note = f"no {absent} arm" if matches is None else "no such price that both arms reach"
         if match is not None:
             note = match.note
-            if match.difference is not None:
-                claim = replace(claim, flags=match.flags, price=match.price)
-                claim = judge(claim, match.difference, match.low, match.high, match.num_seeds)
+            claim = judge_match(claim, match)
         notes = (note, show_directions(arms.get(asked.second)) or who_harms_more(claim, asked))
         yield replace(claim, note="; ".join(filter(None, notes)))
 
@@ -219,6 +214,14 @@ def difference_name(asked: Difference, level: float | None) -> str:
     if level is None:
         return f"{name} at equal {price.words}"
     return f"{name} at a {price.words} of {price.show_with_unit(level)}"
+
+
+def judge_match(claim: Claim, match: Match) -> Claim:
+    """The claim with what a match found and its verdict; as it is where there is no difference."""
+    if match.difference is None:
+        return claim
+    claim = replace(claim, flags=match.flags, price=match.price)
+    return judge(claim, match.difference, match.low, match.high, match.num_seeds)
 
 
 def judge(claim: Claim, found: float, low: Measured, high: Measured, num_seeds: int) -> Claim:
