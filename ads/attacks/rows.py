@@ -5,14 +5,13 @@ gives {row id: number} by the undistilled student (ads/attacks/likelihood.py). I
 has counted. What it returns hangs on nothing else: not on the order of the rows, batches or processes.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ads.data import grading, published
-from ads.data.tables import Row, check_each, check_row, check_traces, read_parquet
+from ads.data.tables import Row, check_traces, read_parquet
 from ads.data.text import has_loop, is_foreign, repair
 from ads.stage.errors import UserError
 from ads.stage.fingerprint import fingerprint_json
@@ -241,8 +240,7 @@ def read_rows(cfg: AttackConfig, name: str) -> Rows:
     path, rows = getattr(cfg, name), read_parquet(getattr(cfg, name))
     own = ("problem_id",) if name == "samples" else ()
     texts, flags = ("id", "problem", "solution", cfg.trace_colname, *own), ("finished", "is_raw_correct")
-    check_each(path, rows, functools.partial(check_row, columns=("num_tokens",)))
-    check_traces(path, rows, text=texts, flags=flags)
+    check_traces(path, rows, text=texts, flags=flags, counts=("num_tokens",))
     if len({row["id"] for row in rows}) < len(rows):
         raise UserError(f"{path}: two rows have the same id")
     return [{key: row[key] for key in (*texts, *flags, "num_tokens")} for row in rows]

@@ -123,20 +123,30 @@ def check_row(row: Row, columns: Names) -> None:
 
 
 def check_traces(
-    path: str | Path, rows: list[Row], ids: Names = (), text: Names = (), flags: Names = ()
+    path: str | Path,
+    rows: list[Row],
+    ids: Names = (),
+    text: Names = (),
+    flags: Names = (),
+    counts: Names = (),
 ) -> None:
-    """ValueError naming the first row whose columns do not hold token ids, text and bools as they should."""
-    check_each(path, rows, functools.partial(check_trace, ids=ids, text=text, flags=flags))
+    """ValueError naming the first row whose columns do not hold token ids, text, bools, counts as named."""
+    check_each(path, rows, functools.partial(check_trace, ids=ids, text=text, flags=flags, counts=counts))
 
 
-def check_trace(row: Row, ids: Names, text: Names, flags: Names) -> None:
-    check_row(row, (*ids, *text, *flags))
+def check_trace(row: Row, ids: Names, text: Names, flags: Names, counts: Names) -> None:
+    check_row(row, (*ids, *text, *flags, *counts))
     wrong = [(name, "holds no token ids") for name in ids if not are_ids(row[name])]
     wrong += [(name, "holds no text") for name in text if not isinstance(row[name], str)]
     wrong += [(name, "is neither true nor false") for name in flags if not isinstance(row[name], bool)]
+    wrong += [(name, "is no count") for name in counts if not is_count(row[name])]
     for name, reason in wrong:
         raise UserError(f"{name} {reason} (but {ascii(row[name])[:50]})")
 
 
 def are_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(i, int) and i >= 0 for i in value)
+    return isinstance(value, list) and all(is_count(i) for i in value)
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

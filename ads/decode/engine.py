@@ -183,9 +183,9 @@ class Decoder:
         """Draw a token for each row by eq. 11 and move the rows' state on to it.
 
         Returns the record, float32 (6, N): the token's id (which float32 holds up to 2^24), whether that ends
-        a row, its log-probability under the unadjusted teacher (NaN if one of the row's logits is NaN or
-        +inf), KL(q || p), lam_t, and the sum of the row's scores. given_NM: ids of forced rows, None where no
-        row is forced.
+        a row, its log-probability under the teacher without a defence (NaN if one of the row's logits is NaN
+        or +inf), KL(q || p), lam_t, and the sum of the row's scores. given_NM: ids of forced rows, None where
+        no row is forced.
         """
         newest_N, keys_N, num_ids_N, _, num_given_N, pace_N = state_6N
         log_probs_NV = sampling.log_probs(logits_NR, self.models.allowed_V)

@@ -29,9 +29,9 @@ class Forcing:
 @dataclass(frozen=True)
 class Completion:
     """What was sampled: ids (the ending eos included), whether an eos ended it, and the sum over ids of
-    log p_T (nats) under the unadjusted teacher at temperature 1; with a defence its price, the sums over ids
-    of KL(q || p) (nats), of lam_t and of where lam_t is below lam; with Forcing, the ids given after it and
-    the greedy ones after those."""
+    log p_T (nats) under the teacher without a defence at temperature 1; with a defence its price, the sums
+    over ids of KL(q || p) (nats), of lam_t and of where lam_t is below lam; with Forcing, the ids given
+    after it and the greedy ones after those."""
 
     id: str
     ids: list[int]

@@ -74,11 +74,11 @@ class Price:
         return f"{self.show(level)} {self.unit}".rstrip()
 
 
-NLL_AXIS = "NLL of the teacher's test traces, nats/token"  # under the unadjusted teacher
+NLL_AXIS = "NLL of the teacher's test traces, nats/token"  # under the teacher without a defence
 NLL_WIDE = "a quarter of the teacher NLL that both curves span"
 NLL_ABOUT = (
-    "mean NLL of the teacher's test traces under the unadjusted teacher, in nats/token: how unlikely the "
-    "traces are as its own"
+    "mean NLL of the teacher's test traces under the teacher without a defence, in nats/token: how unlikely "
+    "the traces are as its own"
 )
 PRICES = {
     "accuracy": Price("teacher accuracy"),

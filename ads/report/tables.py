@@ -22,7 +22,7 @@ LEGEND = [
     "forced, raw: accuracy on the n test problems with and without answer forcing",
     f"[low, high]: 95 % Wilson interval of one run; {numbers.ONE_SEED}",
     "t.fin, s.fin: share of the teacher's and the student's test traces that finished",
-    "nll, tokens: of the training traces, mean nats/token under the unadjusted teacher and median length",
+    "nll, tokens: of the training traces, mean nats/token under the teacher without a defence, median length",
     "loss: the student's on the holdout traces after training, nats/token",
 ]
 ONE_STEP_LEGEND = (

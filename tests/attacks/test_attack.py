@@ -248,6 +248,14 @@ def test_a_mistake_is_one_line_and_nothing_is_written(exp, words, said):
     assert {path for path in exp.rglob("*") if "locks" not in path.parts} == before
 
 
+@pytest.mark.parametrize("wrong", (None, -1, 2.5, True))
+def test_a_number_of_tokens_that_is_none_is_one_line(exp, wrong):
+    with_columns(exp, "counted", {"num_tokens": wrong})
+    result = attack(exp, "correct", traces="counted", name="wrong", check=False)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"counted.parquet, row 0: num_tokens is no count (but {wrong})" in result.stderr
+
+
 def test_published_traces_that_changed_are_refused(exp, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(exp / "traces", copy / "traces")
