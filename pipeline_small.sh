@@ -82,7 +82,7 @@ settings_of_cpu() {
     0.6,-0.02,0 0.6,-0.05,0
     0.6,0.3,0,corrupt 0.6,0.6,0,corrupt}"
   ATTACKS="${ATTACKS-naive correct mix25 repair}"
-  SEARCH_ARGS="rule=raw max_samples=150 tolerance=0.03 lam_start=0.02 max_evaluations=10 arms=ads,poe,temperature ${SEARCH_ARGS:-}"
+  SEARCH_ARGS="rule=raw max_samples=150 tolerance=0.03 max_evaluations=10 arms=ads,poe,temperature ${SEARCH_ARGS:-}"
 }
 
 # The settings that no later stage checks before hours have passed.

@@ -17,7 +17,6 @@ are up to max_samples: that value is the one to report.
 import functools
 import json
 import math
-import operator
 import shlex
 import shutil
 import statistics
@@ -25,48 +24,35 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import utils
 from ads.arms import BY_NAME
 from ads.data.problems import load_problems, take_subset
 from ads.data.tables import read_parquet
 from ads.data.traces import fingerprint_inputs
+from ads.defences import matching
 from ads.stage import files, hub, layout
 from ads.stage.config import SWEPT, ignored_keys, load_config, make_config, to_dict
 from ads.stage.errors import UserError
 from ads.stage.settings import GenConfig, SearchConfig
-from ads.stage.sidecar import is_finished
+from ads.stage.sidecar import is_finished, read_sidecar
 from ads.stage.world import print0, world_size
 from utils import ROOT, print_result
 
-NARROW = 0.05  # width of a bracket, relative to its upper end, that is not searched further
-ROUNDING = 1e-9  # 0.71 - 0.70 is above 0.01
+# where lam_start and lam_max are null
+DELTA_START, PROXY_START, MOST_STARTS = 0.01, 0.1, 128
 SET_BY_SEARCH = ("exp_dir", "trace_name", "data_split", "max_samples", "tau", "lam", "defence")
 OF_AN_ARM = ("max_kl", "keep_top1", "plausibility", "direction_seed")  # the grid's line has to tell them
 
 NOT_AGAIN = "not measured again on other problems"
 OFF = "OFF the target by more than the tolerance and two standard errors; search on more (max_samples)"
 
-HIT = "hit"
-NEAREST = "nearest"
-TOO_HIGH = "not reachable, above the accuracy at the least value"
-TOO_FAR = "not reachable, not even at the greatest value"
-UNFINISHED = "not found within max_evaluations"
 REMEDIES = {
-    TOO_HIGH: "choose a lower target or a lower tau",
-    TOO_FAR: "raise lam_max or tau_max, or choose a target nearer to the value at lam 0",
-    UNFINISHED: "raise max_evaluations, which keeps what was measured, or move lam_start or tau_start",
+    matching.TOO_HIGH: "choose a lower target or a lower tau",
+    matching.TOO_FAR: "raise lam_max or tau_max, or choose a target nearer to the value at lam 0",
+    matching.UNFINISHED: "raise max_evaluations (what was measured is kept), or change where it starts",
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The values of x, lam or tau, along which the price grows: where the search begins, its first step from
-    there, and the last value."""
-
-    least: float
-    start: float
-    most: float
 
 
 @dataclass(frozen=True)
@@ -84,31 +70,6 @@ class Trial:
         defence = [] if self.defence == "ads" else [self.defence]
         fresh = ["fresh"] if self.is_fresh else []
         return "_".join([f"search_tau{self.tau}_lam{self.lam}", *defence, *self.words, *fresh])
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The accuracy or NLL (nats per token) at one value, with its standard error, on n problems."""
-
-    value: float
-    standard_error: float
-    n: int
-
-    def __str__(self):
-        return f"{self.value:.3f} (standard error {self.standard_error:.3f}, {self.n} problems)"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the search of an arm found for one target: the nearest value, whether that will do, and what other
-    problems say of it."""
-
-    arm: str
-    target: float
-    x: float
-    measured: Measured
-    outcome: str
-    again: Measured | None = None
 
 
 def main(arguments):
@@ -158,7 +119,7 @@ def check_stages(cfg, words):
     if shutil.which(launcher(cfg)[0]) is None:
         raise UserError(f"launch={cfg.launch!r}: there is no command {launcher(cfg)[0]!r}")
     for arm in cfg.arm_names:
-        stage = stage_config(make_trial(arm, limits_of(arm, cfg).start, cfg), cfg, words)
+        stage = stage_config(make_trial(arm, limits_of(arm, cfg, words).start, cfg), cfg, words)
         if cfg.match == "accuracy" and cfg.rule == "af" and not stage.answer_force:
             raise UserError("rule=af: needs answer_force=true, or choose rule=raw")
         fingerprint_inputs(stage)
@@ -166,73 +127,29 @@ def check_stages(cfg, words):
 
 def search_arm(arm, cfg, words):
     """What was Found for each target, highest first."""
-    measured, limits = {}, limits_of(arm, cfg)
+    measured, limits = {}, limits_of(arm, cfg, words)
+    print0(f"{arm}: starts at {limits.start:g}, and ends at {limits.most:g}")
     evaluate = functools.partial(evaluate_stage, arm, cfg, words)
-    return [find_value(arm, target, limits, cfg, measured, evaluate) for target in cfg.target_values]
+    return [matching.find_value(arm, target, limits, cfg, measured, evaluate) for target in cfg.target_values]
 
 
-def find_value(arm, target, limits, cfg, measured, evaluate):
-    """What is Found for one target; `measured` ({x: Measured}) grows by at most cfg.max_evaluations."""
-    num_left = cfg.max_evaluations
-    while num_left and not judge(target, limits, cfg, measured):
-        x = propose(target, limits, cfg, measured)
-        measured[x] = evaluate(x)
-        num_left -= 1
-    x = nearest(target, measured)
-    return Found(arm, target, x, measured[x], judge(target, limits, cfg, measured) or UNFINISHED)
+def limits_of(arm, cfg, words):
+    """Where the search of an arm begins and ends, by the settings; by the arm where they leave that open."""
+    row = BY_NAME[arm.split()[0]]
+    if row.knob == "tau":
+        return matching.Limits(cfg.tau, cfg.tau_start, cfg.tau_max)
+    start = cfg.lam_start or start_of(row, stage_config(Trial("0", "0", "ads"), cfg, words).grad_path)
+    most = cfg.lam_max or MOST_STARTS * start
+    return matching.Limits(0.0, min(start, most), most)
 
 
-def judge(target, limits, cfg, measured):
-    """The outcome of the search for one target; None while another evaluation is needed."""
-    if not measured:
-        return None
-    if abs(measured[nearest(target, measured)].value - target) <= cfg.tolerance + ROUNDING:
-        return HIT
-    low, high = bracket(target, cfg, measured)
-    if low is None:
-        return TOO_HIGH
-    if high is None:
-        return TOO_FAR if low >= limits.most else None
-    return NEAREST if high - low <= NARROW * high else None
-
-
-def nearest(target, measured):
-    return min(measured, key=lambda x: (abs(measured[x].value - target), x))
-
-
-def bracket(target, cfg, measured):
-    """(low, high): the first x that is beyond the target, and the one before it; None for none.
-
-    Accuracy falls with x. NLL rises with tau and lam of ads, and falls where poe or a plausible set leads to
-    likelier tokens: beyond is what lies on the target's other side than the least x.
-    """
-    falls = cfg.match == "accuracy" or target < measured[min(measured)].value
-    is_beyond = operator.lt if falls else operator.gt
-    high = min((x for x in measured if is_beyond(measured[x].value, target)), default=None)
-    low = max((x for x in measured if high is None or x < high), default=None)
-    return low, high
-
-
-def propose(target, limits, cfg, measured):
-    """The next x: doubled until it brackets the target, then interpolated, well inside the bracket."""
-    if not measured:
-        return limits.least
-    low, high = bracket(target, cfg, measured)
-    if high is None:
-        return min(limits.most, limits.start if low < limits.start else three_digits(2 * low))
-    before, beyond = measured[low].value, measured[high].value
-    share = min(max((target - before) / (beyond - before), 0.25), 0.75)
-    return three_digits(low + share * (high - low))
-
-
-def three_digits(x):
-    return float(f"{x:.3g}")
-
-
-def limits_of(arm, cfg):
-    if BY_NAME[arm.split()[0]].knob == "tau":
-        return Limits(cfg.tau, cfg.tau_start, cfg.tau_max)
-    return Limits(0.0, cfg.lam_start, cfg.lam_max)
+def start_of(row, grad_path):
+    """The lam by which Delta moves log-probabilities by half a nat, if stage 2 measured that."""
+    if "gradient" not in row.inputs:
+        return PROXY_START
+    sidecar = layout.sidecar_of(Path(grad_path)) if grad_path else None
+    found = (sidecar and sidecar.is_file() and read_sidecar(sidecar).get("diagnostics")) or {}
+    return found.get("lam_of_spread", {}).get("0.5", DELTA_START)
 
 
 def make_trial(arm, x, cfg):
@@ -268,11 +185,11 @@ def measure(stage, cfg):
     if cfg.match == "accuracy":
         # with two right and two wrong ones more (Agresti and Coull): all right on 20 is not without an error
         share = (stats[cfg.rule]["num_correct"] / stage.num_samples + 2) / (n + 4)
-        return Measured(stats[cfg.rule]["accuracy"], math.sqrt(share * (1 - share) / (n + 4)), n)
+        return matching.Measured(stats[cfg.rule]["accuracy"], math.sqrt(share * (1 - share) / (n + 4)), n)
     if n < 2:
         raise UserError(f"{stage.parquet_path} is of one problem: a standard error takes two, of max_samples")
     nlls = [row["teacher_nll"] for row in read_parquet(stage.parquet_path)]
-    return Measured(stats["teacher_nll"], statistics.stdev(nlls) / math.sqrt(n), n)
+    return matching.Measured(stats["teacher_nll"], statistics.stdev(nlls) / math.sqrt(n), n)
 
 
 # Other problems than those that were searched on
@@ -300,13 +217,6 @@ def measure_again(found, cfg, words):
     if found.outcome in REMEDIES:
         return found
     return replace(found, again=evaluate_stage(found.arm, cfg, words, found.x, is_fresh=True))
-
-
-def holds(found, cfg):
-    """Whether other problems leave a hit a hit, but for chance; None where none were asked."""
-    if found.again is None or found.outcome != HIT:
-        return None
-    return abs(found.again.value - found.target) <= cfg.tolerance + 2 * found.again.standard_error + ROUNDING
 
 
 # Stages of gentraces.py
@@ -383,7 +293,7 @@ def tell_again(found, cfg):
     if found.again is None:
         return NOT_AGAIN
     told = f"on other problems: {found.again}"
-    return f"{told}, {OFF}" if holds(found, cfg) is False else told
+    return f"{told}, {OFF}" if matching.holds(found, cfg) is False else told
 
 
 def describe(found, cfg):
@@ -393,7 +303,7 @@ def describe(found, cfg):
     reported = found.again or found.measured
     numbers = {cfg.match: reported.value, "standard_error": reported.standard_error, "n": reported.n}
     both = {"searched": vars(found.measured), "again": found.again and vars(found.again)}
-    return {**settings, **numbers, **both, "outcome": found.outcome, "holds": holds(found, cfg)}
+    return {**settings, **numbers, **both, "outcome": found.outcome, "holds": matching.holds(found, cfg)}
 
 
 if __name__ == "__main__":

@@ -333,8 +333,8 @@ class SearchConfig:
     tolerance: float = Field(default=0.01, ge=0)
     max_evaluations: int = Field(default=8, ge=1)
     tau: float = Field(default=0.6, ge=0)
-    lam_start: float = Field(default=0.01, gt=0)
-    lam_max: float = 1.28
+    lam_start: float | None = Field(default=None, gt=0)
+    lam_max: float | None = Field(default=None, gt=0)
     tau_start: float = 1.2
     tau_max: float = 4.8
     data_split: SplitName = "gsm8k_train"
@@ -388,7 +388,7 @@ def check_given(config: Any, key: str, meaning: str) -> None:
 
 def check_order(config: Any, low: str, high: str) -> None:
     least, found = getattr(config, low), getattr(config, high)
-    if found < least:
+    if None not in (least, found) and found < least:
         raise UserError(f"{high}={found}: must be at least {low}={least}")
 
 

@@ -17,11 +17,12 @@ from conftest import ROOT, run_script
 import search
 from ads.data import arithmetic
 from ads.data.problems import load_problems
+from ads.defences import matching
 from ads.stage import files
 from ads.stage.settings import GenConfig, SearchConfig
 
 CFG = SearchConfig(targets="0.5")
-LIMITS = search.Limits(0.0, 0.01, 1.28)
+LIMITS = matching.Limits(0.0, 0.01, 1.28)
 
 
 # The search, on curves
@@ -59,15 +60,15 @@ def find(curve, target, pool=None, limits=LIMITS, **settings):
 
     def evaluate(x):
         asked.append(x)
-        return search.Measured(curve(x), 0.02, 300)
+        return matching.Measured(curve(x), 0.02, 300)
 
-    return search.find_value("ads", target, limits, replace(CFG, **settings), pool, evaluate), asked
+    return matching.find_value("ads", target, limits, replace(CFG, **settings), pool, evaluate), asked
 
 
 @pytest.mark.parametrize("target", (0.88, 0.85, 0.7, 0.5, 0.3))
 def test_a_target_on_a_smooth_curve_is_hit(target):
     found, asked = find(falling, target)
-    assert found.outcome == search.HIT and abs(falling(found.x) - target) <= 0.01
+    assert found.outcome == matching.HIT and abs(falling(found.x) - target) <= 0.01
     assert found.measured.value == falling(found.x) and found.x == asked[-1]
     assert len(asked) <= 8 and len(set(asked)) == len(asked)
 
@@ -87,24 +88,24 @@ def test_targets_share_what_was_measured():
         len(part) < len(find(falling, t)[1]) for t, part in zip((0.6, 0.4), evaluations[1:], strict=True)
     )
     again, asked = find(falling, 0.6, pool)
-    assert asked == [] and again.outcome == search.HIT
+    assert asked == [] and again.outcome == matching.HIT
 
 
 def test_a_target_above_the_curve_costs_one_evaluation():
     found, asked = find(falling, 0.95)
-    assert found.outcome == search.TOO_HIGH and asked == [0] and found.x == 0
-    assert find(falling, 0.905)[0].outcome == search.HIT
+    assert found.outcome == matching.TOO_HIGH and asked == [0] and found.x == 0
+    assert find(falling, 0.905)[0].outcome == matching.HIT
 
 
 def test_a_target_below_the_curve_is_given_up_at_the_last_value():
-    found, asked = find(flat, 0.5, limits=search.Limits(0.6, 1.2, 4.0))
-    assert found.outcome == search.TOO_FAR and asked == [0.6, 1.2, 2.4, 4.0]
+    found, asked = find(flat, 0.5, limits=matching.Limits(0.6, 1.2, 4.0))
+    assert found.outcome == matching.TOO_FAR and asked == [0.6, 1.2, 2.4, 4.0]
     assert found.measured.value == 0.8
 
 
 def test_a_jump_over_the_target_ends_at_its_nearer_side():
     found, asked = find(step, 0.6, max_evaluations=20)
-    assert found.outcome == search.NEAREST and found.measured.value == 0.5
+    assert found.outcome == matching.NEAREST and found.measured.value == 0.5
     left, right = max(x for x in asked if x < 0.05), min(x for x in asked if x >= 0.05)
     assert found.x == right and 0 < right - left <= 0.05 * right
 
@@ -112,9 +113,9 @@ def test_a_jump_over_the_target_ends_at_its_nearer_side():
 def test_a_search_that_is_cut_short_says_so_and_can_be_gone_on_with():
     pool = {}
     found, asked = find(falling, 0.3, pool, max_evaluations=3)
-    assert found.outcome == search.UNFINISHED and asked == [0, 0.01, 0.02] and found.x == 0.02
+    assert found.outcome == matching.UNFINISHED and asked == [0, 0.01, 0.02] and found.x == 0.02
     found, more = find(falling, 0.3, pool)
-    assert found.outcome == search.HIT and not set(more) & set(asked)
+    assert found.outcome == matching.HIT and not set(more) & set(asked)
 
 
 def rising(x):
@@ -134,14 +135,14 @@ DIPPING = [(dipping, target) for target in (0.28, 0.2, 0.13, 0.5, 1.0)]
 def test_a_target_is_hit_whether_nll_rises_or_falls_towards_it(curve, target):
     """With lam of ads NLL rises, with that of poe it may fall at first."""
     found, asked = find(curve, target, match="nll", tolerance=0.02, max_evaluations=12)
-    assert found.outcome == search.HIT and abs(curve(found.x) - target) <= 0.02 + 1e-9
+    assert found.outcome == matching.HIT and abs(curve(found.x) - target) <= 0.02 + 1e-9
     assert len(set(asked)) == len(asked)
 
 
 @pytest.mark.parametrize("target", (0.2, 90.0))
 def test_an_nll_on_either_side_is_given_up_at_the_last_value(target):
-    found, asked = find(rising, target, match="nll", limits=search.Limits(0.6, 1.2, 1.5))
-    assert found.outcome == search.TOO_FAR and asked == [0.6, 1.2, 1.5]
+    found, asked = find(rising, target, match="nll", limits=matching.Limits(0.6, 1.2, 1.5))
+    assert found.outcome == matching.TOO_FAR and asked == [0.6, 1.2, 1.5]
 
 
 def test_targets_on_both_sides_share_what_was_measured():
@@ -149,7 +150,7 @@ def test_targets_on_both_sides_share_what_was_measured():
     settings = {"match": "nll", "tolerance": 0.02, "max_evaluations": 12}
     high, asked = find(dipping, 0.5, pool, **settings)
     low, more = find(dipping, 0.2, pool, **settings)
-    assert high.outcome == low.outcome == search.HIT and low.x < 0.1 < high.x
+    assert high.outcome == low.outcome == matching.HIT and low.x < 0.1 < high.x
     assert not set(more) & set(asked) and len(more) < len(asked)
 
 
@@ -160,10 +161,10 @@ def test_noise_neither_exceeds_the_budget_nor_passes_for_a_hit():
         for target in (0.9, 0.7, 0.5):
             found, asked = find(curve, target, pool)
             assert len(asked) <= 8 and all(0 <= x <= 1.28 for x in asked)
-            assert (found.outcome == search.HIT) == (abs(curve(found.x) - target) <= 0.01 + 1e-9)
+            assert (found.outcome == matching.HIT) == (abs(curve(found.x) - target) <= 0.01 + 1e-9)
             outcomes.append(found.outcome)
-    assert set(outcomes) <= {search.HIT, search.NEAREST, search.UNFINISHED}
-    assert outcomes.count(search.HIT) >= 110, outcomes
+    assert set(outcomes) <= {matching.HIT, matching.NEAREST, matching.UNFINISHED}
+    assert outcomes.count(matching.HIT) >= 110, outcomes
 
 
 # The script
@@ -263,7 +264,7 @@ def test_an_unreachable_target_is_named_and_the_others_are_written(experiment, m
     assert words in result.stdout
     assert "at tau 0.6 lam 0.004); raise lam_max" in result.stdout
     outcomes = [match["outcome"] for match in json.loads(result.stdout.splitlines()[-1])["matches"]]
-    assert outcomes == [search.HIT, search.TOO_FAR]
+    assert outcomes == [matching.HIT, matching.TOO_FAR]
     assert grid_of(experiment[0] / "low.txt") == ["0.6 0 0"]
 
 
@@ -275,7 +276,7 @@ def test_a_stage_done_with_other_settings_is_an_error_that_names_them(experiment
 
 def test_a_control_direction_is_an_arm_with_a_name_and_a_column_of_its_own():
     words = ["grad_path=g", "proxy_student=p", "eps=2e-3"]
-    found = search.Found("random", 0.5, 0.02, search.Measured(0.5, 0.05, 100), search.HIT)
+    found = matching.Found("random", 0.5, 0.02, matching.Measured(0.5, 0.05, 100), matching.HIT)
     assert search.grid_lines(found, CFG, words)[-1] == "0.6 0.02 0.002 defence=random"
     stage = search.stage_config(search.make_trial("random", 0.02, CFG), CFG, words)
     assert (stage.trace_name, stage.defence) == ("search_tau0.6_lam0.02_random", "random")
@@ -283,6 +284,30 @@ def test_a_control_direction_is_an_arm_with_a_name_and_a_column_of_its_own():
 
 
 # Arms with words, and what other problems say
+
+
+@pytest.mark.parametrize(
+    "diagnostics,arm,given,start,most",
+    (
+        ({"lam_of_spread": {"0.1": 0.5, "0.5": 2.5}}, "ads max_kl=1", {}, 2.5, 320.0),
+        ({"lam_of_spread": {"0.1": 0.5, "0.5": 2.5}}, "random", {}, 2.5, 320.0),
+        ({"lam_of_spread": {"0.1": 0.5, "0.5": 2.5}}, "poe", {}, 0.1, 12.8),
+        ({"lam_of_spread": {"0.1": 0.5, "0.5": 2.5}}, "ads", {"lam_start": 0.7}, 0.7, 89.6),
+        ({"lam_of_spread": {"0.1": 0.5, "0.5": 2.5}}, "ads", {"lam_max": 2.0}, 2.0, 2.0),
+        ({"lam_of_spread": {}}, "ads", {}, 0.01, 1.28),  # a gradient of zeros
+        (None, "ads", {}, 0.01, 1.28),  # no diagnostics
+    ),
+)
+def test_an_arm_starts_where_stage_2_suggests(tmp_path, diagnostics, arm, given, start, most):
+    gradient = tmp_path / "student_grads.safetensors"
+    text = json.dumps({"config": {}, "stats": {}, "diagnostics": diagnostics})
+    gradient.with_suffix(".yaml").write_text(text)
+    cfg, words = replace(CFG, arms=arm, **given), ["proxy_student=p", f"grad_path={gradient}"]
+    assert search.limits_of(arm, cfg, words) == matching.Limits(0.0, start, pytest.approx(most))
+
+
+def test_without_a_gradient_an_arm_starts_at_a_constant():
+    assert search.limits_of("ads", CFG, ["proxy_student=p"]).start == 0.01
 
 
 def test_an_arm_has_words_as_the_grid_does_and_its_points_tell_them():
@@ -296,7 +321,8 @@ def test_an_arm_has_words_as_the_grid_does_and_its_points_tell_them():
     assert trials[1].name == "search_tau0.6_lam0.7_poe_max_kl=0.1"
     words = ["grad_path=g", "proxy_student=p", "eps=2e-3"]
     found = [
-        search.Found(arm, 0.5, 0.7, search.Measured(0.5, 0.05, 100), search.HIT) for arm in cfg.arm_names
+        matching.Found(arm, 0.5, 0.7, matching.Measured(0.5, 0.05, 100), matching.HIT)
+        for arm in cfg.arm_names
     ]
     assert [search.grid_lines(f, cfg, words)[-1] for f in found] == [
         "0.6 0.7 0 defence=poe",
@@ -312,8 +338,8 @@ def test_an_arm_has_words_as_the_grid_does_and_its_points_tell_them():
 @pytest.mark.parametrize("again,told,is_hit", ((0.55, "(standard", True), (0.64, "OFF the target", False)))
 def test_a_hit_that_other_problems_do_not_confirm_is_flagged(again, told, is_hit):
     """Within the tolerance and two standard errors of the new measurement, here 0.11, chance will do."""
-    measured = search.Measured(0.51, 0.03, 300), search.Measured(again, 0.05, 100)
-    found = search.Found("poe", 0.5, 0.02, measured[0], search.HIT, measured[1])
+    measured = matching.Measured(0.51, 0.03, 300), matching.Measured(again, 0.05, 100)
+    found = matching.Found("poe", 0.5, 0.02, measured[0], matching.HIT, measured[1])
     lines = search.grid_lines(found, CFG, ["proxy_student=p"])
     assert "hit, af accuracy 0.510 (standard error 0.030, 300 problems)" in lines[0]
     assert f"on other problems: {again:.3f} (standard error 0.050, 100 problems)" in lines[1]
@@ -460,7 +486,7 @@ BAD = (
     (OWN + "rule=strict --", "rule='strict' in the command line: must be one of af, raw"),
     (OWN + "data_split={data}_test --", "settings chosen on test problems spoil the test"),
     (OWN + "lam_start=0 --", "lam_start=0 in the command line: must be a finite number, above 0"),
-    (OWN + "lam_start=3 --", "lam_max=1.28: must be at least lam_start=3.0"),
+    (OWN + "lam_start=3 lam_max=1.28 --", "lam_max=1.28: must be at least lam_start=3.0"),
     (OWN + "tau=2 --", "tau_start=1.2: must be above tau=2.0"),
     (
         OWN + "max_evaluations=0 --",
