@@ -40,7 +40,7 @@ choose_settings() {
   export EXP_DIR="${EXP_DIR/#\~\//$HOME/}" SEED="${SEED:-1}"
   TEACHER_PROBLEMS="${TEACHER_PROBLEMS:-200}"
   TEACHER_DIR="${TEACHER_DIR:-$EXP_DIR/teacher}" # experiments of other seeds may share it
-  TEACHER_ARGS="max_samples=6000 lora=false lr=3e-4 num_epochs=3 ${TEACHER_ARGS:-}"
+  TEACHER_ARGS="max_samples=10000 lora=false lr=5e-4 num_epochs=1 ${TEACHER_ARGS:-}"
   export GEN_ARGS="max_samples=$NUM_PROBLEMS $GEN_ARGS"
 }
 
@@ -74,12 +74,12 @@ settings_of_cpu() {
   # No forced answers: a teacher trained on solutions has never seen the words that force one.
   export GEN_ARGS="max_length=320 max_prompt_length=192 answer_force=false ${GEN_ARGS:-}"
   export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=3 max_prompt_length=704 max_length=832}" PREFILL="${PREFILL-auto}"
-  export TRAIN_ARGS="do_eval=false lora_r=32 lora_alpha=32 ${TRAIN_ARGS:-}"
+  export TRAIN_ARGS="num_epochs=5 do_eval=false lora_r=32 lora_alpha=32 ${TRAIN_ARGS:-}"
   export GRID_ARGS="${GRID_ARGS:---points
-    0.6,0,0 1.4,0,0
-    0.6,0.02,0 0.6,0.05,0
+    0.6,0,0 2.2,0,0
+    0.6,0.03,0 0.6,0.05,0
     0.6,0.5,0,poe
-    0.6,-0.02,0 0.6,-0.05,0
+    0.6,-0.05,0 0.6,-0.08,0
     0.6,0.3,0,corrupt 0.6,0.6,0,corrupt}"
   ATTACKS="${ATTACKS-naive correct mix25 repair}"
   SEARCH_ARGS="rule=raw max_samples=150 tolerance=0.03 max_evaluations=10 arms=ads,poe,temperature ${SEARCH_ARGS:-}"

@@ -300,7 +300,7 @@ def test_a_control_direction_is_an_arm_with_a_name_and_a_column_of_its_own():
 )
 def test_an_arm_starts_where_stage_2_suggests(tmp_path, diagnostics, arm, given, start, most):
     gradient = tmp_path / "student_grads.safetensors"
-    text = json.dumps({"config": {}, "stats": {}, "diagnostics": diagnostics})
+    text = json.dumps({"config": {}, "stats": {}, "diagnostics": diagnostics, "seconds": 1})
     gradient.with_suffix(".yaml").write_text(text)
     cfg, words = replace(CFG, arms=arm, **given), ["proxy_student=p", f"grad_path={gradient}"]
     assert search.limits_of(arm, cfg, words) == matching.Limits(0.0, start, pytest.approx(most))
@@ -525,7 +525,7 @@ def test_bad_input_is_one_line_before_anything_runs(experiment, model_folders, t
         ("poe max_kl=-1", "max_kl=-1 in arms: must be"),
         (
             "poe prefill=a/b",
-            "search_tau0.6_lam0.01_poe_prefill=a/b' in the command line: must be a plain file name",
+            "search_tau0.6_lam0.1_poe_prefill=a/b' in the command line: must be a plain file name",
         ),
         ("poe max_kl", "arms='poe max_kl' in the command line: must be one of ads"),
         ("corrupt", "arms='corrupt' in the command line: must be one of ads"),
