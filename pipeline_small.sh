@@ -15,6 +15,7 @@
 #   TEACHER_LEAST   share of holdout problems that a teacher has to get right; 0: any will do, none is trained
 #   TEACHER_PROBLEMS, TEACHER_ARGS, TEACHER_DIR   problems it is asked, settings of distill.py, where it is kept
 #   MATCH, SEARCH_ARGS   teacher accuracy at which ATTACKS are compared (empty: nowhere), settings of search.py
+#   ATTACK_POINTS   words for grid.py: compare them at these points, and search for none
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -38,6 +39,7 @@ choose_settings() {
   EXP_DIR="${EXP_DIR-runs/small}"
   [[ -n "$EXP_DIR" ]] || fail "EXP_DIR is empty: give a folder, or unset it for the default one"
   export EXP_DIR="${EXP_DIR/#\~\//$HOME/}" SEED="${SEED:-1}"
+  ATTACK_POINTS="${ATTACK_POINTS:-}" # such as --file EXP_DIR_OF_ANOTHER_SEED/matched.txt
   TEACHER_PROBLEMS="${TEACHER_PROBLEMS:-200}"
   TEACHER_DIR="${TEACHER_DIR:-$EXP_DIR/teacher}" # experiments of other seeds may share it
   TEACHER_ARGS="max_samples=10000 lora=false lr=5e-4 num_epochs=1 ${TEACHER_ARGS:-}"
@@ -74,13 +76,13 @@ settings_of_cpu() {
   # No forced answers: a teacher trained on solutions has never seen the words that force one.
   export GEN_ARGS="max_length=320 max_prompt_length=192 answer_force=false ${GEN_ARGS:-}"
   export FEW_SHOT_ARGS="${FEW_SHOT_ARGS-few_shot=3 max_prompt_length=704 max_length=832}" PREFILL="${PREFILL-auto}"
-  export TRAIN_ARGS="num_epochs=5 do_eval=false lora_r=32 lora_alpha=32 ${TRAIN_ARGS:-}"
+  export TRAIN_ARGS="num_epochs=4 lr=2e-3 batch_size=8 do_eval=false lora_r=32 lora_alpha=32 ${TRAIN_ARGS:-}"
   export GRID_ARGS="${GRID_ARGS:---points
-    0.6,0,0 2.2,0,0
-    0.6,0.03,0 0.6,0.05,0
-    0.6,0.5,0,poe
-    0.6,-0.05,0 0.6,-0.08,0
-    0.6,0.3,0,corrupt 0.6,0.6,0,corrupt}"
+    0.6,0,0 2.0,0,0 2.4,0,0
+    0.6,0.04,0 0.6,0.052,0
+    0.6,2,0,poe 0.6,3,0,poe
+    0.6,-0.06,0 0.6,-0.085,0
+    0.6,0.07,0,corrupt 0.6,0.15,0,corrupt}"
   ATTACKS="${ATTACKS-naive correct mix25 repair}"
   SEARCH_ARGS="rule=raw max_samples=150 tolerance=0.03 max_evaluations=10 arms=ads,poe,temperature ${SEARCH_ARGS:-}"
 }
@@ -93,6 +95,14 @@ check_settings() {
   [[ -z "$MATCH" ]] || is_share "$MATCH" || fail "MATCH='$MATCH': must be a share from 0 to 1, or empty"
   read -r -d '' -a attacks <<<"$ATTACKS" || true
   in_python recipes.print_recipe ${attacks[@]+"${attacks[@]}"} >/dev/null || exit 2
+  check_points "$GRID_ARGS"
+  check_points "$ATTACK_POINTS"
+}
+
+check_points() {
+  local words
+  read -r -d '' -a words <<<"$1" || true
+  python "$here/grid.py" ${words[@]+"${words[@]}"} >/dev/null || exit 2
 }
 
 is_share() { [[ "$1" =~ ^(0|1|1\.0*|0?\.[0-9]+|0\.)$ ]]; }
@@ -170,11 +180,27 @@ stop_at_stage() {
   exit "$1"
 }
 
-# The grid with one attacker, then all of them at one accuracy of the teacher. Failed points leave the rest.
+# The grid with one attacker, then all of them at the points given, or at one accuracy of the teacher. Failed points
+# leave the rest.
 run_grid() {
-  local status=0 result=0 words=() word
+  local status=0 result=0
   ATTACKS=naive bash "$here/pipeline.sh" "$@" || status=$?
-  [[ "$status" -lt 2 && -n "$MATCH" ]] || exit "$status"
+  [[ "$status" -lt 2 && -n "$MATCH$ATTACK_POINTS" ]] || exit "$status"
+  if [[ -z "$ATTACK_POINTS" ]]; then
+    find_points
+    ATTACK_POINTS="--file $EXP_DIR/matched.txt"
+    if ! grep -qs '^[^#]' "$EXP_DIR/matched.txt"; then
+      echo "then    the attackers $ATTACKS at the points of $EXP_DIR/matched.txt, when it is there"
+      exit "$((result > status ? result : status))"
+    fi
+  fi
+  ATTACKS="$ATTACKS" GRID_ARGS="$ATTACK_POINTS" bash "$here/pipeline.sh" "$@" || result=$?
+  exit "$((result > status ? result : status))"
+}
+
+# Into EXP_DIR/matched.txt, and into `result` 1 if a target was not hit: the other points are there.
+find_points() {
+  local words=() word
   for word in "${gen_args[@]}"; do # the search sets it
     [[ "$word" == max_samples=* ]] || words+=("$word")
   done
@@ -184,14 +210,8 @@ run_grid() {
   echo "$([[ "$dry_run" == 1 ]] && echo 'then   ' || echo 'run    ') search: $(printf '%q ' "${command[@]}")"
   if [[ "$dry_run" == 0 ]]; then
     HUB_RECORD="$EXP_DIR/hub.yaml" "${command[@]}" || result=$?
-    [[ "$result" -lt 2 ]] || exit "$result" # 1: a target was not hit, the other points are there
+    [[ "$result" -lt 2 ]] || exit "$result"
   fi
-  if grep -qs '^[^#]' "$EXP_DIR/matched.txt"; then
-    ATTACKS="$ATTACKS" GRID_ARGS="--file $EXP_DIR/matched.txt" bash "$here/pipeline.sh" "$@" || result=$?
-  else
-    echo "then    the attackers $ATTACKS at the points of $EXP_DIR/matched.txt, when it is there"
-  fi
-  exit "$((result > status ? result : status))"
 }
 
 dry_run=0

@@ -91,7 +91,7 @@ def test_its_help_names_every_setting():
     assert [name for name in own - known if f"`{name}`" not in documented] == []
 
 
-@pytest.mark.parametrize("machine,dataset,num_points", (("cpu", "word_problems", 9), ("gpu", "gsm8k", 20)))
+@pytest.mark.parametrize("machine,dataset,num_points", (("cpu", "word_problems", 11), ("gpu", "gsm8k", 20)))
 def test_a_dry_run_plans_every_stage(models, tmp_path, machine, dataset, num_points):
     """Of a teacher that has not been measured too; nothing is written."""
     more = {"MACHINE": machine, "DATASET": None, **PLAIN}
@@ -125,6 +125,16 @@ def test_attackers_are_planned_at_the_points_of_equal_accuracy(models, tmp_path)
             assert f"to do   student_{point}{attack}: " in result.stdout
 
 
+def test_attackers_are_planned_at_points_that_were_chosen_elsewhere(models, tmp_path):
+    """On another seed, for one; nothing is searched for, whatever MATCH says."""
+    points = "--points 0.6,0.07,0"
+    result = run_small(models, tmp_path / "x", "--dry-run", **PLAIN, TEACHER_LEAST="0", ATTACK_POINTS=points)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "search.py" not in result.stdout
+    for attack in ("", "_correct", "_mix25", "_repair"):
+        assert f"to do   student_tau0.6_lam0.07_eps0{attack}: " in result.stdout
+
+
 @pytest.mark.parametrize(
     "settings,said",
     (
@@ -140,6 +150,13 @@ def test_attackers_are_planned_at_the_points_of_equal_accuracy(models, tmp_path)
 def test_a_mistake_is_one_line_before_anything_runs(models, tmp_path, settings, said):
     result = run_small(models, tmp_path / "x", **{**PLAIN, **settings})
     assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("setting", ("GRID_ARGS", "ATTACK_POINTS"))
+def test_a_wrong_point_is_found_before_anything_runs(models, tmp_path, setting):
+    result = run_small(models, tmp_path / "x", **{**PLAIN, setting: "--points 0.6,x,0"})
+    assert result.returncode == 2 and result.stderr.endswith("'0.6,x,0': write tau,lam,eps\n")
     assert not (tmp_path / "x").exists()
 
 
