@@ -153,7 +153,7 @@ def run(args, way, figures):
 
 def load_ours(args, way):
     """decode(prompts, eos) -> ({id: ids}, steps) through ads.engine, its first argument the teacher bound."""
-    file = gradient.safe_open(args.grad_path, framework="pt")
+    file = gradient_file.open_checked(Path(args.grad_path), "-")
     read_gradient = functools.partial(gradient_file.read, file)
     delta, num_rows = None, None
     if way != "plain":
@@ -204,7 +204,7 @@ def load_peer(args, way):
     """As load_ours, through generate()."""
     teacher, processor = load_model(args.teacher, args.dtype, args.device), Peer()
     if way == "peer_ads":
-        file = gradient.safe_open(args.grad_path, framework="pt")
+        file = gradient_file.open_checked(Path(args.grad_path), "-")
         pair = [load_model(args.proxy, args.dtype, args.device) for _ in range(2)]
         perturb_(*pair, functools.partial(gradient_file.read, file), args.eps)
         processor = PeerDelta(pair, args.eps, args.lam)
