@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The experiment on small real models (docs/small.md): on a GPU of 24 GB GSM8K with models of 0.4 to 1.5 billion
-# parameters, about a day; on a CPU word problems in ordinary language (dataset word_problems) with models of 0.1 to
-# 0.3 billion. A teacher that cannot do the task is trained first, on reference solutions of other problems. Then
+# parameters, about a day; on a CPU, or with DATASET=word_problems, word problems in ordinary language with a model of
+# 0.1 billion. A teacher that cannot do the task is trained first, on reference solutions of other problems. Then
 # pipeline.sh runs the grid, search.py finds points of equal teacher accuracy, and pipeline.sh runs the attackers there.
 #
 #   bash pipeline_small.sh                                       models of the hub
@@ -32,10 +32,11 @@ has_gpu() {
 choose_settings() {
   MACHINE="${MACHINE:-$(if has_gpu; then echo gpu; else echo cpu; fi)}"
   case "$MACHINE" in
-    gpu) settings_of_gpu ;;
-    cpu) settings_of_cpu ;;
+    gpu) export DATASET="${DATASET:-gsm8k}" ;;
+    cpu) export DATASET="${DATASET:-word_problems}" NPROC="${NPROC:-1}" ACCELERATE_USE_CPU=true ;;
     *) fail "MACHINE='$MACHINE': must be gpu or cpu" ;;
   esac
+  if [[ "$MACHINE" == cpu || "$DATASET" == word_problems ]]; then settings_of_tiny_models; else settings_of_24_gb; fi
   EXP_DIR="${EXP_DIR-runs/small}"
   [[ -n "$EXP_DIR" ]] || fail "EXP_DIR is empty: give a folder, or unset it for the default one"
   export EXP_DIR="${EXP_DIR/#\~\//$HOME/}" SEED="${SEED:-1}"
@@ -47,8 +48,8 @@ choose_settings() {
 }
 
 # Nothing of it is gated. Qwen2.5-0.5B shares the teacher's tokenizer; the student's instruct sibling has a chat template.
-settings_of_gpu() {
-  export DATASET="${DATASET:-gsm8k}" TEACHER="${TEACHER:-Qwen/Qwen2.5-1.5B-Instruct}"
+settings_of_24_gb() {
+  export TEACHER="${TEACHER:-Qwen/Qwen2.5-1.5B-Instruct}"
   export PROXY_STUDENT="${PROXY_STUDENT:-Qwen/Qwen2.5-0.5B}"
   if [[ -z "${STUDENT:-}" ]]; then
     export STUDENT=HuggingFaceTB/SmolLM2-360M
@@ -68,10 +69,9 @@ settings_of_gpu() {
 }
 
 # One model in all roles is the default, since other small ones are gated or have another chat format (docs/small.md).
-settings_of_cpu() {
-  export DATASET="${DATASET:-word_problems}" TEACHER="${TEACHER:-HuggingFaceTB/SmolLM2-135M-Instruct}"
+settings_of_tiny_models() {
+  export TEACHER="${TEACHER:-HuggingFaceTB/SmolLM2-135M-Instruct}"
   export PROXY_STUDENT="${PROXY_STUDENT:-$TEACHER}" STUDENT="${STUDENT:-$TEACHER}"
-  export NPROC="${NPROC:-1}" ACCELERATE_USE_CPU=true
   NUM_PROBLEMS="${NUM_PROBLEMS:-300}" TEACHER_LEAST="${TEACHER_LEAST:-0.8}" MATCH="${MATCH-0.7}"
   # No forced answers: a teacher trained on solutions has never seen the words that force one.
   export GEN_ARGS="max_length=320 max_prompt_length=192 answer_force=false ${GEN_ARGS:-}"
