@@ -166,7 +166,8 @@ def load_ours(args, way):
     elif way == "ads_central":
         perturb_(*models, read_gradient, args.eps)
         delta = CentralDifference(*models, args.eps, allowed_V)
-    return functools.partial(decode_ours, teacher, CachedModel(teacher), delta, allowed_V, args)
+    settings = teacher, CachedModel(teacher), delta, allowed_V, args
+    return functools.partial(decode_ours, *settings, cuda_graph=args.device == "cuda")
 
 
 def decode_ours(model, teacher, delta, allowed_V, args, prompts, eos, limits=None, cuda_graph=False):

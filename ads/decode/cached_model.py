@@ -27,6 +27,7 @@ from ads.trials import (
     agrees,
     is_out_of_memory,
     is_right,
+    lasting_flaw,
     longest_without,
     tried_ids,
 )
@@ -64,31 +65,39 @@ class CachedModel:
 
         ValueError in one line where a row alone and without a cache has other logits, or the library fails.
         On the way are found the bytes that a position of the cache takes, and whether our own step gives
-        what the library's does. The cost is that of about 100 tokens.
+        what the library's does. The cost is that of about 150 tokens.
         """
-        rows = self.tried_rows()
+        if reason := lasting_flaw(self.flaw_of_cache, self.dtype):
+            raise UserError(self.refusal(reason))
+        if self.own_step is not None and lasting_flaw(self.flaw_of_own_step, self.dtype):
+            kind = self.model.config.model_type
+            print(f"model type {kind!r} is decoded by the library's own forward, not by ours", flush=True)
+            self.own_step = None
+        self.cache = None
+
+    def flaw_of_cache(self, attempt):
+        rows = self.tried_rows(attempt)
         try:
             found = self.decode_tried(rows)
             wanted = self.alone(rows)
         except Exception as error:  # whatever a family raises that is not made to be called like this
             if is_out_of_memory(error):
                 raise
-            raise UserError(self.refusal(errors.reason(error))) from error
+            return errors.reason(error)
         if not self.bytes_per_position:
-            raise UserError(self.refusal("it keeps no keys and values in the cache it is given"))
-        if not is_right(found, wanted):
-            raise UserError(self.refusal("its logits with a cache are not those without"))
-        if self.own_step is not None and not self.is_own_step_right(rows, found):
-            kind = self.model.config.model_type
-            print(f"model type {kind!r} is decoded by the library's own forward, not by ours", flush=True)
-            self.own_step = None
-        self.cache = None
+            return "it keeps no keys and values in the cache it is given"
+        return None if is_right(found, wanted) else "its logits with a cache are not those without"
 
-    def is_own_step_right(self, rows, wanted):
+    def flaw_of_own_step(self, attempt):
+        rows = self.tried_rows(attempt)
+        wanted = self.decode_tried(rows)
         try:
-            return agrees(self.own_step(*self.last_tokens(rows), self.cache), wanted)
-        except (TypeError, ValueError, LookupError, RuntimeError):
-            return False  # modules of the same names as Llama's that are called otherwise
+            found = self.own_step(*self.last_tokens(rows), self.cache)
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return errors.reason(error)  # modules of the same names as Llama's that are called otherwise
+        return None if agrees(found, wanted) else "its logits are not the library's"
 
     @contextlib.contextmanager
     def narrow_windows(self):
@@ -104,9 +113,9 @@ class CachedModel:
                 self.windows.update(windows)
                 config.sliding_window = usual
 
-    def tried_rows(self):
+    def tried_rows(self, attempt):
         """Two rows of ids, of TRIED and of fewer tokens."""
-        ids = tried_ids(self.model, TRIED + NUM_SHORT)
+        ids = tried_ids(self.model, TRIED + NUM_SHORT, attempt)
         return ids[:TRIED], ids[TRIED:]
 
     def decode_tried(self, rows):
@@ -152,7 +161,10 @@ class CachedModel:
 
     def flaw_at(self, length):
         """What is wrong with the logits of a row of few tokens beside one of so many; None if nothing is."""
-        row = self.tried_rows()[1]
+        return lasting_flaw(functools.partial(self.flaw_of_length, length), self.dtype)
+
+    def flaw_of_length(self, length, attempt):
+        row = self.tried_rows(attempt)[1]
         tokens_2, lengths_2, _ = self.last_tokens([row, row])
         lengths_2[1] = length - 1
         self.allocate(2, length)

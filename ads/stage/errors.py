@@ -1,8 +1,15 @@
 """Errors that a user can mend, and one line on those of others."""
 
-# Said of memory that has run out by what raises a plain RuntimeError: CPU allocators, and CUDA's on a part of
-# a GPU (MIG), which fails to tell why.
-NO_MEMORY = ("can't allocate memory", "NVML_SUCCESS == r INTERNAL ASSERT FAILED")
+# Said of memory that has run out by what raises a plain RuntimeError: CPU allocators; CUDA itself and its
+# libraries, where others fill the GPU; torch's allocator on a part of a GPU (MIG), which fails to tell why.
+NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
+)
 
 
 class UserError(ValueError):

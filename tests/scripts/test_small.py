@@ -91,21 +91,29 @@ def test_its_help_names_every_setting():
     assert [name for name in own - known if f"`{name}`" not in documented] == []
 
 
-@pytest.mark.parametrize("machine,dataset,num_points", (("cpu", "word_problems", 11), ("gpu", "gsm8k", 20)))
-def test_a_dry_run_plans_every_stage(models, tmp_path, machine, dataset, num_points):
+@pytest.mark.parametrize(
+    "machine,asked,dataset,num_points",
+    (
+        ("cpu", None, "word_problems", 11),
+        ("gpu", None, "gsm8k", 20),
+        ("gpu", "word_problems", "word_problems", 11),
+    ),
+)
+def test_a_dry_run_plans_every_stage(models, tmp_path, machine, asked, dataset, num_points):
     """Of a teacher that has not been measured too; nothing is written."""
-    more = {"MACHINE": machine, "DATASET": None, **PLAIN}
-    if machine == "gpu":  # its problems are of the hub
+    more = {"MACHINE": machine, "DATASET": asked, **PLAIN}
+    if dataset == "gsm8k":  # its problems are of the hub
         source = {"question": "1+1=?", "answer": "2 #### 2"}
         more["DATA_DIR"] = str(tmp_path / "data")
         write_gsm8k(tmp_path / "data", source)
     result = run_small(models, tmp_path / "x", "--dry-run", **more)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "to do   given" in result.stdout and ("to do   teacher" in result.stdout) == (machine == "cpu")
+    is_trained = dataset == "word_problems"
+    assert "to do   given" in result.stdout and ("to do   teacher" in result.stdout) == is_trained
     assert f"data_split={dataset}_holdout" in result.stdout
     assert result.stdout.count("to do   train_tau") == num_points
     trained = str(tmp_path / "x" / "teacher" / "models" / "teacher" / "final")
-    assert (f"teacher={trained} " in result.stdout) == (machine == "cpu")
+    assert (f"teacher={trained} " in result.stdout) == is_trained
     assert "then    search: " in result.stdout and not (tmp_path / "x").exists()
 
 

@@ -155,9 +155,21 @@ def test_freed_memory_is_kept_on_cpus_alone(monkeypatch):
     assert called or sys.platform != "linux"
 
 
-def test_an_allocator_that_fails_otherwise_is_understood():
-    """On a part of a GPU (MIG) the allocator cannot ask what to put into its error, and says that instead."""
-    error = RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1165')
+@pytest.mark.parametrize(
+    "text",
+    (
+        # on a part of a GPU (MIG) the allocator cannot ask what to put into its error, and says that instead
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":1165',
+        # seen on an H100 that other processes had filled: torch.AcceleratorError, a RuntimeError
+        "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ),
+)
+def test_an_allocator_that_fails_otherwise_is_understood(text):
+    error = RuntimeError(text)
     assert is_out_of_memory(error) and utils.explain_fault(error).startswith("out of memory (")
+
+
+def test_other_faults_of_a_gpu_are_not_taken_for_lack_of_memory():
     error = RuntimeError("CUDA driver error: operation not supported")
     assert "expandable_segments:False" in utils.explain_fault(error) and not is_out_of_memory(error)
