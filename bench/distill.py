@@ -27,8 +27,8 @@ from delta_agreement import read_sequences
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import distill
 from ads import chat, cpu
+from ads.attacks import training
 from ads.stage.settings import TrainConfig
 from ads.stage.world import World
 
@@ -94,12 +94,12 @@ def train(args, examples, way, per_device):
             save_epochs=10.0,
         )
         tokenizer = chat.load_tokenizer(args.model, need_chat_template=False)
-        model = distill.load_student(cfg, tokenizer, "cpu")
-        trainer = (plain_trainer if way == "plain" else distill.make_trainer)(
+        model = training.load_student(cfg, tokenizer, "cpu")
+        trainer = (plain_trainer if way == "plain" else training.make_trainer)(
             cfg, model, tokenizer, examples, None, per_device, World(0, 1, "cpu")
         )
         start = time.perf_counter()
-        trainer.train() if way == "plain" else distill.train_fast(trainer)
+        trainer.train() if way == "plain" else training.train_fast(trainer)
         seconds = time.perf_counter() - start
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return seconds, losses, machine.peak_megabytes("cpu")
@@ -108,7 +108,7 @@ def train(args, examples, way, per_device):
 def plain_trainer(cfg, model, tokenizer, examples, holdout, per_device, world):
     from transformers import Trainer
 
-    arguments = distill.training_arguments(cfg, len(examples), holdout is not None, per_device, world)
+    arguments = training.training_arguments(cfg, len(examples), holdout is not None, per_device, world)
     arguments.train_sampling_strategy = "random"
     collate = functools.partial(pad_right, pad_id=tokenizer.eos_token_id)
     return Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate)
