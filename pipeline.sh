@@ -35,7 +35,7 @@ STUDENT="${STUDENT:-meta-llama/Llama-3.2-3B}"       # what an attacker trains
 STUDENT_TOKENIZER="${STUDENT_TOKENIZER:-$STUDENT}" # with a chat template
 DATA_DIR="${DATA_DIR:-}"             # folder of local copies of the datasets; empty: the hub
 NPROC="${NPROC:-}"                   # processes; empty: one per GPU
-JOBS="${JOBS:-1}"                    # grid points at once, each with NPROC processes (small models on a CPU)
+JOBS="${JOBS:-1}"                    # grid points at once, each with NPROC processes (small models)
 KEEP_STUDENTS="${KEEP_STUDENTS:-1}"  # 0: a student is deleted once it has been evaluated
 LAUNCH="${LAUNCH:-}"                 # words of another launcher, such as a multi-node accelerate launch
 GEN_ARGS="${GEN_ARGS:-}"             # key=value words for every gentraces.py
@@ -133,6 +133,9 @@ count_gpus() {
   NPROC="${NPROC:-$((num_gpus > 0 ? num_gpus : 1))}"
   if [[ -z "$LAUNCH" && "$num_gpus" != 0 && "$NPROC" -gt "$num_gpus" ]]; then
     fail "NPROC=$NPROC: torch can use $num_gpus of the GPUs here, and each process takes one; unset NPROC, or set ACCELERATE_USE_CPU=true for small models on the CPU"
+  fi
+  if [[ "$num_gpus" != 0 && "$JOBS" -gt 1 && ! " $GEN_ARGS" =~ [[:space:]]batch_size=[0-9] ]]; then
+    fail "JOBS=$JOBS: jobs share the GPU, and batch_size=auto takes all memory that one of them finds free; set GEN_ARGS=\"batch_size=N\" so that $JOBS have room (docs/memory.md), or JOBS=1"
   fi
 }
 

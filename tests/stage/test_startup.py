@@ -116,6 +116,12 @@ def test_the_pipeline_counts_gpus_by_torch(gpus, model_folders, problem_folder, 
         model_folders, problem_folder, tmp_path / "x", dry[0], NPROC="2", check=False, **settings
     )
     assert more.returncode == 2 and "NPROC=2: torch can use 1 of the GPUs here" in more.stderr
+    jobs = settings | {"JOBS": "3", "NPROC": "1", "GEN_ARGS": "max_length=64"}
+    many = run_pipeline(model_folders, problem_folder, tmp_path / "x", dry[0], check=False, **jobs)
+    assert many.returncode == 2 and "JOBS=3: jobs share the GPU, and batch_size=auto" in many.stderr
+    jobs["GEN_ARGS"] = "max_length=64\nbatch_size=8"
+    many = run_pipeline(model_folders, problem_folder, tmp_path / "x", dry[0], **jobs)
+    assert many.stdout.count(": python ") == 7
     add_program(tmp_path / "bin", "python", stub.replace("echo 1", "echo 2"))
     two = run_pipeline(model_folders, problem_folder, tmp_path / "x", dry[0], NPROC="", **settings)
     assert two.stdout.count("accelerate launch") == 7 and "--num_processes 2" in two.stdout
