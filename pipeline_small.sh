@@ -124,6 +124,7 @@ find_teacher() {
     [[ "$DATASET" == word_problems || "$able" == unknown ]] ||
       fail "$told, where TEACHER_LEAST=$TEACHER_LEAST is wanted: give a better TEACHER, lower TEACHER_LEAST, or take DATASET=word_problems, for which one is trained"
     if [[ "$DATASET" == word_problems ]]; then
+      [[ "$dry_run" == 1 ]] || check_stages
       run_stage teacher distill.py "student=$TEACHER" solutions=word_problems_pretrain do_eval=false \
         model_name=teacher "${teacher_args[@]}"
       measure_teacher trained "$made"
@@ -133,6 +134,15 @@ find_teacher() {
     fi
   fi
   unset HUB_RECORD
+}
+
+# The settings of all stages, by a dry run in an empty folder: a mistake is better found before the teacher's hour.
+check_stages() {
+  local status=0
+  empty="$(mktemp -d)"
+  trap 'rm -rf "$empty"' EXIT
+  EXP_DIR="$empty/x" ATTACKS="$ATTACKS" GRID_ARGS="--points 0.6,0,0" bash "$here/pipeline.sh" --dry-run >/dev/null || status=$?
+  [[ "$status" == 0 ]] || stop_at_stage "$status"
 }
 
 # The teacher is measured at the commits of the hub that the experiment then takes; a dry run records them in a copy.

@@ -180,6 +180,14 @@ def test_without_a_hub_it_says_what_to_give(tmp_path):
     assert "give folders of your own: TEACHER=path STUDENT=path" in hint
 
 
+def test_settings_of_late_stages_are_checked_before_a_teacher_is_trained(models, tmp_path):
+    few = {"NUM_PROBLEMS": "2", "TEACHER_PROBLEMS": "2", "GEN_ARGS": "max_length=512 max_prompt_length=500"}
+    result = run_small(models, tmp_path / "x", **few, TRAIN_ARGS="num_epochz=1")
+    assert result.returncode == 2 and "teacher given: 0.000 of 2" in result.stdout
+    assert "num_epochz" in result.stderr and result.stderr.count("error: ") == 1
+    assert "run     teacher " not in result.stdout and not (tmp_path / "x" / "traces").exists()
+
+
 @pytest.mark.slow
 def test_it_runs_to_its_end(models, tmp_path):
     """A tiny random teacher is trained, measured again, and refused; where any will do, all stages run. Of
