@@ -138,11 +138,14 @@ find_teacher() {
 
 # The settings of all stages, by a dry run in an empty folder: a mistake is better found before the teacher's hour.
 check_stages() {
-  local status=0
+  local status=0 said
   empty="$(mktemp -d)"
   trap 'rm -rf "$empty"' EXIT
-  EXP_DIR="$empty/x" ATTACKS="$ATTACKS" GRID_ARGS="--points 0.6,0,0" bash "$here/pipeline.sh" --dry-run >/dev/null || status=$?
-  [[ "$status" == 0 ]] || stop_at_stage "$status"
+  said="$(EXP_DIR="$empty/x" ATTACKS="$ATTACKS" GRID_ARGS="--points 0.6,0,0" bash "$here/pipeline.sh" --dry-run 2>&1 >/dev/null)" ||
+    status=$?
+  [[ "$status" != 0 ]] || return 0
+  grep -m 1 -E '^(error|pipeline.sh): ' <<<"$said" >&2 || echo "$said" >&2 # of stages that share it, once
+  stop_at_stage "$status"
 }
 
 # The teacher is measured at the commits of the hub that the experiment then takes; a dry run records them in a copy.
