@@ -134,7 +134,7 @@ count_gpus() {
   if [[ -z "$LAUNCH" && "$num_gpus" != 0 && "$NPROC" -gt "$num_gpus" ]]; then
     fail "NPROC=$NPROC: torch can use $num_gpus of the GPUs here, and each process takes one; unset NPROC, or set ACCELERATE_USE_CPU=true for small models on the CPU"
   fi
-  if [[ "$num_gpus" != 0 && "$JOBS" -gt 1 && ! " $GEN_ARGS" =~ [[:space:]]batch_size=[0-9] ]]; then
+  if [[ "$num_gpus" != 0 && "$JOBS" -gt 1 && "${GEN_ARGS##*batch_size=}" != [0-9]* ]]; then # the last word wins
     fail "JOBS=$JOBS: jobs share the GPU, and batch_size=auto takes all memory that one of them finds free; set GEN_ARGS=\"batch_size=N\" so that $JOBS have room (docs/memory.md), or JOBS=1"
   fi
 }

@@ -93,6 +93,8 @@ check_settings() {
   [[ "$TEACHER_PROBLEMS" =~ ^[1-9][0-9]*$ ]] || fail "TEACHER_PROBLEMS='$TEACHER_PROBLEMS': must be a whole number from 1"
   is_share "$TEACHER_LEAST" || fail "TEACHER_LEAST='$TEACHER_LEAST': must be a share from 0 to 1"
   [[ -z "$MATCH" ]] || is_share "$MATCH" || fail "MATCH='$MATCH': must be a share from 0 to 1, or empty"
+  [[ "$MACHINE" != gpu || "$dry_run" == 1 || -n "${NPROC:-}${LAUNCH:-}" ]] || has_gpu ||
+    fail "MACHINE=gpu: there is none here (or CUDA_VISIBLE_DEVICES or ACCELERATE_USE_CPU hides it); unset MACHINE, or add --dry-run"
   read -r -d '' -a attacks <<<"$ATTACKS" || true
   in_python recipes.print_recipe ${attacks[@]+"${attacks[@]}"} >/dev/null || exit 2
   check_points "$GRID_ARGS"
@@ -124,7 +126,7 @@ find_teacher() {
     [[ "$DATASET" == word_problems || "$able" == unknown ]] ||
       fail "$told, where TEACHER_LEAST=$TEACHER_LEAST is wanted: give a better TEACHER, lower TEACHER_LEAST, or take DATASET=word_problems, for which one is trained"
     if [[ "$DATASET" == word_problems ]]; then
-      [[ "$dry_run" == 1 ]] || check_stages
+      [[ "$dry_run" == 1 || -f "$TEACHER_DIR/models/teacher.yaml" ]] || check_stages
       run_stage teacher distill.py "student=$TEACHER" solutions=word_problems_pretrain do_eval=false \
         model_name=teacher "${teacher_args[@]}"
       measure_teacher trained "$made"
@@ -136,11 +138,13 @@ find_teacher() {
   unset HUB_RECORD
 }
 
-# The settings of all stages, by a dry run in an empty folder: a mistake is better found before the teacher's hour.
+# The settings of pipeline.sh, by a dry run in a new folder: a mistake is better found before the teacher's hour.
 check_stages() {
   local status=0 said
   empty="$(mktemp -d)"
   trap 'rm -rf "$empty"' EXIT
+  mkdir "$empty/x"
+  [[ ! -f "$HUB_RECORD" ]] || cp "$HUB_RECORD" "$empty/x/hub.yaml" # at the same commits
   said="$(EXP_DIR="$empty/x" ATTACKS="$ATTACKS" GRID_ARGS="--points 0.6,0,0" bash "$here/pipeline.sh" --dry-run 2>&1 >/dev/null)" ||
     status=$?
   [[ "$status" != 0 ]] || return 0

@@ -25,9 +25,9 @@ from ads.trials import (
     TRIED,
     CheckedLookups,
     agrees,
+    holds,
     is_out_of_memory,
     is_right,
-    lasting_flaw,
     longest_without,
     tried_ids,
 )
@@ -67,37 +67,39 @@ class CachedModel:
         On the way are found the bytes that a position of the cache takes, and whether our own step gives
         what the library's does. The cost is that of about 150 tokens.
         """
-        if reason := lasting_flaw(self.flaw_of_cache, self.dtype):
-            raise UserError(self.refusal(reason))
-        if self.own_step is not None and lasting_flaw(self.flaw_of_own_step, self.dtype):
+        try:
+            is_same = holds(self.is_cache_right, self.dtype)
+        except Exception as error:  # whatever a family raises that is not made to be called like this
+            if is_out_of_memory(error):
+                raise
+            raise UserError(self.refusal(errors.reason(error))) from error
+        if not self.bytes_per_position:
+            raise UserError(self.refusal("it keeps no keys and values in the cache it is given"))
+        if not is_same:
+            raise UserError(self.refusal("its logits with a cache are not those without"))
+        if self.own_step is not None and not self.can_step():
             kind = self.model.config.model_type
             print(f"model type {kind!r} is decoded by the library's own forward, not by ours", flush=True)
             self.own_step = None
         self.cache = None
 
-    def flaw_of_cache(self, attempt):
+    def is_cache_right(self, attempt):
         rows = self.tried_rows(attempt)
-        try:
-            found = self.decode_tried(rows)
-            wanted = self.alone(rows)
-        except Exception as error:  # whatever a family raises that is not made to be called like this
-            if is_out_of_memory(error):
-                raise
-            return errors.reason(error)
-        if not self.bytes_per_position:
-            return "it keeps no keys and values in the cache it is given"
-        return None if is_right(found, wanted) else "its logits with a cache are not those without"
+        found = self.decode_tried(rows)
+        return is_right(found, self.alone(rows))
 
-    def flaw_of_own_step(self, attempt):
-        rows = self.tried_rows(attempt)
-        wanted = self.decode_tried(rows)
+    def can_step(self):
         try:
-            found = self.own_step(*self.last_tokens(rows), self.cache)
+            return holds(self.is_own_step_right, self.dtype)
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            return errors.reason(error)  # modules of the same names as Llama's that are called otherwise
-        return None if agrees(found, wanted) else "its logits are not the library's"
+            return False  # modules of the same names as Llama's that are called otherwise
+
+    def is_own_step_right(self, attempt):
+        rows = self.tried_rows(attempt)
+        wanted = self.decode_tried(rows)
+        return agrees(self.own_step(*self.last_tokens(rows), self.cache), wanted)
 
     @contextlib.contextmanager
     def narrow_windows(self):
@@ -161,27 +163,26 @@ class CachedModel:
 
     def flaw_at(self, length):
         """What is wrong with the logits of a row of few tokens beside one of so many; None if nothing is."""
-        return lasting_flaw(functools.partial(self.flaw_of_length, length), self.dtype)
-
-    def flaw_of_length(self, length, attempt):
-        row = self.tried_rows(attempt)[1]
-        tokens_2, lengths_2, _ = self.last_tokens([row, row])
-        lengths_2[1] = length - 1
-        self.allocate(2, length)
         try:
-            with CheckedLookups():
-                self.prefill_group([row[:-1], row[:-1]], 0)
-                found = self.step(tokens_2, lengths_2, length - 1)
+            is_same = holds(functools.partial(self.is_length_right, length), self.dtype)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             return errors.reason(error)
         finally:
             self.cache = None
+        return None if is_same else "its short rows follow the longest of the batch, or change as they grow"
+
+    def is_length_right(self, length, attempt):
+        row = self.tried_rows(attempt)[1]
+        tokens_2, lengths_2, _ = self.last_tokens([row, row])
+        lengths_2[1] = length - 1
+        self.allocate(2, length)
+        with CheckedLookups():
+            self.prefill_group([row[:-1], row[:-1]], 0)
+            found = self.step(tokens_2, lengths_2, length - 1)
         found = rows(found, 0, 1) if isinstance(found, Dual) else found[:1]
-        if is_right(found, self.alone([row])):
-            return None
-        return "its short rows follow the longest of the batch, or change as they grow"
+        return is_right(found, self.alone([row]))
 
     def refusal(self, reason):
         """The line that says why a model is not taken, and what to do."""

@@ -147,6 +147,7 @@ def test_attackers_are_planned_at_points_that_were_chosen_elsewhere(models, tmp_
     "settings,said",
     (
         ({"MACHINE": "tpu"}, "MACHINE='tpu': must be gpu or cpu"),
+        ({"MACHINE": "gpu", "NPROC": "", "CUDA_VISIBLE_DEVICES": ""}, "MACHINE=gpu: there is none here"),
         ({"TEACHER_LEAST": "80"}, "TEACHER_LEAST='80': must be a share from 0 to 1"),
         ({"MATCH": "seventy"}, "MATCH='seventy': must be a share from 0 to 1, or empty"),
         ({"NUM_PROBLEMS": "0"}, "NUM_PROBLEMS='0': must be a whole number from 1"),
@@ -180,12 +181,14 @@ def test_without_a_hub_it_says_what_to_give(tmp_path):
     assert "give folders of your own: TEACHER=path STUDENT=path" in hint
 
 
-def test_settings_of_late_stages_are_checked_before_a_teacher_is_trained(models, tmp_path):
+@pytest.mark.parametrize("name,is_early", (("TRAIN_ARGS", True), ("TEACHER_ARGS", False)))
+def test_settings_of_late_stages_are_checked_before_a_teacher_is_trained(models, tmp_path, name, is_early):
+    """Those of the teacher's own training are for that to refuse, once the others have passed."""
     few = {"NUM_PROBLEMS": "2", "TEACHER_PROBLEMS": "2", "GEN_ARGS": "max_length=512 max_prompt_length=500"}
-    result = run_small(models, tmp_path / "x", **few, TRAIN_ARGS="num_epochz=1")
+    result = run_small(models, tmp_path / "x", **few, **{name: "num_epochz=1"})
     assert result.returncode == 2 and "teacher given: 0.000 of 2" in result.stdout
     assert "num_epochz" in result.stderr and result.stderr.count("error: ") == 1
-    assert "run     teacher " not in result.stdout and not (tmp_path / "x" / "traces").exists()
+    assert ("run     teacher " in result.stdout) != is_early and not (tmp_path / "x" / "traces").exists()
 
 
 @pytest.mark.slow
