@@ -97,6 +97,7 @@ check_settings() {
     fail "MACHINE=gpu: there is none here (or CUDA_VISIBLE_DEVICES or ACCELERATE_USE_CPU hides it); unset MACHINE, or add --dry-run"
   read -r -d '' -a attacks <<<"$ATTACKS" || true
   in_python recipes.print_recipe ${attacks[@]+"${attacks[@]}"} >/dev/null || exit 2
+  [[ -z "$MATCH" ]] || in_python "(lambda *words: search.parse(words))" "targets=$MATCH" ${search_args[@]+"${search_args[@]}"} >/dev/null || exit 2
   check_points "$GRID_ARGS"
   check_points "$ATTACK_POINTS"
 }
@@ -111,7 +112,7 @@ is_share() { [[ "$1" =~ ^(0|1|1\.0*|0?\.[0-9]+|0\.)$ ]]; }
 
 # in_python FUNCTION WORDS...: one of ads/; what it gives is printed.
 in_python() {
-  PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" python -c "import utils; from ads.attacks import recipes; from ads.stage import ability
+  PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" python -c "import search, utils; from ads.attacks import recipes; from ads.stage import ability
 utils.run_script(lambda words: (found := $1(*words)) is None or print(found))" "${@:2}"
 }
 
@@ -243,9 +244,9 @@ is_default=$([[ -n "${TEACHER:-}" && -n "${STUDENT:-}" ]] && echo 0 || echo 1)
 choose_settings
 # shellcheck source=setup.sh
 source "$here/setup.sh" ""
-check_settings
 read -r -d '' -a gen_args <<<"$GEN_ARGS" || true
 read -r -d '' -a teacher_args <<<"$TEACHER_ARGS" || true
 read -r -d '' -a search_args <<<"$SEARCH_ARGS" || true
+check_settings
 find_teacher
 run_grid "$@"

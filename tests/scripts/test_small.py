@@ -150,6 +150,7 @@ def test_attackers_are_planned_at_points_that_were_chosen_elsewhere(models, tmp_
         ({"MACHINE": "gpu", "NPROC": "", "CUDA_VISIBLE_DEVICES": ""}, "MACHINE=gpu: there is none here"),
         ({"TEACHER_LEAST": "80"}, "TEACHER_LEAST='80': must be a share from 0 to 1"),
         ({"MATCH": "seventy"}, "MATCH='seventy': must be a share from 0 to 1, or empty"),
+        ({"SEARCH_ARGS": "tolerence=0.1"}, "tolerence"),
         ({"NUM_PROBLEMS": "0"}, "NUM_PROBLEMS='0': must be a whole number from 1"),
         ({"TEACHER_PROBLEMS": "few"}, "TEACHER_PROBLEMS='few': must be a whole number"),
         ({"ATTACKS": "naive corect"}, "ATTACKS: 'corect' is neither one of"),
