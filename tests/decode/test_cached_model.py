@@ -72,8 +72,8 @@ def make_unsteady(model):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 def test_what_rounding_may_have_done_is_tried_with_other_ids(dtype):
-    """A sound student in bfloat16, trained on a GPU for minutes, was refused as decoded right only up to 24
-    tokens: the logits of the one row tried hung on the order of sums. What is wrong is so with any ids."""
+    """A student in bfloat16, of an architecture that works, was refused after its training on a GPU, most
+    likely since the logits of the one row tried hung on the order of sums."""
     model = families.build("llama").to(dtype)
     make_unsteady(model)
     if dtype == torch.float32:
