@@ -35,6 +35,7 @@ GIVEN = {
     GradConfig: ["holdout_traces=-"],
     TrainConfig: ["train_traces=-", "holdout_traces=-"],
 }
+DEFENDED = ["lam=1", "proxy_student=-", "grad_path=-"]  # of any strength, by ADS
 SCRIPTS = {"hendrycks_math": "pipeline_math.sh", "mmlu": "pipeline_mmlu.sh"}
 
 
@@ -98,9 +99,10 @@ def plan_sampling(free, settings, *models):
     teacher, proxy, student = models
     words = settings["GEN_ARGS"]
     holdout, cfg = config(GenConfig, *words, *settings["HOLDOUT_ARGS"]), config(GenConfig, *words)
+    defended = config(GenConfig, *words, *DEFENDED)
     stages = {
         "holdout traces": (holdout, teacher, None),
-        "training traces, teacher's test": (cfg, teacher, proxy),
+        "training traces, teacher's test": (defended, teacher, proxy),
         "student's test": (cfg, student, None),
     }
     rows = []

@@ -34,9 +34,19 @@ SHAPES = {
     "Qwen2.5-0.5B": ("qwen2", 896, 4864, 24, 14, 2, TIED),
     "Llama-3.2-3B": ("llama", 3072, 8192, 28, 24, 8, {**TIED, "vocab_size": 128256}),
     "Llama-3.2-1B": ("llama", 2048, 8192, 16, 32, 8, {**TIED, "vocab_size": 128256}),
+    "Qwen2.5-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, TIED),
+    "SmolLM2-360M": ("llama", 960, 2560, 32, 15, 5, {**TIED, "vocab_size": 49152}),
 }
 PAPER = "R1-Distill-Qwen-7B", "Qwen2.5-3B", "Llama-3.2-3B"
 SMALL = "R1-Distill-Qwen-1.5B", "Qwen2.5-0.5B", "Llama-3.2-1B"
+SMALLEST = "Qwen2.5-1.5B", "Qwen2.5-0.5B", "SmolLM2-360M"
+# page, the line before which its table stands, GB of the card, GPUs, models, dataset, GEN_ARGS
+PLANNED = (
+    ("memory.md", "## The paper's models on 80 GB", 80, 8, PAPER, "gsm8k", ""),
+    ("memory.md", "MATH (`pipeline_math.sh`), stages that differ:", 80, 8, PAPER, "hendrycks_math", ""),
+    ("memory.md", "## One card of 24 GB", 24, 1, SMALL, "hendrycks_math", ""),
+    ("small.md", "## Memory on 24 GB", 24, 1, SMALLEST, "gsm8k", "max_length=768 max_prompt_length=384"),
+)
 
 
 @functools.cache
@@ -74,7 +84,8 @@ def bench():
 def test_parameters_of_the_paper_s_models():
     """As their model cards and bench/floor.py have them."""
     found = [paper_sizes(name).parameters for name in SHAPES]
-    assert found == [7615616512, 1777088000, 3085938688, 494032768, 3212749824, 1235814400]
+    known = [7615616512, 1777088000, 3085938688, 494032768, 3212749824, 1235814400, 1543714304, 361821120]
+    assert found == known
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -244,6 +255,33 @@ def test_the_tool_prints_a_table_and_the_words_for_the_pipeline(bench, tmp_path,
     assert lines[-3:] == ['GEN_ARGS=""', 'GRAD_ARGS=""', 'TRAIN_ARGS="batch_size=32"']
     bench.main(["--gpu", "24", *folders, "gsm8k"])
     assert "too much: take smaller models or a larger GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("page", "before", "gpu", "processes", "models", "dataset", "words"), PLANNED)
+def test_tables_on_the_pages_are_what_the_tool_plans(
+    bench, monkeypatch, page, before, gpu, processes, models, dataset, words
+):
+    """Those of ADS lost their derivatives once, as the tool asked for no strength, and no page told."""
+    for name in ("HOLDOUT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GEN_ARGS", words)
+    free, settings = gpu * memory_plan.GB, bench.settings_of(dataset)
+    teacher, proxy, student = map(paper_sizes, models)
+    rows = bench.plan_sampling(free, settings, teacher, proxy, student)[0]
+    rows += bench.plan_gradient(free, settings, proxy)[0]
+    rows += bench.plan_training(free, settings, student, processes)[0]
+    planned = {line[:32].strip(): line[32:].split() for line in list(bench.table(free, rows))[1:]}
+    shown = table_after(before, (ROOT / "docs" / page).read_text())
+    assert "training traces, teacher's test" in shown
+    for stage, cells in shown.items():
+        assert cells == planned[stage]
+
+
+def table_after(line, page):
+    """{first cell: words of the others} of the next table, where "-" stands for an empty cell."""
+    rows = page.split(f"\n{line}\n", 1)[1].split("\n| stage", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {stage.split(", MATH")[0]: " ".join(c or "-" for c in more).split() for stage, *more in cells}
 
 
 def test_a_model_whose_config_has_no_sizes_is_named(tmp_path):
