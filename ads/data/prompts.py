@@ -130,7 +130,11 @@ def choose_prefill(cfg: GenConfig) -> str:
     shown = [after_thinking(row[cfg.trace_colname]) for row in correct_traces(cfg)]
     words = [text.split(maxsplit=1)[0] for text in shown if text]
     if not words:
-        raise UserError(f"prefill=auto: {cfg.few_shot_traces} has no correct, finished trace of any words")
+        raise UserError(
+            f"prefill=auto: {cfg.few_shot_traces} has no correct, finished trace of any words: give the "
+            "words, or take an abler teacher for these traces (in pipeline.sh an empty PREFILL leaves this "
+            "out)"
+        )
     word, num_times = Counter(words).most_common(1)[0]
     print0(f"prefill=auto: {word!r}, as {num_times} of {len(words)} correct, finished traces begin")
     return word
@@ -147,7 +151,8 @@ def few_shot_examples(cfg: GenConfig) -> list[tuple[str, str]]:
     if len(rows) < cfg.few_shot:
         raise UserError(
             f"few_shot={cfg.few_shot}: {cfg.few_shot_traces} has correct, finished traces of {len(rows)} "
-            "problems"
+            "problems: lower few_shot, or take an abler teacher for these traces (in pipeline.sh an empty "
+            "FEW_SHOT_ARGS leaves this out)"
         )
     return [(row["problem"], after_thinking(row[cfg.trace_colname])) for row in rows[: cfg.few_shot]]
 

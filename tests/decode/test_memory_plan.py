@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
-import importlib.util
-import sys
 
 import families
 import pytest
 import torch
-from conftest import ROOT, byte_tokenizer, save_folder, tiny_config, tiny_model
+from conftest import byte_tokenizer, save_folder, tiny_config, tiny_model
 from helpers_models import sequences
+from helpers_sizes import SHAPES, paper_sizes
 
 import attack
 import distill
@@ -24,61 +23,6 @@ from ads.dual.factors import Factors
 from ads.stage.settings import AttackConfig, GenConfig, GradConfig, TrainConfig
 
 KINDS = ("qwen2", "llama", "gemma3_text", "gpt_neox", "gpt2")  # as most families are
-UNTIED = {"vocab_size": 151936, "tie_word_embeddings": False}
-TIED = {"vocab_size": 151936, "tie_word_embeddings": True}
-# hidden, intermediate, layers, heads, heads of keys, of the models of the paper and of small ones
-SHAPES = {
-    "R1-Distill-Qwen-7B": ("qwen2", 3584, 18944, 28, 28, 4, {**UNTIED, "vocab_size": 152064}),
-    "R1-Distill-Qwen-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, UNTIED),
-    "Qwen2.5-3B": ("qwen2", 2048, 11008, 36, 16, 2, TIED),
-    "Qwen2.5-0.5B": ("qwen2", 896, 4864, 24, 14, 2, TIED),
-    "Llama-3.2-3B": ("llama", 3072, 8192, 28, 24, 8, {**TIED, "vocab_size": 128256}),
-    "Llama-3.2-1B": ("llama", 2048, 8192, 16, 32, 8, {**TIED, "vocab_size": 128256}),
-    "Qwen2.5-1.5B": ("qwen2", 1536, 8960, 28, 12, 2, TIED),
-    "SmolLM2-360M": ("llama", 960, 2560, 32, 15, 5, {**TIED, "vocab_size": 49152}),
-}
-PAPER = "R1-Distill-Qwen-7B", "Qwen2.5-3B", "Llama-3.2-3B"
-SMALL = "R1-Distill-Qwen-1.5B", "Qwen2.5-0.5B", "Llama-3.2-1B"
-SMALLEST = "Qwen2.5-1.5B", "Qwen2.5-0.5B", "SmolLM2-360M"
-# page, the line before which its table stands, GB of the card, GPUs, models, dataset, GEN_ARGS
-PLANNED = (
-    ("memory.md", "## The paper's models on 80 GB", 80, 8, PAPER, "gsm8k", ""),
-    ("memory.md", "MATH (`pipeline_math.sh`), stages that differ:", 80, 8, PAPER, "hendrycks_math", ""),
-    ("memory.md", "## One card of 24 GB", 24, 1, SMALL, "hendrycks_math", ""),
-    ("small.md", "## Memory on 24 GB", 24, 1, SMALLEST, "gsm8k", "max_length=768 max_prompt_length=384"),
-)
-
-
-@functools.cache
-def paper_config(name):
-    from transformers import AutoConfig
-
-    kind, hidden, intermediate, layers, heads, keys, more = SHAPES[name]
-    return AutoConfig.for_model(
-        kind,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        head_dim=hidden // heads,
-        **more,
-    )
-
-
-@functools.cache
-def paper_sizes(name):
-    return memory_plan.sizes_of(paper_config(name))
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """bench/memory.py as a module."""
-    spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "bench" / "memory.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_parameters_of_the_paper_s_models():
@@ -203,85 +147,6 @@ def test_recomputed_layers_keep_their_inputs():
     sizes = paper_sizes("Qwen2.5-3B")
     plain, recomputed = (memory_plan.kept(sizes, 4, is_on) for is_on in (False, True))
     assert recomputed == pytest.approx(36 * 2048 * 4 + plain / 36)
-
-
-@pytest.mark.parametrize("dataset", ("gsm8k", "hendrycks_math", "mmlu"))
-def test_the_paper_s_models_fit_80_gb_in_every_stage_by_the_default_keys(bench, dataset, monkeypatch):
-    for name in ("GEN_ARGS", "HOLDOUT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
-        monkeypatch.delenv(name, raising=False)
-    settings, free = bench.settings_of(dataset), 79 * memory_plan.GB
-    teacher, proxy, student = map(paper_sizes, PAPER)
-    for num_processes in (1, 8, 16):
-        plans = [
-            bench.plan_sampling(free, settings, teacher, proxy, student),
-            bench.plan_gradient(free, settings, proxy),
-            bench.plan_training(free, settings, student, num_processes),
-        ]
-        for rows, words in plans:
-            assert words == []
-            assert all(memory_plan.peak(row.parts) <= free for row in rows)
-        num_slots = [int(row.at_once.split()[0]) for row in plans[0][0]]
-        assert min(num_slots) >= 128
-
-
-def test_small_models_fit_24_gb(bench):
-    settings, free = bench.settings_of("hendrycks_math"), 24 * memory_plan.GB
-    teacher, proxy, student = map(paper_sizes, SMALL)
-    rows = bench.plan_sampling(free, settings, teacher, proxy, student)[0]
-    rows += bench.plan_gradient(free, settings, proxy)[0]
-    rows += bench.plan_training(free, settings, student, 1)[0]
-    assert all(memory_plan.peak(row.parts) <= free for row in rows)
-
-
-def test_settings_of_the_pipelines_are_read_from_their_scripts(bench, monkeypatch):
-    monkeypatch.setenv("GEN_ARGS", "max_length=99")
-    assert bench.settings_of("gsm8k")["GEN_ARGS"] == ["max_length=99"]
-    math = bench.settings_of("hendrycks_math")["GEN_ARGS"]
-    assert math[0] == "max_samples=2880" and "max_length=2048" in math and math[-1] == "max_length=99"
-    assert "max_length=1024" in bench.settings_of("mmlu")["HOLDOUT_ARGS"]
-
-
-def test_the_tool_prints_a_table_and_the_words_for_the_pipeline(bench, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("TRAIN_ARGS", "batch_size=32")
-    for name in PAPER:
-        paper_config(name).save_pretrained(tmp_path / name)
-    folders = [str(tmp_path / name) for name in PAPER]
-    bench.main(["--gpu", "48", *folders, "gsm8k"])
-    lines = capsys.readouterr().out.splitlines()
-    stages = [line.split("  ")[0] for line in lines[3:-3]]
-    assert stages[0] == "holdout traces" and "distillation" in stages
-    gradient_line = next(line for line in lines if line.startswith("gradient of the proxy"))
-    assert gradient_line.split()[-1] == "47.4" and "2,048 tokens" in gradient_line
-    assert lines[-3:] == ['GEN_ARGS=""', 'GRAD_ARGS=""', 'TRAIN_ARGS="batch_size=32"']
-    bench.main(["--gpu", "24", *folders, "gsm8k"])
-    assert "too much: take smaller models or a larger GPU" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("page", "before", "gpu", "processes", "models", "dataset", "words"), PLANNED)
-def test_tables_on_the_pages_are_what_the_tool_plans(
-    bench, monkeypatch, page, before, gpu, processes, models, dataset, words
-):
-    """Those of ADS lost their derivatives once, as the tool asked for no strength, and no page told."""
-    for name in ("HOLDOUT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GEN_ARGS", words)
-    free, settings = gpu * memory_plan.GB, bench.settings_of(dataset)
-    teacher, proxy, student = map(paper_sizes, models)
-    rows = bench.plan_sampling(free, settings, teacher, proxy, student)[0]
-    rows += bench.plan_gradient(free, settings, proxy)[0]
-    rows += bench.plan_training(free, settings, student, processes)[0]
-    planned = {line[:32].strip(): line[32:].split() for line in list(bench.table(free, rows))[1:]}
-    shown = table_after(before, (ROOT / "docs" / page).read_text())
-    assert "training traces, teacher's test" in shown
-    for stage, cells in shown.items():
-        assert cells == planned[stage]
-
-
-def table_after(line, page):
-    """{first cell: words of the others} of the next table, where "-" stands for an empty cell."""
-    rows = page.split(f"\n{line}\n", 1)[1].split("\n| stage", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    return {stage.split(", MATH")[0]: " ".join(c or "-" for c in more).split() for stage, *more in cells}
 
 
 def test_a_model_whose_config_has_no_sizes_is_named(tmp_path):

@@ -81,7 +81,7 @@ def test_worked_examples_are_of_different_problems(samples):
     cfg = GenConfig(few_shot=2, few_shot_traces=f"{samples}/traces/four.parquet")
     shown = few_shot_examples(cfg)
     assert [problem for problem, _ in shown] == problems[:2] and shown[0][1] == right[0]["trace"].strip()
-    with pytest.raises(ValueError, match=f"finished traces of {len(problems)} problems"):
+    with pytest.raises(ValueError, match=f"finished traces of {len(problems)} problems: lower few_shot"):
         few_shot_examples(dataclasses.replace(cfg, few_shot=24))
 
 
@@ -114,6 +114,7 @@ def test_auto_prefill_is_the_word_that_right_traces_begin_with(samples, tmp_path
     more = [f"few_shot_traces={tmp_path}/none.parquet", "prefill=auto", "trace_name=none"]
     refused = run_script("gentraces.py", *student, *more, check=False)
     assert refused.returncode == 2 and "none.parquet has no correct, finished trace" in refused.stderr
+    assert "give the words" in refused.stderr
 
 
 @pytest.mark.parametrize(
