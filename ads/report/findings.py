@@ -15,7 +15,7 @@ from ads.report.curves import Curve, Point, Points, all_rows, by_setting, make_c
 from ads.report.doubts import unpaired_lines, warning_lines
 from ads.report.experiments import Experiment, Sidecar, all_recipes, load_experiments
 from ads.report.numbers import ONE_SEED, short_name, show_number
-from ads.report.points import collect_own, collect_points, collect_undistilled
+from ads.report.points import collect_own, collect_points, collect_undistilled, with_one_name
 from ads.report.results import PRICES, ResultRow, answers_of, show_accuracy, values_of
 from ads.stage.errors import UserError
 
@@ -79,7 +79,8 @@ def gather(exp_dirs: Sequence[Path], levels: Levels | None, without: Sequence[st
     experiments = load_experiments(exp_dirs)
     if not any(experiment.sidecars for experiment in experiments):
         raise UserError(f"no stage has finished in {', '.join(map(str, exp_dirs))}: no sidecar is there")
-    points, undistilled, own = (f(experiments) for f in (collect_points, collect_undistilled, collect_own))
+    found = (f(experiments) for f in (collect_points, collect_undistilled, collect_own))
+    points, undistilled, own = with_one_name(*found)
     points, own = leave_out(without, points, own)
     baselines, recipes = [point.row for point in undistilled], all_recipes(experiments)
     curves = make_curves(of_main_attack(points))
@@ -95,8 +96,8 @@ def gather(exp_dirs: Sequence[Path], levels: Levels | None, without: Sequence[st
     detections = detect.detect(points, labels)
     claimed += claims.worst_claim(attacked.matches)
     notes += attack_tables.warning_lines(attacked)
-    found = experiments, points, own, baselines, curves, matches, claimed, notes
-    return Findings(*found, attacked, detections)
+    parts = experiments, points, own, baselines, curves, matches, claimed, notes
+    return Findings(*parts, attacked, detections)
 
 
 def leave_out(names: Sequence[str], *found: Points) -> list[list[Point]]:

@@ -2,6 +2,7 @@
 
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ads.arms import DELTA, LABELS, TEXTS, arm_of
@@ -50,6 +51,10 @@ NO_SETTING = {  # names, diagnostics, what changes rounding alone, and the seed,
 NO_ATTACK_SETTING = {  # of attack.py: places, names, what concerns speed alone, and the seed
     *("exp_dir", "traces", "clean_traces", "samples", "holdout_traces", "student", "tokenizer"),
     *("trace_name", "trace_colname", "dtype", "attn_implementation", "batch_size", "batch_tokens", "seed"),
+}
+MODEL_FILES = {  # columns of a model's name, and those of its files
+    "teacher": (f"train.teacher{FILES}", f"teacher.teacher{FILES}"),
+    "student": (f"model.student{FILES}", f"student.teacher{FILES}"),
 }
 OWN_COLUMNS = {  # settings of a stage that have a column without a dot, or that follow from another
     "train": (*SAMPLING_KEYS, "defence", "direction_seed", *CAPS),
@@ -144,6 +149,20 @@ def collect_own(experiments: Iterable[Experiment]) -> list[Point]:
         for test in students_of(e, stages)
         for attack in attack_names(e, stages, test)
     )
+
+
+def with_one_name(*found: Iterable[Point]) -> list[list[Point]]:
+    """The points, a model having its first name wherever its files are the same: a folder may have moved."""
+    names: dict[str, str] = {}
+
+    def renamed(point: Point) -> Point:
+        columns = dict(point.row.columns)
+        for role, places in MODEL_FILES.items():
+            if made_of := next((columns[place] for place in places if columns.get(place)), None):
+                columns[role] = names.setdefault(made_of, columns[role])
+        return replace(point, row=read_row(columns))
+
+    return [[renamed(point) for point in points] for points in found]
 
 
 def in_order(points: Iterable[Point]) -> list[Point]:

@@ -26,7 +26,7 @@ from helpers_report import (
 from markupsafe import escape
 
 import report
-from ads.report import page
+from ads.report import findings, page
 from ads.report.bootstrap import load_draws
 from ads.report.compare import compare_arms
 from ads.report.curves import by_setting, pooled
@@ -532,3 +532,30 @@ def test_answers_behind_copies_are_read(tmp_path):
     assert "traces/e.parquet is not there" in forced(matches_of(exp_dir)).note
     write_answers(exp_dir / "traces" / "e.parquet", files.read_yaml(exp_dir / "traces" / "e.yaml")["stats"])
     assert forced(matches_of(exp_dir)).low is not None
+
+
+def test_a_model_that_lies_elsewhere_is_the_same(tmp_path):
+    """Seeds on several machines: by its files it is, whatever its folders are called."""
+    folders = [write_both_arms(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    place_models(folders[0], "/machine/a", student_files="01")
+    for student_files, num_students in (("01", 1), ("23", 2)):
+        place_models(folders[1], "/machine/b", student_files)
+        found = findings.gather(folders, None)
+        assert {row.teacher for row in found.tested} == {"a/teacher"}
+        students = {row.student for row in found.tested}
+        assert len(students) == num_students and {row.student for row in found.baselines} == students
+        assert len(found.curves) == 2 * num_students
+
+
+def place_models(exp_dir, place, student_files):
+    """As if teacher and student had lain in folders there."""
+    for path in (*exp_dir.glob("models/*.yaml"), *exp_dir.glob("traces/*.yaml")):
+        record = files.read_yaml(path)
+        config, inputs = record["config"], record["inputs"]
+        if path.parent.name == "models":
+            config["student"], inputs["student"] = f"{place}/student", student_files
+        elif path.stem == "base":
+            config["teacher"], inputs["teacher"] = f"{place}/student", student_files
+        elif config["is_teacher"]:
+            config["teacher"], inputs["teacher"] = f"{place}/teacher", "45"
+        path.write_text(yaml.safe_dump(record, sort_keys=False))
