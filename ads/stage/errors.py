@@ -7,6 +7,7 @@ NO_MEMORY = (
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # its first allocation
     "CUDNN_STATUS_ALLOC_FAILED",
     "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
 )

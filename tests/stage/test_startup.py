@@ -169,6 +169,7 @@ def test_freed_memory_is_kept_on_cpus_alone(monkeypatch):
         # seen on an H100 that other processes had filled: torch.AcceleratorError, a RuntimeError
         "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in https://docs.nvidia.com",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
     ),
 )
 def test_an_allocator_that_fails_otherwise_is_understood(text):
