@@ -48,12 +48,20 @@ def test_the_paper_s_models_fit_80_gb_in_every_stage_by_the_default_keys(bench, 
 
 
 def test_small_models_fit_24_gb(bench):
-    settings, free = bench.settings_of("hendrycks_math"), 24 * memory_plan.GB
-    teacher, proxy, student = map(paper_sizes, SMALL)
-    rows = bench.plan_sampling(free, settings, teacher, proxy, student)[0]
-    rows += bench.plan_gradient(free, settings, proxy)[0]
-    rows += bench.plan_training(free, settings, student, 1)[0]
+    free = 24 * memory_plan.GB
+    rows = rows_of(bench, free, 1, SMALL, "hendrycks_math")
     assert all(memory_plan.peak(row.parts) <= free for row in rows)
+
+
+def rows_of(bench, free, num_processes, models, dataset):
+    """Of the tool's table."""
+    settings = bench.settings_of(dataset)
+    teacher, proxy, student = map(paper_sizes, models)
+    return [
+        *bench.plan_sampling(free, settings, teacher, proxy, student)[0],
+        *bench.plan_gradient(free, settings, proxy)[0],
+        *bench.plan_training(free, settings, student, num_processes)[0],
+    ]
 
 
 def test_settings_of_the_pipelines_are_read_from_their_scripts(bench, monkeypatch):
@@ -88,11 +96,8 @@ def test_tables_on_the_pages_are_what_the_tool_plans(
     for name in ("HOLDOUT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GEN_ARGS", words)
-    free, settings = gpu * memory_plan.GB, bench.settings_of(dataset)
-    teacher, proxy, student = map(paper_sizes, models)
-    rows = bench.plan_sampling(free, settings, teacher, proxy, student)[0]
-    rows += bench.plan_gradient(free, settings, proxy)[0]
-    rows += bench.plan_training(free, settings, student, processes)[0]
+    free = gpu * memory_plan.GB
+    rows = rows_of(bench, free, processes, models, dataset)
     planned = {line[:32].strip(): line[32:].split() for line in list(bench.table(free, rows))[1:]}
     shown = table_after(before, (ROOT / "docs" / page).read_text())
     assert "training traces, teacher's test" in shown
