@@ -56,26 +56,8 @@ GRID_ARGS="${GRID_ARGS:-}"           # for grid.py: --shard i/n, --points tau,la
 [[ -n "$LAUNCH" ]] || unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT \
   "${!TORCHELASTIC_@}" "${!PET_@}"
 
-# A stage that was interrupted is no failed grid point: stop, the next run goes on there.
-trap 'stop 130' INT
-trap 'stop 143' TERM
-trap 'stop 129' HUP
-
-# stop CODE: end what runs in the background, which the terminal's Ctrl-C does not reach, and leave.
-# shellcheck disable=SC2329 # the traps call it
-stop() {
-  trap '' INT TERM HUP
-  local running
-  for _ in 1 2 3 4 5; do # one that has just been started may miss the first
-    running="$(jobs -pr)"
-    [[ -n "$running" ]] || break
-    # shellcheck disable=SC2086 # one word per process
-    kill $running 2>/dev/null || true
-    sleep 0.2
-  done
-  wait
-  exit "$1"
-}
+# shellcheck source=ads/stage/stop.sh
+source "$here/ads/stage/stop.sh"
 
 main() {
   parse_arguments "$@"
@@ -264,7 +246,7 @@ run_grid() {
 }
 
 run_points() {
-  trap 'stop 143' TERM # a worker in the background starts without
+  trap_signals # a worker in the background starts without
   point_number=0
   while read_point; do
     point_number=$((point_number + 1))

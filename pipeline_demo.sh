@@ -59,6 +59,8 @@ demo_dir="${EXP_DIR-runs/demo}" first="${SEED:-1}" status=0
   echo "pipeline_demo.sh: FULL='$FULL': must be 1 (all points and attackers) or 0" >&2
   exit 2
 }
+# shellcheck source=ads/stage/stop.sh
+source "$here/ads/stage/stop.sh"
 # shellcheck source=setup.sh
 source "$here/setup.sh" ""
 export JOBS="${JOBS:-$(cd "$here" && python -c 'from ads.stage.machine import num_cpus; print(num_cpus())')}"
@@ -68,10 +70,10 @@ for ((seed = first; seed < first + SEEDS; seed++)); do
   [[ "$seed" == "$first" ]] || folder="$demo_dir/seed$seed"
   folders+=("$folder")
   echo "=== seed $seed: $((seed - first + 1)) of $SEEDS, about $((9 + 5 * FULL)) minutes each on 2 cores"
-  EXP_DIR="$folder" SEED="$seed" bash "$here/pipeline.sh" "$@" || status=$?
+  EXP_DIR="$folder" SEED="$seed" attend bash "$here/pipeline.sh" "$@" || status=$?
   [[ "$status" -lt 2 ]] || exit "$status" # 1: some grid point failed
   [[ -n "$matrix" ]] || continue
-  EXP_DIR="$folder" SEED="$seed" GRID_ARGS="$matrix" ATTACKS="$attacks" bash "$here/pipeline.sh" "$@" || status=$?
+  EXP_DIR="$folder" SEED="$seed" GRID_ARGS="$matrix" ATTACKS="$attacks" attend bash "$here/pipeline.sh" "$@" || status=$?
   [[ "$status" -lt 2 ]] || exit "$status"
 done
 if [[ "$SEEDS" -gt 1 && $# == 0 ]]; then

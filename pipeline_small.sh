@@ -181,7 +181,7 @@ run_stage() {
   local command=(python "$here/$2" "exp_dir=$TEACHER_DIR" seed=1 "${@:3}") status=0
   if [[ "$dry_run" == 0 ]]; then
     echo "run     $1 ($(date '+%F %T')): $(printf '%q ' "${command[@]}")"
-    "${command[@]}" || stop_at_stage "$?"
+    attend "${command[@]}" || stop_at_stage "$?"
     return 0
   fi
   RANK=0 WORLD_SIZE=1 "${command[@]}" --check >/dev/null || status=$?
@@ -202,7 +202,7 @@ stop_at_stage() {
 # leave the rest.
 run_grid() {
   local status=0 result=0
-  ATTACKS=naive bash "$here/pipeline.sh" "$@" || status=$?
+  ATTACKS=naive attend bash "$here/pipeline.sh" "$@" || status=$?
   [[ "$status" -lt 2 && -n "$MATCH$ATTACK_POINTS" ]] || exit "$status"
   if [[ -z "$ATTACK_POINTS" ]]; then
     find_points
@@ -212,7 +212,7 @@ run_grid() {
       exit "$((result > status ? result : status))"
     fi
   fi
-  ATTACKS="$ATTACKS" GRID_ARGS="$ATTACK_POINTS" bash "$here/pipeline.sh" "$@" || result=$?
+  ATTACKS="$ATTACKS" GRID_ARGS="$ATTACK_POINTS" attend bash "$here/pipeline.sh" "$@" || result=$?
   exit "$((result > status ? result : status))"
 }
 
@@ -227,7 +227,7 @@ find_points() {
     ${DATA_DIR:+"data_dir=$DATA_DIR"} "${words[@]}")
   echo "$([[ "$dry_run" == 1 ]] && echo 'then   ' || echo 'run    ') search: $(printf '%q ' "${command[@]}")"
   if [[ "$dry_run" == 0 ]]; then
-    HUB_RECORD="$EXP_DIR/hub.yaml" "${command[@]}" || result=$?
+    HUB_RECORD="$EXP_DIR/hub.yaml" attend "${command[@]}" || result=$?
     [[ "$result" -lt 2 ]] || exit "$result"
   fi
 }
@@ -242,6 +242,8 @@ for argument in "$@"; do
 done
 is_default=$([[ -n "${TEACHER:-}" && -n "${STUDENT:-}" ]] && echo 0 || echo 1)
 choose_settings
+# shellcheck source=ads/stage/stop.sh
+source "$here/ads/stage/stop.sh"
 # shellcheck source=setup.sh
 source "$here/setup.sh" ""
 read -r -d '' -a gen_args <<<"$GEN_ARGS" || true

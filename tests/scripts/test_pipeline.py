@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -344,24 +342,6 @@ def test_grid_points_in_parallel_with_controls_and_diagnostics(
 
 def responses(exp_dir, name):
     return [row["response_ids"] for row in read_parquet(exp_dir / "traces" / f"{name}.parquet")]
-
-
-@pytest.mark.parametrize("number,code", ((signal.SIGINT, 130), (signal.SIGTERM, 143)))
-def test_an_interrupted_pipeline_stops_with_all_it_started(
-    model_folders, problem_folder, tmp_path, number, code
-):
-    """Ctrl-C reaches the whole process group, a scheduler's TERM perhaps only the script."""
-    environment = pipeline_environment(model_folders, problem_folder, tmp_path, JOBS="2")
-    command = ["bash", str(ROOT / "pipeline.sh")]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
-    wait_until((tmp_path / "locks" / "traces-holdout.lock").exists)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    assert process.wait(timeout=MOST_SECONDS) == code
-    wait_until(functools.partial(has_ended, tmp_path))
 
 
 def test_term_during_the_sweep_stops_every_worker(experiment, model_folders, problem_folder, tmp_path):
