@@ -5,10 +5,10 @@
     TRAIN_ARGS="lora_r=32" python bench/memory.py --gpu 24 TEACHER PROXY STUDENT hendrycks_math
 
 Models are folders or names of the hub. Rows and prompts are as long as the settings allow (those of
-pipeline_math.sh and pipeline_mmlu.sh, where the dataset is theirs; and what GEN_ARGS, HOLDOUT_ARGS, GRAD_ARGS
-and TRAIN_ARGS hold, as for pipeline.sh), so that a real run takes less. Of a card of so many GB as many 10^9
-bytes are taken to be free, 93 % of what it is sold as. --processes is how many GPUs share the training.
-The last three lines are the words for the pipeline.
+pipeline_math.sh and pipeline_mmlu.sh, where the dataset is theirs; and what GEN_ARGS, HOLDOUT_ARGS,
+BASE_ARGS, FEW_SHOT_ARGS, GRAD_ARGS and TRAIN_ARGS hold, as for pipeline.sh), so that a real run takes less.
+Of a card of so many GB as many 10^9 bytes are taken to be free, 93 % of what it is sold as. --processes is
+how many GPUs share the training. The last three lines are the words for the pipeline.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def settings_of(dataset):
     """{name of a setting of pipeline.sh: its words}, those of the dataset's own script first."""
     script = (utils.ROOT / SCRIPTS[dataset]).read_text() if dataset in SCRIPTS else ""
     found = {}
-    for name in ("GEN_ARGS", "HOLDOUT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
+    for name in ("GEN_ARGS", "HOLDOUT_ARGS", "BASE_ARGS", "FEW_SHOT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
         words = re.search(rf'export {name}="(.*) \$\{{{name}:-\}}"', script)
         found[name] = (words[1].split() if words else []) + os.environ.get(name, "").split()
     return found
@@ -105,6 +105,9 @@ def plan_sampling(free, settings, *models):
         "training traces, teacher's test": (defended, teacher, proxy),
         "student's test": (cfg, student, None),
     }
+    if settings["FEW_SHOT_ARGS"]:
+        asked = [*words, *settings["BASE_ARGS"], *settings["FEW_SHOT_ARGS"], "few_shot_traces=-"]
+        stages["undistilled student, few-shot"] = (config(GenConfig, *asked), student, None)
     rows = []
     for stage, (stage_cfg, *pair) in stages.items():
         at_once = slots(free, stage_cfg, *pair)

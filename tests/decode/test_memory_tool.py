@@ -9,12 +9,18 @@ from helpers_sizes import PAPER, SMALL, SMALLEST, paper_config, paper_sizes
 
 from ads.decode import memory_plan
 
-# page, the line before which its table stands, GB of the card, GPUs, models, dataset, GEN_ARGS
+NAMES = ("GEN_ARGS", "HOLDOUT_ARGS", "BASE_ARGS", "FEW_SHOT_ARGS", "GRAD_ARGS", "TRAIN_ARGS")
+# what pipeline_small.sh sets for 24 GB
+OF_SMALL = {
+    "GEN_ARGS": "max_length=768 max_prompt_length=384",
+    "FEW_SHOT_ARGS": "few_shot=4 max_prompt_length=1664 max_length=2048",
+}
+# page, the line before which its table stands, GB of the card, GPUs, models, dataset, settings
 PLANNED = (
-    ("memory.md", "## The paper's models on 80 GB", 80, 8, PAPER, "gsm8k", ""),
-    ("memory.md", "MATH (`pipeline_math.sh`), stages that differ:", 80, 8, PAPER, "hendrycks_math", ""),
-    ("memory.md", "## One card of 24 GB", 24, 1, SMALL, "hendrycks_math", ""),
-    ("small.md", "## Memory on 24 GB", 24, 1, SMALLEST, "gsm8k", "max_length=768 max_prompt_length=384"),
+    ("memory.md", "## The paper's models on 80 GB", 80, 8, PAPER, "gsm8k", {}),
+    ("memory.md", "MATH (`pipeline_math.sh`), stages that differ:", 80, 8, PAPER, "hendrycks_math", {}),
+    ("memory.md", "## One card of 24 GB", 24, 1, SMALL, "hendrycks_math", {}),
+    ("small.md", "## Memory on 24 GB", 24, 1, SMALLEST, "gsm8k", OF_SMALL),
 )
 
 
@@ -30,7 +36,7 @@ def bench():
 
 @pytest.mark.parametrize("dataset", ("gsm8k", "hendrycks_math", "mmlu"))
 def test_the_paper_s_models_fit_80_gb_in_every_stage_by_the_default_keys(bench, dataset, monkeypatch):
-    for name in ("GEN_ARGS", "HOLDOUT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
+    for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     settings, free = bench.settings_of(dataset), 79 * memory_plan.GB
     teacher, proxy, student = map(paper_sizes, PAPER)
@@ -88,19 +94,19 @@ def test_the_tool_prints_a_table_and_the_words_for_the_pipeline(bench, tmp_path,
     assert "too much: take smaller models or a larger GPU" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("page", "before", "gpu", "processes", "models", "dataset", "words"), PLANNED)
+@pytest.mark.parametrize(("page", "before", "gpu", "processes", "models", "dataset", "given"), PLANNED)
 def test_tables_on_the_pages_are_what_the_tool_plans(
-    bench, monkeypatch, page, before, gpu, processes, models, dataset, words
+    bench, monkeypatch, page, before, gpu, processes, models, dataset, given
 ):
     """Those of ADS lost their derivatives once, as the tool asked for no strength, and no page told."""
-    for name in ("HOLDOUT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("GEN_ARGS", words)
+    for name in NAMES:
+        monkeypatch.setenv(name, given.get(name, ""))
     free = gpu * memory_plan.GB
     rows = rows_of(bench, free, processes, models, dataset)
     planned = {line[:32].strip(): line[32:].split() for line in list(bench.table(free, rows))[1:]}
     shown = table_after(before, (ROOT / "docs" / page).read_text())
     assert "training traces, teacher's test" in shown
+    assert ("undistilled student, few-shot" in shown) == ("FEW_SHOT_ARGS" in given)
     for stage, cells in shown.items():
         assert cells == planned[stage]
 
