@@ -36,6 +36,7 @@ GIVEN = {
     TrainConfig: ["train_traces=-", "holdout_traces=-"],
 }
 DEFENDED = ["lam=1", "proxy_student=-", "grad_path=-"]  # of any strength, by ADS
+SETTINGS = ("GEN_ARGS", "HOLDOUT_ARGS", "BASE_ARGS", "FEW_SHOT_ARGS", "GRAD_ARGS", "TRAIN_ARGS")
 SCRIPTS = {"hendrycks_math": "pipeline_math.sh", "mmlu": "pipeline_mmlu.sh"}
 
 
@@ -84,7 +85,7 @@ def settings_of(dataset):
     """{name of a setting of pipeline.sh: its words}, those of the dataset's own script first."""
     script = (utils.ROOT / SCRIPTS[dataset]).read_text() if dataset in SCRIPTS else ""
     found = {}
-    for name in ("GEN_ARGS", "HOLDOUT_ARGS", "BASE_ARGS", "FEW_SHOT_ARGS", "GRAD_ARGS", "TRAIN_ARGS"):
+    for name in SETTINGS:
         words = re.search(rf'export {name}="(.*) \$\{{{name}:-\}}"', script)
         found[name] = (words[1].split() if words else []) + os.environ.get(name, "").split()
     return found

@@ -9,7 +9,6 @@ from helpers_sizes import PAPER, SMALL, SMALLEST, paper_config, paper_sizes
 
 from ads.decode import memory_plan
 
-NAMES = ("GEN_ARGS", "HOLDOUT_ARGS", "BASE_ARGS", "FEW_SHOT_ARGS", "GRAD_ARGS", "TRAIN_ARGS")
 # what pipeline_small.sh sets for 24 GB
 OF_SMALL = {
     "GEN_ARGS": "max_length=768 max_prompt_length=384",
@@ -36,7 +35,7 @@ def bench():
 
 @pytest.mark.parametrize("dataset", ("gsm8k", "hendrycks_math", "mmlu"))
 def test_the_paper_s_models_fit_80_gb_in_every_stage_by_the_default_keys(bench, dataset, monkeypatch):
-    for name in NAMES:
+    for name in bench.SETTINGS:
         monkeypatch.delenv(name, raising=False)
     settings, free = bench.settings_of(dataset), 79 * memory_plan.GB
     teacher, proxy, student = map(paper_sizes, PAPER)
@@ -99,7 +98,7 @@ def test_tables_on_the_pages_are_what_the_tool_plans(
     bench, monkeypatch, page, before, gpu, processes, models, dataset, given
 ):
     """Those of ADS lost their derivatives once, as the tool asked for no strength, and no page told."""
-    for name in NAMES:
+    for name in bench.SETTINGS:
         monkeypatch.setenv(name, given.get(name, ""))
     free = gpu * memory_plan.GB
     rows = rows_of(bench, free, processes, models, dataset)
@@ -109,6 +108,11 @@ def test_tables_on_the_pages_are_what_the_tool_plans(
     assert ("undistilled student, few-shot" in shown) == ("FEW_SHOT_ARGS" in given)
     for stage, cells in shown.items():
         assert cells == planned[stage]
+
+
+def test_what_small_md_plans_is_what_pipeline_small_sh_sets():
+    script = (ROOT / "pipeline_small.sh").read_text()
+    assert all(words in script for words in OF_SMALL.values())
 
 
 def table_after(line, page):
